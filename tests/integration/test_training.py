@@ -1,0 +1,205 @@
+"""The main job's promises, on real text and real processes."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.integration.programs import metrics, run, train, train_until
+
+
+@pytest.fixture(scope="module")
+def encoder(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns an encoder bundle, pretrained for 40 steps in one process."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    train(1, "--stage=pretrain", f"--store={small_store}", f"--run_dir={folder}", *STEPS)
+    return folder / "encoder"
+
+
+STEPS = ("--pretrain_steps=40", "--finetune_steps=40")
+WHOLE = ("--pretrain_dropout=0", "--finetune_dropout=0", "--pretrain_steps=50")
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_n_workers_are_one_worker(small_store: Path, tmp_path: Path, workers: int) -> None:
+    for count in (1, workers):
+        folder = f"--run_dir={tmp_path}/{count}"
+        train(count, "--stage=pretrain", f"--store={small_store}", folder, *WHOLE)
+    one, several = metrics(tmp_path / "1"), metrics(tmp_path / f"{workers}")
+    assert list(one) == list(several) == list(range(1, 51))
+    np.testing.assert_allclose(list(several.values()), list(one.values()), rtol=1e-5)
+    assert list(one.values())[-1] < 0.8 * list(one.values())[0]
+    (perplexity,) = metrics(tmp_path / "1", "perplexity").values()
+    assert metrics(tmp_path / f"{workers}", "perplexity")[50] == pytest.approx(perplexity, rel=1e-4)
+
+
+def final_state(folder: Path) -> dict[str, np.ndarray]:
+    (newest,) = sorted((folder / "checkpoints").glob("step-*"))[-1:]
+    return safetensors.numpy.load_file(newest / "state.safetensors")
+
+
+def assert_same_bits(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
+    assert first.keys() == second.keys() and len(first) > 10
+    for name in first:
+        assert first[name].tobytes() == second[name].tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("how", "workers", "exit_code"),
+    [(signal.SIGKILL, 1, -9), (signal.SIGTERM, 1, 143), (signal.SIGTERM, 2, 143)],
+)
+def test_a_resumed_pretraining_ends_with_the_same_bits(
+    small_store: Path, tmp_path: Path, how: signal.Signals, workers: int, exit_code: int
+) -> None:
+    flags = ("--stage=pretrain", f"--store={small_store}", *STEPS)
+    train(workers, *flags, f"--run_dir={tmp_path}/whole")
+    cut = (*flags, f"--run_dir={tmp_path}/cut")
+    assert train_until("step 25/40", how, workers, *cut) == exit_code
+    assert "resumed after step" in train(workers, *cut)
+    assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    encoders = [(tmp_path / name / "encoder" / "encoder.safetensors") for name in ("whole", "cut")]
+    assert encoders[0].read_bytes() == encoders[1].read_bytes()
+
+
+def test_a_resumed_fine_tuning_ends_with_the_same_bits(
+    small_store: Path, tmp_path: Path, encoder: Path
+) -> None:
+    flags = ("--stage=finetune", f"--store={small_store}", f"--encoder={encoder}", *STEPS)
+    train(1, *flags, f"--run_dir={tmp_path}/whole")
+    cut = (*flags, f"--run_dir={tmp_path}/cut")
+    assert train_until("step 33/40", signal.SIGKILL, 1, *cut) == -signal.SIGKILL
+    assert "resumed after step 30" in train(1, *cut)
+    # The best weights so far and their step are state too.
+    assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
+    assert any(name.startswith("+") for name in final_state(tmp_path / "cut"))
+    assert metrics(tmp_path / "whole", "loss") == metrics(tmp_path / "cut", "loss")
+
+
+def test_a_run_resumes_on_another_number_of_workers(small_store: Path, tmp_path: Path) -> None:
+    flags = ("--stage=pretrain", f"--store={small_store}", *STEPS, "--pretrain_dropout=0")
+    train(1, *flags, f"--run_dir={tmp_path}/whole")
+    cut = (*flags, f"--run_dir={tmp_path}/cut")
+    assert train_until("step 25/40", signal.SIGKILL, 1, *cut) == -signal.SIGKILL
+    train(2, *cut)
+    whole, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")
+    assert list(resumed) == list(range(1, 41))
+    np.testing.assert_allclose(list(resumed.values()), list(whole.values()), rtol=1e-5)
+
+
+def test_pretraining_trains_the_learned_state_and_keeps_a_mean_one(encoder: Path) -> None:
+    tensors = safetensors.numpy.load_file(encoder / "encoder.safetensors")
+    for name in ("learned", "mean"):
+        for part in "hc":
+            state = tensors[f"states/{name}/{part}"]
+            assert state.shape == (12,) and np.abs(state).max() > 0.01
+
+
+@pytest.mark.parametrize("state", ["zero", "mean", "learned", "encode"])
+def test_stages_one_by_one_with_every_initial_state(
+    small_store: Path, tmp_path: Path, encoder: Path, state: str
+) -> None:
+    store = f"--store={small_store}"
+    workers = 2 if state in ("learned", "encode") else 1
+    train(
+        workers,
+        "--stage=finetune",
+        store,
+        f"--run_dir={tmp_path}/fine",
+        f"--encoder={encoder}",
+        f"--initial_state={state}",
+        *STEPS,
+    )
+    report = json.loads((tmp_path / "fine" / "report.json").read_text())["finetune"]
+    digests = report["broadcast"]["digests"]
+    assert len(digests) == workers and len(set(digests)) == 1
+    classifier = f"--classifier={tmp_path}/fine/classifier"
+    evaluations = {}
+    for split in ("validation", "test"):
+        folder = tmp_path / f"evaluate-{split}"
+        flags = ("--stage=evaluate", store, f"--run_dir={folder}", f"--evaluate_split={split}")
+        train(workers, *flags, classifier)
+        evaluations[split] = json.loads((folder / "report.json").read_text())[split]
+    # What is evaluated from the bundle is what training saw at its best step.
+    assert evaluations["validation"] == pytest.approx(report["validation"], rel=1e-4)
+    assert evaluations["test"]["documents"] == 60
+
+
+def test_the_whole_job_on_two_workers(small_store: Path, tmp_path: Path) -> None:
+    flags = (f"--store={small_store}", f"--run_dir={tmp_path}", *STEPS)
+    printed = train(2, *flags)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["world_size"] == 2
+    assert len(report["broadcast"]["digests"]) == 2
+    assert len(set(report["broadcast"]["digests"])) == 1
+    assert report["pretrain"]["tokens_per_second"] > 0
+    assert report["wall_seconds"] > 0
+    for name in ("scratch", "warm"):
+        error = report["test_error_percent"][name]
+        assert 0 < error < 100
+        assert f"{error:.2f} %" in printed
+    for digest in report["broadcast"]["digests"]:
+        assert digest in printed
+    assert "[worker 0] pretrain step 40/40 · epoch" in printed and "tokens/s · ETA" in printed
+    assert "Traceback" not in printed and "WARNING" not in printed
+    # Run again, it finds all done and says the same.
+    train(2, *flags)
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["test_error_percent"] == report["test_error_percent"]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    small_store: Path, tmp_path: Path, encoder: Path
+) -> None:
+    store, folder = f"--store={small_store}", f"--run_dir={tmp_path}/run"
+    other = tmp_path / "other"
+    fine = ("--stage=finetune", folder)
+    cases = {
+        "movie_revews": (folder, "--source=movie_revews"),
+        "--data_dir": (folder, "--source=tfds:imdb_reviews", f"--data_dir={tmp_path}/no"),
+        "is larger than the data": (folder, "--vocab_size=60000", f"--store={other}"),
+        "smaller than the number of workers": (folder, store, "--finetune_batch_size=1"),
+        "cannot be written": ("--run_dir=/proc/run", store),
+        "--initial_state=encode needs an encoder": (
+            *fine,
+            store,
+            "--init_weights=random",
+            "--initial_state=encode",
+        ),
+        "is no encoder bundle": (*fine, store, f"--encoder={tmp_path}"),
+        "has 12; set --units=12": (*fine, store, f"--encoder={encoder}", "--units=13"),
+    }
+    for says, flags in cases.items():
+        done = run(2 if "workers" in says else 1, *flags)
+        output = done.stdout + done.stderr
+        faults = [line for line in output.splitlines() if says in line]
+        assert done.returncode == 2, (says, output)
+        assert faults and "Traceback" not in output, (says, output)
+        assert not (tmp_path / "run" / "pretrain").exists()
+
+
+def test_an_encoder_of_another_vocabulary_is_refused(
+    tmp_path: Path, encoder: Path, small_store: Path
+) -> None:
+    done = run(
+        1,
+        "--stage=finetune",
+        f"--run_dir={tmp_path}/run",
+        f"--store={tmp_path}/store",
+        "--vocab_size=900",
+        f"--encoder={encoder}",
+        "--sampled_softmax=64",
+    )
+    assert done.returncode == 2
+    assert "was made with another vocabulary" in done.stderr
+
+
+def test_a_run_folder_of_other_settings_is_not_resumed(small_store: Path, tmp_path: Path) -> None:
+    flags = ("--stage=pretrain", f"--store={small_store}", f"--run_dir={tmp_path}")
+    train(1, *flags, "--pretrain_steps=3")
+    done = run(1, *flags, "--pretrain_steps=3", "--seed=5")
+    assert done.returncode == 2 and "--seed was 0 and is now 5" in done.stderr
+    train(1, *flags, "--pretrain_steps=3", "--seed=5", "--resume=never")

@@ -1,0 +1,99 @@
+"""The launcher's command line, run as a user runs it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+TRAINER = """
+import sys
+print(sys.argv[1:])
+if "--bad" in sys.argv:
+    print("--bad: no such flag", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def launch(*arguments: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.main", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.fixture
+def trainer_folder(tmp_path):
+    """A working folder with a small `trainer.main` of its own."""
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").touch()
+    (tmp_path / "trainer" / "main.py").write_text(TRAINER)
+    return tmp_path
+
+
+def test_all_faults_at_once():
+    launcher_flags = ["--platform=mars", "--workers=0", "--grace_seconds=nan", "--stage=all", "x"]
+    result = launch(*launcher_flags, "--", "--learning_rate=1")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "launch: --stage=all: not a launcher flag; trainer flags come after --",
+        "launch: x: not a launcher flag; trainer flags come after --",
+        "launch: --platform=mars: must be one of local",
+        "launch: --workers=0: must be a whole number, 1 or more",
+        "launch: --grace_seconds=nan: must be seconds, 0 or more",
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--dry_run=maybe", "--workers=two", "--grace_seconds=-1"])
+def test_one_fault_is_one_line(flag):
+    result = launch(flag)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert flag in line
+
+
+def test_a_flag_without_its_value():
+    result = launch("--workers")
+    assert result.returncode == 2
+    assert result.stderr == "launch: Missing value for flag --workers\n"
+
+
+def test_dry_run_prints_commands_that_a_shell_can_run(trainer_folder):
+    start = time.monotonic()
+    result = launch("--workers=2", "--dry_run", "--", "--name=a b", "--dry_run", "--workers=9")
+    assert time.monotonic() - start < 2
+    assert result.returncode == 0
+    titles, commands = result.stdout.splitlines()[::2], result.stdout.splitlines()[1::2]
+    assert titles == ["# worker 0", "# worker 1"]
+    for index, command in enumerate(commands):
+        assert f'"index": {index}' in command
+        printed = subprocess.check_output(command, shell=True, cwd=trainer_folder, text=True)
+        assert printed == "['--name=a b', '--dry_run', '--workers=9']\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--"]])
+def test_without_trainer_flags_the_trainer_has_its_defaults(trainer_folder, flags):
+    result = launch(*flags, folder=trainer_folder)
+    assert (result.returncode, result.stdout) == (0, "[]\n")
+
+
+def test_a_configuration_error_of_the_trainer_stays_2(trainer_folder):
+    result = launch("--workers=2", "--platform", "local", "--", "--bad", folder=trainer_folder)
+    assert result.returncode == 2
+    assert "--bad: no such flag" in result.stdout
+    assert result.stdout.splitlines()[-1].endswith("exited with code 2")
+
+
+def test_the_launcher_imports_no_tensors():
+    imports = "import sys, launch.main; print(*sys.modules)"
+    printed = subprocess.check_output([sys.executable, "-c", imports], cwd=REPOSITORY, text=True)
+    assert "launch.local" in printed.split()
+    assert {"tensorflow", "trainer", "data_pipelines"}.isdisjoint(printed.split())

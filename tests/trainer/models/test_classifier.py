@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.encoder import Encoder
+
+VOCAB_SIZE, DIM, UNITS = 30, 4, 6
+TOKENS = np.array([[5, 9, 2, 0], [7, 7, 8, 2]], np.int32)
+LENGTHS = np.array([3, 4], np.int32)
+
+
+def make(num_classes: int = 2, with_reader: bool = False) -> Classifier:
+    reader = Encoder(VOCAB_SIZE, DIM, UNITS, seed=9) if with_reader else None
+    classifier = Classifier(Encoder(VOCAB_SIZE, DIM, UNITS, seed=1), num_classes, reader=reader)
+    classifier.build()
+    return classifier
+
+
+def test_padding_changes_nothing() -> None:
+    classifier = make()
+    expected = classifier.logits(TOKENS, LENGTHS, training=False)
+    assert expected.shape == (2, 1)
+    wider = np.pad(TOKENS, [(0, 0), (0, 5)])
+    np.testing.assert_allclose(
+        classifier.logits(wider, LENGTHS, training=False), expected, rtol=1e-6
+    )
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    classifier = make()
+    both = classifier.logits(TOKENS, LENGTHS, training=False)
+    alone = classifier.logits(TOKENS[:1], LENGTHS[:1], training=False)
+    np.testing.assert_allclose(both[:1], alone, rtol=1e-6)
+
+
+def test_the_initial_state_matters_and_is_trained() -> None:
+    classifier = make()
+    before = classifier.logits(TOKENS, LENGTHS, training=False)
+    classifier.encoder.initial_c.assign(np.ones(UNITS))
+    with tf.GradientTape() as tape:
+        after = classifier.logits(TOKENS, LENGTHS, training=True)
+    assert np.abs(after - before).max() > 1e-4
+    gradient = tape.gradient(after, classifier.encoder.initial_h.value)
+    assert np.abs(gradient).max() > 0
+
+
+def test_a_reader_sets_the_state_and_is_not_trained() -> None:
+    classifier = make(with_reader=True)
+    _, h, c = classifier.reader(TOKENS, LENGTHS)
+    mask = tf.sequence_mask(LENGTHS, 4)
+    embedded = classifier.encoder.embed(TOKENS)
+    _, last, _ = classifier.encoder.read(embedded, mask, [h, c], training=False)
+    expected = classifier.output_layer(classifier.hidden(last))
+    with tf.GradientTape() as tape:
+        logits = classifier.logits(TOKENS, LENGTHS, training=True)
+    np.testing.assert_allclose(logits, expected, rtol=1e-6)
+    reader = [v.value for v in classifier.reader.variables]
+    assert classifier.reader.trainable_variables == []
+    assert all(gradient is None for gradient in tape.gradient(logits, reader))
+
+
+def test_losses_and_errors_of_two_classes() -> None:
+    logits = tf.constant([[2.0], [-1.0], [0.5]])
+    losses, errors = losses_and_errors(logits, tf.constant([1, 1, 0]))
+    expected = np.log1p(np.exp([-2.0, 1.0, 0.5]))
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    assert errors.numpy().tolist() == [0, 1, 1]
+
+
+def test_losses_and_errors_of_more_classes() -> None:
+    classifier = make(num_classes=3)
+    logits = classifier.logits(TOKENS, LENGTHS, training=False)
+    assert logits.shape == (2, 3)
+    predicted = np.argmax(logits, 1)
+    losses, errors = losses_and_errors(logits, tf.constant(predicted, tf.int32))
+    assert errors.numpy().tolist() == [0, 0]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(losses, -np.log(probabilities.max(1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_reader", [False, True])
+def test_weights_are_a_function_of_the_seed(with_reader: bool) -> None:
+    first, second = make(with_reader=with_reader), make(with_reader=with_reader)
+    for a, b in zip(first.weights, second.weights, strict=True):
+        assert (a.numpy() == b.numpy()).all()

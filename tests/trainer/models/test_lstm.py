@@ -1,0 +1,382 @@
+"""`WarmLSTM` against `keras.layers.LSTM`, NumPy and finite differences."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.models.lstm import WarmLSTM, lstm
+
+WIDTH, UNITS = 4, 5
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+
+
+def layers(shape: tuple[int, int, int], **options: Any) -> tuple[keras.layers.LSTM, WarmLSTM]:
+    """Returns Keras's layer and ours with the same weights; the bias is not left at its zeros."""
+    rng = np.random.default_rng(1)
+    made = keras.layers.LSTM(UNITS, **options), WarmLSTM(UNITS, **options)
+    for layer in made:
+        layer.build(shape)
+    weights = [
+        rng.normal(size=w.shape) * 0.5 for w in made[0].weights[: 3 if made[0].use_bias else 2]
+    ]
+    for layer in made:
+        for variable, value in zip(layer.trainable_variables, weights, strict=True):
+            variable.assign(value)
+    return made
+
+
+def example(batch: int, steps: int, dtype: str = "float32") -> tuple[tf.Tensor, list[tf.Tensor]]:
+    rng = np.random.default_rng(2)
+    shapes = [(batch, steps, WIDTH), (batch, UNITS), (batch, UNITS)]
+    inputs, h, c = (tf.constant(rng.normal(size=shape), dtype) for shape in shapes)
+    return inputs, [h, c]
+
+
+def masks(batch: int, steps: int) -> dict[str, tf.Tensor | None]:
+    rng = np.random.default_rng(3)
+    arbitrary = rng.random((batch, steps)) > 0.5
+    with_empty_row = arbitrary.copy()
+    with_empty_row[0] = False
+    return {
+        "none": None,
+        "right_padded": tf.sequence_mask(rng.integers(1, steps + 1, size=batch), steps),
+        "arbitrary": tf.constant(arbitrary),
+        "empty_row": tf.constant(with_empty_row),
+    }
+
+
+def results_and_gradients(
+    layer: keras.layers.LSTM,
+    inputs: tf.Tensor,
+    mask: tf.Tensor | None,
+    state: list[tf.Tensor] | None,
+    training: bool = True,
+) -> list[tf.Tensor]:
+    """Returns what the layer returns, then the gradients of inputs, state if given, and weights."""
+    sources = [inputs, *(state or [])]
+    with tf.GradientTape() as tape:
+        tape.watch(sources)
+        results = tf.nest.flatten(layer(inputs, mask=mask, initial_state=state, training=training))
+        # Each element of each result gets another upstream gradient.
+        loss = sum(tf.reduce_sum(tf.sin(3.0 * r) * k) for k, r in enumerate(results, start=1))
+    sources += [variable.value for variable in layer.trainable_variables]
+    return [*results, *tape.gradient(loss, sources)]
+
+
+def assert_close(ours: list[tf.Tensor], theirs: list[tf.Tensor], tolerance: float) -> None:
+    assert len(ours) == len(theirs)
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        a, b = a.numpy(), b.numpy()
+        assert a.shape == b.shape and a.dtype == b.dtype
+        error = np.max(np.abs(a - b))
+        assert error <= tolerance * max(np.max(np.abs(b)), 1e-3), f"result {index}: {error}"
+
+
+@pytest.mark.parametrize("given_state", [True, False], ids=["state", "zero_state"])
+@pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("sequences", [True, False], ids=["sequences", "last"])
+@pytest.mark.parametrize("mask_name", ["none", "right_padded", "arbitrary", "empty_row"])
+def test_equals_keras(mask_name: str, sequences: bool, backwards: bool, given_state: bool) -> None:
+    options = {"return_sequences": sequences, "go_backwards": backwards, "return_state": True}
+    theirs, ours = layers((3, 6, WIDTH), **options)
+    inputs, state = example(3, 6)
+    mask = masks(3, 6)[mask_name]
+    state = state if given_state else None
+    expected = results_and_gradients(theirs, inputs, mask, state)
+    assert_close(results_and_gradients(ours, inputs, mask, state), expected, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("batch, steps", [(3, 6), (1, 1), (1, 6), (3, 1)])
+@pytest.mark.parametrize("mask_name", ["none", "empty_row"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_equals_keras_in_sizes_and_types(
+    batch: int, steps: int, mask_name: str, dtype: str
+) -> None:
+    options = {"return_sequences": True, "return_state": True, "dtype": dtype}
+    theirs, ours = layers((batch, steps, WIDTH), **options)
+    inputs, state = example(batch, steps, dtype)
+    mask = masks(batch, steps)[mask_name]
+    expected = results_and_gradients(theirs, inputs, mask, state)
+    assert_close(results_and_gradients(ours, inputs, mask, state), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_keras_in_a_graph_of_unknown_sizes(jit_compile: bool, masked: bool) -> None:
+    theirs, ours = layers((3, 6, WIDTH), return_sequences=True, return_state=True)
+    inputs, state = example(3, 6)
+    mask = masks(3, 6)["arbitrary"]
+    signature = [tf.TensorSpec((None, None, WIDTH)), tf.TensorSpec((None, None), tf.bool)]
+    signature += [tf.TensorSpec((None, UNITS))] * 2
+
+    @tf.function(input_signature=signature, jit_compile=jit_compile)
+    def compiled(inputs: tf.Tensor, mask: tf.Tensor, h: tf.Tensor, c: tf.Tensor) -> list[tf.Tensor]:
+        return results_and_gradients(ours, inputs, mask if masked else None, [h, c])
+
+    expected = results_and_gradients(theirs, inputs, mask if masked else None, state)
+    assert_close(compiled(inputs, mask, *state), expected, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_bias": False},
+        {"zero_output_for_mask": True},
+        {"activation": "relu"},
+        {"unroll": True},
+        {"implementation": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_equals_keras_with_options(options: dict[str, Any]) -> None:
+    theirs, ours = layers((3, 6, WIDTH), return_sequences=True, return_state=True, **options)
+    inputs, state = example(3, 6)
+    mask = masks(3, 6)["arbitrary"]
+    expected = results_and_gradients(theirs, inputs, mask, state)
+    assert_close(results_and_gradients(ours, inputs, mask, state), expected, TOLERANCE["float32"])
+
+
+@pytest.mark.skipif(bool(tf.config.list_logical_devices("GPU")), reason="a GPU runs Keras's path")
+@pytest.mark.parametrize(
+    "options, own",
+    [
+        ({"dropout": 0.5, "use_bias": False, "stateful": True}, True),
+        ({"recurrent_activation": "hard_sigmoid"}, False),
+        ({"activation": None}, False),
+        ({"recurrent_dropout": 0.5}, False),
+        ({"dropout": 0.5, "implementation": 1}, False),
+        ({"unroll": True}, False),
+        ({"use_cudnn": True}, False),
+    ],
+    ids=str,
+)
+def test_which_layers_run_our_loop(options: dict[str, Any], own: bool) -> None:
+    assert WarmLSTM(UNITS, **options)._runs_own_loop() is own
+
+
+@pytest.mark.parametrize("dropout", [{"dropout": 0.5}, {"recurrent_dropout": 0.5}])
+def test_dropout_draws_what_keras_draws(dropout: dict[str, float]) -> None:
+    theirs, ours = layers((3, 6, WIDTH), return_sequences=True, seed=7, **dropout)
+    inputs, _ = example(3, 6)
+    expected = results_and_gradients(theirs, inputs, None, None)
+    assert_close(results_and_gradients(ours, inputs, None, None), expected, TOLERANCE["float32"])
+    assert np.max(np.abs(ours(inputs, training=True) - ours(inputs, training=False))) > 1e-3
+
+
+@pytest.mark.parametrize("sequences", [True, False])
+def test_gradients_without_training_are_the_same(sequences: bool) -> None:
+    _, ours = layers((3, 6, WIDTH), return_sequences=sequences, return_state=True)
+    inputs, state = example(3, 6)
+    mask = masks(3, 6)["arbitrary"]
+    kept = results_and_gradients(ours, inputs, mask, state, training=True)
+    recomputed = results_and_gradients(ours, inputs, mask, state, training=False)
+    assert_close(recomputed, kept, 0.0)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    rng = np.random.default_rng(4)
+    shapes = [(2, 3, 2), (2, 2), (2, 2), (2, 8), (2, 8), (8,)]
+    values = [rng.normal(size=shape) for shape in shapes]
+    mask = tf.constant([[True, False, True], [False, True, False]])
+
+    def run(*tensors: tf.Tensor) -> tf.Tensor:
+        outputs, h, c = lstm(*tensors, mask=mask, return_sequences=True, keep_activations=True)
+        return tf.reduce_sum(tf.sin(outputs)) + tf.reduce_sum(tf.cos(h)) + tf.reduce_sum(c * c)
+
+    exact, numeric = tf.test.compute_gradient(run, values, delta=1e-5)
+    for a, b in zip(exact, numeric, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-8)
+
+
+def test_only_one_result_used() -> None:
+    """Gradients are right too where the loss reads the final c alone."""
+    found = []
+    for layer in layers((3, 6, WIDTH), return_state=True):
+        inputs, state = example(3, 6)
+        with tf.GradientTape() as tape:
+            tape.watch([inputs, *state])
+            _, _, c = layer(inputs, initial_state=state, training=True)
+        found.append(tape.gradient(c, [inputs, *state]))
+    assert_close(found[1], found[0], TOLERANCE["float32"])
+
+
+def test_empty_batch_has_zero_gradients() -> None:
+    _, ours = layers((3, 6, WIDTH), return_sequences=True)
+    inputs, _ = example(0, 6)
+    outputs, d_inputs, *d_weights = results_and_gradients(ours, inputs, None, None)
+    assert outputs.shape == (0, 6, UNITS) and d_inputs.shape == (0, 6, WIDTH)
+    assert all(np.all(gradient == 0) for gradient in d_weights)
+
+
+def test_mixed_precision_computes_in_bfloat16_and_is_close() -> None:
+    _, exact = layers((3, 6, WIDTH), return_sequences=True, return_state=True)
+    _, mixed = layers(
+        (3, 6, WIDTH), return_sequences=True, return_state=True, dtype="mixed_bfloat16"
+    )
+    inputs, state = example(3, 6)
+    mask = masks(3, 6)["arbitrary"]
+    expected = results_and_gradients(exact, inputs, mask, state)
+    found = results_and_gradients(mixed, inputs, mask, state)
+    assert [t.dtype.name for t in found[:3]] == ["bfloat16"] * 3
+    assert [t.dtype.name for t in found[-3:]] == ["float32"] * 3
+    assert_close([tf.cast(t, tf.float32) for t in found], expected, 0.03)
+
+
+def test_same_bits_every_time() -> None:
+    layer = WarmLSTM(64, return_sequences=True)
+    inputs = tf.random.stateless_normal((16, 20, 32), seed=(1, 2))
+    layer.build(inputs.shape)
+    first, second = (results_and_gradients(layer, inputs, None, None) for _ in range(2))
+    assert_close(first, second, 0.0)
+
+
+def test_same_under_one_device_strategy() -> None:
+    inputs, _ = example(3, 6)
+    mask = masks(3, 6)["arbitrary"]
+    theirs, _ = layers((3, 6, WIDTH), return_sequences=True)
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    with strategy.scope():
+        _, ours = layers((3, 6, WIDTH), return_sequences=True)
+
+    @tf.function
+    def step(inputs: tf.Tensor, mask: tf.Tensor) -> list[tf.Tensor]:
+        return results_and_gradients(ours, inputs, mask, None)
+
+    expected = results_and_gradients(theirs, inputs, mask, None)
+    assert_close(strategy.run(step, (inputs, mask)), expected, TOLERANCE["float32"])
+
+
+# ---- Keras's own contracts: configuration, files, masks, states ----
+
+
+def test_config_round_trip() -> None:
+    layer = WarmLSTM(UNITS, return_sequences=True, go_backwards=True, dropout=0.25, name="encoder")
+    assert WarmLSTM.from_config(layer.get_config()).get_config() == layer.get_config()
+    assert layer.get_config().keys() == keras.layers.LSTM(UNITS).get_config().keys()
+
+
+def test_saved_model_round_trip(tmp_path: Any) -> None:
+    model = keras.Sequential(
+        [
+            keras.Input((None,)),
+            keras.layers.Embedding(11, WIDTH, mask_zero=True),
+            WarmLSTM(UNITS, return_sequences=True),
+            WarmLSTM(UNITS),
+        ]
+    )
+    ids = np.array([[3, 1, 4, 0, 0], [1, 5, 9, 2, 6]])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded.layers[-1], WarmLSTM)
+    assert loaded.output_shape == (None, UNITS)
+    np.testing.assert_array_equal(loaded(ids), model(ids))
+
+
+def test_weights_load_into_keras_and_back() -> None:
+    theirs, ours = layers((3, 6, WIDTH))
+    assert [w.path.split("/", 1)[1] for w in ours.weights] == [
+        w.path.split("/", 1)[1] for w in theirs.weights
+    ]
+
+
+def test_stateful_layer_carries_its_state() -> None:
+    inputs, _ = example(3, 6)
+    options = {"return_sequences": True, "return_state": True}
+    _, whole = layers((3, 6, WIDTH), **options)
+    _, parts = layers((3, 3, WIDTH), stateful=True, **options)
+    expected, *state = whole(inputs)
+    found = [parts(inputs[:, :3])[0], parts(inputs[:, 3:])[0]]
+    np.testing.assert_allclose(tf.concat(found, 1), expected, atol=1e-6)
+    for variable, value in zip(parts.states, state, strict=True):
+        np.testing.assert_allclose(variable, value, atol=1e-6)
+    parts.reset_state()
+    assert all(np.all(variable.numpy() == 0) for variable in parts.states)
+    np.testing.assert_allclose(parts(inputs[:, :3])[0], found[0], atol=1e-6)
+
+
+# ---- The three ways to start an LSTM from a state ----
+
+
+def numpy_lstm(inputs: np.ndarray, h: np.ndarray, c: np.ndarray, weights: list) -> np.ndarray:
+    """Returns the outputs [batch, time, units] of the textbook equations."""
+    kernel, recurrent, bias = weights
+    outputs = []
+    for x in inputs.transpose(1, 0, 2):
+        i, f, g, o = np.split(x @ kernel + h @ recurrent + bias, 4, axis=1)
+        i, f, o = (1 / (1 + np.exp(-gate)) for gate in (i, f, o))
+        c = f * c + i * np.tanh(g)
+        h = o * np.tanh(c)
+        outputs.append(h)
+    return np.stack(outputs, axis=1)
+
+
+def start_by_variables(inputs: tf.Tensor, state: list[tf.Tensor]) -> tf.Tensor:
+    _, layer = layers(inputs.shape, return_sequences=True, stateful=True, dtype="float64")
+    for variable, value in zip(layer.states, state, strict=True):
+        variable.assign(value)
+    return layer(inputs)
+
+
+def start_by_initial_state(inputs: tf.Tensor, state: list[tf.Tensor]) -> tf.Tensor:
+    _, layer = layers(inputs.shape, return_sequences=True, dtype="float64")
+    return layer(inputs, initial_state=state)
+
+
+def start_by_reset_state(inputs: tf.Tensor, state: list[tf.Tensor]) -> tf.Tensor:
+    _, layer = layers(inputs.shape, return_sequences=True, stateful=True, dtype="float64")
+    layer.reset_state(states=[value.numpy() for value in state])
+    return layer(inputs)
+
+
+@pytest.mark.parametrize(
+    "start", [start_by_variables, start_by_initial_state, start_by_reset_state]
+)
+def test_every_way_to_start_from_an_encoders_state(start: Any) -> None:
+    inputs, _ = example(3, 6, "float64")
+    encoder = WarmLSTM(UNITS, return_state=True, dtype="float64")
+    _, *state = encoder(inputs)
+    assert np.max(np.abs(state[0])) > 0.01
+    _, layer = layers(inputs.shape, dtype="float64")
+    weights = [w.numpy() for w in layer.trainable_variables]
+    expected = numpy_lstm(inputs.numpy(), state[0].numpy(), state[1].numpy(), weights)
+    np.testing.assert_allclose(start(inputs, state), expected, rtol=0, atol=1e-13)
+
+
+@pytest.fixture
+def stateful() -> WarmLSTM:
+    layer = WarmLSTM(UNITS, stateful=True, name="decoder")
+    layer.build((3, 6, WIDTH))
+    return layer
+
+
+def test_reset_state_takes_rows_for_the_whole_batch(stateful: WarmLSTM) -> None:
+    stateful.reset_state([tf.range(UNITS), np.ones((3, UNITS))])
+    np.testing.assert_array_equal(stateful.states[0], np.tile(np.arange(UNITS), (3, 1)))
+    np.testing.assert_array_equal(stateful.states[1], np.ones((3, UNITS)))
+    stateful.reset_state()
+    np.testing.assert_array_equal(stateful.states[0], np.zeros((3, UNITS)))
+
+
+@pytest.mark.parametrize(
+    "states, message",
+    [
+        ([np.zeros(UNITS)], r"decoder.* expects 2 states, \[h, c\]; got 1"),
+        ([np.ones(UNITS), np.zeros(7)], r"decoder.* c of shape \(3, 5\) or \(5,\); got \(7,\)"),
+        ([np.ones((2, UNITS)), np.zeros(UNITS)], r"h of shape \(3, 5\) or \(5,\); got \(2, 5\)"),
+    ],
+)
+def test_reset_state_refuses_wrong_states(stateful: WarmLSTM, states: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stateful.reset_state(states)
+    assert np.all(stateful.states[0].numpy() == 0)
+
+
+def test_reset_state_needs_a_built_stateful_layer() -> None:
+    state = [np.zeros((3, UNITS))] * 2
+    with pytest.raises(ValueError, match="plain: .* stateful=True"):
+        WarmLSTM(UNITS, name="plain").reset_state(state)
+    with pytest.raises(ValueError, match="unbuilt: .* before the layer was built"):
+        WarmLSTM(UNITS, stateful=True, name="unbuilt").reset_state(state)

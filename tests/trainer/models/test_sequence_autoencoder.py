@@ -1,0 +1,95 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.models.encoder import Encoder
+from trainer.models.sequence_autoencoder import SequenceAutoencoder
+
+VOCAB_SIZE, DIM, UNITS = 30, 4, 6
+
+
+@pytest.fixture(scope="module")
+def model() -> SequenceAutoencoder:
+    model = SequenceAutoencoder(Encoder(VOCAB_SIZE, DIM, UNITS, seed=1))
+    model.build()
+    random = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(random.normal(size=variable.shape) * 0.5)
+    return model
+
+
+def documents(lengths: list[int], time: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.random.default_rng(2).integers(3, VOCAB_SIZE, (len(lengths), time))
+    tokens[np.arange(time) >= np.array(lengths)[:, None]] = 0
+    return tokens.astype(np.int32), np.array(lengths, np.int32)
+
+
+def loss(model: SequenceAutoencoder, tokens, lengths, weights=None) -> tuple[float, float]:
+    weights = np.ones(len(tokens), np.float32) if weights is None else weights
+    total, count = model.loss_sum(*map(tf.constant, (tokens, lengths, weights)), training=True)
+    return float(total), float(count)
+
+
+def paper_loss(model: SequenceAutoencoder, document: np.ndarray) -> float:
+    """One sequence of 2n - 1 inputs through a stock Keras LSTM, the loss on the last n outputs."""
+    encoder = model.encoder
+    stock = keras.layers.LSTM(UNITS, return_sequences=True)
+    stock.build((None, None, DIM))
+    stock.set_weights(encoder.lstm.get_weights())
+    inputs = np.concatenate([document, document[:-1]])
+    start = [encoder.initial_h.value[None], encoder.initial_c.value[None]]
+    outputs = stock(tf.gather(encoder.embeddings.value, inputs)[None], initial_state=start)
+    written = outputs[0, len(document) - 1 :]
+    logits = written @ tf.transpose(model.softmax_kernel.value) + model.softmax_bias.value
+    return float(tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(document, logits)))
+
+
+def test_two_passes_are_the_papers_one_sequence(model: SequenceAutoencoder) -> None:
+    tokens, lengths = documents([5, 1, 7, 3], time=9)
+    total, count = loss(model, tokens, lengths)
+    expected = sum(paper_loss(model, t[:n]) for t, n in zip(tokens, lengths, strict=True))
+    assert count == 16
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_and_rows_of_no_weight_change_nothing(model: SequenceAutoencoder) -> None:
+    tokens, lengths = documents([5, 2], time=5)
+    expected = loss(model, tokens, lengths)
+    wider = np.pad(tokens, [(0, 0), (0, 6)])
+    assert loss(model, wider, lengths) == pytest.approx(expected, rel=1e-6)
+    more = np.concatenate([wider, np.full_like(wider[:1], 7)])
+    weights = np.array([1, 1, 0], np.float32)
+    assert loss(model, more, np.append(lengths, 9), weights) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_document_is_read_before_it_is_written(model: SequenceAutoencoder) -> None:
+    # The first written token depends on the last read one: the state is handed over.
+    tokens, lengths = documents([4], time=4)
+    mask = tf.ones([1, 4], bool)
+    first = model.predicting_outputs(model.encoder.embed(tokens), mask, training=False)
+    tokens[0, 3] = 3 if tokens[0, 3] != 3 else 4
+    other = model.predicting_outputs(model.encoder.embed(tokens), mask, training=False)
+    assert np.abs(first[0, 0] - other[0, 0]).max() > 1e-3
+
+
+def test_every_weight_and_the_initial_state_get_a_gradient(model: SequenceAutoencoder) -> None:
+    tokens, lengths = documents([5, 3], time=5)
+    with tf.GradientTape() as tape:
+        total, _ = model.loss_sum(tokens, lengths, np.ones(2, np.float32), training=True)
+    gradients = tape.gradient(total, [v.value for v in model.trainable_variables])
+    assert len(gradients) == 8
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+        assert np.abs(tf.convert_to_tensor(gradient)).max() > 0, variable.path
+
+
+def test_dropout_is_a_function_of_its_seed(model: SequenceAutoencoder) -> None:
+    tokens, lengths = documents([5, 3], time=5)
+
+    def with_seed(number: int) -> float:
+        seed = tf.constant([number, 1])
+        weights = np.ones(2, np.float32)
+        arguments = {"dropout_rate": 0.5, "embedding_seed": seed, "output_seed": seed + 7}
+        return float(model.loss_sum(tokens, lengths, weights, training=True, **arguments)[0])
+
+    assert with_seed(1) == with_seed(1) != with_seed(2)

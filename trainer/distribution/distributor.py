@@ -1,0 +1,147 @@
+"""The one seam between the training code and the way in which workers are run.
+
+Two words. A *process* has a rank; a *shard* is one replica of the model: a process drives one
+or more of them (one a GPU), and each takes its slice of every global batch.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from data_pipelines.errors import InputError
+from trainer.distribution.cluster import Cluster
+
+
+class Distributor(Protocol):
+    """What the training code may ask of the workers.
+
+    Attributes:
+      rank: index of this process; 0 is the chief.
+      size: number of processes.
+      num_local_shards: model replicas in this process.
+    """
+
+    rank: int
+    size: int
+    num_local_shards: int
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """Returns the context in which models and optimizers must be made."""
+
+    def run(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Runs `step(*args)` once on each local shard (inside a tf.function); returns the first
+        shard's result."""
+
+    def local_shard(self) -> int | tf.Tensor:
+        """Returns, inside `step`, the index of the shard among this process's shards."""
+
+    def all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns, inside `step`, each tensor summed over all shards of all processes."""
+
+    def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns each float array summed over all processes; outside of `step`."""
+
+
+def is_chief(distributor: Distributor) -> bool:
+    """Returns True in the one process that reads, writes and speaks."""
+    return distributor.rank == 0
+
+
+def num_shards(distributor: Distributor) -> int:
+    """Returns the number of model replicas over all processes."""
+    return distributor.size * distributor.num_local_shards
+
+
+def barrier(distributor: Distributor) -> None:
+    """Returns when every process has come here."""
+    distributor.sum_over_processes([np.zeros(1, np.float32)])
+
+
+def gather_objects(distributor: Distributor, value: Any) -> list[Any]:
+    """Returns every process's `value` (anything that JSON can hold), by rank."""
+    payload = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.zeros(distributor.size, np.float32)
+    lengths[distributor.rank] = len(payload)
+    (lengths,) = distributor.sum_over_processes([lengths])
+    # Bytes travel as float32, which holds them exactly and which every backend can sum.
+    rows = np.zeros((distributor.size, int(lengths.max())), np.float32)
+    rows[distributor.rank, : len(payload)] = payload
+    (rows,) = distributor.sum_over_processes([rows])
+    return [
+        json.loads(row[: int(length)].astype(np.uint8).tobytes())
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+def broadcast_arrays(
+    distributor: Distributor, arrays: dict[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """Returns the chief's arrays, in every process; integers must be within 2**53.
+
+    Args:
+      arrays: the chief's; other processes pass None and need to know nothing of them.
+    """
+    if distributor.size == 1:
+        return dict(arrays)
+    chief = is_chief(distributor)
+    spec = {k: [str(v.dtype), list(v.shape)] for k, v in arrays.items()} if chief else None
+    spec = gather_objects(distributor, spec)[0]
+    # Adding zeros is exact for every value but -0.0, which becomes 0.0 in all processes alike.
+    mine = [
+        (arrays[name] if chief else np.zeros(shape)).astype(_travelling_dtype(dtype))
+        for name, (dtype, shape) in spec.items()
+    ]
+    received = distributor.sum_over_processes(mine)
+    return {
+        name: array.astype(dtype)
+        for (name, (dtype, _)), array in zip(spec.items(), received, strict=True)
+    }
+
+
+def _travelling_dtype(dtype: str) -> np.dtype:
+    """Returns a float type that holds every value of `dtype`: not every backend sums integers."""
+    return np.dtype(dtype) if np.issubdtype(np.dtype(dtype), np.floating) else np.dtype("float64")
+
+
+def reduce_inside_step_only(optimizer: keras.optimizers.Optimizer) -> None:
+    """Stops `optimizer.apply` from summing the gradients over the replicas a second time.
+
+    Under a tf.distribute strategy Keras 3 reduces by itself in `apply`. The training step must
+    reduce before that (the global norm needs the sum), and a second reduction multiplies the
+    gradients by the number of replicas, which Adam hides and SGD does not.
+    """
+    if not hasattr(optimizer, "_all_reduce_sum_gradients"):
+        raise RuntimeError(
+            f"Keras {keras.__version__} reduces gradients in another place than "
+            "_all_reduce_sum_gradients; see trainer/distribution/distributor.py"
+        )
+    optimizer._all_reduce_sum_gradients = list
+
+
+def make_distributor(kind: str, cluster: Cluster, collective_timeout_seconds: float) -> Distributor:
+    """Returns the distributor of `kind`, one of config.DISTRIBUTORS.
+
+    "auto" is multi_worker where the environment names peers, else one_device.
+
+    Raises:
+      InputError: `kind` does not fit the environment.
+    """
+    from trainer.distribution import tf_distribute
+
+    if kind == "auto":
+        kind = "multi_worker" if cluster.size > 1 else "one_device"
+    if kind == "multi_worker":
+        return tf_distribute.multi_worker(cluster, collective_timeout_seconds)
+    if cluster.size > 1:
+        raise InputError(
+            f"--distributor={kind} runs in one process, but TF_CONFIG names {cluster.size} "
+            "workers; use --distributor=multi_worker or unset TF_CONFIG"
+        )
+    if kind == "mirrored":
+        return tf_distribute.mirrored()
+    return tf_distribute.one_device()

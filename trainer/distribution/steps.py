@@ -1,0 +1,49 @@
+"""How a function of a batch runs on every shard."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.distribution.distributor import Distributor
+
+PER_ROW = ("tokens", "lengths", "labels", "weights")
+
+
+def local_rows(distributor: Distributor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Returns, inside a step, this shard's rows of the process's batch."""
+    if distributor.num_local_shards == 1:
+        return {name: batch[name] for name in PER_ROW}
+    shard = distributor.local_shard()
+    start, stop = batch["row_starts"][shard], batch["row_starts"][shard + 1]
+    return {name: batch[name][start:stop] for name in PER_ROW}
+
+
+def sum_over_batches(
+    distributor: Distributor,
+    sums: Callable[[dict[str, tf.Tensor]], Sequence[tf.Tensor]],
+    batches: tf.data.Dataset,
+) -> Callable[[], list[np.ndarray]]:
+    """Returns a function that adds up the tensors of `sums` over all shards and batches.
+
+    Calling it is a collective: every process calls it, with its own slices of the same global
+    batches. It is traced once, however often it is called.
+
+    Args:
+      sums: rows (tokens, lengths, labels, weights) -> tensors to be added up; rows of weight 0
+        must count nothing.
+    """
+
+    def step(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+        return distributor.all_reduce_sum(sums(local_rows(distributor, batch)))
+
+    @tf.function(input_signature=[batches.element_spec])
+    def run(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+        return distributor.run(step, batch)
+
+    def total() -> list[np.ndarray]:
+        # Float64, so that adding up many batches loses nothing.
+        parts = [[tensor.numpy().astype(np.float64) for tensor in run(batch)] for batch in batches]
+        return [np.sum(column, axis=0) for column in zip(*parts, strict=True)]
+
+    return total

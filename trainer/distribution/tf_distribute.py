@@ -1,0 +1,95 @@
+"""The distributors on tf.distribute: one device, mirrored, multi-worker."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.distribution.cluster import Cluster
+
+
+class TfDistributor:
+    """A Distributor (see distributor.py) over any synchronous tf.distribute strategy."""
+
+    def __init__(self, strategy: tf.distribute.Strategy, rank: int, size: int):
+        self.rank = rank
+        self.size = size
+        self.num_local_shards = strategy.num_replicas_in_sync // size
+        self._strategy = strategy
+        self._sum = {
+            dtype: tf.function(self._sum_step, input_signature=[tf.TensorSpec([None], dtype)])
+            for dtype in (np.float32, np.float64)
+        }
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        return self._strategy.scope()
+
+    def run(self, step: Callable[..., Any], *args: Any) -> Any:
+        results = self._strategy.run(step, args=args)
+        first = self._strategy.experimental_local_results
+        return tf.nest.map_structure(lambda result: first(result)[0], results)
+
+    def local_shard(self) -> int | tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        return context.replica_id_in_sync_group - self.rank * self.num_local_shards
+
+    def all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        context = tf.distribute.get_replica_context()
+        # tf.distribute refuses tensors that the step received and did not compute: identity.
+        tensors = [tf.identity(tensor) for tensor in tensors]
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+
+    def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if self.size == 1:
+            return [np.asarray(array) for array in arrays]
+        sums: list[np.ndarray] = [None] * len(arrays)
+        for dtype, sum_flat in self._sum.items():
+            chosen = [i for i, array in enumerate(arrays) if array.dtype == dtype]
+            if not chosen:
+                continue
+            # One flat array, so that arrays of other shapes need no other graph.
+            flat = sum_flat(np.concatenate([arrays[i].ravel() for i in chosen])).numpy()
+            stops = np.cumsum([arrays[i].size for i in chosen])
+            for i, part in zip(chosen, np.split(flat, stops[:-1]), strict=True):
+                sums[i] = part.reshape(arrays[i].shape)
+        return sums
+
+    def _sum_step(self, flat: tf.Tensor) -> tf.Tensor:
+        def step(flat: tf.Tensor) -> tf.Tensor:
+            # Only one shard a process contributes, so that a process counts once.
+            counts = tf.cast(tf.equal(self.local_shard(), 0), flat.dtype)
+            return self.all_reduce_sum([flat * counts])[0]
+
+        return self.run(step, flat)
+
+
+def one_device() -> TfDistributor:
+    """Returns the distributor that uses the first GPU, or the CPU."""
+    device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
+    return TfDistributor(tf.distribute.OneDeviceStrategy(device), rank=0, size=1)
+
+
+def mirrored() -> TfDistributor:
+    """Returns the distributor that uses all GPUs of this process, or all its logical CPUs."""
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
+    return TfDistributor(strategy, rank=0, size=1)
+
+
+def multi_worker(cluster: Cluster, collective_timeout_seconds: float) -> TfDistributor:
+    """Returns the distributor of `cluster.size` processes: NCCL between GPUs, RING between CPUs.
+
+    Args:
+      collective_timeout_seconds: how long a collective waits for a peer that hangs; without a
+        limit it would wait for ever.
+    """
+    communication = tf.distribute.experimental.CommunicationImplementation
+    gpus = tf.config.list_physical_devices("GPU")
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=communication.NCCL if gpus else communication.RING,
+        timeout_seconds=collective_timeout_seconds,
+    )
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    return TfDistributor(strategy, rank=cluster.rank, size=cluster.size)

@@ -1,0 +1,295 @@
+"""The one training loop, of both stages.
+
+N workers compute what one would: the loss and the gradients are sums over all tokens or
+examples of the global batch, divided by their number after the reduction, and clipped by the
+global norm after that.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer import bundle
+from trainer.checkpoint import Checkpointer
+from trainer.distribution.distributor import (
+    Distributor,
+    broadcast_arrays,
+    is_chief,
+    reduce_inside_step_only,
+)
+from trainer.distribution.steps import local_rows
+from trainer.preemption import Preempted, StopRequest
+from trainer.reporting.status import Metrics, describe, format_seconds
+
+# rows (tokens, lengths, labels, weights), step, shard -> the summed loss and its weight
+LossSum = Callable[[dict, tf.Tensor, int | tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage trains.
+
+    Attributes:
+      name: of the stage, for the status line.
+      variables: those that are trained, by name.
+      loss_sum: see LossSum; the weight is a number of tokens or of examples.
+      evaluate: returns metrics by name; a collective.
+      select_by: the metric, lower is better, whose best weights the stage ends with; "" keeps
+        the last ones.
+    """
+
+    name: str
+    variables: Mapping[str, keras.Variable]
+    loss_sum: LossSum
+    evaluate: Callable[[], dict[str, float]]
+    select_by: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a stage trains; the flags of the same names describe the fields."""
+
+    folder: Path
+    steps: int
+    steps_per_epoch: int
+    learning_rate: float
+    learning_rate_decay: float
+    clip_norm: float
+    log_every_steps: int
+    checkpoint_every_steps: int
+    evaluate_every_steps: int
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage ended with.
+
+    Attributes:
+      metrics: of the last evaluation, or of the best one where the task selects by one.
+      step: the step that they are of.
+      seconds: spent, over all sittings of the run, evaluation and checkpoints included.
+      tokens_per_second: of all workers together, in training steps only.
+    """
+
+    metrics: dict[str, float]
+    step: int
+    seconds: float
+    tokens_per_second: float
+
+
+def train(
+    task: Task,
+    settings: Settings,
+    distributor: Distributor,
+    batches: Callable[[int, int], tf.data.Dataset],
+    stop_request: StopRequest,
+    log: Callable[[str], None],
+) -> Result:
+    """Trains until `settings.steps`, from the newest checkpoint where there is one.
+
+    Args:
+      batches: (start_step, stop_step) -> this process's slices of those global batches.
+
+    Raises:
+      Preempted: TERM came to any worker; the state is saved.
+      FloatingPointError: the loss is not finite.
+    """
+    with distributor.scope():
+        optimizer = make_optimizer(settings)
+        optimizer.build(list(task.variables.values()))
+    reduce_inside_step_only(optimizer)
+    checkpoints = Checkpointer(
+        settings.folder / "checkpoints",
+        distributor,
+        {**task.variables, **optimizer_variables(optimizer)},
+        log,
+    )
+    metrics = Metrics(settings.folder / "metrics.jsonl", task.name)
+    progress = Progress(task, settings, distributor, checkpoints, metrics, log)
+    start = progress.resume() if settings.resume else 0
+    if is_chief(distributor):
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        metrics.forget_after(start)
+    dataset = batches(start, settings.steps)
+    train_step = make_train_step(task, optimizer, distributor, settings, dataset.element_spec)
+
+    for step, batch in enumerate(dataset, start + 1):
+        began = time.perf_counter()
+        loss, tokens, stops = train_step(batch, tf.constant(float(stop_request.received)))
+        progress.count(step, float(loss), float(tokens), time.perf_counter() - began)
+        if step % settings.log_every_steps == 0 or step == settings.steps:
+            progress.report(step)
+        if step % settings.evaluate_every_steps == 0 or step == settings.steps:
+            progress.evaluate(step)
+        preempted = float(stops) > 0
+        if step % settings.checkpoint_every_steps == 0 or step == settings.steps or preempted:
+            progress.save(step)
+        if preempted:
+            raise Preempted(f"{task.name}: stopped by TERM after step {step}; state saved")
+    return progress.finish()
+
+
+def make_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
+    """Returns Adam, its rate multiplied by `learning_rate_decay` after each step."""
+    schedule = keras.optimizers.schedules.ExponentialDecay(
+        settings.learning_rate, decay_steps=1, decay_rate=settings.learning_rate_decay
+    )
+    return keras.optimizers.Adam(schedule)
+
+
+def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
+    """Returns the optimizer's variables by name, its count of steps included."""
+    return {f"optimizer/{i:03d} {v.path}": v for i, v in enumerate(optimizer.variables)}
+
+
+def make_train_step(
+    task: Task,
+    optimizer: keras.optimizers.Optimizer,
+    distributor: Distributor,
+    settings: Settings,
+    batch_spec: dict[str, tf.TensorSpec],
+) -> Callable[[dict, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
+    """Returns (batch, stop requested here) -> (mean loss, tokens read, stops requested anywhere)."""
+
+    variables = list(task.variables.values())
+
+    def shard_step(batch: dict, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        rows = local_rows(distributor, batch)
+        shard = distributor.local_shard() + distributor.rank * distributor.num_local_shards
+        with tf.GradientTape() as tape:
+            loss_sum, weight = task.loss_sum(rows, batch["step"], shard)
+        gradients = tape.gradient(loss_sum, [variable.value for variable in variables])
+        tokens = tf.reduce_sum(tf.cast(rows["lengths"], tf.float32) * rows["weights"])
+        loss_sum, weight, tokens, stop, *gradients = distributor.all_reduce_sum(
+            [loss_sum, weight, tokens, stop, *map(dense, gradients)]
+        )
+        gradients, _ = tf.clip_by_global_norm([g / weight for g in gradients], settings.clip_norm)
+        optimizer.apply(gradients, variables)
+        return loss_sum / weight, tokens, stop
+
+    @tf.function(input_signature=[batch_spec, tf.TensorSpec([], tf.float32)])
+    def train_step(batch: dict, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return distributor.run(shard_step, batch, stop)
+
+    return train_step
+
+
+def dense(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
+    """Returns the gradient as one tensor; rows of the same index are added up."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    rows = int(tf.get_static_value(gradient.dense_shape)[0])
+    return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
+
+
+class Progress:
+    """The loop's bookkeeping: what it says, writes, saves and remembers."""
+
+    def __init__(
+        self,
+        task: Task,
+        settings: Settings,
+        distributor: Distributor,
+        checkpoints: Checkpointer,
+        metrics: Metrics,
+        log: Callable[[str], None],
+    ):
+        self._task = task
+        self._settings = settings
+        self._distributor = distributor
+        self._checkpoints = checkpoints
+        self._metrics = metrics
+        self._log = log
+        self._notes = {"seconds": 0.0, "tokens": 0.0, "step_seconds": 0.0, "metrics": {}, "step": 0}
+        self._best: dict[str, np.ndarray] = {}
+        self._since_report = {"loss": [], "tokens": 0.0, "seconds": 0.0}
+        self._began = time.perf_counter()
+        self._steps_here = 0
+
+    def resume(self) -> int:
+        """Restores the newest checkpoint; returns the step that it was taken after, or 0."""
+        restored = self._checkpoints.restore()
+        if restored is None:
+            return 0
+        step, self._notes, self._best = restored
+        if is_chief(self._distributor):
+            self._log(f"{self._task.name}: resumed after step {step}")
+        return step
+
+    def count(self, step: int, loss: float, tokens: float, seconds: float) -> None:
+        """Takes in one step."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{self._task.name}: the loss of step {step} is {loss}; "
+                f"try a lower --{self._task.name}_learning_rate or --clip_norm"
+            )
+        recent = self._since_report
+        recent["loss"].append(loss)
+        self._steps_here += 1
+        if self._steps_here == 1:
+            return  # the first step traces the graph: its time says nothing of the others
+        for totals, key in ((recent, "seconds"), (self._notes, "step_seconds")):
+            totals[key] += seconds
+        for totals in (recent, self._notes):
+            totals["tokens"] += tokens
+
+    def report(self, step: int) -> None:
+        """Says how far the run is."""
+        recent, settings = self._since_report, self._settings
+        self._since_report = {"loss": [], "tokens": 0.0, "seconds": 0.0}
+        if not is_chief(self._distributor):
+            return
+        loss = float(np.mean(recent["loss"]))
+        rate = recent["tokens"] / recent["seconds"] if recent["seconds"] else 0.0
+        remaining = self._elapsed_here() / self._steps_here * (settings.steps - step)
+        self._metrics.write(step, loss=loss, tokens_per_second=round(rate, 1))
+        self._log(
+            f"{self._task.name} step {step}/{settings.steps}"
+            f" · epoch {step / settings.steps_per_epoch:.2f} · loss {loss:.4f}"
+            f" · {rate:,.0f} tokens/s · ETA {format_seconds(remaining)}"
+        )
+
+    def evaluate(self, step: int) -> None:
+        """Evaluates, and remembers the weights if they are the best so far."""
+        values = self._task.evaluate()
+        select_by = self._task.select_by
+        best = self._notes["metrics"].get(select_by, math.inf)
+        better = not select_by or values[select_by] < best
+        if better:
+            self._notes.update(metrics=values, step=step)
+        if not is_chief(self._distributor):
+            return
+        if better and select_by:
+            self._best = bundle.values(self._task.variables)
+        self._metrics.write(step, **values)
+        marker = " · best so far" if better and select_by else ""
+        self._log(f"{self._task.name} step {step} · validation: {describe(values)}{marker}")
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint."""
+        notes = {**self._notes, "seconds": self._notes["seconds"] + self._elapsed_here()}
+        self._checkpoints.save(step, notes, self._best)
+
+    def finish(self) -> Result:
+        """Sets the variables to the best ones, if the task selects; returns the result."""
+        if self._task.select_by:
+            chief = is_chief(self._distributor)
+            best = broadcast_arrays(self._distributor, self._best if chief else None)
+            bundle.assign(self._task.variables, best)
+        notes = self._notes
+        return Result(
+            metrics=notes["metrics"],
+            step=notes["step"],
+            seconds=notes["seconds"] + self._elapsed_here(),
+            tokens_per_second=notes["tokens"] / max(notes["step_seconds"], 1e-9),
+        )
+
+    def _elapsed_here(self) -> float:
+        return time.perf_counter() - self._began

@@ -1,0 +1,245 @@
+"""warmstate: pretrain a recurrent encoder, hand over its weights and states, fine-tune an LSTM.
+
+  python -m trainer.main --stage=pretrain --run_dir=runs/a --store=runs/store
+  python -m trainer.main --stage=finetune --run_dir=runs/b --store=runs/store \\
+      --encoder=runs/a/encoder --initial_state=learned
+  python -m trainer.main --stage=evaluate --run_dir=runs/c --store=runs/store \\
+      --classifier=runs/b/classifier
+
+On several workers: python -m launch.main --platform=local --workers=2 -- FLAGS
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+from absl import app, flags
+
+from data_pipelines.errors import InputError
+from data_pipelines.quiet_tensorflow import import_quietly
+from data_pipelines.token_store import TokenStore
+from trainer import config as configuration
+from trainer.config import Config
+from trainer.distribution import cluster as clusters
+from trainer.distribution.cluster import Cluster
+from trainer.preemption import EXIT_CODE as PREEMPTED_EXIT_CODE
+from trainer.preemption import Preempted
+
+CONFIGURATION_EXIT_CODE = 2
+LOST_WORKER_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed later
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses `argv`; prints the grouped help, or all faults, and exits, if there is cause to."""
+    if {"--help", "--helpshort", "-help", "-h"} & set(argv[1:]):
+        print(f"{__doc__}\n{configuration.help_text()}")
+        print("\n--flagfile=FILE reads flags from FILE; flags after it override it.")
+        sys.exit(0)
+    faults = configuration.parse(argv)
+    try:
+        cluster = clusters.resolve(os.environ)
+        faults += configuration.faults_of(configuration.from_flags(), cluster)
+    except InputError as error:
+        faults.append(str(error))
+    if faults:
+        _exit_for("\n".join(faults))
+    return [argv[0]]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the stage that the flags name; exits 2 for bad input, 143 after TERM."""
+    config = configuration.from_flags()
+    cluster = clusters.resolve(os.environ)
+    try:
+        run_stage(config, cluster)
+    except InputError as error:
+        _exit_for(str(error))
+    except Preempted as stop:
+        print(stop, flush=True)
+        sys.exit(PREEMPTED_EXIT_CODE)
+
+
+def run_stage(config: Config, cluster: Cluster) -> None:
+    """Prepares the data, makes the distributor, runs the stage, writes the report."""
+    began = time.perf_counter()
+    chief = cluster.rank == 0
+    folder = Path(config.run_dir)
+
+    def log(line: str) -> None:
+        if chief:
+            print(line, flush=True)
+
+    # Imported here: flags are checked, and the help is printed, without TensorFlow.
+    import_quietly()
+    import tensorflow as tf
+
+    from trainer.distribution import distributor as distributors
+    from trainer.preemption import StopRequest
+    from trainer.stages.run import Run
+
+    if chief:
+        check_bundles(config)
+        check_resumable(config, folder)
+    store = open_store(config, cluster)
+    if chief:
+        check_vocabulary(config, store.vocab_sha256)
+        remember_config(config, folder)
+    if store.note:
+        log(f"data: {store.note}")
+
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    tf.config.experimental.enable_op_determinism()
+    distributor = distributors.make_distributor(
+        config.distributor, cluster, config.collective_timeout_seconds
+    )
+    run = Run(config, distributor, store, StopRequest(), log)
+    try:
+        report = {
+            "stage": config.stage,
+            "world_size": distributors.num_shards(distributor),
+            "data_note": store.note,
+            **stage_report(run),
+            "wall_seconds": 0.0,
+            "config": dataclasses.asdict(config),
+        }
+    except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
+        print(f"worker {cluster.rank} lost a peer: {what_failed(error.message)}")
+        sys.stdout.flush()
+        os._exit(LOST_WORKER_EXIT_CODE)  # a peer is gone: an orderly end would wait for it
+    report["wall_seconds"] = round(time.perf_counter() - began, 1)
+    if chief:
+        finish(folder, report, log)
+
+
+def what_failed(message: str) -> str:
+    """Returns the telling line of a TensorFlow error's message."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    telling = [line for line in lines if "Collective" in line or "peer" in line or "ime" in line]
+    return (telling or lines)[-1]
+
+
+def stage_report(run: Any) -> dict[str, Any]:
+    """Runs the stage; returns its part of the report."""
+    from trainer.stages import compare, evaluate, finetune, pretrain
+
+    config, folder = run.config, run.folder
+    if config.stage == "pretrain":
+        return {"pretrain": pretrain.pretrain(run, folder)}
+    if config.stage == "finetune":
+        encoder = Path(config.encoder) if config.needs_encoder else None
+        return {
+            "finetune": finetune.finetune(
+                run, folder, encoder, config.init_weights, config.initial_state
+            )
+        }
+    if config.stage == "evaluate":
+        split = config.evaluate_split
+        return {split: evaluate.evaluate(run, Path(config.classifier), split)}
+    return compare.compare(run)
+
+
+def open_store(config: Config, cluster: Cluster) -> TokenStore:
+    """Returns the token store, made from --source if it is not there yet.
+
+    Every process may come here at once: the `prepare` program locks the folder. It is a program
+    of its own because it runs TensorFlow operations, after which this process could no longer
+    make a multi-worker strategy.
+    """
+    if not config.store or not (Path(config.store) / "manifest.json").exists():
+        folder = config.store or str(Path(config.run_dir) / "store")
+        command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={folder}"]
+        command += [f"--source={config.source}", f"--vocab_size={config.vocab_size}"]
+        command += [f"--data_dir={config.data_dir}"] if config.data_dir else []
+        quiet = None if cluster.rank == 0 else subprocess.DEVNULL
+        environment = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
+        code = subprocess.run(command, stdout=quiet, env=environment).returncode
+        if code:
+            sys.exit(code)
+    return TokenStore(config.store or Path(config.run_dir) / "store")
+
+
+def check_bundles(config: Config) -> None:
+    """Raises InputError if a bundle that a flag names is not usable."""
+    from trainer import bundle
+
+    if config.stage == "finetune" and config.needs_encoder:
+        model = bundle.read_info(Path(config.encoder), "encoder", "--encoder")["model"]
+        configuration.raise_if(
+            [
+                f"--{name}={getattr(config, name)}, but the encoder in --encoder={config.encoder} "
+                f"has {model[name]}; set --{name}={model[name]}"
+                for name in ("embedding_dim", "units")
+                if getattr(config, name) != model[name]
+            ]
+        )
+    if config.stage == "evaluate":
+        bundle.read_info(Path(config.classifier), "classifier", "--classifier")
+
+
+def check_vocabulary(config: Config, vocab_sha256: str) -> None:
+    """Raises InputError if a bundle that a flag names was made with another vocabulary."""
+    from trainer import bundle
+
+    named = []
+    if config.stage == "finetune" and config.needs_encoder:
+        named.append(("encoder", "--encoder", config.encoder))
+    if config.stage == "evaluate":
+        named.append(("classifier", "--classifier", config.classifier))
+    for name, flag, folder in named:
+        theirs = bundle.read_info(Path(folder), name, flag)["vocab_sha256"]
+        if theirs != vocab_sha256:
+            raise InputError(
+                f"{flag}={folder} was made with another vocabulary (SHA-256 {theirs[:12]}) than "
+                f"the store's ({vocab_sha256[:12]}): name the --store that it was trained on"
+            )
+
+
+def check_resumable(config: Config, folder: Path) -> None:
+    """Raises InputError if `folder` holds a run of other settings, and --resume=auto."""
+    path = folder / "config.json"
+    if config.resume == "auto" and path.exists():
+        configuration.raise_if(
+            [
+                f"--run_dir={folder} holds a run of other settings: {line}; name another "
+                "--run_dir, or start again with --resume=never"
+                for line in configuration.differences(config, json.loads(path.read_text()))
+            ]
+        )
+
+
+def remember_config(config: Config, folder: Path) -> None:
+    """Writes the configuration to the run's folder, for `check_resumable`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def finish(folder: Path, report: dict[str, Any], log: Any) -> None:
+    """Writes the report and says what came of the run."""
+    from trainer.reporting import report as reports
+
+    reports.write(folder, report)
+    if report["stage"] == "all":
+        log(f"\n{reports.comparison_table(report)}\n")
+    else:
+        log(json.dumps(report[list(report)[3]], indent=2))
+    log(f"report: {folder / 'report.json'}")
+
+
+def _exit_for(faults: str) -> None:
+    for line in faults.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(CONFIGURATION_EXIT_CODE)
+
+
+configuration.define_flags(flags.FLAGS)
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

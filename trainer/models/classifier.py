@@ -1,0 +1,101 @@
+"""The supervised LSTM: the encoder, a small ReLU layer, one logit a class (one for two classes).
+
+The head is that of Miyato et al. 2017, section 4.1: 30 ReLU units between the LSTM's last output
+and the logit.
+"""
+
+import keras
+import tensorflow as tf
+
+from trainer.models.encoder import Encoder, dropout, token_mask
+
+
+class Classifier(keras.layers.Layer):
+    """A document classifier whose LSTM may start from a learned state.
+
+    Attributes:
+      encoder: the LSTM that is trained.
+      reader: None, or a frozen encoder that reads the document first; the trained LSTM then
+        starts from the state in which it ended (`--initial_state=encode`).
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        hidden_units: int = 30,
+        reader: Encoder | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.encoder = encoder
+        self.reader = reader
+        self.num_classes = num_classes
+        seed = encoder.seed
+        self.hidden = keras.layers.Dense(
+            hidden_units,
+            activation="relu",
+            kernel_initializer=keras.initializers.GlorotUniform(seed=seed + 4),
+            name="hidden",
+        )
+        self.output_layer = keras.layers.Dense(
+            1 if num_classes == 2 else num_classes,
+            kernel_initializer=keras.initializers.GlorotUniform(seed=seed + 5),
+            name="output",
+        )
+
+    def build(self, input_shape: tuple | None = None) -> None:
+        """Makes the weights; the shape of the tokens does not matter."""
+        for encoder in (self.encoder, self.reader):
+            if encoder is not None and not encoder.built:
+                encoder.build()
+        self.hidden.build((None, self.encoder.units))
+        self.output_layer.build((None, self.hidden.units))
+        if self.reader is not None:
+            self.reader.trainable = False
+        self.built = True
+
+    def logits(
+        self,
+        tokens: tf.Tensor,
+        lengths: tf.Tensor,
+        training: bool,
+        dropout_rate: float = 0.0,
+        embedding_seed: tf.Tensor | None = None,
+        output_seed: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Returns float32 [batch, 1] for two classes, else [batch, num_classes].
+
+        Args:
+          tokens: int32 [batch, time], right-padded.
+          lengths: int32 [batch].
+          training: whether a gradient will be taken.
+          dropout_rate: of the embeddings and of the LSTM's last output.
+          embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
+        """
+        mask = token_mask(tokens, lengths)
+        state = self.encoder.start(tf.shape(tokens)[0])
+        if self.reader is not None:
+            _, h, c = self.reader(tokens, lengths)
+            state = [tf.stop_gradient(h), tf.stop_gradient(c)]
+        embedded = dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)
+        _, h, _ = self.encoder.read(embedded, mask, state, training)
+        return self.output_layer(self.hidden(dropout(h, dropout_rate, output_seed)))
+
+
+def losses_and_errors(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the cross-entropy in nats and 1.0 where the label is wrong: float32 [batch] each.
+
+    Args:
+      logits: as `Classifier.logits` returns them.
+      labels: int32 [batch].
+    """
+    if logits.shape[-1] == 1:
+        logit = logits[:, 0]
+        truth = tf.cast(labels, logit.dtype)
+        losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=truth, logits=logit)
+        predicted = tf.cast(logit > 0, tf.int32)
+    else:
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        predicted = tf.argmax(logits, axis=-1, output_type=tf.int32)
+    return losses, tf.cast(predicted != labels, tf.float32)

@@ -1,0 +1,391 @@
+"""The LSTM layer: `keras.layers.LSTM` with states one can set and a faster loop on CPU.
+
+Both loops keep everything feature-major, [features, batch]: the batch is the short side of every
+product, so the long weight matrix is walked row by row, and the gates are contiguous row slices
+that TensorFlow hands out without copying. The forward loop does one product a step on the stacked
+[input; 1; state]; the backward loop only sends dh and dc through the recurrent matrix, and one
+product after it gives all weight gradients.
+
+Equations: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, as in Keras.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# Saturates a sigmoid to exactly 0 or 1 in every float type, float16 included.
+_SATURATING = 1e4
+
+
+class _Saved(NamedTuple):
+    """What the forward loop leaves for the backward loop: lists (variants) of one tensor a step."""
+
+    columns: tf.Tensor  # of [rows + units, batch], what the step's product multiplied
+    input_forget: tf.Tensor  # of [2 * units, batch]
+    candidate: tf.Tensor  # of [units, batch]
+    output: tf.Tensor  # of [units, batch]
+    previous_cell: tf.Tensor  # of [units, batch]
+    squashed_cell: tf.Tensor  # of [units, batch], tanh of the new cell state
+
+
+@keras.saving.register_keras_serializable(package="warmstate")
+class WarmLSTM(keras.layers.LSTM):
+    """`keras.layers.LSTM` whose states can be set, and which is faster on CPU.
+
+    Arguments, weights, masks, outputs and saved files are those of `keras.layers.LSTM`. With a GPU
+    the layer runs Keras's own path (cuDNN). Without one, the standard configuration (tanh, sigmoid,
+    no recurrent dropout, not unrolled) runs this module's loops; any other runs Keras's.
+
+    Activations are kept for the backward pass only if `training=True`. A gradient taken through a
+    call without it is right too, but runs the forward loop a second time.
+    """
+
+    def reset_state(self, states: Any = None) -> None:
+        """Sets the states of a stateful layer; to zeros if none are given.
+
+        Args:
+            states: `[h, c]`, arrays or tensors, each [batch, units], or [units] for the same row
+                throughout the batch. Values are cast to the states' dtype.
+
+        Raises:
+            ValueError: If values are given and the layer is not stateful or not built, there are
+                not two of them, or one has another shape.
+        """
+        if states is None:
+            super().reset_state()
+            return
+        if not self.stateful:
+            raise ValueError(
+                f"{self.name}: reset_state(states=...) needs a layer made with stateful=True; "
+                "pass initial_state=[h, c] to the call of a layer that is not"
+            )
+        if self.states is None:
+            raise ValueError(
+                f"{self.name}: reset_state(states=...) came before the layer was built, so its "
+                "batch size is unknown; call the layer or build((batch, time, inputs)) first"
+            )
+        if len(states) != len(self.states):
+            raise ValueError(
+                f"{self.name}: reset_state(states=...) expects 2 states, [h, c]; got {len(states)}"
+            )
+        # All are checked before any is assigned: an error leaves the layer as it was.
+        rows = [
+            self._state_row(label, variable, value)
+            for label, variable, value in zip("hc", self.states, states, strict=True)
+        ]
+        for variable, row in zip(self.states, rows, strict=True):
+            variable.assign(row)
+
+    def _state_row(self, label: str, variable: keras.Variable, value: Any) -> tf.Tensor:
+        if not tf.is_tensor(value):
+            value = np.asarray(value)
+        batch, units = variable.shape
+        if tuple(value.shape) not in {(batch, units), (units,)}:
+            raise ValueError(
+                f"{self.name}: reset_state(states=...) expects {label} of shape "
+                f"{(batch, units)} or {(units,)}; got {tuple(value.shape)}"
+            )
+        return tf.broadcast_to(tf.cast(value, variable.dtype), (batch, units))
+
+    def inner_loop(
+        self,
+        sequences: tf.Tensor,
+        initial_state: list[tf.Tensor],
+        mask: tf.Tensor | None,
+        training: bool = False,
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """Runs the recurrence; see `keras.layers.RNN.inner_loop`.
+
+        Args:
+            sequences: [batch, time, inputs].
+            initial_state: `[h, c]`, each [batch, units].
+            mask: Boolean [batch, time] or None.
+            training: Whether to apply dropout and keep activations.
+
+        Returns:
+            The last output [batch, units]; the outputs [batch, time, units], or [batch, 1, units]
+            if not `return_sequences`; and `[h, c]`, each [batch, units].
+        """
+        if not self._runs_own_loop():
+            return super().inner_loop(sequences, initial_state, mask, training=training)
+        if isinstance(mask, (list, tuple)):
+            mask = mask[0]
+        if training and self.dropout:
+            # One mask for all steps, as in Keras.
+            sequences *= self.cell.get_dropout_mask(sequences[:, 0, :])[:, tf.newaxis, :]
+        if self.go_backwards:
+            sequences = tf.reverse(sequences, [1])
+            mask = None if mask is None else tf.reverse(mask, [1])
+
+        mask = None if mask is None else tf.cast(mask, tf.bool)
+        cell = self.cell
+        kernel, recurrent = self._tensor(cell.kernel), self._tensor(cell.recurrent_kernel)
+        bias = self._tensor(cell.bias) if self.use_bias else tf.zeros_like(kernel[0])
+        outputs, h, c = lstm(
+            sequences,
+            *initial_state,
+            kernel,
+            recurrent,
+            bias,
+            mask=mask,
+            return_sequences=self.return_sequences,
+            keep_activations=bool(training),
+        )
+        if mask is not None:
+            outputs = self._mask_outputs(outputs, mask)
+        return outputs[:, -1], outputs, [h, c]
+
+    def _tensor(self, variable: keras.Variable) -> tf.Tensor:
+        # Read here, not in the loops: a custom gradient may not capture variables.
+        return tf.cast(tf.convert_to_tensor(variable), self.compute_dtype)
+
+    def _runs_own_loop(self) -> bool:
+        standard = (
+            self.activation is keras.activations.tanh
+            and self.recurrent_activation is keras.activations.sigmoid
+            and not self.recurrent_dropout
+            and not self.unroll
+            # Keras draws one dropout mask a gate in this mode.
+            and not (self.dropout and self.cell.implementation == 1)
+        )
+        has_gpu = bool(tf.config.list_logical_devices("GPU"))
+        return standard and not has_gpu and self.use_cudnn is not True
+
+    def _mask_outputs(self, outputs: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+        # A masked step repeats the output before it, and that is zero, not the initial state,
+        # before the first unmasked step.
+        if self.zero_output_for_mask:
+            shown = mask
+        else:
+            shown = tf.cumsum(tf.cast(mask, tf.int32), axis=1) > 0
+        if not self.return_sequences:
+            shown = shown[:, -1:]
+        return tf.where(shown[:, :, tf.newaxis], outputs, tf.zeros_like(outputs))
+
+
+def lstm(
+    inputs: tf.Tensor,
+    h: tf.Tensor,
+    c: tf.Tensor,
+    kernel: tf.Tensor,
+    recurrent: tf.Tensor,
+    bias: tf.Tensor,
+    *,
+    mask: tf.Tensor | None,
+    return_sequences: bool,
+    keep_activations: bool,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """An LSTM over whole sequences, differentiable once in all six tensors.
+
+    Args:
+        inputs: [batch, time, inputs]; at least one step.
+        h: [batch, units].
+        c: [batch, units].
+        kernel: [inputs, 4 * units], gates in Keras's order: input, forget, candidate, output.
+        recurrent: [units, 4 * units].
+        bias: [4 * units].
+        mask: Boolean [batch, time]; a False step leaves h and c as they are. None: all are True.
+        return_sequences: Whether the first result has all steps, or only the last.
+        keep_activations: Whether the forward loop keeps what the backward loop needs; if not, a
+            gradient runs the forward loop again.
+
+    Returns:
+        h after every step [batch, time, units] (or the last alone, [batch, 1, units]), and the
+        final h and c, each [batch, units].
+    """
+
+    width, units = kernel.shape[0], recurrent.shape[0]
+
+    @tf.custom_gradient
+    def run(*tensors: tf.Tensor) -> Any:
+        results, saved = _forward(*tensors, mask, units, return_sequences, keep_activations)
+
+        def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            kept = saved
+            if kept is None:
+                _, kept = _forward(*tensors, mask, units, False, True)
+            _, _, _, kernel, recurrent, _ = tensors
+            sizes = (width, units)
+            return _backward(*upstream, kernel, recurrent, mask, kept, sizes, return_sequences)
+
+        return results, gradient
+
+    outputs, final_h, final_c = run(inputs, h, c, kernel, recurrent, bias)
+    steps = inputs.shape[1] if return_sequences else 1
+    outputs.set_shape([inputs.shape[0], steps, units])
+    final_h.set_shape([inputs.shape[0], units])
+    final_c.set_shape([inputs.shape[0], units])
+    return outputs, final_h, final_c
+
+
+def _always_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a loop when it is called eagerly; inside a `tf.function` it needs no second one."""
+    compiled = tf.function(function, reduce_retracing=True, autograph=False)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return compiled(*args) if tf.executing_eagerly() else function(*args)
+
+    return call
+
+
+@_always_in_graph
+def _forward(
+    inputs: tf.Tensor,
+    h: tf.Tensor,
+    c: tf.Tensor,
+    kernel: tf.Tensor,
+    recurrent: tf.Tensor,
+    bias: tf.Tensor,
+    mask: tf.Tensor | None,
+    units: int,
+    return_sequences: bool,
+    keep: bool,
+) -> tuple[tuple[tf.Tensor, tf.Tensor, tf.Tensor], _Saved | None]:
+    # Sizes come as integers: the shapes of tensors may be unknown in a function compiled once.
+    steps = tf.shape(inputs)[1]
+    weights, columns = _products(inputs, kernel, recurrent, bias, mask, units)
+    masked = None if mask is None else columns[:, -1:, :]  # [time, 1, batch]
+
+    def array() -> tf.TensorArray:
+        return tf.TensorArray(inputs.dtype, steps, clear_after_read=False)
+
+    # `saved` and `hs` are empty tuples where nothing is to be kept.
+    saved = tuple(array() for _ in _Saved._fields) if keep else ()
+    hs = (array(),) if return_sequences else ()
+
+    def step(t: tf.Tensor, h: tf.Tensor, c: tf.Tensor, saved: tuple, hs: tuple) -> tuple:
+        product = tf.concat([columns[t], h], 0)
+        z = tf.matmul(weights, product)  # [4 * units, batch]
+        input_forget = tf.sigmoid(z[: 2 * units])
+        candidate = tf.tanh(z[2 * units : 3 * units])
+        output = tf.sigmoid(z[3 * units :])
+        new_c = input_forget[units:] * c + input_forget[:units] * candidate
+        squashed = tf.tanh(new_c)
+        new_h = output * squashed
+        if masked is not None:
+            new_h += masked[t] * h  # there the output gate is 0
+        values = (product, input_forget, candidate, output, c, squashed)
+        saved = tuple(a.write(t, v) for a, v in zip(saved, values, strict=False))
+        hs = tuple(a.write(t, new_h) for a in hs)
+        return t + 1, new_h, new_c, saved, hs
+
+    _, h, c, saved, hs = tf.while_loop(
+        lambda t, *_: t < steps,
+        step,
+        (0, tf.transpose(h), tf.transpose(c), saved, hs),
+        shape_invariants=_invariants(units, (saved, hs)),
+        parallel_iterations=1,
+    )
+    h, c = tf.transpose(h), tf.transpose(c)
+    outputs = tf.transpose(hs[0].stack(), (2, 0, 1)) if hs else h[:, tf.newaxis]
+    return (outputs, h, c), _Saved(*(a.flow for a in saved)) if keep else None
+
+
+def _invariants(units: int, arrays: tuple) -> tuple:
+    # The static batch may be known of one operand and not of another; inside a loop it is unknown.
+    state = tf.TensorShape([units, None])
+    shapes = tf.nest.map_structure(lambda _: tf.TensorShape(None), arrays)
+    return (tf.TensorShape([]), state, state, *shapes)
+
+
+def _products(
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    recurrent: tf.Tensor,
+    bias: tf.Tensor,
+    mask: tf.Tensor | None,
+    units: int,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns a step's factors: weights [4 * units, rows + units], columns [time, rows, batch].
+
+    The rows are the inputs, a one for the bias, and, with a mask, a one where the step is masked.
+    The last one's weights shut the input and output gates and open the forget gate, all exactly: c
+    passes unchanged, h comes out as 0, and every gradient through the gates is 0.
+    """
+    columns = tf.transpose(inputs, (1, 2, 0))  # [time, inputs, batch]
+    rows = [kernel, bias[tf.newaxis]]
+    blocks = [columns, tf.ones_like(columns[:, :1])]
+    if mask is not None:
+        signs = tf.repeat(tf.constant([-1, 1, 0, -1], inputs.dtype), units)
+        rows.append(_SATURATING * signs[tf.newaxis])
+        masked = tf.cast(tf.logical_not(tf.transpose(mask)), inputs.dtype)
+        blocks.append(masked[:, tf.newaxis])
+    weights = tf.transpose(tf.concat([*rows, recurrent], 0))
+    return weights, tf.concat(blocks, 1)
+
+
+@_always_in_graph
+def _backward(
+    d_outputs: tf.Tensor,
+    dh: tf.Tensor,
+    dc: tf.Tensor,
+    kernel: tf.Tensor,
+    recurrent: tf.Tensor,
+    mask: tf.Tensor | None,
+    saved: _Saved,
+    sizes: tuple[int, int],
+    return_sequences: bool,
+) -> tuple[tf.Tensor, ...]:
+    width, units = sizes
+    rows = width + (1 if mask is None else 2) + units
+    kept_sizes = (2 * units, units, units, units, units)
+    steps = tf.raw_ops.TensorListLength(input_handle=saved.columns)
+    d_outputs = tf.transpose(d_outputs, (1, 2, 0))  # [time or 1, units, batch]
+    dh = tf.transpose(dh)
+    if not return_sequences:
+        dh += d_outputs[0]
+    masked = None if mask is None else tf.cast(~tf.transpose(mask), dh.dtype)[:, tf.newaxis]
+
+    def step(t: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor, dzs: tf.TensorArray) -> tuple:
+        if return_sequences:
+            dh += d_outputs[t]
+        input_forget, candidate, output, previous_c, squashed = (
+            tf.raw_ops.TensorListGetItem(
+                input_handle=values, index=t, element_shape=(size, -1), element_dtype=dh.dtype
+            )
+            for values, size in zip(saved[1:], kept_sizes, strict=True)
+        )
+        i, f = input_forget[:units], input_forget[units:]
+        dc += tf.raw_ops.TanhGrad(y=squashed, dy=dh * output)
+        gates = [
+            tf.raw_ops.SigmoidGrad(y=i, dy=dc * candidate),
+            tf.raw_ops.SigmoidGrad(y=f, dy=dc * previous_c),
+            tf.raw_ops.TanhGrad(y=candidate, dy=dc * i),
+            tf.raw_ops.SigmoidGrad(y=output, dy=dh * squashed),
+        ]
+        # tf.stack copies them six times faster than tf.concat.
+        dz = tf.reshape(tf.stack(gates), (4 * units, -1))
+        previous_dh = tf.matmul(recurrent, dz)
+        if masked is not None:
+            previous_dh += masked[t] * dh
+        return t - 1, previous_dh, dc * f, dzs.write(t, dz)
+
+    dzs = tf.TensorArray(dh.dtype, steps)
+    _, dh, dc, dzs = tf.while_loop(
+        lambda t, *_: t >= 0,
+        step,
+        (steps - 1, dh, tf.transpose(dc), dzs),
+        shape_invariants=_invariants(units, (dzs,)),
+        parallel_iterations=1,
+    )
+    dz = tf.transpose(dzs.stack(), (0, 2, 1))  # [time, batch, 4 * units]
+    flat_dz = tf.reshape(dz, (-1, 4 * units))
+    columns = tf.raw_ops.TensorListStack(
+        input_handle=saved.columns, element_shape=(rows, -1), element_dtype=dh.dtype
+    )
+    flat_columns = tf.reshape(tf.transpose(columns, (1, 0, 2)), (rows, -1))
+    d_weights = tf.matmul(flat_columns, flat_dz)
+    d_inputs = tf.transpose(tf.tensordot(dz, kernel, [[2], [1]]), (1, 0, 2))
+    return (
+        d_inputs,
+        tf.transpose(dh),
+        tf.transpose(dc),
+        d_weights[:width],
+        d_weights[-units:],
+        d_weights[width],
+    )

@@ -1,0 +1,88 @@
+"""The sequence autoencoder (Dai & Le 2015, section 2).
+
+One LSTM and one embedding table read a document and then write it again. In the paper a document
+of n tokens is one sequence of 2n - 1 inputs, w1 .. wn, w1 .. w(n-1), with the loss on the last n
+outputs: reading wn (the end of sequence) predicts w1, reading w1 predicts w2, and so on. Here the
+two halves are two passes of the same layer, the second from the state in which the first ended,
+which is the same computation and needs no per-row alignment in a padded batch.
+"""
+
+import keras
+import tensorflow as tf
+
+from trainer.models.encoder import Encoder, dropout, token_mask
+from trainer.objectives import softmax
+
+
+class SequenceAutoencoder(keras.layers.Layer):
+    """An encoder and the softmax over the vocabulary that writes the text again."""
+
+    def __init__(self, encoder: Encoder, **kwargs):
+        super().__init__(**kwargs)
+        self.encoder = encoder
+
+    def build(self, input_shape: tuple | None = None) -> None:
+        """Makes the weights; the shape of the tokens does not matter."""
+        if not self.encoder.built:
+            self.encoder.build()
+        vocab_size, units = self.encoder.vocab_size, self.encoder.units
+        self.softmax_kernel = self.add_weight(
+            shape=(vocab_size, units),
+            initializer=keras.initializers.GlorotUniform(seed=self.encoder.seed + 3),
+            name="softmax_kernel",
+        )
+        self.softmax_bias = self.add_weight(
+            shape=(vocab_size,), initializer="zeros", name="softmax_bias"
+        )
+        self.built = True
+
+    def predicting_outputs(self, embedded: tf.Tensor, mask: tf.Tensor, training: bool) -> tf.Tensor:
+        """Returns the LSTM outputs from which the tokens are predicted: [batch, time, units].
+
+        Position i predicts token i: position 0 is the state in which reading ended, position i
+        the output after writing token i - 1.
+        """
+        start = self.encoder.start(tf.shape(embedded)[0])
+        _, h, c = self.encoder.read(embedded, mask, start, training)
+        written, _, _ = self.encoder.read(embedded[:, :-1], mask[:, 1:], [h, c], training)
+        return tf.concat([h[:, None], written], axis=1)
+
+    def loss_sum(
+        self,
+        tokens: tf.Tensor,
+        lengths: tf.Tensor,
+        weights: tf.Tensor,
+        training: bool,
+        dropout_rate: float = 0.0,
+        embedding_seed: tf.Tensor | None = None,
+        output_seed: tf.Tensor | None = None,
+        num_sampled: int = 0,
+        softmax_seed: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the summed cross-entropy of the written tokens, in nats, and their number.
+
+        Args:
+          tokens: int32 [batch, time], right-padded.
+          lengths: int32 [batch].
+          weights: float32 [batch]; rows of weight 0 count nothing.
+          training: whether a gradient will be taken.
+          dropout_rate: of the embeddings and of the outputs.
+          embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
+          num_sampled: candidates of the sampled softmax; 0 is the exact one.
+          softmax_seed: int32 [2].
+        """
+        mask = token_mask(tokens, lengths)
+        embedded = dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)
+        outputs = self.predicting_outputs(embedded, mask, training)
+        counted = mask & (weights[:, None] > 0)
+        hidden = tf.boolean_mask(outputs, counted)  # [tokens, units]
+        hidden = dropout(hidden, dropout_rate, output_seed)
+        targets = tf.boolean_mask(tokens, counted)  # [tokens]
+        kernel, bias = self.softmax_kernel.value, self.softmax_bias.value
+        if num_sampled:
+            losses = softmax.sampled_cross_entropy(
+                hidden, targets, kernel, bias, num_sampled, softmax_seed
+            )
+        else:
+            losses = softmax.cross_entropy(hidden, targets, kernel, bias)
+        return tf.reduce_sum(losses), tf.cast(tf.size(targets), tf.float32)

@@ -1,0 +1,59 @@
+"""report.json, and the table that a run ends with."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.reporting.status import format_seconds
+
+
+def write(folder: Path, report: dict[str, Any]) -> None:
+    """Writes `folder`/report.json, beside and renamed."""
+    beside = folder / "report.json.new"
+    beside.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(beside, folder / "report.json")
+
+
+def comparison_table(report: dict[str, Any]) -> str:
+    """Returns the table of --stage=all: scratch against warm start, and who holds what."""
+    rows = [("", "test error", "validation", "best step", "time", "tokens/s")]
+    for name, title in (("scratch", "from scratch"), ("warm", "warm start")):
+        part = report[name]
+        rows.append(
+            (
+                title,
+                f"{report['test_error_percent'][name]:.2f} %",
+                f"{part['validation']['error_percent']:.2f} %",
+                f"{part['best_step']}",
+                format_seconds(part["seconds"]),
+                f"{part['tokens_per_second']:,.0f}",
+            )
+        )
+    part = report["pretrain"]
+    rows.append(
+        (
+            "pretraining",
+            "",
+            f"ppl {part['perplexity']:.0f}",
+            f"{part['steps']}",
+            format_seconds(part["seconds"]),
+            f"{part['tokens_per_second']:,.0f}",
+        )
+    )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    lines.insert(1, "-" * len(lines[0]))
+    warm = report["warm"]
+    lines.append("")
+    lines.append(f"warm start: weights {warm['init_weights']}, state {warm['initial_state']}")
+    for rank, value in enumerate(report["broadcast"]["digests"]):
+        lines.append(f"worker {rank} holds {value}")
+    lines.append(f"{report['test']['warm']['documents']:,} test documents")
+    if report["data_note"]:
+        lines.append(f"Data: {report['data_note']}.")
+    return "\n".join(lines)

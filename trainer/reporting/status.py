@@ -1,0 +1,47 @@
+"""What a run says while it works: lines for people, and metrics.jsonl for programs."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns "47s", "3m05s" or "2h07m"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Metrics:
+    """Appends to a metrics.jsonl: one JSON object a line, each with a stage, a step and a time."""
+
+    def __init__(self, path: Path, stage: str):
+        self._path = path
+        self._stage = stage
+
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of this file that a run resumed at `step` is going to write again."""
+        if self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+            self._path.write_text("".join(kept))
+
+    def write(self, step: int, **values: Any) -> None:
+        """Appends one line."""
+        line = {"stage": self._stage, "step": step, "unix_time": round(time.time(), 3), **values}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> int:
+    return json.loads(line)["step"]
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """Returns "name value · name value" for a status line; names say their unit."""
+    return " · ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())

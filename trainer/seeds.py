@@ -1,0 +1,19 @@
+"""Every random draw of training is a pure function of (run seed, purpose, step, shard).
+
+So a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+import tensorflow as tf
+
+# What a draw is for. The numbers are part of the reproducibility of a run: never reuse one.
+EMBEDDING_DROPOUT = 1
+OUTPUT_DROPOUT = 2
+SOFTMAX_CANDIDATES = 3
+
+
+def fold(seed: int, purpose: int, step: tf.Tensor, shard: int | tf.Tensor = 0) -> tf.Tensor:
+    """Returns a seed for `tf.random.stateless_*`: int32 [2]."""
+    folded = tf.constant([seed, purpose], tf.int32)
+    for part in (step, shard):
+        folded = tf.random.experimental.stateless_fold_in(folded, tf.cast(part, tf.int32))
+    return folded

@@ -1,0 +1,35 @@
+"""--stage=all: pretrain, fine-tune from the encoder and from scratch, and set them side by side."""
+
+from typing import Any
+
+from trainer.stages.evaluate import evaluate
+from trainer.stages.finetune import finetune
+from trainer.stages.pretrain import pretrain
+from trainer.stages.run import Run
+
+
+def compare(run: Run) -> dict[str, Any]:
+    """Runs the whole job in the run's folder.
+
+    Returns:
+      The report: pretrain, warm, scratch (as the stages return them), broadcast, and
+      test_error_percent of both. The test split is read once for each, at the end.
+    """
+    config, folder = run.config, run.folder
+    report: dict[str, Any] = {"pretrain": pretrain(run, folder / "pretrain")}
+    report["warm"] = finetune(
+        run,
+        folder / "warm",
+        folder / "pretrain" / "encoder",
+        config.init_weights,
+        config.initial_state,
+    )
+    report["scratch"] = finetune(run, folder / "scratch", None, "random", "zero")
+    report["broadcast"] = report["warm"].pop("broadcast")
+    report["test"] = {
+        name: evaluate(run, folder / name / "classifier", "test") for name in ("scratch", "warm")
+    }
+    report["test_error_percent"] = {
+        name: round(values["error_percent"], 3) for name, values in report["test"].items()
+    }
+    return report

@@ -1,0 +1,63 @@
+"""--stage=evaluate: a classifier bundle and a labelled split -> its error."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from trainer import bundle
+from trainer.distribution.distributor import broadcast_arrays, gather_objects
+from trainer.distribution.steps import sum_over_batches
+from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.encoder import Encoder
+from trainer.stages.run import Run
+
+BATCH_SIZE = 64
+
+
+def evaluate(run: Run, classifier_folder: Path, split: str) -> dict[str, Any]:
+    """Returns the classifier's error_percent, loss and the number of documents of `split`."""
+    loaded = bundle.load(classifier_folder, "classifier", "--classifier") if run.is_chief else None
+    info = gather_objects(run.distributor, loaded and loaded.info)[0]
+    tensors = broadcast_arrays(run.distributor, loaded and loaded.tensors)
+    model = info["model"]
+    with run.distributor.scope():
+        encoders = [
+            Encoder(model["vocab_size"], model["embedding_dim"], model["units"], seed=0)
+            for _ in range(1 + model["reads_first"])
+        ]
+        classifier = Classifier(
+            encoders[0],
+            num_classes=model["num_classes"],
+            hidden_units=model["hidden_units"],
+            reader=encoders[1] if model["reads_first"] else None,
+        )
+        classifier.build()
+    bundle.assign(bundle.classifier_variables(classifier), tensors)
+    documents = run.all_documents(run.store.split(split), BATCH_SIZE, info["max_tokens"])
+    return error_and_loss(run, classifier, documents)()
+
+
+def error_and_loss(
+    run: Run, classifier: Classifier, batches: tf.data.Dataset
+) -> Callable[[], dict[str, float]]:
+    """Returns a collective that gives error_percent, loss (nats) and documents over `batches`."""
+
+    def sums(rows: dict) -> list[tf.Tensor]:
+        logits = classifier.logits(rows["tokens"], rows["lengths"], training=False)
+        losses, errors = losses_and_errors(logits, rows["labels"])
+        weights = rows["weights"]
+        return [tf.reduce_sum(x * weights) for x in (errors, losses, tf.ones_like(losses))]
+
+    total = sum_over_batches(run.distributor, sums, batches)
+
+    def evaluated() -> dict[str, float]:
+        errors, loss, documents = total()
+        return {
+            "error_percent": float(100 * errors / documents),
+            "loss": float(loss / documents),
+            "documents": int(documents),
+        }
+
+    return evaluated

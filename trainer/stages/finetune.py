@@ -1,0 +1,201 @@
+"""--stage=finetune: an encoder bundle and labelled text -> a supervised LSTM."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from data_pipelines.errors import InputError
+from trainer import bundle, loop, seeds, states
+from trainer.distribution.distributor import broadcast_arrays, gather_objects
+from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.encoder import Encoder
+from trainer.stages.evaluate import error_and_loss
+from trainer.stages.pretrain import make_encoder
+from trainer.stages.run import Run
+
+
+def finetune(
+    run: Run, folder: Path, encoder_folder: Path | None, init_weights: str, initial_state: str
+) -> dict[str, Any]:
+    """Trains a classifier in `folder` and writes the bundle `folder`/classifier.
+
+    Args:
+      encoder_folder: the encoder bundle; None where neither weights nor state come from one.
+      init_weights: "encoder" or "random".
+      initial_state: "zero", "mean", "learned" or "encode".
+
+    Returns:
+      For the report: steps, seconds, tokens_per_second, validation metrics, and for a warm
+      start the broadcast: digests by worker, bytes, seconds.
+    """
+    config = run.config
+    view = run.store.split("train")
+    plan = run.plan(view, config.finetune_batch_size, config.finetune_max_tokens)
+    name = folder.name
+    classifier = make_classifier(run, with_reader=initial_state == "encode")
+    report: dict[str, Any] = {"init_weights": init_weights, "initial_state": initial_state}
+    if encoder_folder is not None:
+        report["broadcast"] = warm_start(
+            run, classifier, encoder_folder, init_weights, initial_state
+        )
+    validation = run.all_documents(
+        run.store.split("validation"), config.finetune_batch_size, config.finetune_max_tokens
+    )
+    run.log(
+        f"{name}: {len(view):,} labelled documents, {plan.steps_per_epoch:,} steps an epoch, "
+        f"{config.finetune_steps:,} steps to do; weights: {init_weights}, state: {initial_state}"
+    )
+    result = loop.train(
+        loop.Task(
+            name="finetune",
+            variables=trained_variables(classifier, initial_state),
+            loss_sum=loss_sum(run, classifier),
+            evaluate=error_and_loss(run, classifier, validation),
+            select_by="error_percent",
+        ),
+        run.settings("finetune", folder, plan.steps_per_epoch),
+        run.distributor,
+        run.batches(view, plan, config.finetune_max_tokens),
+        run.stop_request,
+        run.log,
+    )
+    report |= {
+        "steps": config.finetune_steps,
+        "best_step": result.step,
+        "seconds": round(result.seconds, 1),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "validation": result.metrics,
+    }
+    if run.is_chief:
+        save_classifier(run, folder / "classifier", classifier, report)
+    return report
+
+
+def make_classifier(run: Run, with_reader: bool) -> Classifier:
+    """Returns a new classifier, its weights drawn from the run's seed."""
+    config, vocab_size = run.config, run.store.vocab_size
+    with run.distributor.scope():
+        classifier = Classifier(
+            make_encoder(config, vocab_size),
+            num_classes=run.store.num_classes,
+            hidden_units=config.hidden_units,
+            reader=make_encoder(config, vocab_size) if with_reader else None,
+        )
+        classifier.build()
+    return classifier
+
+
+def warm_start(
+    run: Run,
+    classifier: Classifier,
+    encoder_folder: Path,
+    init_weights: str,
+    initial_state: str,
+) -> dict[str, Any]:
+    """Gives every worker the encoder's weights and states; only the chief reads them.
+
+    Returns:
+      digests (SHA-256 of what each worker's variables then hold, by rank), bytes, seconds.
+
+    Raises:
+      InputError: the bundle does not fit the model, or workers hold different bytes.
+    """
+    began = time.perf_counter()
+    tensors = None
+    if run.is_chief:
+        tensors = bundle.load(encoder_folder, "encoder", "--encoder").tensors
+    received = bundle.Bundle(broadcast_arrays(run.distributor, tensors), {})
+    held = {}
+    if init_weights == "encoder":
+        variables = bundle.encoder_variables(classifier.encoder)
+        bundle.assign(variables, received.tensors)
+        held |= bundle.values(variables)
+    if initial_state in bundle.STATES:
+        states.apply(classifier.encoder, received.state(initial_state))
+        held |= _state_values("initial_state", classifier.encoder)
+    if initial_state == "encode":
+        variables = bundle.encoder_variables(classifier.reader)
+        bundle.assign(variables, received.tensors)
+        states.apply(classifier.reader, received.state("learned"))
+        held |= {f"reader/{name}": value for name, value in bundle.values(variables).items()}
+        held |= _state_values("reader/initial_state", classifier.reader)
+    digests = gather_objects(run.distributor, bundle.digest(held))
+    check_digests(digests)
+    size_bytes = sum(array.nbytes for array in received.tensors.values())
+    seconds = time.perf_counter() - began
+    run.log(
+        f"finetune: broadcast {size_bytes / 1e6:.1f} MB to {len(digests)} workers in "
+        f"{seconds:.2f} s; all hold {digests[0][:16]}"
+    )
+    return {"digests": digests, "bytes": size_bytes, "seconds": round(seconds, 3)}
+
+
+def _state_values(name: str, encoder: Encoder) -> dict[str, np.ndarray]:
+    state = states.learned(encoder)
+    return {f"{name}/h": state.h, f"{name}/c": state.c}
+
+
+def check_digests(digests: list[str]) -> None:
+    """Raises InputError, naming the workers, unless all digests are equal."""
+    different = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    if different:
+        raise InputError(
+            f"after the broadcast, workers {different} hold other weights or states than worker 0: "
+            f"SHA-256 by worker {digests}"
+        )
+
+
+def trained_variables(classifier: Classifier, initial_state: str) -> dict:
+    """Returns what fine-tuning trains: all but the reader, and the state only if it is learned."""
+    fixed = () if initial_state == "learned" else ("initial_state/",)
+    return {
+        name: variable
+        for name, variable in bundle.classifier_variables(classifier).items()
+        if not name.startswith(("reader/", *fixed))
+    }
+
+
+def loss_sum(run: Run, classifier: Classifier) -> loop.LossSum:
+    """Returns the training loss, with dropout."""
+    config = run.config
+
+    def of_rows(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        logits = classifier.logits(
+            rows["tokens"],
+            rows["lengths"],
+            training=True,
+            dropout_rate=config.finetune_dropout,
+            embedding_seed=seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard),
+            output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
+        )
+        losses, _ = losses_and_errors(logits, rows["labels"])
+        return tf.reduce_sum(losses * rows["weights"]), tf.reduce_sum(rows["weights"])
+
+    return of_rows
+
+
+def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict) -> None:
+    """Writes the classifier bundle."""
+    info = {
+        "model": {
+            "vocab_size": classifier.encoder.vocab_size,
+            "embedding_dim": classifier.encoder.embedding_dim,
+            "units": classifier.encoder.units,
+            "hidden_units": classifier.hidden.units,
+            "num_classes": classifier.num_classes,
+            "reads_first": classifier.reader is not None,
+        },
+        "max_tokens": run.config.finetune_max_tokens,
+        "tokenizer": run.store.tokenizer_config,
+        "vocab_sha256": run.store.vocab_sha256,
+        "report": report,
+        "config": dataclasses.asdict(run.config),
+        "tensorflow_version": tf.__version__,
+    }
+    tensors = bundle.values(bundle.classifier_variables(classifier))
+    bundle.save(folder, "classifier", tensors, info, run.store.vocab_path)
+    run.log(f"finetune: wrote {folder}")

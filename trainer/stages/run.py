@@ -1,0 +1,97 @@
+"""What every stage is given: the configuration, the workers, the data, and a voice."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from data_pipelines.batch_plan import BatchPlan
+from data_pipelines.dataset import make_dataset
+from data_pipelines.token_store import SplitView, TokenStore
+from trainer import loop
+from trainer.config import Config
+from trainer.distribution.distributor import Distributor, is_chief, num_shards
+from trainer.preemption import StopRequest
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sitting of a run in one process."""
+
+    config: Config
+    distributor: Distributor
+    store: TokenStore
+    stop_request: StopRequest
+    log: Callable[[str], None]
+
+    @property
+    def folder(self) -> Path:
+        """Returns the folder that the run writes."""
+        return Path(self.config.run_dir)
+
+    @property
+    def is_chief(self) -> bool:
+        """Returns True in the one process that writes and speaks."""
+        return is_chief(self.distributor)
+
+    def plan(
+        self, view: SplitView, batch_size: int, max_tokens: int, shuffle: bool = True
+    ) -> BatchPlan:
+        """Returns the order in which `view` is read, from the run's seed."""
+        lengths = np.minimum(view.lengths, max_tokens)
+        return BatchPlan(lengths, batch_size, seed=self.config.seed, shuffle=shuffle)
+
+    def batches(
+        self, view: SplitView, plan: BatchPlan, max_tokens: int
+    ) -> Callable[[int, int], tf.data.Dataset]:
+        """Returns (start_step, stop_step) -> this process's slices of those global batches."""
+        local = self.distributor.num_local_shards
+
+        def between(start_step: int, stop_step: int) -> tf.data.Dataset:
+            return make_dataset(
+                view,
+                plan,
+                start_step=start_step,
+                stop_step=stop_step,
+                first_shard=self.distributor.rank * local,
+                num_local_shards=local,
+                num_shards=num_shards(self.distributor),
+                max_tokens=max_tokens,
+            )
+
+        return between
+
+    def some_documents(
+        self, view: SplitView, documents: int, batch_size: int, max_tokens: int
+    ) -> tf.data.Dataset:
+        """Returns batches of about `documents` random documents, the same ones at every call."""
+        plan = self.plan(view, batch_size, max_tokens)
+        steps = min(plan.steps_per_epoch, -(-documents // batch_size))
+        return self.batches(view, plan, max_tokens)(0, steps)
+
+    def all_documents(self, view: SplitView, batch_size: int, max_tokens: int) -> tf.data.Dataset:
+        """Returns batches of every document once."""
+        plan = self.plan(view, batch_size, max_tokens, shuffle=False)
+        return self.batches(view, plan, max_tokens)(0, plan.steps_per_epoch)
+
+    def settings(self, stage: str, folder: Path, steps_per_epoch: int) -> loop.Settings:
+        """Returns the loop's settings for `stage`, "pretrain" or "finetune"."""
+        config = self.config
+
+        def of_stage(name: str) -> float:
+            return getattr(config, f"{stage}_{name}")
+
+        return loop.Settings(
+            folder=folder,
+            steps=of_stage("steps"),
+            steps_per_epoch=steps_per_epoch,
+            learning_rate=of_stage("learning_rate"),
+            learning_rate_decay=of_stage("learning_rate_decay"),
+            clip_norm=config.clip_norm,
+            log_every_steps=config.log_every_steps,
+            checkpoint_every_steps=config.checkpoint_every_steps,
+            evaluate_every_steps=of_stage("evaluate_every_steps"),
+            resume=config.resume == "auto",
+        )
