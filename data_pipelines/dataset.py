@@ -4,8 +4,8 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.batch_plan import BatchPlan, shard_rows
+from data_pipelines.reserved_ids import END_ID
 from data_pipelines.token_store import SplitView
-from data_pipelines.tokenizer import END_ID
 
 # Batches pad to a multiple of this, so that compiled kernels see few different shapes.
 TIME_MULTIPLE = 8

@@ -27,6 +27,7 @@ from absl import app, flags, logging
 
 from data_pipelines.errors import InputError
 from data_pipelines.quiet_tensorflow import import_quietly
+from data_pipelines.reserved_ids import END_ID, RESERVED, UNKNOWN_ID
 from data_pipelines.sources import Example, Source, open_source
 from data_pipelines.token_store import NO_LABEL, StoreWriter, TokenStore, token_dtype
 
@@ -300,8 +301,6 @@ def _choose_words(
 
 def _new_ids(num_words: int, kept: list[int]) -> np.ndarray:
     """Returns the final id of each provisional one: int32 [words]."""
-    from data_pipelines.tokenizer import END_ID, RESERVED, UNKNOWN_ID
-
     new_ids = np.full(num_words, UNKNOWN_ID, np.int32)
     new_ids[0] = END_ID
     new_ids[kept] = np.arange(len(RESERVED), len(RESERVED) + len(kept))

@@ -3,7 +3,8 @@
 A store is a folder of
   manifest.json                   what is in it, with sizes and checksums
   vocab.txt                       one token a line; line number - 1 is the id
-  SPLIT-00000-of-00002.tokens     ids one after the other, little-endian uint16 or uint32
+  SPLIT-00000-of-00002.tokens     ids one after the other, little-endian uint16 or uint32; each
+                                  document ends with the end token
   SPLIT-00000-of-00002.offsets    int64 [examples + 1]: where each document starts, in tokens
   SPLIT-00000-of-00002.labels     int32 [examples], -1 where there is none
 """
@@ -21,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import InputError
+from data_pipelines.reserved_ids import END_ID, PADDING_ID
 
 FORMAT = "warmstate-token-store"
 VERSION = 1
 NO_LABEL = -1
-PADDING = 0
 KINDS = ("tokens", "offsets", "labels")
 OFFSET_DTYPE = np.dtype("<i8")
 LABEL_DTYPE = np.dtype("<i4")
@@ -150,22 +151,64 @@ class SplitView:
 
     def __init__(self, shards: list[_Shard]) -> None:
         self._shards = shards
-        # The number of each shard's first document, and the total: [shards + 1].
-        self._starts = np.cumsum([0] + [len(s.labels) for s in shards])
+        # Where each document's words are, its end token left out: all [documents].
+        self._shard = np.repeat(np.arange(len(shards)), [len(s.labels) for s in shards])
+        self._start = np.concatenate([s.offsets[:-1] for s in shards])
+        self._stop = np.concatenate([s.offsets[1:] for s in shards]) - 1
+        self._labels = np.concatenate([s.labels for s in shards]).astype(np.int32)
+
+    def _chosen(self, chosen: np.ndarray) -> "SplitView":
+        view = SplitView.__new__(SplitView)
+        view._shards = self._shards
+        for name in ("_shard", "_start", "_stop", "_labels"):
+            setattr(view, name, getattr(self, name)[chosen])
+        return view
+
+    def sample(self, documents: int, seed: int) -> "SplitView":
+        """Returns a view of `documents` of these, chosen by `seed`, in this view's order.
+
+        Raises:
+            ValueError: there are not that many.
+        """
+        if not 1 <= documents <= len(self):
+            raise ValueError(f"{documents} documents were asked for; there are {len(self)}")
+        # The raw bits of Philox: NumPy keeps them for ever, and not how it shuffles.
+        bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(self))
+        return self._chosen(np.sort(np.argsort(bits, kind="stable")[:documents]))
+
+    def pieces(self, max_tokens: int) -> "SplitView":
+        """Returns a view in which every longer document is cut into pieces of `max_tokens`.
+
+        The pieces of a document are in order and of equal length, give or take a word; each ends
+        with an end token, which counts among its tokens, and has the document's label.
+
+        Args:
+            max_tokens: the most tokens of a piece; at least 2.
+        """
+        words = self._stop - self._start
+        counts = np.maximum(1, -(-words // (max_tokens - 1)))
+        view = self._chosen(np.repeat(np.arange(len(self)), counts))
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        number = np.arange(len(view)) - first  # of a piece in its document
+        words, counts = np.repeat(words, counts), np.repeat(counts, counts)
+        start = view._start
+        view._start = start + number * words // counts
+        view._stop = start + (number + 1) * words // counts
+        return view
 
     def __len__(self) -> int:
         """Returns the number of documents."""
-        return int(self._starts[-1])
+        return len(self._labels)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, its end token included: int32 [documents], read-only."""
-        return _frozen([np.diff(s.offsets) for s in self._shards])
+        return _frozen(self._stop - self._start + 1)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """Label of each document, -1 for none: int32 [documents], read-only."""
-        return _frozen([s.labels for s in self._shards])
+        return _frozen(self._labels)
 
     def gather(
         self, indices: np.ndarray, max_tokens: int, pad_to: int | None = None
@@ -189,20 +232,21 @@ class SplitView:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1")
         if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"a document outside 0 .. {len(self) - 1}")
-        lengths = np.minimum(self.lengths[indices], max_tokens).astype(np.int32)
+        lengths = np.minimum(self.lengths[indices], max_tokens)
         longest = int(lengths.max(initial=0))
         width = longest if pad_to is None else pad_to
         if longest > width:
             raise ValueError(f"pad_to={pad_to}, but a document has {longest} tokens")
-        tokens = np.full((len(indices), width), PADDING, np.int32)
-        shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        local = indices - self._starts[shard_of]
-        for row, (s, i, n) in enumerate(
-            zip(shard_of.tolist(), local.tolist(), lengths.tolist(), strict=True)
-        ):
-            shard = self._shards[s]
-            stop = shard.offsets[i + 1]
-            tokens[row, :n] = shard.tokens[stop - n : stop]
+        tokens = np.full((len(indices), width), PADDING_ID, np.int32)
+        rows = zip(
+            self._shard[indices].tolist(),
+            self._stop[indices].tolist(),
+            (lengths - 1).tolist(),
+            strict=True,
+        )
+        for row, (shard, stop, words) in enumerate(rows):
+            tokens[row, :words] = self._shards[shard].tokens[stop - words : stop]
+            tokens[row, words] = END_ID
         return tokens, lengths
 
 
@@ -299,11 +343,10 @@ class StoreWriter:
         _fsync_folder(self._folder.parent)
 
 
-def _frozen(parts: list[np.ndarray]) -> np.ndarray:
-    """Returns the parts joined as one read-only int32 array."""
-    joined = np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int32)
-    joined.flags.writeable = False
-    return joined
+def _frozen(values: np.ndarray) -> np.ndarray:
+    values = values.astype(np.int32)
+    values.flags.writeable = False
+    return values
 
 
 def _write_file(path: Path, data: bytes) -> dict[str, Any]:

@@ -18,11 +18,7 @@ from typing import Any
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-
-PADDING_ID = 0
-UNKNOWN_ID = 1
-END_ID = 2
-RESERVED = ("<pad>", "<unk>", "<eos>")
+from data_pipelines.reserved_ids import END_ID, PADDING_ID, RESERVED, UNKNOWN_ID
 
 _SEPARATOR = r"(?i:<\s*/?\s*br\s*/?\s*>)|[\s\p{Z}\p{C}]+"
 _WORD = r"[\p{L}\p{M}\p{N}]"

@@ -60,34 +60,41 @@ class Config:
 
     embedding_dim: int = _flag("Model", 128, "Size of a word's embedding.", at_least=1)
     units: int = _flag("Model", 256, "LSTM cells.", at_least=1)
+    memory_steps: int = _flag("Model", 100, "How many steps a new LSTM's cells start out "
+                              "remembering, at the most.", at_least=1)
     hidden_units: int = _flag("Model", 30, "ReLU units between the LSTM and the logit.",
                               at_least=1)
 
     pretrain_steps: int = _flag("Pretraining", 2_000, "Steps.", at_least=1)
-    pretrain_batch_size: int = _flag("Pretraining", 64, "Documents in a global batch.",
+    pretrain_batch_size: int = _flag("Pretraining", 64, "Pieces in a global batch.",
                                      at_least=1)
-    pretrain_max_tokens: int = _flag("Pretraining", 400, "A document's last tokens that are read "
-                                     "and written.", at_least=2)
+    pretrain_max_tokens: int = _flag("Pretraining", 400, "Longer documents are cut into pieces "
+                                     "of this many tokens.", at_least=2)
     pretrain_learning_rate: float = _flag("Pretraining", 1e-3, "Adam's.", above=0)
     pretrain_learning_rate_decay: float = _flag("Pretraining", 0.9999, "Factor on the rate after "
                                                 "each step.", above=0, at_most=1)
     pretrain_dropout: float = _flag("Pretraining", 0.0, "Of embeddings and outputs.",
                                     at_least=0, below=1)
+    pretrain_word_dropout: float = _flag("Pretraining", 0.0, "Of the words that the decoder is "
+                                         "given while it writes; 1 = it sees only the state.",
+                                         at_least=0, at_most=1)
     sampled_softmax: int = _flag("Pretraining", 1024, "Candidates of the training softmax; "
                                  "0 = exact.", at_least=0)
     pretrain_evaluate_every_steps: int = _flag("Pretraining", 1_000, "Steps between evaluations "
                                                "(exact softmax).", at_least=1)
-    pretrain_evaluate_documents: int = _flag("Pretraining", 1_000, "Validation documents that an "
+    pretrain_evaluate_documents: int = _flag("Pretraining", 1_000, "Validation pieces that an "
                                              "evaluation reads.", at_least=1)
 
-    mean_state_documents: int = _flag("Pretraining", 10_000, "Documents of the corpus over which "
-                                      "the mean final state is taken.", at_least=1)
+    mean_state_documents: int = _flag("Pretraining", 10_000, "Pieces of the corpus over which the "
+                                      "mean final state is taken.", at_least=1)
 
     encoder: str = _flag("Fine-tuning", "", "Encoder bundle to start from (a folder).")
     init_weights: str = _flag("Fine-tuning", "encoder", "Where the LSTM's and the embeddings' "
                               "weights come from.", choices=("encoder", "random"))
     initial_state: str = _flag("Fine-tuning", "learned", "What state the LSTM starts from; "
                                "all but zero come from the encoder.", choices=INITIAL_STATES)
+    finetune_documents: int = _flag("Fine-tuning", 0, "Labelled documents to train on, chosen by "
+                                    "the seed; 0 = all of the train split.", at_least=0)
     finetune_steps: int = _flag("Fine-tuning", 1_000, "Steps.", at_least=1)
     finetune_batch_size: int = _flag("Fine-tuning", 64, "Documents in a global batch.",
                                      at_least=1)

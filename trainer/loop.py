@@ -156,7 +156,7 @@ def make_train_step(
     settings: Settings,
     batch_spec: dict[str, tf.TensorSpec],
 ) -> Callable[[dict, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Returns (batch, stop requested here) -> (mean loss, tokens read, stops requested anywhere)."""
+    """Returns (batch, stop asked for here) -> (mean loss, tokens read, stops asked for)."""
 
     variables = list(task.variables.values())
 

@@ -6,8 +6,8 @@ import tensorflow as tf
 
 from data_pipelines.batch_plan import BatchPlan
 from data_pipelines.dataset import make_dataset
+from data_pipelines.reserved_ids import END_ID
 from data_pipelines.token_store import SplitView, TokenStore
-from data_pipelines.tokenizer import END_ID
 
 MAX_TOKENS = 20
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from data_pipelines.errors import InputError
+from data_pipelines.reserved_ids import END_ID
 from data_pipelines.token_store import StoreWriter, TokenStore, token_dtype
 
 MakeStore = Callable[..., TokenStore]
@@ -104,7 +105,8 @@ def test_gather_equals_python_lists(
 ) -> None:
     vocab_size = data.draw(st.sampled_from([100, 65535, 65536, 2**20]))
     token = st.integers(0, vocab_size - 1)
-    documents = data.draw(st.lists(st.lists(token, min_size=1, max_size=9), min_size=3))
+    words = data.draw(st.lists(st.lists(token, max_size=8), min_size=3))
+    documents = [[*document, END_ID] for document in words]
     shards = data.draw(st.integers(1, 3))
     rows = data.draw(st.lists(st.integers(0, len(documents) - 1)))
     max_tokens = data.draw(st.integers(1, 10))
@@ -202,3 +204,45 @@ def test_writer_replaces_what_a_killed_one_left(tmp_path: Path) -> None:
     write_random(tmp_path / "store", [[1], [2]], 1, 10)
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
     assert not (tmp_path / "store" / "junk").exists()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_pieces_are_the_documents_cut(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    words = data.draw(st.lists(st.lists(st.integers(3, 99), max_size=30), min_size=3, max_size=6))
+    max_tokens = data.draw(st.integers(2, 12))
+    folder = tmp_path_factory.mktemp("stores") / "store"
+    write_random(folder, [[*document, END_ID] for document in words], 1, 100)
+    view = TokenStore(folder).split("train")
+    pieces = view.pieces(max_tokens)
+    tokens, lengths = pieces.gather(np.arange(len(pieces)), max_tokens)
+    assert (lengths == pieces.lengths).all() and lengths.max(initial=0) <= max_tokens
+    cut = [t[:n].tolist() for t, n in zip(tokens, lengths, strict=True)]
+    assert all(piece[-1] == END_ID and END_ID not in piece[:-1] for piece in cut)
+    assert sum((piece[:-1] for piece in cut), []) == sum(words, [])
+    least = sum(max(1, -(-len(document) // (max_tokens - 1))) for document in words)
+    assert len(pieces) == least
+    assert len(pieces.labels) == len(pieces)
+
+
+def test_pieces_of_a_document_are_of_equal_length(tmp_path: Path) -> None:
+    write_random(tmp_path / "store", [[*range(3, 13), END_ID], [3, END_ID], [END_ID]], 1, 100)
+    pieces = TokenStore(tmp_path / "store").split("train").pieces(5)
+    assert pieces.lengths.tolist() == [4, 4, 5, 2, 1]
+
+
+def test_a_sample_is_a_part_chosen_by_its_seed(tmp_path: Path) -> None:
+    documents = [[*range(3, 4 + i), END_ID] for i in range(50)]
+    write_random(tmp_path / "store", documents, 2, 100)
+    view = TokenStore(tmp_path / "store").split("train")
+    first, again, other = (view.sample(10, seed) for seed in (1, 1, 2))
+    assert len(first) == 10 and len(set(first.lengths.tolist())) == 10
+    assert first.lengths.tolist() == again.lengths.tolist() != other.lengths.tolist()
+    assert sorted(view.sample(50, 3).lengths) == sorted(view.lengths)
+    rows = first.gather(np.arange(10), 99)[0]
+    assert [(row != 0).sum() for row in rows] == first.lengths.tolist()
+    for wrong in (0, 51):
+        with pytest.raises(ValueError, match="there are 50"):
+            view.sample(wrong, 0)

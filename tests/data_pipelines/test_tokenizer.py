@@ -11,7 +11,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 
 from data_pipelines.errors import InputError
-from data_pipelines.tokenizer import END_ID, PADDING_ID, UNKNOWN_ID, WordTokenizer
+from data_pipelines.reserved_ids import END_ID, PADDING_ID, UNKNOWN_ID
+from data_pipelines.tokenizer import WordTokenizer
 
 
 def split(text: str | bytes, lowercase: bool = True) -> list[str]:

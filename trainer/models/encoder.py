@@ -1,6 +1,7 @@
 """The recurrent encoder: word embeddings, one LSTM, and the state that the LSTM starts from."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainer.models.lstm import WarmLSTM
@@ -16,20 +17,54 @@ def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
     return tf.nn.experimental.stateless_dropout(x, rate, seed) if rate else x
 
 
+@keras.saving.register_keras_serializable(package="warmstate")
+class ChronoBias(keras.initializers.Initializer):
+    """LSTM biases with which cells start out remembering for 1 to `longest` steps.
+
+    Forget gates start at log(t), input gates at -log(t), t uniform in [1, longest) by cell: each
+    cell is then an average over about t steps, which neither forgets a document's start nor
+    saturates. Tallec & Ollivier 2018, section 3.
+    """
+
+    def __init__(self, longest: int, seed: int):
+        self.longest = longest
+        self.seed = seed
+
+    def __call__(self, shape: tuple[int], dtype: str | None = None) -> tf.Tensor:
+        """Returns the bias [4 * units]: input, forget, candidate, output gate, as in Keras."""
+        units = shape[0] // 4
+        random = np.random.Generator(np.random.Philox(self.seed))
+        forget = np.log(random.uniform(1.0, max(self.longest, 1.0 + 1e-6), units))
+        return tf.constant(np.concatenate([-forget, forget, np.zeros(2 * units)]), dtype)
+
+    def get_config(self) -> dict:
+        return {"longest": self.longest, "seed": self.seed}
+
+
 class Encoder(keras.layers.Layer):
     """Reads tokens into a sequence of outputs and a final hidden and cell state.
 
     Attributes:
       embeddings: [vocab_size, embedding_dim].
+      memory_steps: how long cells start out remembering, at the most; see ChronoBias.
       initial_h, initial_c: [units], the state that reading starts from unless one is given.
     """
 
-    def __init__(self, vocab_size: int, embedding_dim: int, units: int, seed: int, **kwargs):
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int,
+        units: int,
+        seed: int,
+        memory_steps: int = 100,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
         self.embedding_dim = embedding_dim
         self.units = units
         self.seed = seed
+        self.memory_steps = memory_steps
         initializers = keras.initializers
         self.lstm = WarmLSTM(
             units,
@@ -37,6 +72,8 @@ class Encoder(keras.layers.Layer):
             return_state=True,
             kernel_initializer=initializers.GlorotUniform(seed=seed + 1),
             recurrent_initializer=initializers.Orthogonal(seed=seed + 2),
+            bias_initializer=ChronoBias(memory_steps, seed=seed + 6),
+            unit_forget_bias=False,
             seed=seed,
             name="lstm",
         )
@@ -98,4 +135,5 @@ class Encoder(keras.layers.Layer):
             "embedding_dim": self.embedding_dim,
             "units": self.units,
             "seed": self.seed,
+            "memory_steps": self.memory_steps,
         }

@@ -197,7 +197,6 @@ def lstm(
         h after every step [batch, time, units] (or the last alone, [batch, 1, units]), and the
         final h and c, each [batch, units].
     """
-
     width, units = kernel.shape[0], recurrent.shape[0]
 
     @tf.custom_gradient
@@ -352,14 +351,15 @@ def _backward(
         )
         i, f = input_forget[:units], input_forget[units:]
         dc += tf.raw_ops.TanhGrad(y=squashed, dy=dh * output)
-        gates = [
-            tf.raw_ops.SigmoidGrad(y=i, dy=dc * candidate),
-            tf.raw_ops.SigmoidGrad(y=f, dy=dc * previous_c),
-            tf.raw_ops.TanhGrad(y=candidate, dy=dc * i),
-            tf.raw_ops.SigmoidGrad(y=output, dy=dh * squashed),
-        ]
-        # tf.stack copies them six times faster than tf.concat.
-        dz = tf.reshape(tf.stack(gates), (4 * units, -1))
+        dz = tf.concat(
+            [
+                tf.raw_ops.SigmoidGrad(y=i, dy=dc * candidate),
+                tf.raw_ops.SigmoidGrad(y=f, dy=dc * previous_c),
+                tf.raw_ops.TanhGrad(y=candidate, dy=dc * i),
+                tf.raw_ops.SigmoidGrad(y=output, dy=dh * squashed),
+            ],
+            0,
+        )  # [4 * units, batch]
         previous_dh = tf.matmul(recurrent, dz)
         if masked is not None:
             previous_dh += masked[t] * dh

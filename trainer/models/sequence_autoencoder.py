@@ -34,18 +34,24 @@ class SequenceAutoencoder(keras.layers.Layer):
         self.softmax_bias = self.add_weight(
             shape=(vocab_size,), initializer="zeros", name="softmax_bias"
         )
+        # Start from Zipf's law: the sampled softmax then starts without variance.
+        self.softmax_bias.assign(
+            softmax.log_expected_count(tf.range(vocab_size), vocab_size, num_sampled=1)
+        )
         self.built = True
 
-    def predicting_outputs(self, embedded: tf.Tensor, mask: tf.Tensor, training: bool) -> tf.Tensor:
+    def predicting_outputs(
+        self, read: tf.Tensor, written: tf.Tensor, mask: tf.Tensor, training: bool
+    ) -> tf.Tensor:
         """Returns the LSTM outputs from which the tokens are predicted: [batch, time, units].
 
         Position i predicts token i: position 0 is the state in which reading ended, position i
         the output after writing token i - 1.
         """
-        start = self.encoder.start(tf.shape(embedded)[0])
-        _, h, c = self.encoder.read(embedded, mask, start, training)
-        written, _, _ = self.encoder.read(embedded[:, :-1], mask[:, 1:], [h, c], training)
-        return tf.concat([h[:, None], written], axis=1)
+        start = self.encoder.start(tf.shape(read)[0])
+        _, h, c = self.encoder.read(read, mask, start, training)
+        outputs, _, _ = self.encoder.read(written[:, :-1], mask[:, 1:], [h, c], training)
+        return tf.concat([h[:, None], outputs], axis=1)
 
     def loss_sum(
         self,
@@ -56,6 +62,8 @@ class SequenceAutoencoder(keras.layers.Layer):
         dropout_rate: float = 0.0,
         embedding_seed: tf.Tensor | None = None,
         output_seed: tf.Tensor | None = None,
+        word_dropout_rate: float = 0.0,
+        word_seed: tf.Tensor | None = None,
         num_sampled: int = 0,
         softmax_seed: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -68,12 +76,17 @@ class SequenceAutoencoder(keras.layers.Layer):
           training: whether a gradient will be taken.
           dropout_rate: of the embeddings and of the outputs.
           embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
+          word_dropout_rate: of the words that the decoder is given, not of those that it must
+            write (Bowman et al. 2016, section 3.1): the more are missing, the more it must take
+            from the state in which reading ended.
+          word_seed: int32 [2], needed where word_dropout_rate is not 0.
           num_sampled: candidates of the sampled softmax; 0 is the exact one.
           softmax_seed: int32 [2].
         """
         mask = token_mask(tokens, lengths)
         embedded = dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)
-        outputs = self.predicting_outputs(embedded, mask, training)
+        written = drop_words(embedded, word_dropout_rate, word_seed)
+        outputs = self.predicting_outputs(embedded, written, mask, training)
         counted = mask & (weights[:, None] > 0)
         hidden = tf.boolean_mask(outputs, counted)  # [tokens, units]
         hidden = dropout(hidden, dropout_rate, output_seed)
@@ -86,3 +99,11 @@ class SequenceAutoencoder(keras.layers.Layer):
         else:
             losses = softmax.cross_entropy(hidden, targets, kernel, bias)
         return tf.reduce_sum(losses), tf.cast(tf.size(targets), tf.float32)
+
+
+def drop_words(embedded: tf.Tensor, rate: float, seed: tf.Tensor | None) -> tf.Tensor:
+    """Returns `embedded`, [batch, time, dim], with a fraction `rate` of its words zeroed."""
+    if not rate:
+        return embedded
+    kept = tf.random.stateless_uniform(tf.shape(embedded)[:2], seed) >= rate
+    return embedded * tf.cast(kept, embedded.dtype)[:, :, None]

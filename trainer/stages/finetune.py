@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
+from data_pipelines.token_store import SplitView
 from trainer import bundle, loop, seeds, states
 from trainer.distribution.distributor import broadcast_arrays, gather_objects
 from trainer.models.classifier import Classifier, losses_and_errors
@@ -33,7 +34,7 @@ def finetune(
       start the broadcast: digests by worker, bytes, seconds.
     """
     config = run.config
-    view = run.store.split("train")
+    view = labelled_documents(run)
     plan = run.plan(view, config.finetune_batch_size, config.finetune_max_tokens)
     name = folder.name
     classifier = make_classifier(run, with_reader=initial_state == "encode")
@@ -73,6 +74,22 @@ def finetune(
     if run.is_chief:
         save_classifier(run, folder / "classifier", classifier, report)
     return report
+
+
+def labelled_documents(run: Run) -> SplitView:
+    """Returns the train split, or the part of it that --finetune_documents asks for.
+
+    Raises:
+      InputError: it is smaller than that.
+    """
+    view = run.store.split("train")
+    wanted = run.config.finetune_documents
+    if wanted > len(view):
+        raise InputError(
+            f"--finetune_documents={wanted} is more than the {len(view)} labelled documents that "
+            "the store has for training; 0 takes all"
+        )
+    return view.sample(wanted, run.config.seed) if wanted else view
 
 
 def make_classifier(run: Run, with_reader: bool) -> Classifier:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.token_store import SplitView
 from trainer import bundle, loop, seeds, states
 from trainer.config import Config
 from trainer.distribution.steps import sum_over_batches
@@ -26,19 +27,19 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
       For the report: steps, tokens_per_second, seconds, and the validation metrics.
     """
     config = run.config
-    view = run.store.split(*(name for name in PRETRAINING_SPLITS if name in run.store.splits))
+    view = corpus(run, *(name for name in PRETRAINING_SPLITS if name in run.store.splits))
     plan = run.plan(view, config.pretrain_batch_size, config.pretrain_max_tokens)
     with run.distributor.scope():
         model = SequenceAutoencoder(make_encoder(config, run.store.vocab_size))
         model.build()
     validation = run.some_documents(
-        run.store.split("validation"),
+        corpus(run, "validation"),
         config.pretrain_evaluate_documents,
         config.pretrain_batch_size,
         config.pretrain_max_tokens,
     )
     run.log(
-        f"pretrain: {len(view):,} documents, {int(view.lengths.sum()):,} tokens, "
+        f"pretrain: {int(view.lengths.sum()):,} tokens in {len(view):,} pieces of documents, "
         f"{plan.steps_per_epoch:,} steps an epoch, {config.pretrain_steps:,} steps to do"
     )
     result = loop.train(
@@ -55,10 +56,10 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         run.log,
     )
     run.log("pretrain: averaging the final state over the corpus")
-    corpus = run.some_documents(
+    averaged = run.some_documents(
         view, config.mean_state_documents, config.pretrain_batch_size, config.pretrain_max_tokens
     )
-    mean = states.mean(run.distributor, model.encoder, corpus)
+    mean = states.mean(run.distributor, model.encoder, averaged)
     report = {
         "steps": config.pretrain_steps,
         "seconds": round(result.seconds, 1),
@@ -70,9 +71,21 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     return report
 
 
+def corpus(run: Run, *splits: str) -> SplitView:
+    """Returns the text of `splits`, in pieces of at most --pretrain_max_tokens."""
+    return run.store.split(*splits).pieces(run.config.pretrain_max_tokens)
+
+
 def make_encoder(config: Config, vocab_size: int) -> Encoder:
     """Returns a new encoder, its weights drawn from the run's seed; call it in the scope."""
-    encoder = Encoder(vocab_size, config.embedding_dim, config.units, config.seed, name="encoder")
+    encoder = Encoder(
+        vocab_size,
+        config.embedding_dim,
+        config.units,
+        seed=config.seed,
+        memory_steps=config.memory_steps,
+        name="encoder",
+    )
     encoder.build()
     return encoder
 
@@ -100,6 +113,8 @@ def loss_sum(model: SequenceAutoencoder, config: Config) -> loop.LossSum:
             dropout_rate=config.pretrain_dropout,
             embedding_seed=seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard),
             output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
+            word_dropout_rate=config.pretrain_word_dropout,
+            word_seed=seeds.fold(config.seed, seeds.WORD_DROPOUT, step, shard),
             num_sampled=config.sampled_softmax,
             softmax_seed=seeds.fold(config.seed, seeds.SOFTMAX_CANDIDATES, step),
         )

@@ -31,7 +31,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     classifier = make()
     both = classifier.logits(TOKENS, LENGTHS, training=False)
     alone = classifier.logits(TOKENS[:1], LENGTHS[:1], training=False)
-    np.testing.assert_allclose(both[:1], alone, rtol=1e-6)
+    np.testing.assert_allclose(both[:1], alone, rtol=1e-5)
 
 
 def test_the_initial_state_matters_and_is_trained() -> None:

@@ -191,6 +191,21 @@ def test_gradients_equal_finite_differences() -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16"])
+def test_masked_steps_repeat_to_the_bit(dtype: str) -> None:
+    _, layer = layers((2, 4, WIDTH), return_sequences=True, return_state=True, dtype=dtype)
+    inputs, state = example(2, 4)
+    mask = tf.constant([[True, False, True, False], [False, False, False, False]])
+    outputs, h, c = layer(inputs, mask=mask, initial_state=state)
+    _, h_of_three, c_of_three = layer(inputs[:, :3], mask=mask[:, :3], initial_state=state)
+    np.testing.assert_array_equal(outputs[0, 1], outputs[0, 0])
+    np.testing.assert_array_equal(outputs[0, 3], outputs[0, 2])
+    np.testing.assert_array_equal(outputs[1], tf.zeros_like(outputs[1]))
+    for found, before, start in zip((h, c), (h_of_three, c_of_three), state, strict=True):
+        np.testing.assert_array_equal(found, before)
+        np.testing.assert_array_equal(found[1], tf.cast(start, found.dtype)[1])
+
+
 def test_only_one_result_used() -> None:
     """Gradients are right too where the loss reads the final c alone."""
     found = []

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.models.encoder import Encoder
-from trainer.models.sequence_autoencoder import SequenceAutoencoder
+from trainer.models.sequence_autoencoder import SequenceAutoencoder, drop_words
 
 VOCAB_SIZE, DIM, UNITS = 30, 4, 6
 
@@ -67,9 +67,11 @@ def test_a_document_is_read_before_it_is_written(model: SequenceAutoencoder) -> 
     # The first written token depends on the last read one: the state is handed over.
     tokens, lengths = documents([4], time=4)
     mask = tf.ones([1, 4], bool)
-    first = model.predicting_outputs(model.encoder.embed(tokens), mask, training=False)
+    embedded = model.encoder.embed(tokens)
+    first = model.predicting_outputs(embedded, embedded, mask, training=False)
     tokens[0, 3] = 3 if tokens[0, 3] != 3 else 4
-    other = model.predicting_outputs(model.encoder.embed(tokens), mask, training=False)
+    embedded = model.encoder.embed(tokens)
+    other = model.predicting_outputs(embedded, embedded, mask, training=False)
     assert np.abs(first[0, 0] - other[0, 0]).max() > 1e-3
 
 
@@ -93,3 +95,24 @@ def test_dropout_is_a_function_of_its_seed(model: SequenceAutoencoder) -> None:
         return float(model.loss_sum(tokens, lengths, weights, training=True, **arguments)[0])
 
     assert with_seed(1) == with_seed(1) != with_seed(2)
+
+
+def test_word_dropout_hides_words_from_the_decoder_alone(model: SequenceAutoencoder) -> None:
+    tokens, lengths = documents([5, 3], time=5)
+    weights = np.ones(2, np.float32)
+
+    def with_rate(rate: float) -> float:
+        arguments = {"word_dropout_rate": rate, "word_seed": tf.constant([1, 2])}
+        return float(model.loss_sum(tokens, lengths, weights, training=True, **arguments)[0])
+
+    assert with_rate(0.0) == loss(model, tokens, lengths)[0]
+    assert with_rate(0.5) != with_rate(0.0) != with_rate(1.0)
+    # With no word left to see, only the state tells the decoder what to write.
+    encoder, mask = model.encoder, tf.ones([1, 4], bool)
+    embedded = encoder.embed(tokens[:1, :4])
+    hidden = drop_words(embedded, 1.0, tf.constant([1, 2]))
+    assert not hidden.numpy().any()
+    outputs = model.predicting_outputs(embedded, hidden, mask, training=False)
+    _, h, c = encoder.read(embedded, mask, encoder.start(1), training=False)
+    expected, _, _ = encoder.read(hidden[:, 1:], mask[:, 1:], [h, c], training=False)
+    np.testing.assert_allclose(outputs[:, 1:], expected, rtol=1e-6)
