@@ -66,6 +66,11 @@ class Checkpointer:
         for old in self._steps()[:-KEPT]:
             shutil.rmtree(old)
 
+    def forget(self) -> None:
+        """Removes all checkpoints, for a run that starts again."""
+        if is_chief(self._distributor):
+            shutil.rmtree(self._folder, ignore_errors=True)
+
     def restore(self) -> tuple[int, dict[str, Any], dict[str, np.ndarray]] | None:
         """Sets the variables to the newest good checkpoint; a collective.
 

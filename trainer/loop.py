@@ -113,7 +113,9 @@ def train(
     )
     metrics = Metrics(settings.folder / "metrics.jsonl", task.name)
     progress = Progress(task, settings, distributor, checkpoints, metrics, log)
-    start = progress.resume() if settings.resume else 0
+    if not settings.resume:
+        checkpoints.forget()
+    start = progress.resume()
     if is_chief(distributor):
         settings.folder.mkdir(parents=True, exist_ok=True)
         metrics.forget_after(start)

@@ -82,6 +82,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
 
     from trainer.distribution import distributor as distributors
     from trainer.preemption import StopRequest
+    from trainer.reporting import report as reports
     from trainer.stages.run import Run
 
     if chief:
@@ -101,27 +102,29 @@ def run_stage(config: Config, cluster: Cluster) -> None:
     )
     run = Run(config, distributor, store, StopRequest(), log)
     try:
-        report = {
-            "stage": config.stage,
-            "world_size": distributors.num_shards(distributor),
-            "data_note": store.note,
-            **stage_report(run),
-            "wall_seconds": 0.0,
-            "config": dataclasses.asdict(config),
-        }
+        result = stage_report(run)
     except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
         print(f"worker {cluster.rank} lost a peer: {what_failed(error.message)}")
         sys.stdout.flush()
         os._exit(LOST_WORKER_EXIT_CODE)  # a peer is gone: an orderly end would wait for it
-    report["wall_seconds"] = round(time.perf_counter() - began, 1)
     if chief:
-        finish(folder, report, log)
+        report = {
+            "stage": config.stage,
+            "world_size": distributors.num_shards(distributor),
+            "data_note": store.note,
+            **result,
+            "wall_seconds": round(time.perf_counter() - began, 1),
+            "config": dataclasses.asdict(config),
+        }
+        reports.write(folder, report)
+        table = reports.comparison_table(report) if config.stage == "all" else None
+        log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.json'}")
 
 
 def what_failed(message: str) -> str:
     """Returns the telling line of a TensorFlow error's message."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if "Collective" in line or "peer" in line or "ime" in line]
+    telling = [line for line in lines if "peer" in line or "Collective" in line]
     return (telling or lines)[-1]
 
 
@@ -218,18 +221,6 @@ def remember_config(config: Config, folder: Path) -> None:
     """Writes the configuration to the run's folder, for `check_resumable`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-
-
-def finish(folder: Path, report: dict[str, Any], log: Any) -> None:
-    """Writes the report and says what came of the run."""
-    from trainer.reporting import report as reports
-
-    reports.write(folder, report)
-    if report["stage"] == "all":
-        log(f"\n{reports.comparison_table(report)}\n")
-    else:
-        log(json.dumps(report[list(report)[3]], indent=2))
-    log(f"report: {folder / 'report.json'}")
 
 
 def _exit_for(faults: str) -> None:

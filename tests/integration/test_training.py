@@ -202,4 +202,7 @@ def test_a_run_folder_of_other_settings_is_not_resumed(small_store: Path, tmp_pa
     train(1, *flags, "--pretrain_steps=3")
     done = run(1, *flags, "--pretrain_steps=3", "--seed=5")
     assert done.returncode == 2 and "--seed was 0 and is now 5" in done.stderr
-    train(1, *flags, "--pretrain_steps=3", "--seed=5", "--resume=never")
+    train(1, *flags, "--pretrain_steps=2", "--seed=5", "--resume=never")
+    assert list(metrics(tmp_path)) == [1, 2]
+    # Nothing of the first run is left for this one to resume from.
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]

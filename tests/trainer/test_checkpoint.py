@@ -79,3 +79,10 @@ def test_a_save_that_was_cut_off_leaves_the_one_before(setup: Setup, tmp_path: P
     assert setup.checkpoints.restore()[0] == 1
     setup.checkpoints.save(2, {})
     assert setup.checkpoints.restore()[0] == 2
+
+
+def test_a_run_that_starts_again_forgets_the_old_checkpoints(setup: Setup) -> None:
+    setup.checkpoints.forget()  # there are none
+    setup.checkpoints.save(5, {})
+    setup.checkpoints.forget()
+    assert setup.checkpoints.restore() is None

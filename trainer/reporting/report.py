@@ -53,7 +53,11 @@ def comparison_table(report: dict[str, Any]) -> str:
     lines.append(f"warm start: weights {warm['init_weights']}, state {warm['initial_state']}")
     for rank, value in enumerate(report["broadcast"]["digests"]):
         lines.append(f"worker {rank} holds {value}")
-    lines.append(f"{report['test']['warm']['documents']:,} test documents")
+    lines.append(
+        f"{warm['labelled_documents']:,} labelled documents to train on, "
+        f"{report['test']['warm']['documents']:,} to test; "
+        f"all in all {format_seconds(report['wall_seconds'])}"
+    )
     if report["data_note"]:
         lines.append(f"Data: {report['data_note']}.")
     return "\n".join(lines)

@@ -65,6 +65,7 @@ def finetune(
         run.log,
     )
     report |= {
+        "labelled_documents": len(view),
         "steps": config.finetune_steps,
         "best_step": result.step,
         "seconds": round(result.seconds, 1),

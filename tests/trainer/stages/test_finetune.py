@@ -1,0 +1,23 @@
+import pytest
+
+from data_pipelines.errors import InputError
+from trainer.models.classifier import Classifier
+from trainer.models.encoder import Encoder
+from trainer.stages.finetune import check_digests, trained_variables
+
+
+def test_unequal_digests_name_the_workers() -> None:
+    check_digests(["a", "a", "a"])
+    with pytest.raises(InputError, match=r"workers \[1, 3\] hold other weights .* than worker 0"):
+        check_digests(["a", "b", "a", "c"])
+
+
+@pytest.mark.parametrize("state", ["zero", "mean", "learned", "encode"])
+def test_the_state_is_trained_only_if_it_is_learned(state: str) -> None:
+    reader = Encoder(9, 2, 3, seed=1) if state == "encode" else None
+    classifier = Classifier(Encoder(9, 2, 3, seed=0), 2, reader=reader)
+    classifier.build()
+    names = set(trained_variables(classifier, state))
+    assert ("initial_state/h" in names) == (state == "learned")
+    assert {"embeddings", "lstm/kernel", "output/bias"} <= names
+    assert not any(name.startswith("reader/") for name in names)
