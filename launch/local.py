@@ -5,7 +5,6 @@ that not even `kill -9` of the launcher leaves a worker behind. What a worker it
 killed with the worker's process group, except after such a `kill -9`.
 """
 
-import contextlib
 import ctypes
 import io
 import json
@@ -139,10 +138,14 @@ def _write(text: str) -> None:
         sys.stdout.buffer.flush()
     except OSError as error:
         # Go on emptying the pipe, for workers that print while they stop must not block.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         os.kill(os.getpid(), signal.SIGPIPE)
-        with contextlib.suppress(OSError):
-            print(f"launch: cannot print the workers' lines: {error}", file=sys.stderr)
+        try:
+            print(f"launch: cannot print the workers' lines: {error}", file=sys.stderr, flush=True)
+        except OSError:
+            # What is left in its buffer would fail again at exit and change the exit code to 120.
+            os.dup2(nowhere, sys.stderr.fileno())
 
 
 def _supervise(

@@ -1,6 +1,7 @@
 """What all tests share: TensorFlow without its notes, and a small store of real text."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,10 @@ from data_pipelines.quiet_tensorflow import import_quietly
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 import_quietly()
+
+# Started in the background or by nohup, pytest ignores these, and so would all its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class SomeReviews:

@@ -31,7 +31,9 @@ def test_n_workers_are_one_worker(small_store: Path, tmp_path: Path, workers: in
     one, several = metrics(tmp_path / "1"), metrics(tmp_path / f"{workers}")
     assert list(one) == list(several) == list(range(1, 51))
     np.testing.assert_allclose(list(several.values()), list(one.values()), rtol=1e-5)
-    assert list(one.values())[-1] < 0.8 * list(one.values())[0]
+    # It learns: single batches differ by more than 50 steps gain, ten of them do not.
+    losses = list(one.values())
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.05
     (perplexity,) = metrics(tmp_path / "1", "perplexity").values()
     assert metrics(tmp_path / f"{workers}", "perplexity")[50] == pytest.approx(perplexity, rel=1e-4)
 
