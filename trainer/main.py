@@ -89,6 +89,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
         check_bundles(config)
         check_resumable(config, folder)
     store = open_store(config, cluster)
+    check_labelled_documents(config, store)
     if chief:
         check_vocabulary(config, store.vocab_sha256)
         remember_config(config, folder)
@@ -184,6 +185,16 @@ def check_bundles(config: Config) -> None:
         )
     if config.stage == "evaluate":
         bundle.read_info(Path(config.classifier), "classifier", "--classifier")
+
+
+def check_labelled_documents(config: Config, store: TokenStore) -> None:
+    """Raises InputError, before any training, if --finetune_documents is more than there are."""
+    wanted, there = config.finetune_documents, len(store.split("train"))
+    if config.stage in ("all", "finetune") and wanted > there:
+        raise InputError(
+            f"--finetune_documents={wanted} is more than the {there} labelled documents that "
+            "the store has for training; 0 takes all"
+        )
 
 
 def check_vocabulary(config: Config, vocab_sha256: str) -> None:

@@ -171,6 +171,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
             "--init_weights=random",
             "--initial_state=encode",
         ),
+        "--finetune_documents=201 is more": (folder, store, "--finetune_documents=201"),
         "is no encoder bundle": (*fine, store, f"--encoder={tmp_path}"),
         "has 12; set --units=12": (*fine, store, f"--encoder={encoder}", "--units=13"),
     }
