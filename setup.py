@@ -22,5 +22,10 @@ setup(
         "tensorflow",
         "tensorflow-datasets",
     ],
-    extras_require={"test": ["hypothesis", "pytest", "ruff"]},
+    extras_require={
+        # Needs protobuf < 7 and pyarrow < 26, so an environment of its own: docs/data-preparing.md.
+        "beam": ["apache-beam>=2.77,<3"],
+        "test": ["hypothesis", "psutil", "pytest", "ruff", "zstandard"],
+        "zstd": ["zstandard"],  # reads .zst files
+    },
 )

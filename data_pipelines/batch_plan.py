@@ -1,29 +1,54 @@
 """Which example is in which global batch: a pure function of seed, epoch, lengths and batch size.
 
-A position in training is one integer, the step: nothing else needs saving to resume.
+A position in training is one integer, the step: nothing else needs saving to resume. Orders are
+keyed permutations, so that any step can be had without those before it.
 """
 
 import threading
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from data_pipelines.errors import InputError
+from data_pipelines.permutation import Permutation
+from data_pipelines.split_view import BLOCK_DOCUMENTS, block_sums, chunks
+
+EXAMPLES_KEY = 2
+BATCHES_KEY = 3
+
+
+class Examples(Protocol):
+    """What a plan is made of; `data_pipelines.split_view.SplitView` is one."""
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+
+    def lengths_of(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the tokens of examples, at least 1 each: int64 [n]."""
 
 
 class BatchPlan:
     """Cuts each epoch's examples into global batches of similar lengths.
 
-    Every example is in exactly one batch of an epoch, and all batches but one have
-    `global_batch` examples. The content of a batch does not depend on the number of workers.
+    Every example is in exactly one batch of an epoch. The content of a batch does not depend on
+    the number of workers. Memory is that of two windows, whatever the number of examples.
+
+    An epoch's shuffled examples are cut into windows of about `bucket_batches` batches; a window is
+    sorted by length and cut into batches, and these are shuffled inside their window.
 
     Args:
-        lengths: integers [examples], the tokens of each example as training sees them
-            (truncated, if it truncates).
-        global_batch: examples a step, over all workers.
+        examples: what the batches are made of.
+        max_tokens: training sees the last `max_tokens` tokens of a longer example.
+        global_batch: examples a step, over all workers; all batches but one of an epoch have so
+            many. None where `tokens_per_batch` is given.
+        tokens_per_batch: tokens a step, over all workers, padding not counted: batches have varying
+            numbers of examples and about this many tokens. It is a mean, not a limit: on reviews
+            the largest batch is a few percent above it.
         seed: of the shuffling; not negative.
-        shuffle: False gives every epoch the same order, shortest example first, for evaluation.
-        bucket_batches: examples are sorted by length inside windows of this many batches. More
-            means less padding, and batches that are less random.
+        shuffle: False keeps the order of the windows, the same in every epoch, and begins each
+            with its shortest examples: for evaluation.
+        bucket_batches: more means less padding, and batches that are less random.
 
     Raises:
         InputError: there are no examples, or an argument is out of range.
@@ -31,91 +56,247 @@ class BatchPlan:
 
     def __init__(
         self,
-        lengths: np.ndarray,
-        global_batch: int,
+        examples: Examples,
+        *,
+        max_tokens: int,
         seed: int,
+        global_batch: int | None = None,
+        tokens_per_batch: int | None = None,
         shuffle: bool = True,
         bucket_batches: int = 50,
     ) -> None:
-        faults = []
-        if len(lengths) == 0:
-            faults.append("there are no examples to make batches of: the split is empty")
-        if global_batch < 1:
+        if (global_batch is None) == (tokens_per_batch is None):
+            raise ValueError("give either global_batch or tokens_per_batch")
+        faults = _common_faults(examples, max_tokens, seed)
+        if global_batch is not None and global_batch < 1:
             faults.append(f"a global batch of {global_batch} examples: it must be at least 1")
-        if seed < 0:
-            faults.append(f"--seed={seed} must not be negative")
+        if tokens_per_batch is not None and tokens_per_batch < max_tokens:
+            faults.append(
+                f"a batch of {tokens_per_batch} tokens cannot hold an example of "
+                f"max_tokens={max_tokens}"
+            )
         if bucket_batches < 1:
             faults.append(f"bucket_batches={bucket_batches} must be at least 1")
         if faults:
             raise InputError("\n".join(faults))
-        self._lengths = np.array(lengths, np.int64)
+        self.num_examples = len(examples)
+        self.max_tokens = max_tokens
+        self._examples = examples
         self._global_batch = global_batch
         self._seed = seed
         self._shuffle = shuffle
-        self._window = bucket_batches * global_batch
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._lock = threading.Lock()
-
-    @property
-    def num_examples(self) -> int:
-        """Examples an epoch."""
-        return len(self._lengths)
-
-    @property
-    def global_batch(self) -> int:
-        """Examples a step, but for the one smaller batch of an epoch."""
-        return self._global_batch
+        if global_batch is not None:
+            self._steps = -(-self.num_examples // global_batch)
+        else:
+            tokens = sum(
+                int(np.minimum(examples.lengths_of(chunk), max_tokens).sum())
+                for chunk in chunks(len(examples))
+            )
+            self._steps = -(-tokens // tokens_per_batch)
+        self._num_windows = -(-self._steps // bucket_batches)
+        self._windows = _Recent(self._make_window)
+        self._orders = _Recent(self._make_order)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches an epoch, the smaller one included."""
-        return -(-self.num_examples // self._global_batch)
+        """Global batches an epoch; the same in each."""
+        return self._steps
 
     def epoch_of(self, step: int) -> int:
         """Returns the epoch, from 0, that global step `step`, from 0, belongs to."""
-        return step // self.steps_per_epoch
+        return step // self._steps
 
     def indices(self, step: int) -> np.ndarray:
-        """Returns the examples of global batch `step`: int64 [<= global_batch], read-only.
+        """Returns the examples of global batch `step`: int64 [n], read-only.
 
         Args:
-            step: counts from 0 across epochs. Any step costs the same once its epoch is ordered.
+            step: counts from 0 across epochs. Any step costs one window, the others of the same
+                window then nothing.
 
         Raises:
             ValueError: the step is negative.
         """
         if step < 0:
             raise ValueError(f"step {step} is negative")
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        order, starts = self._epoch(epoch)
-        return order[starts[batch] : min(starts[batch] + self._global_batch, self.num_examples)]
+        epoch, batch = divmod(step, self._steps)
+        window = ((batch + 1) * self._num_windows - 1) // self._steps
+        batches = self._windows((epoch, window))
+        return batches[batch - shard_rows(self._steps, window, self._num_windows)[0]]
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns an epoch's examples in order, and where in that order each batch starts."""
-        if not self._shuffle:
-            epoch = 0
-        with self._lock:
-            if epoch not in self._epochs:
-                # Two epochs are kept, because parallel readers straddle the end of one.
-                for old in sorted(self._epochs)[:-1]:
-                    del self._epochs[old]
-                self._epochs[epoch] = self._make_epoch(epoch)
-            return self._epochs[epoch]
+    def _make_order(self, epoch: int) -> Permutation:
+        return Permutation(self.num_examples, (self._seed, EXAMPLES_KEY, epoch))
 
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        starts = np.arange(0, self.num_examples, self._global_batch)
+    def _make_window(self, key: tuple[int, int]) -> list[np.ndarray]:
+        """Returns the batches of a window, in the order in which they are read."""
+        epoch, window = key
+        first, stop = shard_rows(self._steps, window, self._num_windows)
+        examples = np.arange(self._first_example(first), self._first_example(stop))
         if self._shuffle:
-            bits = np.random.Philox(np.random.SeedSequence((self._seed, epoch)))
-            # Sorted raw bits, because NumPy promises the same bits, but not the same
-            # Generator.permutation, in its next version.
-            order = np.argsort(bits.random_raw(self.num_examples), kind="stable")
-            window = np.arange(self.num_examples) // self._window
-            order = order[np.lexsort((self._lengths[order], window))]
-            starts = starts[np.argsort(bits.random_raw(len(starts)), kind="stable")]
-        else:
-            order = np.argsort(self._lengths, kind="stable")
+            examples = self._orders(epoch)(examples)
+        lengths = np.minimum(self._examples.lengths_of(examples), self.max_tokens)
+        by_length = np.argsort(lengths, kind="stable")
+        order = examples[by_length]
         order.flags.writeable = False
-        return order, starts
+        batches = np.split(order, self._cuts(lengths[by_length], stop - first))
+        if not self._shuffle:
+            return batches
+        places = Permutation(len(batches), (self._seed, BATCHES_KEY, epoch, window))
+        return [batches[place] for place in places(np.arange(len(batches)))]
+
+    def _first_example(self, batch: int) -> int:
+        """Returns the place in the epoch's order where the examples of batch `batch` begin."""
+        if self._global_batch is not None:
+            return min(batch * self._global_batch, self.num_examples)
+        return self.num_examples * batch // self._steps
+
+    def _cuts(self, lengths: np.ndarray, num_batches: int) -> np.ndarray:
+        """Returns where a window, its lengths in order, is cut: int64 [num_batches - 1]."""
+        number = np.arange(1, num_batches)
+        if self._global_batch is not None:
+            return number * self._global_batch
+        ends = np.cumsum(lengths)
+        cuts = np.searchsorted(ends, ends[-1] * number / num_batches, side="right")
+        # At least one example for each batch: one may be longer than its window's share.
+        cuts = np.maximum.accumulate(np.maximum(cuts - number, 0)) + number
+        return np.minimum(cuts, len(lengths) - num_batches + number)
+
+
+class Parts(NamedTuple):
+    """Parts of examples that follow one another in rows; all int64 [parts].
+
+    Attributes:
+        row: the row that the part is in, not falling.
+        example: which it is of.
+        start: its first token, counted from the example's start.
+        stop: the token to stop before.
+    """
+
+    row: np.ndarray
+    example: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+class PackedPlan:
+    """Joins each epoch's shuffled examples into one stream of tokens and cuts it into rows.
+
+    Rows have `max_tokens` tokens and no padding, but for the end of an epoch: an example may begin
+    in one row and end in the next. Every token is in exactly one row of an epoch. The content of a
+    row does not depend on the number of workers. Memory: a quarter of a byte an example; an epoch
+    begins with one pass over the lengths of all of them.
+
+    Args:
+        examples: what the rows are made of.
+        max_tokens: tokens a row.
+        global_batch: rows a step, over all workers.
+        seed: of the shuffling; not negative.
+        carried: False gives rows in the order of the stream. True cuts the stream into
+            `global_batch` streams of equal length, one for each row of a batch, and row r of a step
+            continues row r of the step before: for truncated backpropagation with carried state.
+
+    Raises:
+        InputError: there are no examples, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        max_tokens: int,
+        seed: int,
+        global_batch: int,
+        carried: bool = False,
+    ) -> None:
+        faults = _common_faults(examples, max_tokens, seed)
+        if global_batch < 1:
+            faults.append(f"a global batch of {global_batch} rows: it must be at least 1")
+        if faults:
+            raise InputError("\n".join(faults))
+        self.num_examples = len(examples)
+        self.max_tokens = max_tokens
+        self.carried = carried
+        self._examples = examples
+        self._global_batch = global_batch
+        self._seed = seed
+        self._epochs = _Recent(self._make_epoch)
+        tokens = (int(examples.lengths_of(chunk).sum()) for chunk in chunks(len(examples)))
+        self._num_tokens = sum(tokens)
+        self._steps = -(-self._num_tokens // (global_batch * max_tokens))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches an epoch; the same in each."""
+        return self._steps
+
+    def epoch_of(self, step: int) -> int:
+        """Returns the epoch, from 0, that global step `step`, from 0, belongs to."""
+        return step // self._steps
+
+    def continues(self, step: int) -> bool:
+        """Returns whether the rows of `step` go on where those of the step before ended."""
+        return self.carried and step % self._steps > 0
+
+    def ranges(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where rows start and stop in the epoch's stream: int64 [rows] each.
+
+        The last batch of an epoch has fewer rows, or with `carried` shorter ones, which may be
+        empty.
+
+        Raises:
+            ValueError: the step is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        batch, rows = step % self._steps, np.arange(self._global_batch)
+        if self.carried:
+            starts = self._num_tokens * rows // self._global_batch + batch * self.max_tokens
+            ends = self._num_tokens * (rows + 1) // self._global_batch
+        else:
+            starts = (batch * self._global_batch + rows) * self.max_tokens
+            starts = starts[starts < self._num_tokens]
+            ends = np.full(len(starts), self._num_tokens)
+        return starts, np.minimum(starts + self.max_tokens, ends)
+
+    def parts(self, epoch: int, starts: np.ndarray, stops: np.ndarray) -> Parts:
+        """Returns what lies in ranges of an epoch's stream, one row a range.
+
+        Args:
+            epoch: from 0.
+            starts: int64 [rows], as `ranges` gives them.
+            stops: int64 [rows].
+        """
+        order, before = self._epochs(epoch)
+        first = np.searchsorted(before, starts, side="right") - 1
+        counts = np.where(stops > starts, np.searchsorted(before, stops, side="left") - first, 0)
+        row = np.repeat(np.arange(len(starts)), counts)
+        block = np.arange(len(row)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        blocks, block_of = np.unique(block, return_inverse=True)
+        places = blocks[:, None] * BLOCK_DOCUMENTS + np.arange(BLOCK_DOCUMENTS)
+        inside = places < self.num_examples
+        examples = order(np.minimum(places, self.num_examples - 1).ravel())
+        lengths = self._examples.lengths_of(examples).reshape(places.shape) * inside
+        examples = examples.reshape(places.shape)[block_of]
+        # Where examples lie in the stream: [blocks of rows, BLOCK_DOCUMENTS]
+        ends = (before[blocks, None] + np.cumsum(lengths, axis=1))[block_of]
+        begins = ends - lengths[block_of]
+        part_starts = np.maximum(begins, starts[row, None])
+        part_stops = np.minimum(ends, stops[row, None])
+        kept = part_starts < part_stops
+        return Parts(
+            np.broadcast_to(row[:, None], kept.shape)[kept],
+            examples[kept],
+            (part_starts - begins)[kept],
+            (part_stops - begins)[kept],
+        )
+
+    def _make_epoch(self, epoch: int) -> tuple[Permutation, np.ndarray]:
+        """Returns an epoch's order, and the tokens before each block: int64 [blocks + 1]."""
+        order = Permutation(self.num_examples, (self._seed, EXAMPLES_KEY, epoch))
+        sums = [
+            block_sums(self._examples.lengths_of(order(chunk)))
+            for chunk in chunks(self.num_examples)
+        ]
+        return order, np.concatenate([[0], *sums]).cumsum()
 
 
 def shard_rows(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
@@ -130,3 +311,31 @@ def shard_rows(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
     if not 0 <= shard < num_shards:
         raise ValueError(f"shard {shard} of {num_shards} does not exist")
     return num_rows * shard // num_shards, num_rows * (shard + 1) // num_shards
+
+
+class _Recent:
+    """Remembers the last two results of a function, because parallel readers straddle an end."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+        self._results: dict[Hashable, Any] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, key: Hashable) -> Any:
+        with self._lock:
+            if key not in self._results:
+                for old in list(self._results)[:-1]:
+                    del self._results[old]
+                self._results[key] = self._function(key)
+            return self._results[key]
+
+
+def _common_faults(examples: Examples, max_tokens: int, seed: int) -> list[str]:
+    faults = []
+    if len(examples) == 0:
+        faults.append("there are no examples to make batches of: the split is empty")
+    if max_tokens < 1:
+        faults.append(f"max_tokens={max_tokens} must be at least 1")
+    if seed < 0:
+        faults.append(f"--seed={seed} must not be negative")
+    return faults

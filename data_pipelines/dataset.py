@@ -3,26 +3,33 @@
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.batch_plan import BatchPlan, shard_rows
-from data_pipelines.reserved_ids import END_ID
-from data_pipelines.token_store import SplitView
+from data_pipelines.batch_plan import BatchPlan, PackedPlan, shard_rows
+from data_pipelines.reserved_ids import END_ID, PADDING_ID
+from data_pipelines.split_view import SplitView
+from data_pipelines.token_store import NO_LABEL
 
 # Batches pad to a multiple of this, so that compiled kernels see few different shapes.
 TIME_MULTIPLE = 8
 # The work is copying under Python's lock: a second call only hides the first one's waits.
 PARALLEL_BATCHES = 2
+TYPES = {
+    "tokens": tf.int32,
+    "lengths": tf.int32,
+    "labels": tf.int32,
+    "weights": tf.float32,
+    "row_starts": tf.int32,
+}
 
 
 def make_dataset(
     view: SplitView,
-    plan: BatchPlan,
+    plan: BatchPlan | PackedPlan,
     *,
     start_step: int,
     stop_step: int,
     first_shard: int,
     num_local_shards: int,
     num_shards: int,
-    max_tokens: int,
     prefetch_batches: int = 4,
 ) -> tf.data.Dataset:
     """Returns one element a step, from `start_step` up to but without `stop_step`.
@@ -30,28 +37,31 @@ def make_dataset(
     A global batch is cut into `num_shards` slices; this process gets `num_local_shards` of them
     from `first_shard`, one after the other in one element. A shard whose slice is empty gets one
     filler row, [END_ID, 0, ...] of length 1, label 0 and weight 0, so that every shard runs the
-    same computation. Every process sees the same `time`: the longest example of the global batch
-    (cut to `max_tokens`), rounded up to a multiple of 8.
+    same computation. Every process sees the same `time`: the longest row of the global batch,
+    rounded up to a multiple of 8.
 
     Args:
         view: the examples.
-        plan: made from the lengths of these examples.
+        plan: made of this view. Its `max_tokens` is the width: of a longer example a `BatchPlan`
+            keeps the LAST tokens, a `PackedPlan` all, in several rows.
         start_step: the first global step; it need not be an epoch's first.
         stop_step: the global step to stop before.
         first_shard: this process's first shard.
         num_local_shards: how many shards this process has.
         num_shards: shards over all processes.
-        max_tokens: the LAST `max_tokens` tokens of a longer example are kept.
         prefetch_batches: batches prepared ahead.
 
     Returns:
         Elements that are dicts of:
         `tokens` int32 [rows, time], right-padded with 0;
         `lengths` int32 [rows];
-        `labels` int32 [rows], -1 where an example has none;
+        `labels` int32 [rows], -1 where an example has none, and for packed rows;
         `weights` float32 [rows], 1 for an example and 0 for filler;
         `row_starts` int32 [num_local_shards + 1]: shard i's rows are row_starts[i:i + 2];
-        `step` int64 [].
+        `step` int64 [];
+        with a plan that is `carried` also `carries` float32 [rows]: 1 where the row continues the
+        same row of the step before, 0 where it starts anew. A row with nothing left at an epoch's
+        end is filler in its place.
 
     Raises:
         ValueError: the plan is not of this view, or there are no such shards.
@@ -63,22 +73,21 @@ def make_dataset(
             f"shards {first_shard} .. {first_shard + num_local_shards - 1} of {num_shards}"
         )
     shards = range(first_shard, first_shard + num_local_shards)
+    packed = isinstance(plan, PackedPlan)
+    types = TYPES | ({"carries": tf.float32} if packed and plan.carried else {})
+    read_step = read_packed if packed else read_bucketed
 
-    def read(step: np.int64) -> tuple[np.ndarray, ...]:
-        return read_batch(view, plan.indices(int(step)), shards, num_shards, max_tokens)
+    def read(step: np.int64) -> list[np.ndarray]:
+        arrays = read_step(view, plan, int(step), shards, num_shards)
+        return [arrays[name] for name in types]
 
     def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
-        tokens, lengths, labels, weights, row_starts = tf.numpy_function(
-            read, [step], [tf.int32, tf.int32, tf.int32, tf.float32, tf.int32], stateful=False
-        )
-        return {
-            "tokens": tf.ensure_shape(tokens, [None, None]),
-            "lengths": tf.ensure_shape(lengths, [None]),
-            "labels": tf.ensure_shape(labels, [None]),
-            "weights": tf.ensure_shape(weights, [None]),
-            "row_starts": tf.ensure_shape(row_starts, [num_local_shards + 1]),
-            "step": step,
-        }
+        arrays = tf.numpy_function(read, [step], list(types.values()), stateful=False)
+        element = dict(zip(types, arrays, strict=True))
+        for name in types:
+            element[name].set_shape([None, None] if name == "tokens" else [None])
+        element["row_starts"].set_shape([num_local_shards + 1])
+        return {**element, "step": step}
 
     options = tf.data.Options()
     options.deterministic = True
@@ -91,33 +100,70 @@ def make_dataset(
     )
 
 
-def read_batch(
-    view: SplitView, indices: np.ndarray, shards: range, num_shards: int, max_tokens: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns tokens, lengths, labels, weights and row_starts of one element, in NumPy.
+def read_bucketed(
+    view: SplitView, plan: BatchPlan, step: int, shards: range, num_shards: int
+) -> dict[str, np.ndarray]:
+    """Returns one element of a `BatchPlan` in NumPy; `make_dataset` describes the arrays.
 
     Args:
         view: the examples.
-        indices: the global batch, int64 [examples].
-        shards: the shards wanted.
+        plan: made of this view.
+        step: the global step.
+        shards: the shards wanted, one after the other.
         num_shards: shards over all processes.
-        max_tokens: see `make_dataset`, which describes the arrays too.
     """
-    longest = min(int(view.lengths[indices].max()), max_tokens)
-    time = -(-longest // TIME_MULTIPLE) * TIME_MULTIPLE
-    slices = [indices[slice(*shard_rows(len(indices), s, num_shards))] for s in shards]
-    filler = np.array([-1])
-    rows_of = [rows if len(rows) else filler for rows in slices]
-    rows = np.concatenate(rows_of)  # [rows], -1 for filler
-    row_starts = np.cumsum([0] + [len(r) for r in rows_of], dtype=np.int32)
+    indices = plan.indices(step)
+    rows, row_starts = _rows_of(len(indices), shards, num_shards)
     real = rows >= 0
-    if real.all():
-        tokens, lengths = view.gather(rows, max_tokens, pad_to=time)
-        return tokens, lengths, view.labels[rows], np.ones(len(rows), np.float32), row_starts
-    tokens = np.zeros((len(rows), time), np.int32)
-    lengths = np.ones(len(rows), np.int32)
-    labels = np.zeros(len(rows), np.int32)
+    time = _padded(min(int(view.lengths_of(indices).max()), plan.max_tokens))
+    arrays = _filler(len(rows), time, row_starts)
+    own = indices[rows[real]]
+    arrays["tokens"][real], arrays["lengths"][real] = view.gather(own, plan.max_tokens, time)
+    arrays["labels"][real] = view.labels_of(own)
+    arrays["weights"][real] = 1
+    return arrays
+
+
+def read_packed(
+    view: SplitView, plan: PackedPlan, step: int, shards: range, num_shards: int
+) -> dict[str, np.ndarray]:
+    """Returns one element of a `PackedPlan` in NumPy; arguments as for `read_bucketed`."""
+    starts, stops = plan.ranges(step)
+    rows, row_starts = _rows_of(len(starts), shards, num_shards)
+    time = _padded(int((stops - starts).max()))
+    arrays = _filler(len(rows), time, row_starts)
+    real = (rows >= 0) & (starts[rows] < stops[rows])
+    starts, stops = starts[rows[real]], stops[rows[real]]
+    parts = plan.parts(plan.epoch_of(step), starts, stops)
+    inside = np.arange(time) < (stops - starts)[:, None]
+    tokens = np.full(inside.shape, PADDING_ID, np.int32)
+    tokens[inside] = view.gather_parts(parts.example, parts.start, parts.stop)
+    arrays["tokens"][real] = tokens
+    arrays["lengths"][real] = stops - starts
+    arrays["labels"][real] = NO_LABEL
+    arrays["weights"][real] = 1
+    arrays["carries"] = real.astype(np.float32) * plan.continues(step)
+    return arrays
+
+
+def _rows_of(num_rows: int, shards: range, num_shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of a global batch that shards get, -1 for filler, and row_starts."""
+    slices = [np.arange(*shard_rows(num_rows, shard, num_shards)) for shard in shards]
+    slices = [rows if len(rows) else np.array([-1]) for rows in slices]
+    return np.concatenate(slices), np.cumsum([0, *map(len, slices)], dtype=np.int32)
+
+
+def _filler(num_rows: int, time: int, row_starts: np.ndarray) -> dict[str, np.ndarray]:
+    tokens = np.full((num_rows, time), PADDING_ID, np.int32)
     tokens[:, 0] = END_ID
-    tokens[real], lengths[real] = view.gather(rows[real], max_tokens, pad_to=time)
-    labels[real] = view.labels[rows[real]]
-    return tokens, lengths, labels, real.astype(np.float32), row_starts
+    return {
+        "tokens": tokens,
+        "lengths": np.ones(num_rows, np.int32),
+        "labels": np.zeros(num_rows, np.int32),
+        "weights": np.zeros(num_rows, np.float32),
+        "row_starts": row_starts,
+    }
+
+
+def _padded(time: int) -> int:
+    return -(-time // TIME_MULTIPLE) * TIME_MULTIPLE

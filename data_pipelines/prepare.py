@@ -2,23 +2,28 @@
 
 python -m data_pipelines.prepare --source=movie_reviews --out=DIR
 
-Each document is tokenized once. Threads split chunks of documents into words and number each
-chunk's distinct words (TensorFlow's string kernels run outside Python's lock); this thread gives
-every word a provisional number in order of appearance and keeps the documents as such numbers in
-the unfinished folder. Once all words are counted, the shards are those numbers, renumbered.
+A source's parts are tokenized independently (`prepare_parts`), by as many processes as the machine
+has cores or by Apache Beam (`prepare_runners`, `prepare_beam`): each part becomes a draft, its
+documents in numbers of its own words. From the drafts' word counts comes the vocabulary; then each
+draft is renumbered and becomes a shard. Drafts and shards are kept in OUT.building, so that a
+prepare that was killed goes on where it was. The store's bytes depend on the data and the flags
+alone.
 """
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
+import io
+import json
 import os
+import pickle
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +31,32 @@ import numpy as np
 from absl import app, flags, logging
 
 from data_pipelines.errors import InputError
-from data_pipelines.quiet_tensorflow import import_quietly
-from data_pipelines.reserved_ids import END_ID, RESERVED, UNKNOWN_ID
-from data_pipelines.sources import Example, Source, open_source
-from data_pipelines.token_store import NO_LABEL, StoreWriter, TokenStore, token_dtype
+from data_pipelines.prepare_beam import BeamRunner, beam_faults
+from data_pipelines.prepare_parts import (
+    BadExamples,
+    Draft,
+    Part,
+    ShardTask,
+    draft_part,
+    parts_of,
+    shard_part,
+    write_vocabulary,
+)
+from data_pipelines.prepare_runners import Progress, WorkerDiedError, run_here, runner_for
+from data_pipelines.sources import Source, open_source
+from data_pipelines.sources.combined import open_combined
+from data_pipelines.store_writer import finish_store
+from data_pipelines.token_store import TokenStore, token_dtype
 
-CHUNK_EXAMPLES = 512
-PROGRESS_SECONDS = 2.0
 # Words of other splits must not shape the vocabulary: they are what a model is judged on.
 VOCABULARY_SPLITS = ("train", "unsupervised")
+# What decides the documents' ids, besides the data.
+CONTENT = (
+    *("source", "unlabelled", "labelled"),
+    *("text_key", "label_key", "id_key", "unlabelled_text_key"),
+    *("vocab_size", "min_count", "lowercase"),
+)
+DRAFT_VERSION = 1  # of the drafts' format and of the rules by which text becomes words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,41 +64,74 @@ class PrepareConfig:
     """What to prepare, and how.
 
     Attributes:
-        source: a spec of `sources.open_source`.
-        data_dir: where the source's data is, for sources that need it.
+        source: a spec of `sources.open_source`; or "", and these two:
+        unlabelled: spec of the source of the unlabelled text.
+        labelled: spec of the source of train, validation and test.
+        data_dir: folder of prepared TFDS data sets, for `tfds:` sources.
+        text_key, label_key, id_key: see `sources.SourceOptions`; for --source or --labelled.
+        unlabelled_text_key: the same, for --unlabelled.
         vocab_size: ids in all, the 3 reserved ones included; rarer words become unknown.
         min_count: words seen fewer times in training text become unknown.
         lowercase: whether text is lower-cased.
-        shard_examples: documents a shard.
-        processes: threads that tokenize; 0 means one a core. Does not change the result.
+        max_bad_examples: how many documents may be unusable; they are left out.
+        processes: how many tokenize: 1 means this one, 0 one a core. Does not change the result.
+        runner: a runner of Apache Beam; "" means processes of this machine.
+        beam_options: Beam's own flags, as on a command line.
     """
 
-    source: str
+    source: str = ""
+    unlabelled: str = ""
+    labelled: str = ""
     data_dir: str | None = None
+    text_key: str = ""
+    label_key: str = ""
+    id_key: str = ""
+    unlabelled_text_key: str = ""
     vocab_size: int = 20_000
     min_count: int = 2
     lowercase: bool = True
-    shard_examples: int = 25_000
-    processes: int = 0
+    max_bad_examples: int = 0
+    processes: int = 1
+    runner: str = ""
+    beam_options: str = ""
 
     def __post_init__(self) -> None:
-        least = {"vocab_size": 4, "min_count": 1, "shard_examples": 1, "processes": 0}
+        least = {"vocab_size": 4, "min_count": 1, "max_bad_examples": 0, "processes": 0}
         faults = [
             f"--{name}={getattr(self, name)} must be at least {bound}"
             for name, bound in least.items()
             if getattr(self, name) < bound
         ]
+        if bool(self.source) == bool(self.unlabelled or self.labelled) or (
+            bool(self.unlabelled) != bool(self.labelled)
+        ):
+            faults.append("--source is required, or --unlabelled and --labelled instead of it")
+        if self.unlabelled_text_key and not self.unlabelled:
+            faults.append(f"--unlabelled_text_key={self.unlabelled_text_key} needs --unlabelled")
+        faults += beam_faults(self.runner, self.beam_options)
         if faults:
             raise InputError("\n".join(faults))
 
     def content(self) -> dict[str, Any]:
-        """Returns what decides the documents' ids: the manifest's `prepare_config`."""
-        return {
-            "source": self.source,
-            "vocab_size": self.vocab_size,
-            "min_count": self.min_count,
-            "lowercase": self.lowercase,
-        }
+        """Returns the manifest's `prepare_config`: what decides the documents' ids."""
+        return {name: getattr(self, name) for name in CONTENT}
+
+    def tokenizer(self) -> dict[str, Any]:
+        """Returns the tokenizer's config."""
+        return {"type": "word", "lowercase": self.lowercase}
+
+    def open_source(self) -> Source:
+        """Opens the source, or the two.
+
+        Raises:
+            InputError: a spec or a key is wrong, or data is missing.
+        """
+        keys = {"text_key": self.text_key, "label_key": self.label_key, "id_key": self.id_key}
+        if self.source:
+            return open_source(self.source, self.data_dir, **keys)
+        return open_combined(
+            self.unlabelled, self.labelled, self.data_dir, self.unlabelled_text_key, **keys
+        )
 
 
 def ensure_store(
@@ -84,8 +139,8 @@ def ensure_store(
 ) -> TokenStore:
     """Opens the store in `folder`, or makes it first.
 
-    Processes of one host may call it at the same time: one builds, the others wait for it.
-    Building runs TensorFlow operations in this process, so a program that makes a
+    Processes of one host may call it at the same time: one builds, the others wait for it. With
+    `processes=1`, building runs TensorFlow operations in this process, so a program that makes a
     `MultiWorkerMirroredStrategy` must make it before.
 
     Args:
@@ -98,12 +153,13 @@ def ensure_store(
 
     Raises:
         InputError: the folder holds another store or other files, cannot be written, or the
-            source or the vocabulary's size is wrong.
+            source, its documents or the vocabulary's size is wrong.
+        WorkerDiedError: a process of those that tokenize was killed.
     """
     folder = Path(folder).resolve()
     if (folder / "manifest.json").exists():
         return _open_same(config, folder)
-    source = open_source(config.source, config.data_dir)
+    source = config.open_source()
     with _locked(folder, log):
         if not (folder / "manifest.json").exists():
             build_store(config, source, folder, log)
@@ -114,9 +170,9 @@ def _open_same(config: PrepareConfig, folder: Path) -> TokenStore:
     store = TokenStore(folder)
     found, wanted = store.manifest["prepare_config"], config.content()
     differences = [
-        f"{key} is {found.get(key)}, not {value}"
+        f"{key} is {found.get(key, '') or 'not set'}, not {value or 'not set'}"
         for key, value in wanted.items()
-        if found.get(key) != value
+        if found.get(key, "") != value
     ]
     if differences:
         raise InputError(
@@ -149,243 +205,296 @@ def build_store(
 ) -> None:
     """Makes the store in `folder`, which must not exist or be empty. Takes no lock.
 
+    What is unfinished is in FOLDER.building. It stays if this process is stopped, and is used the
+    next time if the source and the tokenizer are the same; it goes with an InputError.
+
     Raises:
-        InputError: the folder is in use, or --vocab_size is larger than the data.
+        InputError: the folder is in use, more documents than --max_bad_examples cannot be used,
+            or --vocab_size is larger than the data.
+        WorkerDiedError: a process of those that tokenize was killed.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(
             f"{folder} is in use and is no token store: choose another folder "
             "(--store of the trainer, --out of prepare) or delete it"
         )
-    import_quietly()  # only here: opening a store that exists needs no TensorFlow
-    from data_pipelines.tokenizer import WordTokenizer
-
-    begin = time.monotonic()
     if source.note:
         log(source.note)
-    with StoreWriter(folder) as writer:
-        words, drafts = _draft(config, source, writer.temporary, log)
-        kept = _choose_words(config, words, drafts)
-        tokenizer = WordTokenizer([words[i].decode() for i in kept], config.lowercase)
-        new_ids = _new_ids(len(words), kept)
-        dtype = token_dtype(tokenizer.vocab_size)
-        for split, draft in drafts.items():
-            shards = _shards(draft, new_ids, config.shard_examples)
-            num_shards = -(-len(draft.labels) // config.shard_examples)
-            writer.write_split(split, num_shards, shards, dtype)
-            draft.path.unlink()
-        writer.finish(
-            tokenizer.vocab_bytes,
-            {
-                "source": source.name,
-                "note": source.note,
-                "num_classes": source.num_classes,
-                "tokenizer": tokenizer.config(),
-                "vocab_size": tokenizer.vocab_size,
-                "vocab_sha256": tokenizer.sha256,
-                "prepare_config": config.content(),
-            },
-        )
-    examples = sum(len(draft.labels) for draft in drafts.values())
-    tokens = sum(int(draft.lengths.sum()) for draft in drafts.values())
-    log(
-        f"prepare: {examples:,} reviews, {tokens:,} tokens, {tokenizer.vocab_size:,} ids "
-        f"in {folder} after {time.monotonic() - begin:.1f} s"
-    )
+    building = folder.with_name(folder.name + ".building")
+    try:
+        _Build(config, source, building, log).run(folder)
+    except InputError:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    shutil.rmtree(building)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Draft:
-    """A split as provisional ids: a file of int32 [tokens], and lengths and labels [examples]."""
+class _Build:
+    """One build's steps; each leaves its result in files and skips what is there."""
 
-    path: Path
-    lengths: np.ndarray
-    labels: np.ndarray
-
-    def tokens(self) -> np.ndarray:
-        return np.asarray(np.memmap(self.path, np.int32, mode="r"))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """Some documents' words: the distinct ones, and which of them each document holds."""
-
-    distinct: np.ndarray  # bytes objects [distinct]
-    ids: np.ndarray  # int32 [words], into `distinct`
-    lengths: np.ndarray  # int64 [documents]
-    labels: np.ndarray  # int32 [documents]
-
-
-def _draft(
-    config: PrepareConfig, source: Source, folder: Path, log: Callable[[str], None]
-) -> tuple[list[bytes], dict[str, _Draft]]:
-    """Tokenizes all splits.
-
-    Returns:
-        The distinct words by provisional id, of which 0 is the end of a document; the splits.
-    """
-    threads = config.processes or os.cpu_count() or 1
-    numbers: dict[bytes, int] = {b"": 0}  # no word is empty, so this is free for the end
-    drafts = {}
-    progress = _Progress(source.num_examples, log)
-    split_chunk = _make_split_chunk(config.lowercase)
-    with ThreadPoolExecutor(threads) as pool:
-        for split in source.splits:
-            path = folder / f"{split}.draft"
-            lengths, labels = [], []
-            chunks = _chunks(source.examples(split))
-            with path.open("wb") as file:
-                for chunk in _map_in_order(pool, split_chunk, chunks, ahead=2 * threads):
-                    ids = _provisional_ids(numbers, chunk)
-                    ids.tofile(file)
-                    lengths.append(chunk.lengths + 1)
-                    labels.append(chunk.labels)
-                    progress.add(len(chunk.labels))
-            drafts[split] = _Draft(path, np.concatenate(lengths), np.concatenate(labels))
-    return list(numbers), drafts
-
-
-def _make_split_chunk(lowercase: bool) -> Callable[[list[Example]], _Chunk]:
-    import tensorflow as tf
-
-    from data_pipelines.tokenizer import WordTokenizer
-
-    tokenizer = WordTokenizer(None, lowercase)
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
-    def split_words(texts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        words = tokenizer.split(texts)
-        distinct, ids = tf.unique(words.flat_values)
-        return distinct, ids, words.row_lengths()
-
-    def split_chunk(examples: list[Example]) -> _Chunk:
-        texts = [e.text.encode("utf-8", "surrogatepass") for e in examples]
-        with tf.device("/CPU:0"):
-            distinct, ids, lengths = split_words(tf.constant(texts, tf.string))
-        labels = [NO_LABEL if e.label is None else e.label for e in examples]
-        return _Chunk(distinct.numpy(), ids.numpy(), lengths.numpy(), np.array(labels, np.int32))
-
-    return split_chunk
-
-
-def _provisional_ids(numbers: dict[bytes, int], chunk: _Chunk) -> np.ndarray:
-    """Returns int32 [words + documents]: the documents, each followed by 0; adds new words."""
-    of_distinct = np.array(
-        [numbers.setdefault(word, len(numbers)) for word in chunk.distinct.tolist()], np.int32
-    )
-    ends = np.cumsum(chunk.lengths)
-    return np.insert(of_distinct[chunk.ids], ends, np.int32(0))
-
-
-def _choose_words(
-    config: PrepareConfig, words: list[bytes], drafts: dict[str, _Draft]
-) -> list[int]:
-    """Returns the provisional ids of the vocabulary, most frequent first, ties by bytes."""
-    counts = np.zeros(len(words), np.int64)
-    for split in VOCABULARY_SPLITS:
-        if split in drafts:
-            tokens = drafts[split].tokens()
-            for start in range(0, len(tokens), 1 << 22):
-                counts += np.bincount(tokens[start : start + (1 << 22)], minlength=len(words))
-    counts[0] = 0  # the end of a document
-    frequent = np.flatnonzero(counts >= config.min_count).tolist()
-    largest = 3 + len(frequent)
-    if config.vocab_size > largest:
-        raise InputError(
-            f"--vocab_size={config.vocab_size} is larger than the data: {len(frequent)} words are "
-            f"seen --min_count={config.min_count} times or more, so it can be at most {largest}"
-        )
-    frequent.sort(key=lambda i: (-counts[i], words[i]))
-    return frequent[: config.vocab_size - 3]
-
-
-def _new_ids(num_words: int, kept: list[int]) -> np.ndarray:
-    """Returns the final id of each provisional one: int32 [words]."""
-    new_ids = np.full(num_words, UNKNOWN_ID, np.int32)
-    new_ids[0] = END_ID
-    new_ids[kept] = np.arange(len(RESERVED), len(RESERVED) + len(kept))
-    return new_ids
-
-
-def _shards(
-    draft: _Draft, new_ids: np.ndarray, shard_examples: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields the final tokens [tokens], lengths [examples] and labels [examples] of each shard."""
-    tokens = draft.tokens()
-    offsets = np.concatenate([[0], np.cumsum(draft.lengths)])
-    for start in range(0, len(draft.labels), shard_examples):
-        stop = min(start + shard_examples, len(draft.labels))
-        yield (
-            new_ids[tokens[offsets[start] : offsets[stop]]],
-            draft.lengths[start:stop],
-            draft.labels[start:stop],
-        )
-
-
-def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    while chunk := list(islice(examples, CHUNK_EXAMPLES)):
-        yield chunk
-
-
-def _map_in_order(
-    pool: ThreadPoolExecutor,
-    function: Callable[[list[Example]], _Chunk],
-    items: Iterable[list[Example]],
-    ahead: int,
-) -> Iterator[_Chunk]:
-    """Yields function(item) in order; unlike `pool.map` it reads only `ahead` items ahead."""
-    waiting: collections.deque[Future[_Chunk]] = collections.deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-class _Progress:
-    """Prints how many reviews are done, at most every PROGRESS_SECONDS."""
-
-    def __init__(self, total: int, log: Callable[[str], None]) -> None:
-        self._total = total
+    def __init__(
+        self, config: PrepareConfig, source: Source, building: Path, log: Callable[[str], None]
+    ) -> None:
+        self._config = config
+        self._source = source
         self._log = log
-        self._done = 0
-        self._begin = self._printed = time.monotonic()
+        self._building = building
+        self._begin = time.monotonic()
+        self._parts = parts_of(source)
+        self._runner = _runner(config, len(self._parts))
 
-    def add(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._printed < PROGRESS_SECONDS:
-            return
-        self._printed = now
-        rate = self._done / (now - self._begin)
-        left = (self._total - self._done) / rate
+    def run(self, folder: Path) -> None:
+        drafts_folder = _only_folder(self._building, "drafts", self._draft_key())
+        self._draft(drafts_folder)
+        drafts = [Draft(drafts_folder, part) for part in self._parts]
+        dropped = _find_duplicates(drafts)
+        bad_examples = self._check_bad_examples(drafts, dropped)
+        words = self._choose_words(drafts, dropped)
+        facts, vocab = self._vocabulary(drafts_folder, words)
+        tasks = _shard_tasks(drafts, dropped, token_dtype(facts["vocab_size"]).name)
+        key = _digest(repr(tasks).encode(), vocab.read_bytes())
+        shards_folder = _only_folder(self._building, "shards", key)
+        entries = self._shards(drafts_folder, shards_folder, vocab, tasks)
+        self._finish(folder, shards_folder, vocab.read_bytes(), facts, entries, bad_examples)
+
+    def _draft_key(self) -> str:
+        """Returns a digest of all that decides the drafts."""
+        tokenizer = json.dumps([DRAFT_VERSION, self._config.tokenizer()], sort_keys=True)
+        return _digest(tokenizer.encode(), repr(self._parts).encode(), _fingerprint(self._source))
+
+    def _draft(self, folder: Path) -> None:
+        todo = [part for part in self._parts if not (folder / f"{part.name}.npz").exists()]
+        done = len(self._parts) - len(todo)
+        if done:
+            self._log(f"prepare: going on: {done} of {len(self._parts)} parts are there already")
+        function = functools.partial(draft_part, folder, self._source, self._config.tokenizer())
+        self._runner(function, todo, Progress(len(todo), self._log))
+
+    def _check_bad_examples(
+        self, drafts: list[Draft], dropped: dict[str, tuple[int, ...]]
+    ) -> dict[str, int]:
+        """Reports the bad examples; returns how many there are by split.
+
+        Raises:
+            InputError: there are more than allowed.
+        """
+        bad, by_split = BadExamples(), Counter()
+        for draft in drafts:
+            found = draft.bad_examples()
+            bad.merge(found["first"], found["reasons"])
+            by_split[draft.part.split] += sum(found["reasons"].values())
+        for draft in drafts:
+            for number in dropped.get(draft.part.name, ()):
+                where = f"{draft.part.split}, {draft.part.part}: document {number + 1}"
+                bad.add(f"{where}, id {draft.example_ids()[number]!r}", "its id is there before")
+                by_split[draft.part.split] += 1
+        if not len(bad):
+            return {}
+        allowed = self._config.max_bad_examples
+        report = _bad_examples_report(bad, allowed)
+        if len(bad) > allowed:
+            raise InputError(report)
+        self._log(report)
+        return dict(by_split)
+
+    def _choose_words(self, drafts: list[Draft], dropped: dict[str, tuple[int, ...]]) -> list[str]:
+        """Returns the vocabulary, most frequent first, ties by bytes."""
+        total: dict[bytes, int] = {}
+        for draft in drafts:
+            if draft.part.split in VOCABULARY_SPLITS:
+                counts = draft.counts_without(dropped.get(draft.part.name, ())).tolist()
+                for word, count in zip(draft.words(), counts, strict=True):
+                    total[word] = total.get(word, 0) + count
+        min_count, vocab_size = self._config.min_count, self._config.vocab_size
+        frequent = [word for word, count in total.items() if count >= min_count]
+        largest = 3 + len(frequent)
+        if vocab_size > largest:
+            raise InputError(
+                f"--vocab_size={vocab_size} is larger than the data: {len(frequent)} words are "
+                f"seen --min_count={min_count} times or more, so it can be at most {largest}"
+            )
+        frequent.sort(key=lambda word: (-total[word], word))
+        return [word.decode() for word in frequent[: vocab_size - 3]]
+
+    def _vocabulary(self, folder: Path, words: list[str]) -> tuple[dict[str, Any], Path]:
+        """Returns what the manifest says of the vocabulary, and the path of its file."""
+        function = functools.partial(write_vocabulary, folder, self._config.tokenizer())
+        # A cluster would take minutes to start for this; and processes spare this one TensorFlow.
+        run = run_here if self._config.runner else self._runner
+        run(function, [words], Progress(1, self._log))
+        facts = json.loads((folder / "vocabulary.json").read_bytes())
+        return facts, folder / "vocab.txt"
+
+    def _shards(
+        self, drafts: Path, folder: Path, vocab: Path, tasks: list[ShardTask]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Returns the manifest's entries of all shards, by split."""
+        todo = [task for task in tasks if not (folder / f"{task.name}.json").exists()]
+        function = functools.partial(shard_part, drafts, folder, vocab)
+        self._runner(function, todo, Progress(len(todo), self._log))
+        entries: dict[str, list[dict[str, Any]]] = {}
+        for task in tasks:
+            entry = json.loads((folder / f"{task.name}.json").read_bytes())
+            entries.setdefault(task.part.split, []).append(entry)
+        return entries
+
+    def _finish(
+        self,
+        folder: Path,
+        shards_folder: Path,
+        vocab: bytes,
+        facts: dict[str, Any],
+        entries: dict[str, list[dict[str, Any]]],
+        bad_examples: dict[str, int],
+    ) -> None:
+        source = self._source
+        for split in source.splits:
+            if split not in entries:
+                self._log(f"prepare: {split} has no documents, so the store has no such split")
+        facts = {
+            "source": source.name,
+            "note": source.note,
+            "num_classes": source.num_classes,
+            **facts,
+            "prepare_config": self._config.content(),
+        }
+        finish_store(shards_folder, folder, vocab, facts, entries, bad_examples)
+        shards = [entry for split in entries.values() for entry in split]
         self._log(
-            f"prepare: {self._done:,} of {self._total:,} reviews, "
-            f"{rate:,.0f} reviews/s, {left:.0f} s left"
+            f"prepare: {sum(e['examples'] for e in shards):,} documents, "
+            f"{sum(e['tokens'] for e in shards):,} tokens, {facts['vocab_size']:,} ids "
+            f"in {folder} after {time.monotonic() - self._begin:.1f} s"
         )
+
+
+def _runner(config: PrepareConfig, tasks: int) -> Callable:
+    if config.runner:
+        return BeamRunner(config.runner, config.beam_options)
+    return runner_for(config.processes, tasks)
+
+
+def _only_folder(building: Path, kind: str, key: str) -> Path:
+    """Returns building/KIND-KEY, made if it is not there; others of its kind are removed."""
+    wanted = building / f"{kind}-{key}"
+    wanted.mkdir(parents=True, exist_ok=True)
+    for path in building.glob(f"{kind}-*"):
+        if path != wanted:
+            shutil.rmtree(path)
+    return wanted
+
+
+class _FileCollector(pickle.Pickler):
+    """Notes the files that a pickled object names."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.files: dict[str, tuple[int, int]] = {}
+
+    def persistent_id(self, value: object) -> None:
+        if isinstance(value, str | Path) and os.path.isfile(value):
+            status = os.stat(value)
+            self.files[str(value)] = (status.st_size, status.st_mtime_ns)
+
+
+def _fingerprint(source: Source) -> bytes:
+    """Returns bytes that change with the source's options and with the files that it names."""
+    buffer = io.BytesIO()
+    collector = _FileCollector(buffer)
+    collector.dump(source)
+    return buffer.getvalue() + repr(sorted(collector.files.items())).encode()
+
+
+def _digest(*values: bytes) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(len(value).to_bytes(8, "big") + value)
+    return digest.hexdigest()[:16]
+
+
+def _find_duplicates(drafts: list[Draft]) -> dict[str, tuple[int, ...]]:
+    """Returns, by the part's name, the documents whose id an earlier document has.
+
+    Ids are compared by their hashes first, and where those are equal, as they are.
+    """
+    hashes = [draft.array("id_hashes") for draft in drafts]
+    flat = np.concatenate([np.zeros(0, np.uint64), *hashes])
+    ordered = np.sort(flat)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    seen: set[str] = set()
+    dropped = {}
+    for draft, values in zip(drafts, hashes, strict=True):
+        candidates = np.flatnonzero(np.isin(values, repeated)).tolist() if len(repeated) else []
+        if not candidates:
+            continue
+        ids = draft.example_ids()
+        numbers = tuple(n for n in candidates if ids[n] in seen or seen.add(ids[n]))
+        if numbers:
+            dropped[draft.part.name] = numbers
+    return dropped
+
+
+def _bad_examples_report(bad: BadExamples, allowed: int) -> str:
+    verdict = "so they are left out" if len(bad) <= allowed else "correct the data or allow more"
+    lines = [f"{len(bad):,} bad examples; --max_bad_examples={allowed} allows {allowed}: {verdict}"]
+    lines += [f"  {where}: {why}" for where, why in bad.first]
+    if len(bad) > len(bad.first):
+        lines.append(f"  and {len(bad) - len(bad.first):,} more")
+    lines += [f"{count:,} times: {why}" for why, count in bad.by_count()]
+    return "\n".join(lines)
+
+
+def _shard_tasks(
+    drafts: list[Draft], dropped: dict[str, tuple[int, ...]], dtype: str
+) -> list[ShardTask]:
+    """Returns the shards to be made: one for each part that has documents."""
+    kept: dict[str, list[tuple[Part, tuple[int, ...]]]] = {}
+    for draft in drafts:
+        left_out = dropped.get(draft.part.name, ())
+        if draft.num_examples > len(left_out):
+            kept.setdefault(draft.part.split, []).append((draft.part, left_out))
+    return [
+        ShardTask(part, f"{split}-{number:05d}-of-{len(parts):05d}", left_out, dtype)
+        for split, parts in kept.items()
+        for number, (part, left_out) in enumerate(parts)
+    ]
 
 
 def _define_flags() -> None:
     # In a function, because a program that imports this module has flags of the same names.
-    flags.DEFINE_string("source", None, "Where the text comes from: see data_pipelines/sources.")
     flags.DEFINE_string("out", None, "The folder to write the token store to.")
+    flags.DEFINE_string("source", "", "Where the text comes from: see docs/data-sources.md.")
+    flags.DEFINE_string("unlabelled", "", "Instead of --source: where unlabelled text comes from.")
+    flags.DEFINE_string("labelled", "", "With --unlabelled: where labelled documents come from.")
     flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data sets, for tfds: sources.")
+    flags.DEFINE_string("text_key", "", "Column or key of the text; empty means text.")
+    flags.DEFINE_string("label_key", "", "Column or key of the label; empty means label.")
+    flags.DEFINE_string("id_key", "", "Column or key of the id; empty: file name and position.")
+    flags.DEFINE_string("unlabelled_text_key", "", "--text_key of --unlabelled.")
     flags.DEFINE_integer("vocab_size", 20_000, "Ids in all, the 3 reserved ones included.")
     flags.DEFINE_integer("min_count", 2, "Rarer words become unknown.")
     flags.DEFINE_boolean("lowercase", True, "Whether to lower-case text.")
-    flags.DEFINE_integer("shard_examples", 25_000, "Documents a shard.")
-    flags.DEFINE_integer("processes", 0, "Threads that tokenize; 0 means one a core.")
+    flags.DEFINE_integer(
+        "max_bad_examples", 0, "How many documents that cannot be used are left out; more: stop."
+    )
+    flags.DEFINE_integer("processes", 0, "Processes that tokenize; 0 means one a core.")
+    flags.DEFINE_string(
+        "runner", "", "DirectRunner, FlinkRunner, SparkRunner or DataflowRunner of Apache Beam."
+    )
+    flags.DEFINE_string("beam_options", "", "Beam's own flags, e.g. '--flink_master=HOST:8081'.")
 
 
 def _config_from_flags() -> PrepareConfig:
     values = flags.FLAGS
-    missing = [f"--{name} is required" for name in ("source", "out") if not values[name].value]
-    if missing:
-        raise InputError("\n".join(missing))
-    return PrepareConfig(
-        **{field.name: values[field.name].value for field in dataclasses.fields(PrepareConfig)}
-    )
+    faults = [] if values.out else ["--out is required"]
+    try:
+        config = PrepareConfig(
+            **{field.name: values[field.name].value for field in dataclasses.fields(PrepareConfig)}
+        )
+    except InputError as error:
+        faults.append(str(error))
+    if faults:
+        raise InputError("\n".join(faults))
+    return config
 
 
 def _main(arguments: list[str]) -> int:
@@ -398,6 +507,9 @@ def _main(arguments: list[str]) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    except WorkerDiedError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -9,27 +9,32 @@ A store is a folder of
   SPLIT-00000-of-00002.labels     int32 [examples], -1 where there is none
 """
 
-import functools
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable
+import re
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.reserved_ids import END_ID, PADDING_ID
+from data_pipelines.reserved_ids import END_ID, RESERVED
+from data_pipelines.split_view import (
+    LABEL_DTYPE,
+    OFFSET_DTYPE,
+    Shards,
+    SplitView,
+    WholeSplit,
+)
 
 FORMAT = "warmstate-token-store"
 VERSION = 1
 NO_LABEL = -1
 KINDS = ("tokens", "offsets", "labels")
-OFFSET_DTYPE = np.dtype("<i8")
-LABEL_DTYPE = np.dtype("<i4")
+SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+VERIFY_BYTES = 1 << 22
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -40,21 +45,28 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class TokenStore:
     """A store opened for reading; costs O(shards), whatever its size.
 
+    Its manifest is not trusted: files lie in its folder, are no links, and have the sizes that its
+    counts ask for; offsets begin with 0 and end with the number of tokens. `verify` checks the
+    rest.
+
     Args:
         folder: what `prepare` wrote.
 
     Raises:
-        InputError: there is no store, its manifest is damaged, or a file's size is wrong.
+        InputError: there is no store, its manifest is damaged, or files are not of the right size;
+            one line for each of them.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = _read_manifest(self.folder)
-        for path, entry in self._files():
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise InputError(f"{path} {found}; the manifest says {entry['bytes']} bytes")
+        _raise_if([_size_fault(path, entry["bytes"]) for path, entry in self._files()])
+        _raise_if(
+            [
+                _ends_fault(self._path(shard, "offsets"), shard["tokens"])
+                for _, shard in self._shards()
+            ]
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -102,277 +114,160 @@ class TokenStore:
                 raise InputError(
                     f"{self.folder} has no split {name!r}; it has {', '.join(self.splits)}"
                 )
-        dtype = np.dtype(self.manifest["token_dtype"]).newbyteorder("<")
-        shards = [
-            _Shard(self.folder, shard, dtype)
-            for name in names
-            for shard in self.manifest["splits"][name]["shards"]
-        ]
-        return SplitView(shards)
+        entries = [shard for name in names for shard in self.manifest["splits"][name]["shards"]]
+        return WholeSplit(Shards(self.folder, entries, self._token_dtype))
 
     def verify(self) -> None:
-        """Reads every file and checks it against the manifest's checksum.
+        """Reads every file, in O(1) memory, and checks all that `TokenStore` promises.
+
+        Checksums; that each document has tokens and ends with the end token; that ids are below
+        `vocab_size`, and labels below `num_classes`.
 
         Raises:
-            InputError: one line for each damaged file.
+            InputError: one line for each fault of each file.
         """
-        faults = []
-        for path, entry in self._files():
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    faults.append(f"{path} is damaged: its sha256 is not the manifest's")
-        if faults:
-            raise InputError("\n".join(faults))
+        vocab = self.manifest["vocab_file"]
+        faults = [_checksum_fault(self.vocab_path, vocab["sha256"])]
+        for _, shard in self._shards():
+            paths = {kind: self._path(shard, kind) for kind in KINDS}
+            checks = {
+                "tokens": _Range(self._token_dtype, 0, self.vocab_size, "ids"),
+                "offsets": _Rising(),
+                "labels": _Range(LABEL_DTYPE, NO_LABEL, self.num_classes, "labels"),
+            }
+            for kind in KINDS:
+                faults.append(
+                    _checksum_fault(paths[kind], shard["files"][kind]["sha256"], checks[kind])
+                )
+                faults += [f"{paths[kind]} {fault}" for fault in checks[kind].faults]
+            if not checks["offsets"].faults:
+                faults.append(_end_tokens_fault(paths, self._token_dtype))
+        _raise_if(faults)
 
-    def _files(self) -> Iterable[tuple[Path, dict[str, Any]]]:
-        yield self.vocab_path, self.manifest["vocab_file"]
-        for split in self.manifest["splits"].values():
+    @property
+    def _token_dtype(self) -> np.dtype:
+        return token_dtype(self.vocab_size)
+
+    def _shards(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, split in self.manifest["splits"].items():
             for shard in split["shards"]:
-                for kind in KINDS:
-                    yield self.folder / f"{shard['name']}.{kind}", shard["files"][kind]
+                yield name, shard
+
+    def _path(self, shard: dict[str, Any], kind: str) -> Path:
+        return self.folder / f"{shard['name']}.{kind}"
+
+    def _files(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        yield self.vocab_path, self.manifest["vocab_file"]
+        for _, shard in self._shards():
+            for kind in KINDS:
+                yield self._path(shard, kind), shard["files"][kind]
 
 
-class _Shard:
-    """One shard's three arrays, mapped, not read."""
-
-    def __init__(self, folder: Path, entry: dict[str, Any], dtype: np.dtype) -> None:
-        def mapped(kind: str, kind_dtype: np.dtype) -> np.ndarray:
-            path = folder / f"{entry['name']}.{kind}"
-            # A plain array on the map: np.memmap's own slices cost several times more.
-            return np.asarray(np.memmap(path, kind_dtype, mode="r"))
-
-        self.tokens = mapped("tokens", dtype)  # [tokens]
-        self.offsets = mapped("offsets", OFFSET_DTYPE)  # [examples + 1]
-        self.labels = mapped("labels", LABEL_DTYPE)  # [examples]
+def _raise_if(faults: list[str | None]) -> None:
+    lines = [fault for fault in faults if fault]
+    if lines:
+        raise InputError("\n".join(lines))
 
 
-class SplitView:
-    """Documents of one or several splits, numbered from 0; made by `TokenStore.split`."""
-
-    def __init__(self, shards: list[_Shard]) -> None:
-        self._shards = shards
-        # Where each document's words are, its end token left out: all [documents].
-        self._shard = np.repeat(np.arange(len(shards)), [len(s.labels) for s in shards])
-        self._start = np.concatenate([s.offsets[:-1] for s in shards])
-        self._stop = np.concatenate([s.offsets[1:] for s in shards]) - 1
-        self._labels = np.concatenate([s.labels for s in shards]).astype(np.int32)
-
-    def _chosen(self, chosen: np.ndarray) -> "SplitView":
-        view = SplitView.__new__(SplitView)
-        view._shards = self._shards
-        for name in ("_shard", "_start", "_stop", "_labels"):
-            setattr(view, name, getattr(self, name)[chosen])
-        return view
-
-    def sample(self, documents: int, seed: int) -> "SplitView":
-        """Returns a view of `documents` of these, chosen by `seed`, in this view's order.
-
-        Raises:
-            ValueError: there are not that many.
-        """
-        if not 1 <= documents <= len(self):
-            raise ValueError(f"{documents} documents were asked for; there are {len(self)}")
-        # The raw bits of Philox: NumPy keeps them for ever, and not how it shuffles.
-        bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(self))
-        return self._chosen(np.sort(np.argsort(bits, kind="stable")[:documents]))
-
-    def pieces(self, max_tokens: int) -> "SplitView":
-        """Returns a view in which every longer document is cut into pieces of `max_tokens`.
-
-        The pieces of a document are in order and of equal length, give or take a word; each ends
-        with an end token, which counts among its tokens, and has the document's label.
-
-        Args:
-            max_tokens: the most tokens of a piece; at least 2.
-        """
-        words = self._stop - self._start
-        counts = np.maximum(1, -(-words // (max_tokens - 1)))
-        view = self._chosen(np.repeat(np.arange(len(self)), counts))
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        number = np.arange(len(view)) - first  # of a piece in its document
-        words, counts = np.repeat(words, counts), np.repeat(counts, counts)
-        start = view._start
-        view._start = start + number * words // counts
-        view._stop = start + (number + 1) * words // counts
-        return view
-
-    def __len__(self) -> int:
-        """Returns the number of documents."""
-        return len(self._labels)
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, its end token included: int32 [documents], read-only."""
-        return _frozen(self._stop - self._start + 1)
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray:
-        """Label of each document, -1 for none: int32 [documents], read-only."""
-        return _frozen(self._labels)
-
-    def gather(
-        self, indices: np.ndarray, max_tokens: int, pad_to: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the LAST `max_tokens` tokens of some documents.
-
-        Args:
-            indices: integers [n] in 0 .. len - 1, in any order.
-            max_tokens: the most tokens of a document; at least 1.
-            pad_to: the width of the result; None means the longest, after cutting.
-
-        Returns:
-            tokens int32 [n, pad_to], right-padded with 0, and lengths int32 [n].
-
-        Raises:
-            IndexError: an index is out of range.
-            ValueError: a (cut) document is longer than `pad_to`, or max_tokens < 1.
-        """
-        indices = np.asarray(indices, np.int64)
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens={max_tokens} must be at least 1")
-        if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
-            raise IndexError(f"a document outside 0 .. {len(self) - 1}")
-        lengths = np.minimum(self.lengths[indices], max_tokens)
-        longest = int(lengths.max(initial=0))
-        width = longest if pad_to is None else pad_to
-        if longest > width:
-            raise ValueError(f"pad_to={pad_to}, but a document has {longest} tokens")
-        tokens = np.full((len(indices), width), PADDING_ID, np.int32)
-        rows = zip(
-            self._shard[indices].tolist(),
-            self._stop[indices].tolist(),
-            (lengths - 1).tolist(),
-            strict=True,
-        )
-        for row, (shard, stop, words) in enumerate(rows):
-            tokens[row, :words] = self._shards[shard].tokens[stop - words : stop]
-            tokens[row, words] = END_ID
-        return tokens, lengths
-
-
-class StoreWriter:
-    """Writes a store beside `folder` and moves it there when it is complete.
-
-    A context manager: leaving it by an exception, or without `finish`, removes what was written.
-    One writer a folder at a time; `prepare.ensure_store` holds the lock that sees to it.
-
-    Args:
-        folder: where the store is to be; it must not exist, or be empty.
-
-    Attributes:
-        temporary: the folder written to; whatever lies there at `finish` becomes the store.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        self.temporary = self._folder.with_name(self._folder.name + ".building")
-        self._splits: dict[str, Any] = {}
-
-    def __enter__(self) -> "StoreWriter":
-        # What a killed writer left behind.
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def write_split(
-        self,
-        split: str,
-        num_shards: int,
-        shards: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
-        dtype: np.dtype,
-    ) -> None:
-        """Writes one split.
-
-        Args:
-            split: its name.
-            num_shards: how many `shards` there are; part of the files' names.
-            shards: for each shard tokens [tokens], lengths [examples] and labels [examples].
-            dtype: of the tokens on disk, from `token_dtype`; the same for all splits.
-        """
-        entries = []
-        for number, (tokens, lengths, labels) in enumerate(shards):
-            name = f"{split}-{number:05d}-of-{num_shards:05d}"
-            arrays = {
-                "tokens": tokens.astype(dtype),
-                "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(OFFSET_DTYPE),
-                "labels": labels.astype(LABEL_DTYPE),
-            }
-            files = {
-                kind: _write_file(self.temporary / f"{name}.{kind}", array.tobytes())
-                for kind, array in arrays.items()
-            }
-            entries.append(
-                {"name": name, "examples": len(labels), "tokens": len(tokens), "files": files}
-            )
-        if len(entries) != num_shards:
-            raise ValueError(f"split {split}: {len(entries)} shards instead of {num_shards}")
-        self._splits[split] = {
-            "examples": sum(e["examples"] for e in entries),
-            "tokens": sum(e["tokens"] for e in entries),
-            "shards": entries,
-        }
-
-    def finish(self, vocab: bytes, facts: dict[str, Any]) -> None:
-        """Writes the vocabulary and the manifest, and puts the store in its place.
-
-        Args:
-            vocab: the contents of vocab.txt.
-            facts: the manifest's `source`, `note`, `num_classes`, `tokenizer`, `vocab_size`,
-                `vocab_sha256` and `prepare_config`.
-        """
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            **facts,
-            "vocab_file": _write_file(self.temporary / "vocab.txt", vocab),
-            "token_dtype": token_dtype(facts["vocab_size"]).name,
-            "splits": self._splits,
-        }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        _write_file(self.temporary / "manifest.json", text.encode())
-        _fsync_folder(self.temporary)
-        os.rename(self.temporary, self._folder)
-        _fsync_folder(self._folder.parent)
-
-
-def _frozen(values: np.ndarray) -> np.ndarray:
-    values = values.astype(np.int32)
-    values.flags.writeable = False
-    return values
-
-
-def _write_file(path: Path, data: bytes) -> dict[str, Any]:
-    """Writes a file through to the disk and returns the manifest's entry for it."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _size_fault(path: Path, size: int) -> str | None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        found = path.lstat()
+    except OSError:
+        return f"{path} is missing; the manifest says {size} bytes"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{path} is a link or no file; a store's files lie in its own folder"
+    if found.st_size != size:
+        return f"{path} has {found.st_size} bytes; the manifest says {size} bytes"
+    return None
+
+
+def _ends_fault(path: Path, num_tokens: int) -> str | None:
+    """Returns a fault unless a file of offsets begins with 0 and ends with `num_tokens`."""
+    with path.open("rb") as file:
+        first = file.read(OFFSET_DTYPE.itemsize)
+        file.seek(-OFFSET_DTYPE.itemsize, 2)
+        ends = np.frombuffer(first + file.read(), OFFSET_DTYPE).tolist()
+    if ends != [0, num_tokens]:
+        return (
+            f"{path} is damaged: its offsets go from {ends[0]} to {ends[1]}, not 0 to {num_tokens}"
+        )
+    return None
+
+
+class _Range:
+    """Checks, part by part, that numbers of a file are in [lowest, below)."""
+
+    def __init__(self, dtype: np.dtype, lowest: int, below: int, what: str) -> None:
+        self._dtype, self._lowest, self._below, self._what = dtype, lowest, below, what
+        self.faults: list[str] = []
+
+    def __call__(self, data: bytes) -> None:
+        values = np.frombuffer(data, self._dtype)
+        low, high = int(values.min()), int(values.max())
+        if not self.faults and (low < self._lowest or high >= self._below):
+            self.faults.append(
+                f"has {self._what} from {low} to {high}; "
+                f"the manifest allows {self._lowest} to {self._below - 1}"
+            )
+
+
+class _Rising:
+    """Checks, part by part, that each offset of a file is above the one before."""
+
+    def __init__(self) -> None:
+        self._last = -1
+        self.faults: list[str] = []
+
+    def __call__(self, data: bytes) -> None:
+        offsets = np.frombuffer(data, OFFSET_DTYPE)
+        # Compared, not subtracted: a difference of damaged numbers may overflow.
+        rising = offsets[0] > self._last and bool((offsets[1:] > offsets[:-1]).all())
+        if not self.faults and not rising:
+            self.faults.append("has offsets that do not rise: a document has no tokens")
+        self._last = int(offsets[-1])
+
+
+def _checksum_fault(
+    path: Path, sha256: str, check: Callable[[bytes], None] = lambda data: None
+) -> str | None:
+    """Reads a file once: its checksum, and `check` of each part of it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(VERIFY_BYTES):
+            digest.update(data)
+            check(data)
+    if digest.hexdigest() != sha256:
+        return f"{path} is damaged: its sha256 is not the manifest's"
+    return None
+
+
+def _end_tokens_fault(paths: dict[str, Path], dtype: np.dtype) -> str | None:
+    """Returns a fault unless the token before each offset but the first is the end token."""
+    with paths["tokens"].open("rb") as tokens, paths["offsets"].open("rb") as offsets:
+        first = 0
+        while data := offsets.read(VERIFY_BYTES):
+            stops = np.frombuffer(data, OFFSET_DTYPE)
+            # Parts of the tokens that these offsets point into.
+            for start in range(first, int(stops[-1]), VERIFY_BYTES):
+                stop = min(start + VERIFY_BYTES, int(stops[-1]))
+                tokens.seek(start * dtype.itemsize)
+                part = np.frombuffer(tokens.read((stop - start) * dtype.itemsize), dtype)
+                inside = stops[(stops > start) & (stops <= stop)]
+                if not (part[inside - 1 - start] == END_ID).all():
+                    return f"{paths['tokens']} has a document without an end token"
+            first = int(stops[-1])
+    return None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise InputError(f"{path} is a link or no file; a store's files lie in its own folder")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} is not a token store: it has no manifest.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not the manifest of a token store")
@@ -383,49 +278,66 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         _check_manifest(manifest)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return manifest
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError unless the manifest is one that we write."""
-    types = {
-        "source": str,
-        "note": str,
-        "num_classes": int,
-        "tokenizer": dict,
-        "vocab_size": int,
-        "vocab_sha256": str,
-        "prepare_config": dict,
-    }
-    for key, kind in types.items():
-        if not isinstance(manifest[key], kind):
-            raise TypeError(f"{key} is not of type {kind.__name__}")
+    """Raises KeyError or ValueError unless the manifest is one that we write."""
+    for key in ("source", "note", "vocab_sha256"):
+        _typed(manifest, key, str)
+    for key in ("tokenizer", "prepare_config"):
+        _typed(manifest, key, dict)
+    _count(manifest, "num_classes")
+    if not len(RESERVED) <= _count(manifest, "vocab_size") < 2**31:
+        raise ValueError(f"vocab_size {manifest['vocab_size']}")
     dtype = token_dtype(manifest["vocab_size"])
-    if manifest["token_dtype"] != dtype.name:
+    if _typed(manifest, "token_dtype", str) != dtype.name:
         raise ValueError(f"token_dtype {manifest['token_dtype']!r} should be {dtype.name!r}")
-    _check_file_entry(manifest["vocab_file"])
-    for split, entry in manifest["splits"].items():
-        shards = entry["shards"]
+    _check_file(_typed(manifest, "vocab_file", dict))
+    for split, entry in _typed(manifest, "splits", dict).items():
+        if not SPLIT_NAME.fullmatch(split):
+            raise ValueError(f"split name {split!r}")
+        if not isinstance(entry, dict):
+            raise ValueError(f"split {split} is not an object")
+        shards = _typed(entry, "shards", list)
         for number, shard in enumerate(shards):
-            # Also keeps a manifest from naming files outside its folder.
-            if "/" in split or shard["name"] != f"{split}-{number:05d}-of-{len(shards):05d}":
-                raise ValueError(f"shard name {shard['name']!r}")
-            expected = {
-                "tokens": shard["tokens"] * dtype.itemsize,
-                "offsets": (shard["examples"] + 1) * OFFSET_DTYPE.itemsize,
-                "labels": shard["examples"] * LABEL_DTYPE.itemsize,
-            }
-            for kind in KINDS:
-                _check_file_entry(shard["files"][kind])
-                if shard["files"][kind]["bytes"] != expected[kind]:
-                    raise ValueError(f"{shard['name']}.{kind} should have {expected[kind]} bytes")
+            _check_shard(shard, f"{split}-{number:05d}-of-{len(shards):05d}", dtype)
         for count in ("examples", "tokens"):
-            if entry[count] != sum(shard[count] for shard in shards):
+            if _count(entry, count) != sum(shard[count] for shard in shards):
                 raise ValueError(f"split {split}: its shards do not add up to its {count}")
 
 
-def _check_file_entry(entry: dict[str, Any]) -> None:
-    if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
-        raise TypeError("a file's bytes or sha256 is of the wrong type")
+def _check_shard(shard: Any, name: str, dtype: np.dtype) -> None:
+    # Also keeps a manifest from naming files outside its folder.
+    if not isinstance(shard, dict) or shard["name"] != name:
+        raise ValueError(f"{name} is missing, or has another name")
+    examples, tokens = _count(shard, "examples"), _count(shard, "tokens")
+    expected = {
+        "tokens": tokens * dtype.itemsize,
+        "offsets": (examples + 1) * OFFSET_DTYPE.itemsize,
+        "labels": examples * LABEL_DTYPE.itemsize,
+    }
+    for kind in KINDS:
+        if _check_file(_typed(_typed(shard, "files", dict), kind, dict)) != expected[kind]:
+            raise ValueError(f"{name}.{kind} should have {expected[kind]} bytes")
+
+
+def _check_file(entry: dict[str, Any]) -> int:
+    """Returns the bytes of a manifest's entry for a file."""
+    _typed(entry, "sha256", str)
+    return _count(entry, "bytes")
+
+
+def _count(mapping: dict[str, Any], key: str) -> int:
+    value = _typed(mapping, key, int)
+    if value < 0:
+        raise ValueError(f"{key} is {value}")
+    return value
+
+
+def _typed(mapping: dict[str, Any], key: str, kind: type) -> Any:
+    if not isinstance(mapping[key], kind):
+        raise ValueError(f"{key} is not of type {kind.__name__}")
+    return mapping[key]

@@ -5,6 +5,7 @@ that not even `kill -9` of the launcher leaves a worker behind. What a worker it
 killed with the worker's process group, except after such a `kill -9`.
 """
 
+import contextlib
 import ctypes
 import io
 import json
@@ -17,24 +18,94 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
+from launch import horovod
+
+CONFIGURATION_EXIT_CODE = 2
+LOST_PEER_EXIT_CODE = 75  # EX_TEMPFAIL: of a trainer whose peer is gone
+PREEMPTED_EXIT_CODE = 143  # of a trainer that was asked to stop, and has saved its state
 THREAD_VARIABLES = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+_BLAME_SECONDS = 3.0  # from the first lost peer to the verdict that who still runs hangs
+_LOOK_SECONDS = 0.5  # between two calls of `asks_stop`
 _PRINTING = threading.Lock()
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 Worker = subprocess.Popen[bytes]
+Say = Callable[[str], None]
 
 
-def run_local(command: Sequence[str], workers: int, grace_seconds: float = 5.0) -> int:
+@dataclass(frozen=True)
+class Ending:
+    """How the workers that were started together ended.
+
+    Attributes:
+      exit_code: 0 if all were 0.
+      lines: what there is to say about it; the last names the worker at fault.
+      stopped: whether a signal to the launcher ended them.
+      asked: whether `asks_stop` ended them, before they were done.
+    """
+
+    exit_code: int
+    lines: list[str]
+    stopped: bool = False
+    asked: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether to start again makes no sense: all is done, or wrong, or not wanted."""
+        return self.exit_code in (0, CONFIGURATION_EXIT_CODE) or self.stopped
+
+
+def run_local(
+    command: Sequence[str],
+    workers: int,
+    grace_seconds: float = 5.0,
+    max_restarts: int = 0,
+    with_horovod: bool = False,
+) -> int:
     """Starts `workers` processes of `command`, prints what they print, and waits for all of them.
 
     A worker's failure, SIGINT, SIGTERM or SIGHUP ends all: TERM at once, KILL `grace_seconds` later
     or at the second signal. It takes over the signals of the process; call it from the main thread.
 
-    Returns the exit code: 0 if all were 0, else that of the worker that failed first (128 + n if
-    signal n killed it), or 128 + n if signal n stopped the launcher.
+    Args:
+      max_restarts: how often all are started again after a failure, but for one of configuration
+        (exit code 2). The command must go on from where it was.
+      with_horovod: whether the workers find each other by Horovod's variables and a rendezvous
+        server here, rather than by TF_CONFIG.
+
+    Returns the exit code: 0 if all were 0, else that of the worker at fault (128 + n if signal n
+    killed it), or 128 + n if signal n stopped the launcher. At fault is who failed first, but not
+    who exits with 75: that one lost a peer. If nobody else fails, who then still runs hangs.
+    """
+    restarts = 0
+    while True:
+        ending = run_together(command, workers, grace_seconds, with_horovod)
+        readable = say(*ending.lines)
+        if max_restarts == 0 or ending.is_final or not readable:
+            return ending.exit_code
+        if restarts == max_restarts:
+            say(f"gave up after {restarts} restarts")
+            return ending.exit_code
+        restarts += 1
+        say(f"restart {restarts} of {max_restarts}")
+
+
+def run_together(
+    command: Sequence[str],
+    workers: int,
+    grace_seconds: float,
+    with_horovod: bool,
+    asks_stop: Callable[[Say], bool] | None = None,
+) -> Ending:
+    """Starts workers once, prints what they print, and returns how they ended; see `run_local`.
+
+    Args:
+      asks_stop: called twice a second while nothing is wrong; True ends the workers, as a signal
+        would. It gets a function that prints a line without waiting for it.
     """
     watched = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -46,45 +117,59 @@ def run_local(command: Sequence[str], workers: int, grace_seconds: float = 5.0) 
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     processes: list[Worker] = []
     printers: list[threading.Thread] = []
-    try:
-        for additions in worker_environments(workers, os.environ):
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+        stack.callback(_end, processes)
+        rendezvous = horovod.Rendezvous(workers) if with_horovod else None
+        port = rendezvous.port if rendezvous else None
+        for additions in worker_environments(workers, os.environ, port):
             processes.append(_start(command, additions, mask))
+        if rendezvous:
+            stack.enter_context(rendezvous.serving())
         for index, process in enumerate(processes):
-            arguments = (process.stdout, f"[worker {index}] " if workers > 1 else "")
-            printers.append(threading.Thread(target=_print_lines, args=arguments, daemon=True))
-            printers[-1].start()
-        exit_code, summary = _supervise(processes, watched, grace_seconds)
-    finally:
-        for process in (each for each in processes if each.returncode is None):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            prefix = f"[worker {index}] " if workers > 1 else ""
+            printers.append(_in_thread(_print_lines, process.stdout, prefix))
+        look = asks_stop and (
+            lambda: asks_stop(lambda line: printers.append(_in_thread(say, line)))
+        )
+        ending = _Supervision(processes, grace_seconds, look).wait(watched)
     for printer in printers:
         printer.join()
-    for line in summary:
-        _write(f"launch: {line}\n")
-    return exit_code
+    return ending
 
 
-def shell_commands(command: Sequence[str], workers: int) -> list[str]:
-    """Returns one shell line a worker: what `run_local` would start, with its environment."""
-    removed = [] if workers > 1 else ["-u", "TF_CONFIG"]
-    return [
-        shlex.join(["env", *removed, *(f"{k}={v}" for k, v in additions.items()), *command])
-        for additions in worker_environments(workers, os.environ)
-    ]
+def shell_commands(command: Sequence[str], workers: int, with_horovod: bool = False) -> list[str]:
+    """Returns one shell line a worker: what `run_local` would start, with its environment.
+
+    With Horovod they need the launcher's rendezvous server, for whose port stands 0.
+    """
+    lines = []
+    for additions in worker_environments(workers, os.environ, 0 if with_horovod else None):
+        foreign = [name for name in horovod.VARIABLES if name in os.environ]
+        removed = [name for name in ("TF_CONFIG", *foreign) if name not in additions]
+        unset = [word for name in removed for word in ("-u", name)]
+        lines.append(
+            shlex.join(["env", *unset, *(f"{k}={v}" for k, v in additions.items()), *command])
+        )
+    return lines
 
 
-def worker_environments(workers: int, inherited: Mapping[str, str]) -> list[dict[str, str]]:
+def worker_environments(
+    workers: int, inherited: Mapping[str, str], rendezvous_port: int | None = None
+) -> list[dict[str, str]]:
     """Returns, for each worker, the variables to add to the `inherited` environment.
 
     The processor's cores are divided among the workers; a thread variable that is in `inherited`
-    stays as it is. Two or more also get TensorFlow's `TF_CONFIG`, with ports free a moment ago.
+    stays as it is. With a `rendezvous_port` they get Horovod's variables; else two or more get
+    TensorFlow's `TF_CONFIG`, with ports free a moment ago.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     defaults = {name: str(threads) for name in THREAD_VARIABLES} | {"TF_CPP_MIN_LOG_LEVEL": "2"}
     common = {name: value for name, value in defaults.items() if name not in inherited}
     common["PYTHONUNBUFFERED"] = "1"
+    if rendezvous_port is not None:
+        places = horovod.worker_environments(workers, rendezvous_port)
+        return [place | common for place in places]
     if workers == 1:
         return [common]
     cluster = {"worker": [f"127.0.0.1:{port}" for port in _free_ports(workers)]}
@@ -111,7 +196,8 @@ def _start(command: Sequence[str], additions: dict[str, str], mask: set[int]) ->
         if os.getppid() != launcher:  # it died before the kernel knew
             os._exit(1)
 
-    inherited = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+    foreign = ("TF_CONFIG", *horovod.VARIABLES)
+    inherited = {name: value for name, value in os.environ.items() if name not in foreign}
     return subprocess.Popen(
         command,
         env=inherited | additions,
@@ -132,10 +218,24 @@ def _print_lines(pipe: BinaryIO, prefix: str) -> None:
                     _write(prefix + line.rstrip("\r\n") + "\n")
 
 
-def _write(text: str) -> None:
+def _in_thread(function: Callable[..., object], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def say(*lines: str) -> bool:
+    """Prints the launcher's own lines; returns False if nobody reads them."""
+    with _PRINTING:
+        return all([_write(f"launch: {line}\n") for line in lines])
+
+
+def _write(text: str) -> bool:
+    """Prints `text`; returns False if nobody reads it."""
     try:
         sys.stdout.buffer.write(text.encode())
         sys.stdout.buffer.flush()
+        return True
     except OSError as error:
         # Go on emptying the pipe, for workers that print while they stop must not block.
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -146,51 +246,126 @@ def _write(text: str) -> None:
         except OSError:
             # What is left in its buffer would fail again at exit and change the exit code to 120.
             os.dup2(nowhere, sys.stderr.fileno())
+        return False
 
 
-def _supervise(
-    processes: Sequence[Worker], watched: set[signal.Signals], grace_seconds: float
-) -> tuple[int, list[str]]:
-    """Waits for all; returns the exit code and the last lines (printing here could block)."""
-    running = list(processes)
-    failed: Worker | None = None  # the first
-    stop_signal: int | None = None  # the first
-    terminated = False
-    kill_time = math.inf
-    while running:
-        timeout = min(max(0.0, kill_time - time.monotonic()), threading.TIMEOUT_MAX)
-        info = signal.sigtimedwait(watched, timeout)
-        received = info and info.si_signo
-        if received == signal.SIGCHLD:
-            for process in [each for each in running if _has_ended(each)]:
-                running.remove(process)
-                if process.returncode != 0 and not (failed or stop_signal):
-                    failed = process
-        elif received is None or (stop_signal and received in (signal.SIGINT, signal.SIGTERM)):
-            for process in running:
-                os.killpg(process.pid, signal.SIGKILL)
-            kill_time = math.inf
-        else:
-            stop_signal = stop_signal or received
-        if (failed or stop_signal) and not terminated:
-            terminated = True
-            kill_time = time.monotonic() + grace_seconds
-            for process in running:
+class _Supervision:
+    """Waits until all workers have ended (and prints nothing: that could block)."""
+
+    def __init__(
+        self,
+        processes: Sequence[Worker],
+        grace_seconds: float,
+        asks_stop: Callable[[], bool] | None,
+    ):
+        self._processes = processes
+        self._grace_seconds = grace_seconds
+        self._asks_stop = asks_stop
+        self._running = list(processes)
+        self._failed: Worker | None = None  # the first that did for a reason of its own
+        self._lost: Worker | None = None  # the first that lost a peer
+        self._hung: list[Worker] = []
+        self._stop_signal: int | None = None  # the first
+        self._asked = False  # whether `asks_stop` ended them
+        self._terminated = False
+        self._kill_time = math.inf
+
+    def wait(self, watched: set[signal.Signals]) -> Ending:
+        """Takes the `watched` signals as they come; returns how the workers ended."""
+        while self._running:
+            info = signal.sigtimedwait(watched, self._timeout_seconds())
+            received = info and info.si_signo
+            if received == signal.SIGCHLD:
+                self._note_ended()
+            elif received is None and time.monotonic() < self._kill_time:
+                if self._all_is_well():
+                    self._asked = self._asks_stop()
+            elif received is None or (
+                self._stop_signal and received in (signal.SIGINT, signal.SIGTERM)
+            ):
+                self._kill_running()
+            else:
+                self._stop_signal = self._stop_signal or received
+            self._stop_if_needed()
+        return self._ending()
+
+    def _timeout_seconds(self) -> float:
+        longest = _LOOK_SECONDS if self._all_is_well() else threading.TIMEOUT_MAX
+        return min(max(0.0, self._kill_time - time.monotonic()), longest)
+
+    def _all_is_well(self) -> bool:
+        """Returns whether `asks_stop` is to be called: nothing is about to end the workers."""
+        stopping = self._terminated or self._lost or self._hung
+        return self._asks_stop is not None and not stopping
+
+    def _note_ended(self) -> None:
+        for process in [each for each in self._running if _has_ended(each)]:
+            self._running.remove(process)
+            code = process.returncode
+            # Who is asked to stop may fail by that, but not for its configuration.
+            expected = self._asked and code != CONFIGURATION_EXIT_CODE
+            if code == LOST_PEER_EXIT_CODE:
+                self._lost = self._lost or process
+            elif code and not (self._failed or self._stop_signal or self._hung or expected):
+                self._failed = process
+
+    def _kill_running(self) -> None:
+        known = self._failed or self._stop_signal or self._asked
+        self._hung = [] if known else list(self._running)
+        _kill(self._running)
+        self._kill_time = math.inf
+
+    def _stop_if_needed(self) -> None:
+        if (self._failed or self._stop_signal or self._asked) and not self._terminated:
+            self._terminated = True
+            self._kill_time = time.monotonic() + self._grace_seconds
+            if self._failed and self._failed.returncode == PREEMPTED_EXIT_CODE:
+                return  # a TERM to one stops all; a second would end who still saves the state
+            for process in self._running:
                 os.killpg(process.pid, signal.SIGTERM)
-    summary = [
-        f"worker {index} did not stop on TERM and was killed"
-        for index, process in enumerate(processes)
-        if process.returncode == -signal.SIGKILL and process is not failed
-    ]
-    if failed:
-        code, ending = failed.returncode, f"exited with code {failed.returncode}"
-        if code < 0:
-            ending = f"was killed by signal {-code} ({signal.Signals(-code).name})"
-        summary.append(f"worker {processes.index(failed)} {ending}")
-        return (code if code > 0 else 128 - code), summary
-    if stop_signal:
-        return 128 + stop_signal, [*summary, f"stopped by {signal.Signals(stop_signal).name}"]
-    return 0, []
+        elif self._lost and not (self._terminated or self._hung) and self._kill_time == math.inf:
+            self._kill_time = time.monotonic() + _BLAME_SECONDS
+
+    def _ending(self) -> Ending:
+        number = self._processes.index
+        lines = [
+            f"worker {index} did not stop on TERM and was killed"
+            for index, process in enumerate(self._processes)
+            if process.returncode == -signal.SIGKILL
+            and process is not self._failed
+            and process not in self._hung
+        ]
+        if self._failed:
+            code, how = self._failed.returncode, f"exited with code {self._failed.returncode}"
+            if code < 0:
+                how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
+            lines.append(f"worker {number(self._failed)} {how}")
+            return Ending(code if code > 0 else 128 - code, lines)
+        if self._stop_signal:
+            lines.append(f"stopped by {signal.Signals(self._stop_signal).name}")
+            return Ending(128 + self._stop_signal, lines, stopped=True)
+        if self._asked and any(process.returncode for process in self._processes):
+            return Ending(PREEMPTED_EXIT_CODE, lines, asked=True)
+        lines += [
+            f"worker {number(process)} hung: worker {number(self._lost)} waited for it "
+            "until the timeout; it was killed"
+            for process in self._hung
+        ]
+        if self._lost and not self._hung:
+            lines.append(f"worker {number(self._lost)} lost a peer, and so did all that failed")
+        return Ending(LOST_PEER_EXIT_CODE if self._lost else 0, lines)
+
+
+def _kill(processes: Sequence[Worker]) -> None:
+    """Kills those that have not been waited for, with all that they started."""
+    for process in (each for each in processes if each.returncode is None):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(processes: Sequence[Worker]) -> None:
+    _kill(processes)
+    for process in processes:
+        process.wait()
 
 
 def _has_ended(process: Worker) -> bool:

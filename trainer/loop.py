@@ -8,7 +8,7 @@ global norm after that.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import keras
@@ -23,11 +23,16 @@ from trainer.distribution.distributor import (
     is_chief,
     reduce_inside_step_only,
 )
+from trainer.distribution.divergence import check_equal
+from trainer.distribution.reduction import choose_rows, reduce_gradients
 from trainer.distribution.steps import local_rows
+from trainer.gradients import Gradient, divided, loss_and_gradients
+from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
 from trainer.preemption import Preempted, StopRequest
 from trainer.reporting.status import Metrics, describe, format_seconds
 
-# rows (tokens, lengths, labels, weights), step, shard -> the summed loss and its weight
+# rows (tokens, lengths, labels, weights), step, slice -> the summed loss and its weight; the slice
+# of the global batch is a number that random draws depend on
 LossSum = Callable[[dict, tf.Tensor, int | tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
@@ -40,6 +45,7 @@ class Task:
       variables: those that are trained, by name.
       loss_sum: see LossSum; the weight is a number of tokens or of examples.
       evaluate: returns metrics by name; a collective.
+      rates: learning rates of their own, by name of the variable.
       select_by: the metric, lower is better, whose best weights the stage ends with; "" keeps
         the last ones.
     """
@@ -48,6 +54,7 @@ class Task:
     variables: Mapping[str, keras.Variable]
     loss_sum: LossSum
     evaluate: Callable[[], dict[str, float]]
+    rates: Mapping[str, Rate] = field(default_factory=dict)
     select_by: str = ""
 
 
@@ -60,7 +67,12 @@ class Settings:
     steps_per_epoch: int
     learning_rate: float
     learning_rate_decay: float
+    optimizer: str
     clip_norm: float
+    accumulate_steps: int
+    sparse_reduce: str
+    compress: str
+    check_divergence: bool
     log_every_steps: int
     checkpoint_every_steps: int
     evaluate_every_steps: int
@@ -100,11 +112,15 @@ def train(
     Raises:
       Preempted: TERM came to any worker; the state is saved.
       FloatingPointError: the loss is not finite.
+      DivergenceError: `settings.check_divergence`, and workers hold different weights.
     """
     with distributor.scope():
-        optimizer = make_optimizer(settings)
+        optimizer = make_optimizer(
+            settings.optimizer, settings.learning_rate, settings.learning_rate_decay
+        )
         optimizer.build(list(task.variables.values()))
     reduce_inside_step_only(optimizer)
+    set_rates(optimizer, task.variables, task.rates)
     checkpoints = Checkpointer(
         settings.folder / "checkpoints",
         distributor,
@@ -119,10 +135,9 @@ def train(
     if is_chief(distributor):
         settings.folder.mkdir(parents=True, exist_ok=True)
         metrics.forget_after(start)
-    dataset = batches(start, settings.steps)
-    train_step = make_train_step(task, optimizer, distributor, settings, dataset.element_spec)
+    train_step = make_train_step(task, optimizer, distributor, settings, batches)
 
-    for step, batch in enumerate(dataset, start + 1):
+    for step, batch in enumerate(batches(start, settings.steps), start + 1):
         began = time.perf_counter()
         loss, tokens, stops = train_step(batch, tf.constant(float(stop_request.received)))
         progress.count(step, float(loss), float(tokens), time.perf_counter() - began)
@@ -138,57 +153,63 @@ def train(
     return progress.finish()
 
 
-def make_optimizer(settings: Settings) -> keras.optimizers.Optimizer:
-    """Returns Adam, its rate multiplied by `learning_rate_decay` after each step."""
-    schedule = keras.optimizers.schedules.ExponentialDecay(
-        settings.learning_rate, decay_steps=1, decay_rate=settings.learning_rate_decay
-    )
-    return keras.optimizers.Adam(schedule)
-
-
-def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
-    """Returns the optimizer's variables by name, its count of steps included."""
-    return {f"optimizer/{i:03d} {v.path}": v for i, v in enumerate(optimizer.variables)}
-
-
 def make_train_step(
     task: Task,
     optimizer: keras.optimizers.Optimizer,
     distributor: Distributor,
     settings: Settings,
-    batch_spec: dict[str, tf.TensorSpec],
+    batches: Callable[[int, int], tf.data.Dataset],
 ) -> Callable[[dict, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Returns (batch, stop asked for here) -> (mean loss, tokens read, stops asked for)."""
+    """Returns (batch, stop asked for here) -> (mean loss, tokens read, stops asked for).
 
+    Args:
+      batches: as in `train`.
+    """
+    first = batches(0, 1)  # what is measured on it must not depend on where the run resumes
     variables = list(task.variables.values())
+    tensors = [variable.value for variable in variables]
+
+    def shard_gradients(batch: dict) -> tuple[tf.Tensor, tf.Tensor, list[Gradient]]:
+        return loss_and_gradients(
+            lambda rows, part: task.loss_sum(rows, batch["step"], part),
+            tensors,
+            local_rows(distributor, batch),
+            distributor.local_shard() + distributor.rank * distributor.num_local_shards,
+            settings.accumulate_steps,
+        )
+
+    as_rows = choose_rows(
+        distributor,
+        settings.sparse_reduce,
+        lambda batch: shard_gradients(batch)[2],
+        first,
+        sizes=[
+            (t.dtype.size * math.prod(t.shape), t.dtype.size * math.prod(t.shape[1:]))
+            for t in tensors
+        ],
+    )
 
     def shard_step(batch: dict, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         rows = local_rows(distributor, batch)
-        shard = distributor.local_shard() + distributor.rank * distributor.num_local_shards
-        with tf.GradientTape() as tape:
-            loss_sum, weight = task.loss_sum(rows, batch["step"], shard)
-        gradients = tape.gradient(loss_sum, [variable.value for variable in variables])
-        tokens = tf.reduce_sum(tf.cast(rows["lengths"], tf.float32) * rows["weights"])
-        loss_sum, weight, tokens, stop, *gradients = distributor.all_reduce_sum(
-            [loss_sum, weight, tokens, stop, *map(dense, gradients)]
+        loss_sum, weight, gradients = shard_gradients(batch)
+        tokens = tf.reduce_sum(
+            tf.cast(rows["lengths"] * tf.cast(rows["weights"] > 0, tf.int32), weight.dtype)
         )
-        gradients, _ = tf.clip_by_global_norm([g / weight for g in gradients], settings.clip_norm)
+        # Of their own, before the gradients: they are known before the backward pass begins.
+        loss_sum, weight, tokens, stop = distributor.all_reduce_sum(
+            [loss_sum, weight, tokens, tf.cast(stop, weight.dtype)]
+        )
+        gradients = [divided(gradient, weight) for gradient in gradients]
+        gradients = reduce_gradients(distributor, gradients, as_rows, settings.compress)
+        gradients, _ = tf.clip_by_global_norm(gradients, settings.clip_norm)
         optimizer.apply(gradients, variables)
         return loss_sum / weight, tokens, stop
 
-    @tf.function(input_signature=[batch_spec, tf.TensorSpec([], tf.float32)])
+    @tf.function(input_signature=[first.element_spec, tf.TensorSpec([], tf.float32)])
     def train_step(batch: dict, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         return distributor.run(shard_step, batch, stop)
 
     return train_step
-
-
-def dense(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
-    """Returns the gradient as one tensor; rows of the same index are added up."""
-    if not isinstance(gradient, tf.IndexedSlices):
-        return gradient
-    rows = int(tf.get_static_value(gradient.dense_shape)[0])
-    return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
 
 
 class Progress:
@@ -275,7 +296,10 @@ class Progress:
         self._log(f"{self._task.name} step {step} · validation: {describe(values)}{marker}")
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint, of weights that all workers agree on if that is asked for."""
+        if self._settings.check_divergence:
+            held = bundle.values(self._task.variables)
+            check_equal(self._distributor, held, f"after step {step}")
         notes = {**self._notes, "seconds": self._notes["seconds"] + self._elapsed_here()}
         self._checkpoints.save(step, notes, self._best)
 

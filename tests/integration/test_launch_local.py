@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -19,7 +20,8 @@ LIMIT_SECONDS = 10.0
 LAUNCHER = """
 import sys
 from launch.local import run_local
-sys.exit(run_local(sys.argv[3:], int(sys.argv[1]), float(sys.argv[2])))
+workers, grace, restarts = sys.argv[1:4]
+sys.exit(run_local(sys.argv[4:], int(workers), float(grace), int(restarts)))
 """
 # A worker and its children hold the FIFO open as long as they live.
 WORKER = """
@@ -72,14 +74,16 @@ def launch(tmp_path):
     """Starts a launcher of workers that run the given code; kills it if the test hangs."""
     with contextlib.ExitStack() as stack:
 
-        def start(code: str, workers: int = 2, grace: float = 5.0, **environment: str) -> Launcher:
+        def start(
+            code: str, workers: int = 2, grace: float = 5.0, restarts: int = 0, **environment: str
+        ) -> Launcher:
             (tmp_path / "worker.py").write_text(WORKER + code)
             os.mkfifo(tmp_path / "alive")
             alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
             stack.callback(os.close, alive)
             worker = [sys.executable, "-u", "worker.py"]
             process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCHER, str(workers), str(grace), *worker],
+                [sys.executable, "-c", LAUNCHER, str(workers), str(grace), str(restarts), *worker],
                 cwd=tmp_path,
                 env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
                 stdout=subprocess.PIPE,
@@ -271,3 +275,99 @@ def test_when_nobody_reads_the_lines_any_more_all_ends(launch):
     launcher.process.stdout.close()
     assert launcher.process.wait() == 128 + signal.SIGPIPE
     launcher.wait_until_no_worker_lives()
+
+
+def test_who_lost_a_peer_is_not_at_fault_though_it_ends_first(launch):
+    code = """
+if index == 1:
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))
+    print("ready", os.getpid())
+    signal.pause()
+print("ready", os.getpid())
+sys.exit(75)
+"""
+    launcher = launch(code)
+    pids = launcher.ready_pids(2)
+    wait_until_gone(pids[0])
+    os.kill(pids[1], signal.SIGUSR1)
+    assert launcher.finish() == (7, ["launch: worker 1 exited with code 7"])
+
+
+def test_who_still_runs_when_all_others_lost_a_peer_hangs(launch):
+    code = "print('ready', os.getpid())\nif index != 1: sys.exit(75)\nsignal.pause()\n"
+    launcher = launch(code, workers=3)
+    os.kill(launcher.ready_pids(3)[1], signal.SIGSTOP)
+    start = time.monotonic()
+    code, lines = launcher.finish()
+    assert code == 75
+    assert re.fullmatch(
+        "launch: worker 1 hung: worker [02] waited for it until the timeout; it was killed",
+        lines[-1],
+    )
+    assert len(lines) == 1 and time.monotonic() - start < LIMIT_SECONDS
+
+
+def test_when_all_lost_a_peer_nobody_is_blamed(launch):
+    code, lines = launch("sys.exit(75)").finish()
+    assert code == 75
+    assert re.fullmatch("launch: worker [01] lost a peer, and so did all that failed", lines[-1])
+
+
+# Each start of a worker writes one line.
+COUNT_STARTS = """
+with open("starts", "a") as file:
+    file.write(f"{index}\\n")
+starts = len(open("starts").readlines())
+"""
+
+
+def starts(folder: Path) -> list[str]:
+    return sorted((folder / "starts").read_text().split())
+
+
+def test_all_are_started_again_until_it_works(launch, tmp_path):
+    fail_twice = "if index == 0: sys.exit()\n" + COUNT_STARTS + "sys.exit(3 if starts < 3 else 0)"
+    launcher = launch(fail_twice, restarts=5)
+    code, lines = launcher.finish()
+    assert (code, lines) == (
+        0,
+        [
+            "launch: worker 1 exited with code 3",
+            "launch: restart 1 of 5",
+            "launch: worker 1 exited with code 3",
+            "launch: restart 2 of 5",
+        ],
+    )
+    assert starts(tmp_path) == ["1"] * 3
+
+
+def test_each_start_has_other_ports(launch):
+    show = "print(json.loads(os.environ['TF_CONFIG'])['cluster'])\nsys.exit(1)"
+    code, lines = launch(show, restarts=1).finish()
+    assert code == 1
+    clusters = [line.partition("] ")[2] for line in lines if line.startswith("[worker")]
+    assert len(set(clusters)) == 2
+
+
+def test_it_gives_up_after_the_last_restart(launch, tmp_path):
+    code, lines = launch(COUNT_STARTS + "sys.exit(4)", workers=1, restarts=2).finish()
+    assert (code, lines[-2:]) == (
+        4,
+        ["launch: worker 0 exited with code 4", "launch: gave up after 2 restarts"],
+    )
+    assert starts(tmp_path) == ["0"] * 3
+
+
+def test_a_configuration_error_is_not_tried_again(launch, tmp_path):
+    code, lines = launch(COUNT_STARTS + "sys.exit(2)", workers=1, restarts=3).finish()
+    assert (code, lines) == (2, ["launch: worker 0 exited with code 2"])
+    assert starts(tmp_path) == ["0"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_launcher_starts_nothing_again(launch, tmp_path, number):
+    launcher = launch(COUNT_STARTS + READY_THEN_WAIT, restarts=3)
+    launcher.ready_pids(2)
+    launcher.process.send_signal(number)
+    assert launcher.finish() == (128 + number, [f"launch: stopped by {number.name}"])
+    assert starts(tmp_path) == ["0", "1"]

@@ -38,6 +38,28 @@ def test_n_workers_are_one_worker(small_store: Path, tmp_path: Path, workers: in
     assert metrics(tmp_path / f"{workers}", "perplexity")[50] == pytest.approx(perplexity, rel=1e-4)
 
 
+def test_a_batch_in_parts_is_the_same_batch(small_store: Path, tmp_path: Path) -> None:
+    flags = ("--stage=pretrain", f"--store={small_store}", *WHOLE, "--pretrain_steps=15")
+    train(1, *flags, f"--run_dir={tmp_path}/whole")
+    parts = ("--accumulate_steps=5", "--sparse_reduce=rows", "--check_divergence=true")
+    train(2, *flags, f"--run_dir={tmp_path}/parts", *parts)
+    whole, in_parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert list(in_parts) == list(range(1, 16))
+    np.testing.assert_allclose(list(in_parts.values()), list(whole.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--pretrain_packing=concat", "--pretrain_tokens_per_batch=240"])
+def test_batches_of_another_kind_train_and_do_not_depend_on_the_workers(
+    small_store: Path, tmp_path: Path, flag: str
+) -> None:
+    flags = ("--stage=pretrain", f"--store={small_store}", *WHOLE, "--pretrain_steps=15", flag)
+    for workers in (1, 2):
+        train(workers, *flags, "--verify=true", f"--run_dir={tmp_path}/{workers}")
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    assert list(one) == list(range(1, 16))
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+
+
 def final_state(folder: Path) -> dict[str, np.ndarray]:
     (newest,) = sorted((folder / "checkpoints").glob("step-*"))[-1:]
     return safetensors.numpy.load_file(newest / "state.safetensors")

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from launch import local
+from launch import horovod, local
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -43,3 +43,14 @@ def test_shell_commands_quote_and_remove_a_foreign_cluster():
     (line,) = local.shell_commands(["python", "--name=a b"], 1)
     assert line.startswith("env -u TF_CONFIG ")
     assert line.endswith(" python '--name=a b'")
+
+
+def test_horovod_s_variables_take_the_place_of_a_cluster(monkeypatch):
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")  # of another job
+    first, second = local.worker_environments(2, {}, rendezvous_port=7)
+    assert "TF_CONFIG" not in first and "OMP_NUM_THREADS" in first
+    different = {name for name in first if first[name] != second[name]}
+    assert different == {"HOROVOD_RANK", "HOROVOD_LOCAL_RANK"}
+    assert set(first) & set(horovod.VARIABLES) == set(horovod.VARIABLES) - {"HOROVOD_ELASTIC"}
+    lines = local.shell_commands(["python"], 2, with_horovod=True)
+    assert all(line.startswith("env -u TF_CONFIG -u HOROVOD_ELASTIC ") for line in lines)

@@ -1,5 +1,6 @@
 """The launcher's command line, run as a user runs it."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.horovod_is_there import needs_horovod
 
 REPOSITORY = Path(__file__).parents[2]
 TRAINER = """
@@ -40,6 +43,7 @@ def trainer_folder(tmp_path):
 
 def test_all_faults_at_once():
     launcher_flags = ["--platform=mars", "--workers=0", "--grace_seconds=nan", "--stage=all", "x"]
+    launcher_flags += ["--distributor=mpi", "--max_restarts=-1"]
     result = launch(*launcher_flags, "--", "--learning_rate=1")
     assert result.returncode == 2
     assert result.stdout == ""
@@ -48,6 +52,8 @@ def test_all_faults_at_once():
         "launch: x: not a launcher flag; trainer flags come after --",
         "launch: --platform=mars: must be one of local",
         "launch: --workers=0: must be a whole number, 1 or more",
+        "launch: --distributor=mpi: must be one of auto, horovod",
+        "launch: --max_restarts=-1: must be a whole number, 0 or more",
         "launch: --grace_seconds=nan: must be seconds, 0 or more",
     ]
 
@@ -96,4 +102,24 @@ def test_the_launcher_imports_no_tensors():
     imports = "import sys, launch.main; print(*sys.modules)"
     printed = subprocess.check_output([sys.executable, "-c", imports], cwd=REPOSITORY, text=True)
     assert "launch.local" in printed.split()
-    assert {"tensorflow", "trainer", "data_pipelines"}.isdisjoint(printed.split())
+    assert {"tensorflow", "trainer", "data_pipelines", "horovod"}.isdisjoint(printed.split())
+
+
+@needs_horovod
+def test_horovod_s_workers_get_its_variables_and_its_distributor(trainer_folder):
+    show = (
+        "import os\nprint({k: v for k, v in os.environ.items() if k[:7] in ('HOROVOD', 'TF_CONF')})"
+    )
+    with open(trainer_folder / "trainer" / "main.py", "a") as file:
+        file.write(show)
+    launcher = ["--workers=2", "--distributor=horovod"]
+    result = launch(*launcher, "--", "--seed=1", folder=trainer_folder)
+    assert result.returncode == 0, result.stdout
+    for rank in range(2):
+        own = [line for line in result.stdout.splitlines() if line.startswith(f"[worker {rank}]")]
+        assert "['--distributor=horovod', '--seed=1']" in own[0]
+        environ = ast.literal_eval(own[1].partition("] ")[2])
+        assert "TF_CONFIG" not in environ
+        assert (environ["HOROVOD_RANK"], environ["HOROVOD_SIZE"]) == (str(rank), "2")
+        assert environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"] == "127.0.0.1"
+        assert int(environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]) > 0

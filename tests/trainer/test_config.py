@@ -54,6 +54,19 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert "--sampled_softmax=20000 must be below --vocab_size" in found
     (found,) = faults(folder, "--distributor=one_device", cluster=Cluster(0, 2))
     assert "--distributor=multi_worker" in found
+    (found,) = faults(folder, "--optimizer=adamw", "--encoder_frozen_steps=5")
+    assert "would move the frozen weights" in found
+    (found,) = faults(folder, "--source=movie_reviews", "--unlabelled=text:a", "--labelled=csv:b")
+    assert "give either --source, or both" in found
+    (found,) = faults(folder, "--labelled=csv:b")
+    assert "give either --source, or both" in found
+    budget = "--pretrain_tokens_per_batch=500"
+    (found,) = faults(folder, budget, "--pretrain_max_tokens=501")
+    assert "must be at least --pretrain_max_tokens=501" in found
+    (found,) = faults(folder, budget, "--pretrain_packing=concat")
+    assert "set --pretrain_batch_size instead" in found
+    (found,) = faults(folder, "--tied_softmax=perhaps")
+    assert found == "--tied_softmax=perhaps is not true or false"
     (found,) = faults(folder, "--stage=evaluate")
     assert "--classifier" in found
 

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-from trainer.distribution.cluster import Cluster
+from trainer.distribution.cluster import Cluster, distributor_faults
 
 
 class Distributor(Protocol):
@@ -42,6 +42,11 @@ class Distributor(Protocol):
 
     def all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Returns, inside `step`, each tensor summed over all shards of all processes."""
+
+    def all_gather_rows(self, values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns, inside `step`, all shards' values [rows, width] and indices [rows], by shard.
+
+        Each shard may have another number of rows, none as well."""
 
     def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns each float array summed over all processes; outside of `step`."""
@@ -126,22 +131,22 @@ def reduce_inside_step_only(optimizer: keras.optimizers.Optimizer) -> None:
 def make_distributor(kind: str, cluster: Cluster, collective_timeout_seconds: float) -> Distributor:
     """Returns the distributor of `kind`, one of config.DISTRIBUTORS.
 
-    "auto" is multi_worker where the environment names peers, else one_device.
+    "auto" is horovod or multi_worker where the environment names peers, else one_device.
 
     Raises:
       InputError: `kind` does not fit the environment.
     """
-    from trainer.distribution import tf_distribute
+    from trainer.distribution import horovod, tf_distribute
 
+    if faults := distributor_faults(kind, cluster):
+        raise InputError("\n".join(faults))
     if kind == "auto":
-        kind = "multi_worker" if cluster.size > 1 else "one_device"
+        several = "horovod" if cluster.horovod else "multi_worker"
+        kind = several if cluster.size > 1 else "one_device"
+    if kind == "horovod":
+        return horovod.horovod(cluster, collective_timeout_seconds)
     if kind == "multi_worker":
         return tf_distribute.multi_worker(cluster, collective_timeout_seconds)
-    if cluster.size > 1:
-        raise InputError(
-            f"--distributor={kind} runs in one process, but TF_CONFIG names {cluster.size} "
-            "workers; use --distributor=multi_worker or unset TF_CONFIG"
-        )
     if kind == "mirrored":
         return tf_distribute.mirrored()
     return tf_distribute.one_device()

@@ -41,6 +41,13 @@ class TfDistributor:
         tensors = [tf.identity(tensor) for tensor in tensors]
         return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
+    def all_gather_rows(self, values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        context = tf.distribute.get_replica_context()
+        return (
+            context.all_gather(tf.identity(values), axis=0),
+            context.all_gather(tf.identity(indices), axis=0),
+        )
+
     def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         if self.size == 1:
             return [np.asarray(array) for array in arrays]

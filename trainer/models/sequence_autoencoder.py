@@ -15,11 +15,17 @@ from trainer.objectives import softmax
 
 
 class SequenceAutoencoder(keras.layers.Layer):
-    """An encoder and the softmax over the vocabulary that writes the text again."""
+    """An encoder and the softmax over the vocabulary that writes the text again.
 
-    def __init__(self, encoder: Encoder, **kwargs):
+    Attributes:
+      tied: whether the softmax compares a projection of the output with the embeddings (Press &
+        Wolf 2017; Inan et al. 2017), rather than the output with a matrix of its own.
+    """
+
+    def __init__(self, encoder: Encoder, tied: bool = False, **kwargs):
         super().__init__(**kwargs)
         self.encoder = encoder
+        self.tied = tied
 
     def build(self, input_shape: tuple | None = None) -> None:
         """Makes the weights; the shape of the tokens does not matter."""
@@ -27,7 +33,10 @@ class SequenceAutoencoder(keras.layers.Layer):
             self.encoder.build()
         vocab_size, units = self.encoder.vocab_size, self.encoder.units
         self.softmax_kernel = self.add_weight(
-            shape=(vocab_size, units),
+            shape=(
+                units if self.tied else vocab_size,
+                self.encoder.embedding_dim if self.tied else units,
+            ),
             initializer=keras.initializers.GlorotUniform(seed=self.encoder.seed + 3),
             name="softmax_kernel",
         )
@@ -92,6 +101,9 @@ class SequenceAutoencoder(keras.layers.Layer):
         hidden = dropout(hidden, dropout_rate, output_seed)
         targets = tf.boolean_mask(tokens, counted)  # [tokens]
         kernel, bias = self.softmax_kernel.value, self.softmax_bias.value
+        if self.tied:
+            hidden = tf.matmul(hidden, kernel)  # [tokens, embedding_dim]
+            kernel = self.encoder.embeddings.value
         if num_sampled:
             losses = softmax.sampled_cross_entropy(
                 hidden, targets, kernel, bias, num_sampled, softmax_seed

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.errors import InputError
-from data_pipelines.token_store import SplitView
+from data_pipelines.split_view import SplitView
 from trainer import bundle, loop, seeds, states
+from trainer.config import Config
 from trainer.distribution.distributor import broadcast_arrays, gather_objects
+from trainer.distribution.divergence import check_equal
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.models.encoder import Encoder
+from trainer.optimizer import Rate
 from trainer.stages.evaluate import error_and_loss
 from trainer.stages.pretrain import make_encoder
 from trainer.stages.run import Run
@@ -56,11 +58,12 @@ def finetune(
             variables=trained_variables(classifier, initial_state),
             loss_sum=loss_sum(run, classifier),
             evaluate=error_and_loss(run, classifier, validation),
+            rates=encoder_rates(config, classifier) if init_weights == "encoder" else {},
             select_by="error_percent",
         ),
         run.settings("finetune", folder, plan.steps_per_epoch),
         run.distributor,
-        run.batches(view, plan, config.finetune_max_tokens),
+        run.batches(view, plan),
         run.stop_request,
         run.log,
     )
@@ -111,7 +114,8 @@ def warm_start(
       digests (SHA-256 of what each worker's variables then hold, by rank), bytes, seconds.
 
     Raises:
-      InputError: the bundle does not fit the model, or workers hold different bytes.
+      InputError: the bundle does not fit the model.
+      DivergenceError: workers hold different bytes.
     """
     began = time.perf_counter()
     tensors = None
@@ -132,8 +136,8 @@ def warm_start(
         states.apply(classifier.reader, received.state("learned"))
         held |= {f"reader/{name}": value for name, value in bundle.values(variables).items()}
         held |= _state_values("reader/initial_state", classifier.reader)
+    check_equal(run.distributor, held, "after the broadcast")
     digests = gather_objects(run.distributor, bundle.digest(held))
-    check_digests(digests)
     size_bytes = sum(array.nbytes for array in received.tensors.values())
     seconds = time.perf_counter() - began
     run.log(
@@ -148,16 +152,6 @@ def _state_values(name: str, encoder: Encoder) -> dict[str, np.ndarray]:
     return {f"{name}/h": state.h, f"{name}/c": state.c}
 
 
-def check_digests(digests: list[str]) -> None:
-    """Raises InputError, naming the workers, unless all digests are equal."""
-    different = [rank for rank, value in enumerate(digests) if value != digests[0]]
-    if different:
-        raise InputError(
-            f"after the broadcast, workers {different} hold other weights or states than worker 0: "
-            f"SHA-256 by worker {digests}"
-        )
-
-
 def trained_variables(classifier: Classifier, initial_state: str) -> dict:
     """Returns what fine-tuning trains: all but the reader, and the state only if it is learned."""
     fixed = () if initial_state == "learned" else ("initial_state/",)
@@ -166,6 +160,14 @@ def trained_variables(classifier: Classifier, initial_state: str) -> dict:
         for name, variable in bundle.classifier_variables(classifier).items()
         if not name.startswith(("reader/", *fixed))
     }
+
+
+def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:
+    """Returns the learning rates of the weights that come from the encoder."""
+    if config.encoder_rate == 1 and config.encoder_frozen_steps == 0:
+        return {}
+    rate = Rate(config.encoder_rate, config.encoder_frozen_steps)
+    return {name: rate for name in bundle.encoder_variables(classifier.encoder)}
 
 
 def loss_sum(run: Run, classifier: Classifier) -> loop.LossSum:

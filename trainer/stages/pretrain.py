@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.token_store import SplitView
+from data_pipelines.split_view import SplitView
 from trainer import bundle, loop, seeds, states
 from trainer.config import Config
 from trainer.distribution.steps import sum_over_batches
@@ -27,10 +27,12 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
       For the report: steps, tokens_per_second, seconds, and the validation metrics.
     """
     config = run.config
-    view = corpus(run, *(name for name in PRETRAINING_SPLITS if name in run.store.splits))
-    plan = run.plan(view, config.pretrain_batch_size, config.pretrain_max_tokens)
+    splits = [name for name in PRETRAINING_SPLITS if name in run.store.splits]
+    view, plan = run.pretraining(*splits)
     with run.distributor.scope():
-        model = SequenceAutoencoder(make_encoder(config, run.store.vocab_size))
+        model = SequenceAutoencoder(
+            make_encoder(config, run.store.vocab_size), tied=config.tied_softmax
+        )
         model.build()
     validation = run.some_documents(
         corpus(run, "validation"),
@@ -39,7 +41,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         config.pretrain_max_tokens,
     )
     run.log(
-        f"pretrain: {int(view.lengths.sum()):,} tokens in {len(view):,} pieces of documents, "
+        f"pretrain: {view.num_tokens:,} tokens in {len(view):,} documents or pieces, "
         f"{plan.steps_per_epoch:,} steps an epoch, {config.pretrain_steps:,} steps to do"
     )
     result = loop.train(
@@ -51,13 +53,16 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         ),
         run.settings("pretrain", folder, plan.steps_per_epoch),
         run.distributor,
-        run.batches(view, plan, config.pretrain_max_tokens),
+        run.batches(view, plan),
         run.stop_request,
         run.log,
     )
     run.log("pretrain: averaging the final state over the corpus")
     averaged = run.some_documents(
-        view, config.mean_state_documents, config.pretrain_batch_size, config.pretrain_max_tokens
+        corpus(run, *splits),
+        config.mean_state_documents,
+        config.pretrain_batch_size,
+        config.pretrain_max_tokens,
     )
     mean = states.mean(run.distributor, model.encoder, averaged)
     report = {

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import tensorflow as tf
 
-from data_pipelines.batch_plan import BatchPlan
+from data_pipelines.batch_plan import BatchPlan, PackedPlan
 from data_pipelines.dataset import make_dataset
-from data_pipelines.token_store import SplitView, TokenStore
+from data_pipelines.split_view import SplitView
+from data_pipelines.token_store import TokenStore
 from trainer import loop
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor, is_chief, num_shards
@@ -40,11 +40,36 @@ class Run:
         self, view: SplitView, batch_size: int, max_tokens: int, shuffle: bool = True
     ) -> BatchPlan:
         """Returns the order in which `view` is read, from the run's seed."""
-        lengths = np.minimum(view.lengths, max_tokens)
-        return BatchPlan(lengths, batch_size, seed=self.config.seed, shuffle=shuffle)
+        return BatchPlan(
+            view,
+            max_tokens=max_tokens,
+            global_batch=batch_size,
+            seed=self.config.seed,
+            shuffle=shuffle,
+        )
+
+    def pretraining(self, *splits: str) -> tuple[SplitView, BatchPlan | PackedPlan]:
+        """Returns the text of `splits` in rows of at most --pretrain_max_tokens, and its order."""
+        config, view = self.config, self.store.split(*splits)
+        if config.pretrain_packing == "concat":
+            return view, PackedPlan(
+                view,
+                max_tokens=config.pretrain_max_tokens,
+                global_batch=config.pretrain_batch_size,
+                seed=config.seed,
+            )
+        view = view.pieces(config.pretrain_max_tokens)
+        if not config.pretrain_tokens_per_batch:
+            return view, self.plan(view, config.pretrain_batch_size, config.pretrain_max_tokens)
+        return view, BatchPlan(
+            view,
+            max_tokens=config.pretrain_max_tokens,
+            tokens_per_batch=config.pretrain_tokens_per_batch,
+            seed=config.seed,
+        )
 
     def batches(
-        self, view: SplitView, plan: BatchPlan, max_tokens: int
+        self, view: SplitView, plan: BatchPlan | PackedPlan
     ) -> Callable[[int, int], tf.data.Dataset]:
         """Returns (start_step, stop_step) -> this process's slices of those global batches."""
         local = self.distributor.num_local_shards
@@ -58,7 +83,6 @@ class Run:
                 first_shard=self.distributor.rank * local,
                 num_local_shards=local,
                 num_shards=num_shards(self.distributor),
-                max_tokens=max_tokens,
             )
 
         return between
@@ -69,12 +93,12 @@ class Run:
         """Returns batches of about `documents` random documents, the same ones at every call."""
         plan = self.plan(view, batch_size, max_tokens)
         steps = min(plan.steps_per_epoch, -(-documents // batch_size))
-        return self.batches(view, plan, max_tokens)(0, steps)
+        return self.batches(view, plan)(0, steps)
 
     def all_documents(self, view: SplitView, batch_size: int, max_tokens: int) -> tf.data.Dataset:
         """Returns batches of every document once."""
         plan = self.plan(view, batch_size, max_tokens, shuffle=False)
-        return self.batches(view, plan, max_tokens)(0, plan.steps_per_epoch)
+        return self.batches(view, plan)(0, plan.steps_per_epoch)
 
     def settings(self, stage: str, folder: Path, steps_per_epoch: int) -> loop.Settings:
         """Returns the loop's settings for `stage`, "pretrain" or "finetune"."""
@@ -89,7 +113,12 @@ class Run:
             steps_per_epoch=steps_per_epoch,
             learning_rate=of_stage("learning_rate"),
             learning_rate_decay=of_stage("learning_rate_decay"),
+            optimizer=config.optimizer,
             clip_norm=config.clip_norm,
+            accumulate_steps=config.accumulate_steps,
+            sparse_reduce=config.sparse_reduce,
+            compress=config.compress,
+            check_divergence=config.check_divergence,
             log_every_steps=config.log_every_steps,
             checkpoint_every_steps=config.checkpoint_every_steps,
             evaluate_every_steps=of_stage("evaluate_every_steps"),

@@ -1,0 +1,103 @@
+"""What holds for every kind: the same ids wherever a text is encoded."""
+
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import hypothesis.strategies as st
+import pytest
+import tensorflow as tf
+from hypothesis import example, given, settings
+
+from data_pipelines.errors import InputError
+from data_pipelines.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, make_tokenizer
+from data_pipelines.tokenizers.subword_vocabulary import learn_pieces
+
+CHARACTERS = ["a", "e", " ", "\n", "\0", "\\", "é", "\u0301", "🎬", "\ufffd", "\uffff", "Σ", "."]
+WORDS = ["a", "the", "film", "don't", "é", "e\u0301", ".", "🎬", "\\", "\ufffd"]
+PIECES = learn_pieces({word: 2 for word in [*WORDS, "films", "filming"]}, 40, 1)
+VOCABULARIES = {"word": WORDS, "character": CHARACTERS, "byte": [], "subword": PIECES}
+TEXTS = st.lists(
+    st.text()
+    | st.lists(st.sampled_from([*WORDS, *CHARACTERS, "FILMS", "<br />"])).map("".join)
+    | st.builds(str.__mul__, st.text(max_size=3), st.integers(0, 3000)),
+    min_size=1,
+    max_size=4,
+).map(lambda texts: [text.encode() for text in texts])
+
+
+class Server(tf.Module):
+    """A model's way in: it holds the tokenizer and takes strings."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    def ids(self, texts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        ids = self.tokenizer.encode(texts)
+        return ids.flat_values, ids.row_lengths()
+
+
+def config_of(kind: str, lowercase: bool) -> dict:
+    return {"type": kind} if kind == "byte" else {"type": kind, "lowercase": lowercase}
+
+
+@lru_cache
+def prepared(kind: str, lowercase: bool) -> tuple[Tokenizer, Server, tf.Module]:
+    """Returns a tokenizer, a module that holds it, and that module saved and loaded."""
+    tokenizer = make_tokenizer(VOCABULARIES[kind], config_of(kind, lowercase))
+    server = Server(tokenizer)
+    with TemporaryDirectory() as folder:
+        tf.saved_model.save(server, folder)
+        loaded = tf.saved_model.load(folder)
+    return tokenizer, server, loaded
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(texts=TEXTS, lowercase=st.booleans())
+@example(texts=[b"", b"\0", b"\xff\xfe", b"\xed\xa0\x80"], lowercase=True)
+def test_ids_are_the_same_wherever_a_text_is_encoded(
+    kind: str, texts: list[bytes], lowercase: bool
+) -> None:
+    tokenizer, server, loaded = prepared(kind, lowercase)
+    strings = tf.constant(texts, tf.string)
+    expected = tokenizer.encode(strings)
+    for module in (server, loaded):
+        ids, lengths = module.ids(strings)
+        found = tf.RaggedTensor.from_row_lengths(ids, lengths)
+        assert found.to_list() == expected.to_list()
+    pieces = tokenizer.split(strings)
+    assert (pieces.row_lengths() + 1).numpy().tolist() == expected.row_lengths().numpy().tolist()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_loaded_tokenizer_is_the_saved_one(kind: str, tmp_path: Path) -> None:
+    config = config_of(kind, False)
+    tokenizer = make_tokenizer(VOCABULARIES[kind], config)
+    loaded = load_tokenizer(tokenizer.save(tmp_path), config)
+    assert loaded.config() == config
+    assert loaded.sha256 == tokenizer.sha256
+    assert loaded.vocab_bytes == (tmp_path / "vocab.txt").read_bytes()
+    assert loaded.vocab_size == len(loaded.vocab_bytes.splitlines())
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_an_empty_batch_gives_no_documents(kind: str) -> None:
+    tokenizer = make_tokenizer(VOCABULARIES[kind], config_of(kind, True))
+    assert tokenizer.encode(tf.constant([], tf.string)).to_list() == []
+
+
+@pytest.mark.parametrize("config", [{}, {"type": "letters"}])
+def test_unknown_kinds_are_refused(config: dict) -> None:
+    with pytest.raises(InputError, match="word, character, byte, subword"):
+        load_tokenizer("vocab.txt", config)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("options", [{"lowercase": 1}, {"lowercase": True, "more": True}])
+def test_wrong_options_are_refused(kind: str, options: dict, tmp_path: Path) -> None:
+    path = make_tokenizer(VOCABULARIES[kind], config_of(kind, True)).save(tmp_path)
+    with pytest.raises(InputError, match="config"):
+        load_tokenizer(path, {"type": kind, **options})

@@ -1,0 +1,113 @@
+"""The trainer on Horovod, under our launcher and under Horovod's own."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.horovod_is_there import needs_horovod
+from tests.integration.jobs import job
+from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL, metrics, train
+
+PRETRAIN = ("--stage=pretrain", "--pretrain_dropout=0", "--pretrain_steps=30")
+WITHOUT_HOROVOD = 'import sys\nsys.modules["horovod"] = None\n'
+
+
+@needs_horovod
+def test_two_workers_are_one_worker(small_store: Path, tmp_path: Path) -> None:
+    store = f"--store={small_store}"
+    train(1, *PRETRAIN, store, f"--run_dir={tmp_path}/1")
+    with job("horovod", tmp_path, *PRETRAIN, store, f"--run_dir={tmp_path}/2") as running:
+        assert running.finish() == 0, "\n".join(running.lines)
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    assert list(one) == list(two) == list(range(1, 31))
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+    printed = "\n".join(running.lines)
+    assert "Traceback" not in printed and "WARNING" not in printed and "stall" not in printed
+
+
+@needs_horovod
+@pytest.mark.slow
+def test_the_whole_job_by_horovodrun_and_by_our_launcher(small_store: Path, tmp_path: Path) -> None:
+    steps = ("--pretrain_steps=20", "--finetune_steps=20", f"--store={small_store}")
+    trainer = [sys.executable, "-m", "trainer.main", "--distributor=horovod", *SMALL, *steps]
+    horovodrun = str(Path(sys.executable).with_name("horovodrun"))
+    done = subprocess.run(
+        [horovodrun, "-np", "2", "--gloo", *trainer, f"--run_dir={tmp_path}/theirs"],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with job("horovod", tmp_path, *steps, f"--run_dir={tmp_path}/ours") as running:
+        assert running.finish() == 0, "\n".join(running.lines)
+    for bundle in ("encoder/encoder.safetensors", "classifier/classifier.safetensors"):
+        theirs, ours = (sorted((tmp_path / who).rglob(bundle)) for who in ("theirs", "ours"))
+        assert [each.read_bytes() for each in theirs] == [each.read_bytes() for each in ours]
+        assert theirs
+
+
+@needs_horovod
+@pytest.mark.slow
+def test_after_term_it_goes_on_and_ends_with_the_same_bits(
+    small_store: Path, tmp_path: Path
+) -> None:
+    flags = ("--stage=pretrain", "--pretrain_steps=30", f"--store={small_store}")
+    for name, stopped in (("whole", False), ("cut", True), ("cut", False)):
+        run = (*flags, f"--run_dir={tmp_path}/{name}")
+        with job("horovod", tmp_path / f"{name}-{stopped}", *run) as running:
+            if stopped:
+                running.wait_for("pretrain step 12/")
+                running.process.send_signal(signal.SIGTERM)
+            code = running.finish()
+        assert code == (143 if stopped else 0), "\n".join(running.lines)
+        assert any("state saved" in line for line in running.lines) == stopped
+    assert any("resumed after step" in line for line in running.lines)
+    encoders = [tmp_path / name / "encoder" / "encoder.safetensors" for name in ("whole", "cut")]
+    assert encoders[0].read_bytes() == encoders[1].read_bytes()
+
+
+@pytest.mark.parametrize("program", ["trainer.main", "launch.main"])
+def test_without_horovod_one_line_says_how_to_get_it(tmp_path: Path, program: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_HOROVOD)
+    flags = [] if program == "launch.main" else [f"--run_dir={tmp_path}/run"]
+    done = subprocess.run(
+        [sys.executable, "-m", program, "--distributor=horovod", *flags],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "--distributor=horovod: Horovod is not installed; `make horovod` builds it" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", ["g++", "make", "patch"])
+def test_the_build_says_which_tool_is_missing(tmp_path: Path, missing: str) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "basename", "uname", "cat", "sha256sum", "cut", "nproc"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    for tool in {"g++", "make", "patch"} - {missing}:
+        (tools / tool).write_text("#!/bin/sh\n")
+        (tools / tool).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "launch/horovod_build/build.sh", sys.executable],
+        cwd=REPOSITORY,
+        env={"PATH": str(tools), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert f"there is no {missing} on this machine" in done.stderr
+    assert not (tmp_path / ".cache").exists()

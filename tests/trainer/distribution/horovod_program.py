@@ -1,0 +1,143 @@
+"""What each worker of test_horovod.py runs: every collective once, results as JSON by rank."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.quiet_tensorflow import import_quietly
+
+import_quietly()
+
+import keras  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from trainer.distribution import cluster as clusters  # noqa: E402
+from trainer.distribution import distributor as distributors  # noqa: E402
+
+OPTIMIZERS = {"SGD": {"momentum": 0.9}, "Adam": {}, "AdamW": {}, "Nadam": {}}
+INPUTS = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+TARGETS = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def reduced(distributor) -> dict:
+    rank = distributor.rank
+
+    def step() -> list[tf.Tensor]:
+        return distributor.all_reduce_sum(
+            [
+                tf.fill([2, 3], float(rank + 1)),
+                tf.constant(2.0**-40 + rank, tf.float64),  # float32 would lose it
+                tf.constant(float(10**rank)),
+                tf.zeros([0, 4]),
+                tf.constant([rank + 0.5], tf.bfloat16),
+                tf.constant([rank + 0.5], tf.float16),
+            ]
+        )
+
+    results = tf.function(lambda: distributor.run(step))()
+    return {
+        "values": [np.asarray(tensor, np.float64).tolist() for tensor in results],
+        "dtypes": [tensor.dtype.name for tensor in results],
+        "shapes": [tensor.shape.as_list() for tensor in results],
+    }
+
+
+def random_sum_digests(distributor, times: int) -> list[str]:
+    mine = np.random.default_rng(distributor.rank).normal(size=(3, 50_001)).astype(np.float32)
+
+    @tf.function
+    def step() -> list[tf.Tensor]:
+        return distributor.run(
+            lambda: distributor.all_reduce_sum([tf.constant(row) for row in mine])
+        )
+
+    return [digest(np.stack([tensor.numpy() for tensor in step()])) for _ in range(times)]
+
+
+def gathered(distributor, rows_by_rank: tuple[int, ...]) -> dict:
+    rank = distributor.rank
+    rows = rows_by_rank[rank]
+    values = np.full((rows, 3), rank, np.float32)
+
+    @tf.function
+    def step() -> tuple[tf.Tensor, tf.Tensor]:
+        indices = tf.range(rows, dtype=tf.int64) + 100 * rank
+        return distributor.run(lambda: distributor.all_gather_rows(tf.constant(values), indices))
+
+    values, indices = step()
+    return {"values": values.numpy().tolist(), "indices": indices.numpy().tolist()}
+
+
+def trained(distributor, name: str, rows: slice) -> list[list[float]]:
+    """Returns the kernel after some steps on `rows` in each process."""
+    layer = keras.layers.Dense(2, use_bias=False, kernel_initializer="ones")
+    layer.build((None, 4))
+    optimizer = getattr(keras.optimizers, name)(0.05, **OPTIMIZERS[name])
+    optimizer.build(layer.trainable_variables)
+    distributors.reduce_inside_step_only(optimizer)
+    inputs, targets = tf.constant(INPUTS[rows]), tf.constant(TARGETS[rows])
+
+    def step() -> None:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(layer(inputs) - targets)) / len(INPUTS)
+        gradients = tape.gradient(loss, [layer.kernel.value])
+        optimizer.apply(distributor.all_reduce_sum(gradients), [layer.kernel])
+
+    run = tf.function(lambda: distributor.run(step))
+    for _ in range(5):
+        run()
+    return layer.kernel.numpy().tolist()
+
+
+def outside_of_a_step(distributor) -> dict:
+    rank = distributor.rank
+    arrays = {"a": np.arange(5, dtype=np.float32), "b": np.array([[2**40 + 1]])}
+    return {
+        "sums": [
+            array.tolist()
+            for array in distributor.sum_over_processes(
+                [np.full((2, 2), rank, np.float32), np.array(2.0**-40 + rank), np.float32([1])]
+            )
+        ],
+        "objects": distributors.gather_objects(distributor, {"rank": rank, "é": [rank] * rank}),
+        "arrays": {
+            name: [str(array.dtype), array.tolist()]
+            for name, array in distributors.broadcast_arrays(
+                distributor, arrays if rank == 0 else None
+            ).items()
+        },
+    }
+
+
+def main(folder: Path) -> None:
+    cluster = clusters.resolve(os.environ)
+    distributor = distributors.make_distributor("auto", cluster, 60.0)
+    shares = np.array_split(np.arange(len(INPUTS)), distributor.size)
+    share = shares[distributor.rank]
+    result = {
+        "kind": type(distributor).__name__,
+        "shard": distributor.local_shard(),
+        "shards": distributors.num_shards(distributor),
+        "reduced": reduced(distributor),
+        "digests": random_sum_digests(distributor, times=30),
+        "gathered": gathered(distributor, (2, 0, 3)[: distributor.size]),
+        "gathered_nothing": gathered(distributor, (0, 0, 0)),
+        "outside": outside_of_a_step(distributor),
+        "trained": {
+            name: trained(distributor, name, slice(share[0], share[-1] + 1)) for name in OPTIMIZERS
+        },
+    }
+    distributors.barrier(distributor)
+    (folder / f"{distributor.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,50 @@
+"""Do all workers hold the same bytes? Checked by digest, never assumed."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from trainer.distribution.distributor import Distributor, gather_objects
+
+
+class DivergenceError(RuntimeError):
+    """Workers that must hold the same values do not."""
+
+
+def digests(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Returns the SHA-256 of each array's type, shape and bytes."""
+    return {
+        name: hashlib.sha256(
+            f"{array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes()
+        ).hexdigest()
+        for name, array in arrays.items()
+    }
+
+
+def check_equal(distributor: Distributor, arrays: Mapping[str, np.ndarray], when: str) -> None:
+    """Returns if all workers hold the same arrays; a collective.
+
+    Args:
+      arrays: by name, this worker's.
+      when: for the message, e.g. "after step 200".
+
+    Raises:
+      DivergenceError: in every worker, naming each array that differs, and the workers that hold
+        something else than most do.
+    """
+    faults = differences(gather_objects(distributor, digests(arrays)))
+    if faults:
+        raise DivergenceError(f"workers hold different values {when}: " + "; ".join(faults))
+
+
+def differences(by_rank: list[dict[str, str]]) -> list[str]:
+    """Returns one line for each name whose digests are not all equal."""
+    faults = []
+    for name in sorted(set().union(*by_rank)):
+        held = [worker.get(name) for worker in by_rank]
+        usual, _ = Counter(held).most_common(1)[0]
+        if others := [rank for rank, value in enumerate(held) if value != usual]:
+            faults.append(f"{name}: workers {others} differ from the others")
+    return faults

@@ -1,0 +1,106 @@
+"""A step's gradients: from each shard's part to the global batch's sum, in few bytes.
+
+The gradient of an embedding table is zero but for the rows of the words in the batch. Its rows
+can travel as they are (every worker gets every other's: bytes grow with the workers and the
+words of a batch) or the whole table can be summed like any dense gradient (bytes grow with the
+vocabulary). `choose_rows` takes the smaller, from sizes measured on the run's first batch: not
+on the batch at which a run resumes, so that a resumed run adds in the same order.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.distribution.distributor import Distributor, num_shards
+from trainer.gradients import Gradient, dense, distinct_rows
+
+COMPRESSED = {"none": None, "fp16": tf.float16, "bf16": tf.bfloat16}
+_INDEX_BYTES = 8
+
+
+def reduce_gradients(
+    distributor: Distributor,
+    gradients: Sequence[Gradient],
+    as_rows: Sequence[bool],
+    compress: str = "none",
+) -> list[tf.Tensor]:
+    """Returns, inside a step, each gradient summed over all shards, as a dense tensor.
+
+    Args:
+      gradients: this shard's.
+      as_rows: whether each travels as rows, from `choose_rows`; needs tf.IndexedSlices.
+      compress: "none", "fp16" or "bf16": the type in which dense gradients are sent and added.
+    """
+    if num_shards(distributor) == 1:
+        return [dense(gradient) for gradient in gradients]
+    narrow = COMPRESSED[compress]
+    sums: list[tf.Tensor | None] = [None] * len(gradients)
+    whole = [i for i, rows in enumerate(as_rows) if not rows]
+    sent = [dense(gradients[i]) for i in whole]
+    received = distributor.all_reduce_sum([tf.cast(g, narrow) if narrow else g for g in sent])
+    for i, gradient, reduced in zip(whole, sent, received, strict=True):
+        sums[i] = tf.cast(reduced, gradient.dtype)
+    for i, gradient in enumerate(gradients):
+        if as_rows[i]:
+            rows = distinct_rows(gradient)
+            values, indices = distributor.all_gather_rows(rows.values, rows.indices)
+            sums[i] = dense(tf.IndexedSlices(values, indices, rows.dense_shape))
+    return sums
+
+
+def choose_rows(
+    distributor: Distributor,
+    policy: str,
+    gradients: Callable[[dict], Sequence[Gradient]],
+    batches: tf.data.Dataset,
+    sizes: Sequence[tuple[int, int]],
+) -> list[bool]:
+    """Returns which gradients travel as rows; a collective, outside of a step.
+
+    Args:
+      policy: "dense", "rows" or "auto".
+      gradients: of this shard for a batch. Only their indices are used, so that TensorFlow
+        computes nothing else.
+      batches: the run's first global batch.
+      sizes: bytes of each gradient, whole, and of one of its rows.
+    """
+    if num_shards(distributor) == 1 or policy == "dense":
+        return [False] * len(sizes)
+
+    sparse: list[bool] = []
+
+    def count(batch: dict) -> list[tf.Tensor]:
+        found = gradients(batch)
+        sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in found]
+        return [
+            tf.size(tf.unique(g.indices)[0]) if isinstance(g, tf.IndexedSlices) else tf.constant(0)
+            for g in found
+        ]
+
+    counted = tf.function(
+        lambda batch: distributor.run(count, batch), input_signature=[batches.element_spec]
+    )
+    counts = [float(n) for n in counted(next(iter(batches)))]
+    # The first local shard's, so that this is a mean over processes.
+    (total,) = distributor.sum_over_processes([np.array(counts, np.float32)])
+    rows = total / distributor.size
+    return [
+        is_sparse
+        and (
+            policy == "rows"
+            or bool(row_bytes(mean, width, distributor) < dense_bytes(size, distributor))
+        )
+        for is_sparse, mean, (size, width) in zip(sparse, rows, sizes, strict=True)
+    ]
+
+
+def dense_bytes(size: float, distributor: Distributor) -> float:
+    """Returns the bytes that each shard sends to sum `size` bytes in a ring."""
+    shards = num_shards(distributor)
+    return 2 * (shards - 1) / shards * size
+
+
+def row_bytes(rows: float, width: float, distributor: Distributor) -> float:
+    """Returns the bytes that each shard sends so that all have its `rows` rows of `width` bytes."""
+    return (num_shards(distributor) - 1) * rows * (width + _INDEX_BYTES)
