@@ -8,10 +8,10 @@ HOROVOD ?= 1
 HOROVOD_INSTALLED := $(VENV)/.horovod
 TESTED := $(INSTALLED) $(if $(filter 0,$(HOROVOD)),,$(HOROVOD_INSTALLED))
 
-.PHONY: help venv horovod demo test test-all bench-distribution lint format clean
+.PHONY: help venv horovod demo test test-all test-k8s bench-distribution lint format clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 venv: $(INSTALLED) ## the virtual environment .venv, from pinned requirements
 
@@ -40,6 +40,9 @@ test: $(TESTED) ## lint and tests without the slow ones (HOROVOD=0: and without 
 test-all: $(TESTED) ## every test
 	@$(if $(filter 0,$(HOROVOD)),echo "HOROVOD=0: Horovod's tests are left out")
 	HOROVOD=$(HOROVOD) $(BIN)/python -m pytest
+
+test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTATE_K8S_IMAGE=...
+	$(BIN)/python -m pytest tests/integration/test_kubernetes_cluster.py
 
 bench-distribution: $(TESTED) ## measures the collectives and writes docs/distribution.md
 	$(BIN)/python -m benchmarks.distribution

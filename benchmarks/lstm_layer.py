@@ -8,9 +8,7 @@ interleaved, so that a noisy machine is noisy for both. Prints one table and wri
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks.machine import facts
 from trainer.models.lstm import WarmLSTM
 
 # batch, time, inputs, units
@@ -100,21 +99,6 @@ def row(name: str, flops: float, times: dict[str, list[float]]) -> dict[str, Any
     return result
 
 
-def machine() -> dict[str, Any]:
-    """Returns what the figures depend on."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": len(tf.config.list_physical_devices("GPU")),
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def print_table(results: list[dict[str, Any]]) -> None:
     print("| forward + backward | Keras min (median) | ours min (median) | GFLOP/s | speed-up |")
     print("|---|---|---|---|---|")
@@ -151,7 +135,10 @@ def main() -> None:
     print_table(results)
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    out.write_text(
+        json.dumps({"machine": facts() | {"gpus": gpus}, "results": results}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

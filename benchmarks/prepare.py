@@ -13,13 +13,14 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
+
+from benchmarks.machine import facts
 
 VOCAB_SIZE = 20_000
 SOURCE = "tfds:imdb_reviews"
@@ -98,7 +99,7 @@ def check(data_dir: str, folder: pathlib.Path, every: int = 50) -> int:
 
     from data_pipelines.sources import Example, open_source
     from data_pipelines.token_store import TokenStore
-    from data_pipelines.tokenizer import WordTokenizer
+    from data_pipelines.tokenizers.word import WordTokenizer
 
     store, source = TokenStore(folder), open_source(SOURCE, data_dir)
     tokenizer = WordTokenizer.load(store.vocab_path, store.tokenizer_config)
@@ -110,24 +111,6 @@ def check(data_dir: str, folder: pathlib.Path, every: int = 50) -> int:
     tokens, _ = view.gather(some, max_tokens=expected.shape[1])
     np.testing.assert_array_equal(tokens, expected)
     return len(some)
-
-
-def machine() -> dict[str, Any]:
-    """Returns what the figures depend on."""
-    import keras
-    import tensorflow as tf
-
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -181,7 +164,7 @@ def main() -> None:
     print_table(results)
     print(f"prepare is {ratio:.1f} times faster (median of ratios of neighbouring runs)")
     content = {
-        "machine": machine(),
+        "machine": facts(),
         "results": results,
         "runs": runs,
         "speedup_median": round(ratio, 2),

@@ -47,6 +47,9 @@ from data_pipelines.sources import Source, open_source
 from data_pipelines.sources.combined import open_combined
 from data_pipelines.store_writer import finish_store
 from data_pipelines.token_store import TokenStore, token_dtype
+from data_pipelines.tokenizers import TOKENIZERS
+from data_pipelines.tokenizers.subword_vocabulary import learn_pieces
+from data_pipelines.tokenizers.vocabulary import FIRST_ID
 
 # Words of other splits must not shape the vocabulary: they are what a model is judged on.
 VOCABULARY_SPLITS = ("train", "unsupervised")
@@ -54,7 +57,7 @@ VOCABULARY_SPLITS = ("train", "unsupervised")
 CONTENT = (
     *("source", "unlabelled", "labelled"),
     *("text_key", "label_key", "id_key", "unlabelled_text_key"),
-    *("vocab_size", "min_count", "lowercase"),
+    *("tokenizer", "vocab_size", "min_count", "lowercase"),
 )
 DRAFT_VERSION = 1  # of the drafts' format and of the rules by which text becomes words
 
@@ -70,9 +73,11 @@ class PrepareConfig:
         data_dir: folder of prepared TFDS data sets, for `tfds:` sources.
         text_key, label_key, id_key: see `sources.SourceOptions`; for --source or --labelled.
         unlabelled_text_key: the same, for --unlabelled.
-        vocab_size: ids in all, the 3 reserved ones included; rarer words become unknown.
-        min_count: words seen fewer times in training text become unknown.
-        lowercase: whether text is lower-cased.
+        tokenizer: what text is split into, one of `tokenizers.TOKENIZERS`.
+        vocab_size: ids in all, the 3 reserved ones included; rarer words become unknown. For
+            characters and bytes, of which there may be fewer: ids at most.
+        min_count: words seen fewer times in training text become unknown, or shape no subwords.
+        lowercase: whether text is lower-cased; None: yes, unless it is split into bytes.
         max_bad_examples: how many documents may be unusable; they are left out.
         processes: how many tokenize: 1 means this one, 0 one a core. Does not change the result.
         runner: a runner of Apache Beam; "" means processes of this machine.
@@ -87,9 +92,10 @@ class PrepareConfig:
     label_key: str = ""
     id_key: str = ""
     unlabelled_text_key: str = ""
+    tokenizer: str = "word"
     vocab_size: int = 20_000
     min_count: int = 2
-    lowercase: bool = True
+    lowercase: bool | None = None
     max_bad_examples: int = 0
     processes: int = 1
     runner: str = ""
@@ -108,17 +114,37 @@ class PrepareConfig:
             faults.append("--source is required, or --unlabelled and --labelled instead of it")
         if self.unlabelled_text_key and not self.unlabelled:
             faults.append(f"--unlabelled_text_key={self.unlabelled_text_key} needs --unlabelled")
+        if self.lowercase is None:
+            object.__setattr__(self, "lowercase", self.tokenizer != "byte")
+        faults += self._tokenizer_faults()
         faults += beam_faults(self.runner, self.beam_options)
         if faults:
             raise InputError("\n".join(faults))
+
+    def _tokenizer_faults(self) -> list[str]:
+        if self.tokenizer not in TOKENIZERS:
+            return [f"--tokenizer={self.tokenizer} is not one of {', '.join(TOKENIZERS)}"]
+        if self.tokenizer != "byte":
+            return []
+        faults = []
+        if self.vocab_size < FIRST_ID + 256:
+            faults.append(
+                f"--vocab_size={self.vocab_size} is less than the {FIRST_ID + 256} ids of "
+                "--tokenizer=byte"
+            )
+        if self.lowercase:
+            faults.append("--lowercase is not for --tokenizer=byte, which keeps every byte")
+        return faults
 
     def content(self) -> dict[str, Any]:
         """Returns the manifest's `prepare_config`: what decides the documents' ids."""
         return {name: getattr(self, name) for name in CONTENT}
 
-    def tokenizer(self) -> dict[str, Any]:
-        """Returns the tokenizer's config."""
-        return {"type": "word", "lowercase": self.lowercase}
+    def tokenizer_config(self) -> dict[str, Any]:
+        """Returns what the tokenizer's `config()` is."""
+        if self.tokenizer == "byte":
+            return {"type": "byte"}
+        return {"type": self.tokenizer, "lowercase": self.lowercase}
 
     def open_source(self) -> Source:
         """Opens the source, or the two.
@@ -168,7 +194,8 @@ def ensure_store(
 
 def _open_same(config: PrepareConfig, folder: Path) -> TokenStore:
     store = TokenStore(folder)
-    found, wanted = store.manifest["prepare_config"], config.content()
+    # Before there was a choice, a store said nothing of its tokenizer.
+    found, wanted = {"tokenizer": "word", **store.manifest["prepare_config"]}, config.content()
     differences = [
         f"{key} is {found.get(key, '') or 'not set'}, not {value or 'not set'}"
         for key, value in wanted.items()
@@ -236,6 +263,7 @@ class _Build:
         self, config: PrepareConfig, source: Source, building: Path, log: Callable[[str], None]
     ) -> None:
         self._config = config
+        self._tokenizer = config.tokenizer_config()
         self._source = source
         self._log = log
         self._building = building
@@ -244,22 +272,23 @@ class _Build:
         self._runner = _runner(config, len(self._parts))
 
     def run(self, folder: Path) -> None:
-        drafts_folder = _only_folder(self._building, "drafts", self._draft_key())
+        draft_key = self._draft_key()
+        drafts_folder = _only_folder(self._building, "drafts", draft_key)
         self._draft(drafts_folder)
         drafts = [Draft(drafts_folder, part) for part in self._parts]
         dropped = _find_duplicates(drafts)
         bad_examples = self._check_bad_examples(drafts, dropped)
-        words = self._choose_words(drafts, dropped)
-        facts, vocab = self._vocabulary(drafts_folder, words)
+        pieces = self._choose_pieces(drafts, dropped)
+        facts, vocab = self._vocabulary(drafts_folder, pieces)
         tasks = _shard_tasks(drafts, dropped, token_dtype(facts["vocab_size"]).name)
-        key = _digest(repr(tasks).encode(), vocab.read_bytes())
+        key = _digest(draft_key.encode(), repr(tasks).encode(), vocab.read_bytes())
         shards_folder = _only_folder(self._building, "shards", key)
         entries = self._shards(drafts_folder, shards_folder, vocab, tasks)
         self._finish(folder, shards_folder, vocab.read_bytes(), facts, entries, bad_examples)
 
     def _draft_key(self) -> str:
         """Returns a digest of all that decides the drafts."""
-        tokenizer = json.dumps([DRAFT_VERSION, self._config.tokenizer()], sort_keys=True)
+        tokenizer = json.dumps([DRAFT_VERSION, self._tokenizer], sort_keys=True)
         return _digest(tokenizer.encode(), repr(self._parts).encode(), _fingerprint(self._source))
 
     def _draft(self, folder: Path) -> None:
@@ -267,7 +296,7 @@ class _Build:
         done = len(self._parts) - len(todo)
         if done:
             self._log(f"prepare: going on: {done} of {len(self._parts)} parts are there already")
-        function = functools.partial(draft_part, folder, self._source, self._config.tokenizer())
+        function = functools.partial(draft_part, folder, self._source, self._tokenizer)
         self._runner(function, todo, Progress(len(todo), self._log))
 
     def _check_bad_examples(
@@ -297,31 +326,39 @@ class _Build:
         self._log(report)
         return dict(by_split)
 
-    def _choose_words(self, drafts: list[Draft], dropped: dict[str, tuple[int, ...]]) -> list[str]:
-        """Returns the vocabulary, most frequent first, ties by bytes."""
-        total: dict[bytes, int] = {}
-        for draft in drafts:
-            if draft.part.split in VOCABULARY_SPLITS:
-                counts = draft.counts_without(dropped.get(draft.part.name, ())).tolist()
-                for word, count in zip(draft.words(), counts, strict=True):
-                    total[word] = total.get(word, 0) + count
-        min_count, vocab_size = self._config.min_count, self._config.vocab_size
-        frequent = [word for word, count in total.items() if count >= min_count]
-        largest = 3 + len(frequent)
-        if vocab_size > largest:
-            raise InputError(
-                f"--vocab_size={vocab_size} is larger than the data: {len(frequent)} words are "
-                f"seen --min_count={min_count} times or more, so it can be at most {largest}"
-            )
-        frequent.sort(key=lambda word: (-total[word], word))
-        return [word.decode() for word in frequent[: vocab_size - 3]]
+    def _choose_pieces(self, drafts: list[Draft], dropped: dict[str, tuple[int, ...]]) -> list[str]:
+        """Returns the vocabulary, most frequent first, ties by bytes.
 
-    def _vocabulary(self, folder: Path, words: list[str]) -> tuple[dict[str, Any], Path]:
+        Raises:
+            InputError: there are not as many words, or subwords, as --vocab_size says.
+        """
+        kind, min_count = self._config.tokenizer, self._config.min_count
+        size = self._config.vocab_size - FIRST_ID
+        if kind == "byte":
+            return []
+        total = _count_words(drafts, dropped)
+        frequent = [word for word, count in total.items() if count >= min_count]
+        frequent.sort(key=lambda word: (-total[word], word))
+        if kind == "subword":
+            self._log(f"prepare: learning subwords from {len(frequent):,} words")
+            counts = {word.decode(): total[word] for word in frequent}
+            pieces = learn_pieces(counts, size, min_count)
+        else:
+            pieces = [word.decode() for word in frequent[:size]]
+        if len(pieces) < size and kind != "character":
+            raise InputError(
+                f"--vocab_size={self._config.vocab_size} is larger than the data: {len(pieces)} "
+                f"{kind}s are seen --min_count={min_count} times or more, so it can be at most "
+                f"{FIRST_ID + len(pieces)}"
+            )
+        return pieces
+
+    def _vocabulary(self, folder: Path, pieces: list[str]) -> tuple[dict[str, Any], Path]:
         """Returns what the manifest says of the vocabulary, and the path of its file."""
-        function = functools.partial(write_vocabulary, folder, self._config.tokenizer())
+        function = functools.partial(write_vocabulary, folder, self._tokenizer)
         # A cluster would take minutes to start for this; and processes spare this one TensorFlow.
         run = run_here if self._config.runner else self._runner
-        run(function, [words], Progress(1, self._log))
+        run(function, [pieces], Progress(1, self._log))
         facts = json.loads((folder / "vocabulary.json").read_bytes())
         return facts, folder / "vocab.txt"
 
@@ -330,7 +367,7 @@ class _Build:
     ) -> dict[str, list[dict[str, Any]]]:
         """Returns the manifest's entries of all shards, by split."""
         todo = [task for task in tasks if not (folder / f"{task.name}.json").exists()]
-        function = functools.partial(shard_part, drafts, folder, vocab)
+        function = functools.partial(shard_part, drafts, folder, vocab, self._tokenizer)
         self._runner(function, todo, Progress(len(todo), self._log))
         entries: dict[str, list[dict[str, Any]]] = {}
         for task in tasks:
@@ -365,6 +402,17 @@ class _Build:
             f"{sum(e['tokens'] for e in shards):,} tokens, {facts['vocab_size']:,} ids "
             f"in {folder} after {time.monotonic() - self._begin:.1f} s"
         )
+
+
+def _count_words(drafts: list[Draft], dropped: dict[str, tuple[int, ...]]) -> dict[bytes, int]:
+    """Returns how often each word is seen in `VOCABULARY_SPLITS`, dropped documents left out."""
+    total: dict[bytes, int] = {}
+    for draft in drafts:
+        if draft.part.split in VOCABULARY_SPLITS:
+            counts = draft.counts_without(dropped.get(draft.part.name, ())).tolist()
+            for word, count in zip(draft.words(), counts, strict=True):
+                total[word] = total.get(word, 0) + count
+    return total
 
 
 def _runner(config: PrepareConfig, tasks: int) -> Callable:
@@ -470,9 +518,14 @@ def _define_flags() -> None:
     flags.DEFINE_string("label_key", "", "Column or key of the label; empty means label.")
     flags.DEFINE_string("id_key", "", "Column or key of the id; empty: file name and position.")
     flags.DEFINE_string("unlabelled_text_key", "", "--text_key of --unlabelled.")
-    flags.DEFINE_integer("vocab_size", 20_000, "Ids in all, the 3 reserved ones included.")
-    flags.DEFINE_integer("min_count", 2, "Rarer words become unknown.")
-    flags.DEFINE_boolean("lowercase", True, "Whether to lower-case text.")
+    flags.DEFINE_string("tokenizer", "word", f"What text is split into: {', '.join(TOKENIZERS)}.")
+    flags.DEFINE_integer(
+        "vocab_size",
+        20_000,
+        "Ids in all, the 3 reserved ones included; for characters and bytes, at most.",
+    )
+    flags.DEFINE_integer("min_count", 2, "Rarer words become unknown, or shape no subwords.")
+    flags.DEFINE_boolean("lowercase", None, "Whether to lower-case text; default: if not bytes.")
     flags.DEFINE_integer(
         "max_bad_examples", 0, "How many documents that cannot be used are left out; more: stop."
     )

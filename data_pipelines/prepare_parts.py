@@ -8,6 +8,7 @@ A draft is two files:
                document ends with 0
   NAME.npz     the words, the number of each and how often it was seen, and of each document its
                length in tokens, its label and its id; written last
+A draft's words are what `piece_tables` counts: characters or bytes, for those tokenizers.
 """
 
 import dataclasses
@@ -16,30 +17,28 @@ import hashlib
 import io
 import json
 import re
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipelines.piece_tables import Table, piece_table
 from data_pipelines.quiet_tensorflow import import_quietly
 from data_pipelines.reserved_ids import END_ID, UNKNOWN_ID
 from data_pipelines.sources import BadExample, Example, Source
 from data_pipelines.store_writer import write_file, write_shard
 from data_pipelines.token_store import NO_LABEL
+from data_pipelines.tokenizers.vocabulary import piece_ids
 
 CHUNK_EXAMPLES = 512
 CHUNK_CHARACTERS = 1 << 21  # a document longer than that is a chunk of its own
 BLOCK_TOKENS = 1 << 22
 REPORTED_EXAMPLES = 20
-# Words are UTF-8, in which this byte does not occur.
+# Words are UTF-8, or bytes of UTF-8, in which this byte does not occur.
 SEPARATOR = b"\xff"
-MAX_PIECES = 1 << 21  # that a `WordTable` keeps from part to part; about 500 MB
-# The line breaks of `tokenizer.py`, where RE2's \s is these five.
-_LINE_BREAK = re.compile(r"(?i:<[\t\n\f\r ]*/?[\t\n\f\r ]*br[\t\n\f\r ]*/?[\t\n\f\r ]*>)")
+CUT_WORDS = 1 << 15  # that are cut into subwords at a time
 
 Count = Callable[[int], None]
 
@@ -108,7 +107,7 @@ def draft_part(
         part: which.
         count: is called with numbers of documents that are done, now and then.
     """
-    writer = _DraftWriter(folder, part, word_table(**tokenizer))
+    writer = _DraftWriter(folder, part, piece_table(tokenizer))
 
     def blocks() -> Iterator[bytes]:
         for chunk in _chunks(writer.good(source.examples(part.split, part.part))):
@@ -122,7 +121,7 @@ def draft_part(
 class _DraftWriter:
     """What is known of a part while it is read."""
 
-    def __init__(self, folder: Path, part: Part, table: "WordTable") -> None:
+    def __init__(self, folder: Path, part: Part, table: Table) -> None:
         self._path = folder / f"{part.name}.npz"
         self._bad = BadExamples()
         self._table = table
@@ -156,10 +155,10 @@ class _DraftWriter:
             return np.frombuffer(SEPARATOR.join(words), np.uint8)
 
         self._counts[0] = 0  # the end of a document is no word
-        words, numbers = self._table.words(), np.flatnonzero(self._counts)
+        numbers = np.flatnonzero(self._counts)
         bad = {"first": self._bad.first, "reasons": dict(self._bad.reasons)}
         arrays = {
-            "words": joined([words[number] for number in numbers]),
+            "words": joined(self._table.words(numbers.tolist())),
             "numbers": numbers.astype(np.int32),
             "counts": self._counts[numbers],
             "lengths": np.concatenate(self._lengths),
@@ -235,30 +234,112 @@ class Draft:
                 yield np.fromfile(file, np.int32, min(BLOCK_TOKENS, stop - at))
 
 
-def shard_part(drafts: Path, folder: Path, vocab: Path, task: "ShardTask", count: Count) -> None:
+def shard_part(
+    drafts: Path,
+    folder: Path,
+    vocab: Path,
+    tokenizer: dict[str, Any],
+    task: "ShardTask",
+    count: Count,
+) -> None:
     """Writes a part's shard from its draft, and NAME.json, the manifest's entry for it, last.
 
     Args:
         drafts: holds the draft.
         folder: for the shard; it exists.
         vocab: vocab.txt.
+        tokenizer: its config.
         task: which.
         count: as in `draft_part`.
     """
     draft = Draft(drafts, task.part)
-    new_ids = draft.new_ids(_ids_of_words(vocab))
     lengths, labels = draft.array("lengths"), draft.array("labels")
+    ids_of, id_lengths = _renumbering(draft, vocab, tokenizer)
     kept = np.delete(np.arange(len(lengths)), task.dropped)
     entry = write_shard(
         folder,
         task.name,
-        (new_ids[block] for block in _kept_blocks(draft, lengths, task.dropped)),
-        lengths[kept],
+        map(ids_of, _kept_blocks(draft, lengths, task.dropped)),
+        id_lengths[kept],
         labels[kept],
         np.dtype(task.dtype),
     )
     write_file(folder / f"{task.name}.json", [json.dumps(entry).encode()])
     count(len(kept))
+
+
+def _renumbering(
+    draft: Draft, vocab: Path, tokenizer: dict[str, Any]
+) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+    """Returns what turns the draft's numbers into ids, and the documents' lengths in ids."""
+    if tokenizer["type"] == "subword":
+        pieces = _PiecesOfWords(draft, vocab, tokenizer)
+        return pieces.ids_of, pieces.lengths()
+    new_ids = draft.new_ids(_piece_ids(vocab, tokenizer["type"]))
+    return new_ids.__getitem__, draft.array("lengths")
+
+
+class _PiecesOfWords:
+    """The ids of each of a draft's words, which are several."""
+
+    def __init__(self, draft: Draft, vocab: Path, tokenizer: dict[str, Any]) -> None:
+        self._draft = draft
+        numbers, words = draft.array("numbers"), draft.words()
+        parts = [
+            _cut_words(vocab, tokenizer["lowercase"], words[at : at + CUT_WORDS])
+            for at in range(0, len(words), CUT_WORDS)
+        ]
+        # All ids one after the other, by the numbers of their words, which rise; the end's first.
+        self._ids = np.concatenate([np.array([END_ID], np.int32), *(ids for ids, _ in parts)])
+        self._counts = np.zeros(int(numbers.max(initial=0)) + 1, np.int64)  # [numbers]
+        self._counts[0] = 1
+        self._counts[numbers] = np.concatenate([np.zeros(0, np.int64), *(n for _, n in parts)])
+        self._starts = np.cumsum(self._counts) - self._counts  # [numbers]
+
+    def ids_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the ids of words that follow each other: int32 [ids]."""
+        counts = self._counts[numbers]
+        stops = np.cumsum(counts)
+        shifts = self._starts[numbers] - (stops - counts)
+        return self._ids[np.arange(stops[-1]) + np.repeat(shifts, counts)]
+
+    def lengths(self) -> np.ndarray:
+        """Returns how many ids each document has: int64 [documents]."""
+        stops = np.cumsum(self._draft.array("lengths"))  # in words
+        id_stops = np.zeros_like(stops)
+        at = ids_before = 0
+        for block in self._draft.token_blocks(0, int(stops[-1]) if len(stops) else 0):
+            block_stops = ids_before + np.cumsum(self._counts[block])
+            ended = slice(*np.searchsorted(stops, [at + 1, at + len(block) + 1]))
+            id_stops[ended] = block_stops[stops[ended] - at - 1]
+            at, ids_before = at + len(block), int(block_stops[-1])
+        return np.diff(id_stops, prepend=0)
+
+
+def _cut_words(vocab: Path, lowercase: bool, words: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int32 [ids], those of all words, and int64 [words], how many each has."""
+    import_quietly()
+    import tensorflow as tf
+
+    with tf.device("/CPU:0"):
+        ids, counts = _cutter(vocab, lowercase)(tf.constant(words, tf.string))
+    return ids.numpy(), counts.numpy()
+
+
+@functools.lru_cache(maxsize=1)
+def _cutter(vocab: Path, lowercase: bool) -> Callable:
+    import tensorflow as tf
+
+    from data_pipelines.tokenizers.subword import SubwordTokenizer
+
+    tokenizer = SubwordTokenizer.load(vocab, {"type": "subword", "lowercase": lowercase})
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    def cut(words: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        ids = tokenizer.encode_words(words)
+        return ids.flat_values, ids.row_lengths()
+
+    return cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,20 +371,20 @@ def _kept_blocks(
 
 
 def write_vocabulary(
-    folder: Path, tokenizer: dict[str, Any], words: list[str], count: Count
+    folder: Path, tokenizer: dict[str, Any], pieces: list[str], count: Count
 ) -> None:
     """Writes vocab.txt, and vocabulary.json: what a store's manifest says of it.
 
     Args:
         folder: where.
         tokenizer: its config.
-        words: without the reserved ones, in order.
+        pieces: without the reserved ones, in order.
         count: not called.
     """
     import_quietly()
-    from data_pipelines.tokenizer import WordTokenizer
+    from data_pipelines.tokenizers import make_tokenizer
 
-    made = WordTokenizer(words, tokenizer["lowercase"])
+    made = make_tokenizer(pieces, tokenizer)
     facts = {
         "tokenizer": made.config(),
         "vocab_size": made.vocab_size,
@@ -314,8 +395,8 @@ def write_vocabulary(
 
 
 @functools.lru_cache(maxsize=1)
-def _ids_of_words(vocab: Path) -> dict[bytes, int]:
-    return {word: i for i, word in enumerate(vocab.read_bytes().split(b"\n")[:-1])}
+def _piece_ids(vocab: Path, kind: str) -> dict[bytes, int]:
+    return piece_ids(vocab, kind)
 
 
 def id_hashes(ids: list[str]) -> np.ndarray:
@@ -337,107 +418,3 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-class _Numbers(dict):
-    """Numbers keys in order of appearance: numbers[key] is key's, a new one if it has none."""
-
-    def __init__(self) -> None:
-        self.new: list[Any] = []  # keys numbered since the caller last emptied it
-
-    def __missing__(self, key: Any) -> int:
-        number = self[key] = len(self)
-        self.new.append(key)
-        return number
-
-
-class WordTable:
-    """Turns documents into numbers of their words; a process keeps it from part to part.
-
-    What stands between white space is split into words once and then looked up, which is cheaper
-    than splitting it again: of a hundred such pieces a few are new. Words never reach across white
-    space, so the words are those of `WordTokenizer.split`.
-
-    Args:
-        split: from pieces, as UTF-8, to their words one after the other, and how many each has
-            [pieces].
-    """
-
-    def __init__(self, split: Callable[[list[bytes]], tuple[list[bytes], np.ndarray]]) -> None:
-        self._split = split
-        self._forget()
-
-    def _forget(self) -> None:
-        self._words = _Numbers()
-        assert self._words[b""] == 0  # no word is empty, so 0 is free for the end of a document
-        self._pieces = _Numbers()
-        self._piece_words = array("i")  # of all pieces, one after the other
-        self._piece_stops = array("q", [0])  # [1 + pieces]: where they end in `_piece_words`
-
-    def begin_part(self) -> None:
-        """Forgets all words if they are very many. Numbers are the same until the next call."""
-        if len(self._pieces) > MAX_PIECES:
-            self._forget()
-
-    def words(self) -> list[bytes]:
-        """Returns the words by number; the first is empty."""
-        return list(self._words)
-
-    def numbers(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns int32 [words + documents], each document followed by 0, and their lengths."""
-        try:
-            return self._look_up(texts)
-        except BaseException:
-            self._forget()  # pieces may have numbers, but no words yet
-            raise
-
-    def _look_up(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        rows = [(_LINE_BREAK.sub(" ", text) if "<" in text else text).split() for text in texts]
-        pieces = np.fromiter(
-            map(self._pieces.__getitem__, chain.from_iterable(rows)),
-            np.int64,
-            sum(map(len, rows)),
-        )
-        self._split_new_pieces()
-        stops = np.frombuffer(self._piece_stops, np.int64)
-        lengths = stops[pieces + 1] - stops[pieces]
-        ends = np.concatenate([[0], np.cumsum(lengths)])  # in words, of the pieces
-        places = np.arange(ends[-1]) + np.repeat(stops[pieces] - ends[:-1], lengths)
-        ids = np.frombuffer(self._piece_words, np.int32)[places]
-        document_stops = ends[np.cumsum([len(row) for row in rows], dtype=np.int64)]  # in words
-        document_lengths = np.diff(document_stops, prepend=0) + 1
-        return np.insert(ids, document_stops, np.int32(0)), document_lengths
-
-    def _split_new_pieces(self) -> None:
-        new = self._pieces.new
-        if not new:
-            return
-        words, lengths = self._split([piece.encode("utf-8", "surrogatepass") for piece in new])
-        new.clear()
-        self._piece_words.extend(map(self._words.__getitem__, words))
-        self._words.new.clear()
-        stops = self._piece_stops[-1] + np.cumsum(lengths, dtype=np.int64)
-        self._piece_stops.frombytes(stops.tobytes())
-
-
-@functools.lru_cache(maxsize=1)
-def word_table(type: str, lowercase: bool) -> WordTable:
-    """Returns this process's table for the tokenizer with this config."""
-    import_quietly()
-    import tensorflow as tf
-
-    from data_pipelines.tokenizer import WordTokenizer
-
-    tokenizer = WordTokenizer(None, lowercase)
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
-    def split(pieces: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        words = tokenizer.split(pieces)
-        return words.flat_values, words.row_lengths()
-
-    def split_pieces(pieces: list[bytes]) -> tuple[list[bytes], np.ndarray]:
-        with tf.device("/CPU:0"):
-            words, lengths = split(tf.constant(pieces, tf.string))
-        return words.numpy().tolist(), lengths.numpy()
-
-    return WordTable(split_pieces)

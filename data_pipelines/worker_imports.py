@@ -8,4 +8,4 @@ from data_pipelines.quiet_tensorflow import import_quietly
 
 import_quietly()
 import data_pipelines.prepare_parts  # noqa: E402, F401
-import data_pipelines.tokenizer  # noqa: E402, F401
+import data_pipelines.tokenizers.word  # noqa: E402, F401

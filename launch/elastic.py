@@ -131,13 +131,10 @@ def _next(limits: Limits, workers: int, allowed: int | None, losses: int) -> tup
       allowed: by the file that was rewritten; None: a worker was lost.
       losses: until now.
     """
-    if allowed is None:
-        after, fact = workers - 1, f"{workers - 1} of {workers} workers left"
-    else:
-        after, fact = (
-            allowed,
-            f"{limits.available_file} allows {allowed} instead of {workers} workers",
-        )
+    after, fact = workers - 1, f"{workers - 1} of {workers} workers left"
+    if allowed is not None:
+        after = allowed
+        fact = f"{limits.available_file} allows {allowed} instead of {workers} workers"
     if after < limits.minimum:
         return 0, _too_few(fact, limits)
     if allowed is None and limits.max_losses is not None and losses > limits.max_losses:

@@ -4,6 +4,10 @@ python -m launch.main --platform=local --workers=N [--distributor=horovod] [--ma
     [--grace_seconds=5] [--dry_run] -- TRAINER_FLAGS
 python -m launch.main --platform=local --elastic --min_workers=M --max_workers=N [--workers=START]
     [--available_workers=FILE] [...] -- TRAINER_FLAGS
+python -m launch.main --platform=slurm --workers=N [--gpus_per_worker=G] [--cpus_per_worker=C]
+    [--partition=P] [--account=A] [--time_limit=T] [--max_restarts=K] [--dry_run] -- TRAINER_FLAGS
+python -m launch.main --platform=k8s --workers=N [--gpus_per_worker=G] [--overlay=indexed-job]
+    [--image=I] [--namespace=S] [--queue=Q] [--follow] [...] [--dry_run] -- TRAINER_FLAGS
 
 What stands before `--` is the launcher's, what follows is each trainer's.
 """
@@ -14,9 +18,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-from launch import elastic, horovod, local
+from launch import elastic, horovod, kubernetes_command, local, slurm
 
-PLATFORMS = ("local",)
+PLATFORMS = ("local", "slurm", "k8s")
 DISTRIBUTORS = ("auto", "horovod")
 
 # Numbers are strings here, because absl stops at the first value that it cannot read and all faults
@@ -32,7 +36,7 @@ _MAX_RESTARTS = flags.DEFINE_string(
     "max_restarts",
     "0",
     "how often to start all again, from the last checkpoint, after a failure; with --elastic how "
-    "many losses to survive, default any number",
+    "many losses to survive, default any number; on k8s default 3",
 )
 _ELASTIC = flags.DEFINE_bool(
     "elastic",
@@ -47,6 +51,7 @@ _AVAILABLE_WORKERS = flags.DEFINE_string(
     "with --elastic: a file that holds how many workers there may be; the job follows each "
     "rewriting, and where there is no file it may have --max_workers",
 )
+_GPUS_PER_WORKER = flags.DEFINE_string("gpus_per_worker", None, "slurm, k8s: GPUs for each worker")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the commands, start nothing")
 _GRACE_SECONDS = flags.DEFINE_string(
     "grace_seconds", "5", "from TERM to KILL when workers are stopped, 0 or more"
@@ -58,6 +63,10 @@ def main(argv: list[str]) -> int:
     with_horovod = _DISTRIBUTOR.value == "horovod"
     chosen = ["--distributor=horovod"] if with_horovod else []
     command = [sys.executable, "-u", "-m", "trainer.main", *chosen, *argv[1:]]
+    if _PLATFORM.value == "slurm":
+        return _start_on_slurm(command)
+    if _PLATFORM.value == "k8s":
+        return _start_on_kubernetes(argv[1:])
     limits = _limits() if _ELASTIC.value else None
     workers = (limits.start or limits.maximum) if limits else int(_WORKERS.value)
     if _DRY_RUN.value:
@@ -76,6 +85,28 @@ def main(argv: list[str]) -> int:
         max_restarts=int(_MAX_RESTARTS.value),
         with_horovod=with_horovod,
     )
+
+
+def _start_on_slurm(command: list[str]) -> int:
+    gpus = _GPUS_PER_WORKER.value
+    job = slurm.job_of_flags(
+        int(_WORKERS.value), None if gpus is None else int(gpus), int(_MAX_RESTARTS.value)
+    )
+    if _DRY_RUN.value:
+        print(slurm.script(command, job), end="")
+        return 0
+    return slurm.submit(command, job)
+
+
+def _start_on_kubernetes(trainer_flags: list[str]) -> int:
+    options = kubernetes_command.options_of_flags(
+        with_horovod=_DISTRIBUTOR.value == "horovod",
+        workers=int(_WORKERS.value),
+        gpus_per_worker=int(_GPUS_PER_WORKER.value or 0),
+        max_restarts=int(_MAX_RESTARTS.value) if _is_given("max_restarts") else None,
+        trainer_flags=trainer_flags,
+    )
+    return kubernetes_command.run(options, _DRY_RUN.value)
 
 
 def _limits() -> elastic.Limits:
@@ -119,6 +150,10 @@ def _value_faults() -> list[str]:
     faults = []
     if _PLATFORM.value not in PLATFORMS:
         faults.append(f"--platform={_PLATFORM.value}: must be one of {', '.join(PLATFORMS)}")
+    elif _PLATFORM.value == "slurm":
+        faults += _slurm_faults()
+    elif _PLATFORM.value == "k8s":
+        faults += _kubernetes_faults()
     elif sys.platform != "linux":
         faults.append(f"--platform=local: needs Linux, this is {sys.platform}")
     if not _is_at_least(1, int, _WORKERS.value):
@@ -127,13 +162,54 @@ def _value_faults() -> list[str]:
         faults.append(
             f"--distributor={_DISTRIBUTOR.value}: must be one of {', '.join(DISTRIBUTORS)}"
         )
+    elif _PLATFORM.value == "k8s":
+        pass  # Horovod is in the image
     elif _DISTRIBUTOR.value == "horovod" and not horovod.is_installed():
         faults.append("--distributor=horovod: Horovod is not installed; `make horovod` builds it")
     if not _is_at_least(0, int, _MAX_RESTARTS.value):
         faults.append(f"--max_restarts={_MAX_RESTARTS.value}: must be a whole number, 0 or more")
     if not _is_at_least(0, float, _GRACE_SECONDS.value):
         faults.append(f"--grace_seconds={_GRACE_SECONDS.value}: must be seconds, 0 or more")
+    if _PLATFORM.value != "slurm":
+        faults += [f"{flag}: needs --platform=slurm" for flag in slurm.given_flags()]
+    if _PLATFORM.value != "k8s":
+        faults += [f"{flag}: needs --platform=k8s" for flag in kubernetes_command.given_flags()]
+    if _PLATFORM.value == "local" and _GPUS_PER_WORKER.value is not None:
+        faults.append(
+            f"--gpus_per_worker={_GPUS_PER_WORKER.value}: needs --platform=slurm or --platform=k8s"
+        )
     return faults + (_elastic_faults() if _ELASTIC.value else _not_elastic_faults())
+
+
+def _slurm_faults() -> list[str]:
+    faults = slurm.value_faults(will_submit=not _DRY_RUN.value) + _gpu_faults()
+    if _ELASTIC.value:
+        faults.append("--elastic: needs --platform=local")
+    if _DISTRIBUTOR.value == "horovod":
+        faults.append(
+            "--distributor=horovod: needs --platform=local; on SLURM use auto, or horovodrun in an "
+            "allocation"
+        )
+    return faults
+
+
+def _kubernetes_faults() -> list[str]:
+    gpus, restarts = _GPUS_PER_WORKER.value, _MAX_RESTARTS.value
+    faults = _gpu_faults() + kubernetes_command.value_faults(
+        with_horovod=_DISTRIBUTOR.value == "horovod",
+        gpus_per_worker=int(gpus) if gpus and gpus.isdecimal() else 0,
+        max_restarts=int(restarts) if _is_given("max_restarts") and restarts.isdecimal() else None,
+    )
+    if _ELASTIC.value:
+        faults.append("--elastic: needs --platform=local")
+    return faults
+
+
+def _gpu_faults() -> list[str]:
+    gpus = _GPUS_PER_WORKER.value
+    if gpus is None or _is_at_least(1, int, gpus):
+        return []
+    return [f"--gpus_per_worker={gpus}: must be a whole number, 1 or more"]
 
 
 def _not_elastic_faults() -> list[str]:

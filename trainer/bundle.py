@@ -5,14 +5,11 @@
   vocab.txt          the vocabulary, one token a line
 
 NAME is `encoder` (written by pretraining) or `classifier` (by fine-tuning). No pickle: loading
-one executes nothing, and needs nothing of the run that wrote it.
+one executes nothing, and needs nothing of the run that wrote it. A bundle may come from a
+stranger: nothing outside its folder is read, and every size is checked before memory is taken.
 """
 
-import contextlib
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +17,32 @@ from typing import Any
 
 import keras
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from data_pipelines.errors import InputError
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
+from trainer.safe_files import (
+    DamagedError,
+    file_sha256,
+    read_sealed,
+    read_tensors,
+    remove,
+    replace_folder,
+    sealed,
+    specs,
+    tensor_bytes,
+    write_durably,
+)
 from trainer.states import LearnedState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATES = ("learned", "mean")
+MAX_VOCAB_BYTES = 1 << 30
+# What a bundle says of its model, by its name.
+MODEL_SIZES = {
+    "encoder": ("vocab_size", "embedding_dim", "units"),
+    "classifier": ("vocab_size", "embedding_dim", "units", "hidden_units", "num_classes"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,16 +98,18 @@ def assign(variables: Mapping[str, keras.Variable], tensors: Mapping[str, np.nda
     """Sets each variable to the tensor of its name.
 
     Raises:
-      InputError: a tensor is missing or has another shape.
+      InputError: a tensor is missing or has another shape or type; no variable is set then.
     """
     for name, variable in variables.items():
         if name not in tensors:
             raise InputError(f"the bundle holds no tensor {name!r}; it holds {sorted(tensors)}")
-        if tuple(tensors[name].shape) != tuple(variable.shape):
+        found = (tuple(tensors[name].shape), str(tensors[name].dtype))
+        if found != (tuple(variable.shape), variable.dtype):
             raise InputError(
-                f"the bundle's tensor {name!r} is {tuple(tensors[name].shape)}, "
-                f"but the model's is {tuple(variable.shape)}"
+                f"the bundle's tensor {name!r} is {found[0]} {found[1]}, "
+                f"but the model's is {tuple(variable.shape)} {variable.dtype}"
             )
+    for name, variable in variables.items():
         variable.assign(tensors[name])
 
 
@@ -115,34 +130,33 @@ def save(
     info: Mapping[str, Any],
     vocab_path: Path,
 ) -> None:
-    """Writes a bundle beside `folder` and renames it to there, replacing what was there."""
+    """Writes a bundle beside `folder` and renames it to there, replacing what was there.
+
+    Raises:
+      InputError: the disk is full, or the folder cannot be written.
+    """
     beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    vocab = vocab_path.read_bytes()
     info = {
         "format": f"warmstate-{name}",
         "format_version": FORMAT_VERSION,
         **info,
+        "tensors": specs(tensors),
         "tensors_sha256": digest(tensors),
+        "vocab_file_sha256": hashlib.sha256(vocab).hexdigest(),
     }
-    (beside / f"{name}.safetensors").write_bytes(safetensors.numpy.save(dict(tensors)))
-    (beside / f"{name}.json").write_text(json.dumps(info, indent=2) + "\n")
-    shutil.copyfile(vocab_path, beside / "vocab.txt")
-    replace_folder(beside, folder)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Flushes the files of `new` to disk and renames it to `folder`, which may exist."""
-    for path in [*new.iterdir(), new]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        remove(beside)
+        beside.mkdir(parents=True)
+        write_durably(beside / f"{name}.safetensors", tensor_bytes(tensors))
+        write_durably(beside / f"{name}.json", sealed(info))
+        write_durably(beside / "vocab.txt", vocab)
+        replace_folder(beside, folder)
+    except OSError as error:
+        raise InputError(
+            f"the {name} bundle {folder} cannot be written: {error.strerror}: make room or make it "
+            "writable, and run the same command again; the checkpoints have all that it needs"
+        ) from None
 
 
 def read_info(folder: Path, name: str, flag: str) -> dict[str, Any]:
@@ -152,36 +166,85 @@ def read_info(folder: Path, name: str, flag: str) -> dict[str, Any]:
       flag: the flag that named the folder, for the error.
 
     Raises:
-      InputError: there is no such bundle, or not of this name or format.
+      InputError: there is no such bundle, or not of this name or format, or it is damaged.
     """
     path = folder / f"{name}.json"
+    if not path.is_symlink() and not path.exists():
+        raise InputError(f"{flag}={folder} is no {name} bundle: {path} is not there")
     try:
-        info = json.loads(path.read_text())
-        known = (info["format"], info["format_version"]) == (f"warmstate-{name}", FORMAT_VERSION)
-    except OSError as error:
-        raise InputError(f"{flag}={folder} is no {name} bundle: {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{flag}={folder}: {path} is damaged: {error!r}") from None
-    if not known:
+        info = read_sealed(path)
+    except DamagedError as error:
+        raise InputError(f"{flag}={folder}: {error}") from None
+    format_, version = info.get("format"), info.get("format_version")
+    if (format_, version) != (f"warmstate-{name}", FORMAT_VERSION):
         raise InputError(
-            f"{flag}={folder}: {path} says format {info['format']!r} version "
-            f"{info['format_version']!r}; this program reads version {FORMAT_VERSION}"
+            f"{flag}={folder}: {path} says format {format_!r:.99} version {version!r:.99}; this "
+            f"program reads warmstate-{name} version {FORMAT_VERSION}"
         )
+    if fault := _info_fault(name, info):
+        raise InputError(f"{flag}={folder}: {path} is damaged: {fault}")
     return info
+
+
+def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with the fields that this program reads, None if nothing is."""
+    kinds = {"model": dict, "tensors": dict, "tensors_sha256": str, "vocab_sha256": str}
+    kinds |= {"vocab_file_sha256": str} | ({"max_tokens": int} if name == "classifier" else {})
+    for field, kind in kinds.items():
+        if type(info.get(field)) is not kind:
+            return f"{field!r} is {info.get(field)!r:.99}, not of type {kind.__name__}"
+    model = info["model"]
+    for size in MODEL_SIZES[name]:
+        if type(model.get(size)) is not int or not 0 < model[size] < 2**31:
+            return f"the model's {size!r} is {model.get(size)!r:.99}"
+    if name == "classifier" and type(model.get("reads_first")) is not bool:
+        return f"the model's 'reads_first' is {model.get('reads_first')!r:.99}"
+    if name == "classifier" and not 0 < info["max_tokens"] < 2**31:
+        return f"'max_tokens' is {info['max_tokens']}"
+    return None
 
 
 def load(folder: Path, name: str, flag: str) -> Bundle:
     """Returns the bundle in `folder`.
 
     Raises:
-      InputError: it is not there, or its tensors are damaged.
+      InputError: it is not there, a file of it is damaged, or the model that it describes is not
+        that of its tensors.
     """
     info = read_info(folder, name, flag)
-    path = folder / f"{name}.safetensors"
     try:
-        tensors = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{flag}={folder}: cannot read {path}: {error}") from None
-    if digest(tensors) != info.get("tensors_sha256"):
-        raise InputError(f"{flag}={folder}: {path} is damaged: its SHA-256 is not {name}.json's")
+        tensors = read_tensors(folder / f"{name}.safetensors", info["tensors"])
+        vocab_sha256 = file_sha256(folder / "vocab.txt", MAX_VOCAB_BYTES)
+    except DamagedError as error:
+        raise InputError(f"{flag}={folder}: {error}") from None
+    for path, found, field in (
+        (f"{name}.safetensors", digest(tensors), "tensors_sha256"),
+        ("vocab.txt", vocab_sha256, "vocab_file_sha256"),
+    ):
+        if found != info[field]:
+            raise InputError(
+                f"{flag}={folder}: {folder / path} is damaged: its SHA-256 is not {name}.json's"
+            )
+    _check_model(info["model"], tensors, f"{flag}={folder}")
     return Bundle(tensors, info)
+
+
+def _check_model(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises InputError if to build the model would take more memory than the tensors have."""
+    units = model["units"]
+    needed = [
+        ("embeddings", model["vocab_size"] * model["embedding_dim"]),
+        ("lstm/kernel", 4 * units * model["embedding_dim"]),
+        ("lstm/recurrent_kernel", 4 * units * units),
+    ]
+    if "hidden_units" in model:
+        outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
+        needed.append(("hidden/kernel", units * model["hidden_units"]))
+        needed.append(("output/kernel", model["hidden_units"] * outputs))
+    for name, size in needed:
+        found = tensors[name].size if name in tensors else 0
+        if found != size:
+            raise InputError(
+                f"{where}: the model that it describes needs {size} numbers in the tensor "
+                f"{name!r}; there are {found}"
+            )

@@ -5,19 +5,23 @@
 
 Only the chief reads and writes; the others get the state by broadcast, so they need not share
 its file system. The data order is a function of the step and needs no state.
+
+The chief writes in a thread of its own, from a copy, so that the steps go on meanwhile. How a
+write ended is known at the next save, or at the end; all workers learn it there, and go on or stop
+together.
 """
 
-import json
-import shutil
+import contextlib
+import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from data_pipelines.errors import InputError
 from trainer import bundle
 from trainer.distribution.distributor import (
     Distributor,
@@ -25,12 +29,30 @@ from trainer.distribution.distributor import (
     gather_objects,
     is_chief,
 )
+from trainer.safe_files import (
+    DamagedError,
+    read_sealed,
+    read_tensors,
+    remove,
+    replace_folder,
+    sealed,
+    specs,
+    tensor_bytes,
+    write_durably,
+)
 
-KEPT = 2
+FORMAT = "warmstate-checkpoint"
+FORMAT_VERSION = 1
+NAME = re.compile(r"step-(\d{8,12})")
 
 
 class Checkpointer:
-    """Saves and restores a set of variables in `folder`."""
+    """Saves and restores a set of variables in `folder`.
+
+    Args:
+      keep: how many of the newest checkpoints are kept.
+      errors: "stop" or "warn": what happens when one cannot be written.
+    """
 
     def __init__(
         self,
@@ -38,68 +60,222 @@ class Checkpointer:
         distributor: Distributor,
         variables: Mapping[str, keras.Variable],
         log: Callable[[str], None],
+        keep: int = 2,
+        errors: str = "stop",
     ):
         self._folder = folder
         self._distributor = distributor
         self._variables = variables
         self._log = log
+        self._keep = keep
+        self._errors = errors
+        self._thread: threading.Thread | None = None
+        self._error = ""
 
     def save(
         self, step: int, notes: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None
     ) -> None:
-        """Writes the state after `step` steps.
+        """Begins to write the state after `step` steps, once the write before is done.
+
+        A collective. What is written is the state at the time of this call.
 
         Args:
           notes: of the loop; anything that JSON can hold.
-          arrays: further tensors to keep beside the variables.
+          arrays: further tensors to keep beside the variables; not to be changed afterwards.
+
+        Raises:
+          InputError: in every worker, where `errors` is "stop" and the write before failed.
         """
+        self.wait()
         if not is_chief(self._distributor):
             return
+        # `values` copies: steps that follow change the variables in their place.
         tensors = bundle.values(self._variables) | {f"+{k}": v for k, v in (arrays or {}).items()}
-        beside = self._folder / "unfinished"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        (beside / "state.safetensors").write_bytes(safetensors.numpy.save(tensors))
-        state = {"step": step, "sha256": bundle.digest(tensors), "notes": dict(notes)}
-        (beside / "state.json").write_text(json.dumps(state) + "\n")
-        bundle.replace_folder(beside, self._folder / f"step-{step:08d}")
-        for old in self._steps()[:-KEPT]:
-            shutil.rmtree(old)
+        self._thread = threading.Thread(
+            target=self._write, args=(step, dict(notes), tensors), name=f"checkpoint {step}"
+        )
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Returns, once nothing is being written, whether all went well; a collective.
+
+        Raises:
+          InputError: as `save`.
+        """
+        self.close()
+        error = gather_objects(self._distributor, self._error)[0]
+        self._error = ""
+        if error and self._errors == "stop":
+            raise InputError(error)
+        if error:
+            self._log(f"warning: {error}")
+        return not error
+
+    def report(self, error: str) -> None:
+        """Takes in an error of something else that the chief writes; `wait` treats it as its own.
+
+        For what must stop all workers but happens in one: it has no collective to tell them by.
+        """
+        self._error = self._error or error
+
+    def close(self) -> None:
+        """Returns when nothing is being written; no collective, for a run that ends by an error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def forget(self) -> None:
-        """Removes all checkpoints, for a run that starts again."""
+        """Removes all checkpoints, for a run that starts again.
+
+        Raises:
+          InputError: they cannot be removed; in the chief only.
+        """
         if is_chief(self._distributor):
-            shutil.rmtree(self._folder, ignore_errors=True)
+            try:
+                remove(self._folder)
+            except OSError as error:
+                raise InputError(
+                    f"--resume=never: {self._folder} cannot be removed: {error.strerror}"
+                ) from None
 
     def restore(self) -> tuple[int, dict[str, Any], dict[str, np.ndarray]] | None:
         """Sets the variables to the newest good checkpoint; a collective.
 
+        Damaged ones that are newer are renamed to NAME.damaged.
+
         Returns:
           (step, notes, arrays) as they were saved, arrays in the chief only; None where there is
           no checkpoint.
+
+        Raises:
+          InputError: in every worker: there are checkpoints, but none is good (they are left as
+            they are), or the newest good one is not of this model.
         """
-        found = self._read_newest() if is_chief(self._distributor) else None
-        state = gather_objects(self._distributor, found and found[0])[0]
+        state, tensors, error = None, {}, ""
+        if is_chief(self._distributor):
+            try:
+                state, tensors = self._read_newest() or (None, {})
+            except InputError as found:
+                error = str(found)
+            except OSError as found:
+                error = f"the checkpoints in {self._folder} cannot be read: {found.strerror}"
+        state, error = gather_objects(self._distributor, [state, error])[0]
+        if error:
+            raise InputError(error)
         if state is None:
             return None
-        tensors = found[1] if found else {}
         mine = {k: v for k, v in tensors.items() if not k.startswith("+")}
-        bundle.assign(self._variables, broadcast_arrays(self._distributor, mine if found else None))
+        chief = is_chief(self._distributor)
+        bundle.assign(self._variables, broadcast_arrays(self._distributor, mine if chief else None))
         kept = {k[1:]: v for k, v in tensors.items() if k.startswith("+")}
         return state["step"], state["notes"], kept
 
-    def _steps(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*"))
+    def _write(self, step: int, notes: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        beside = self._folder / "unfinished"
+        state = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "tensors": specs(tensors),
+            "sha256": bundle.digest(tensors),
+            "notes": notes,
+        }
+        try:
+            remove(beside)
+            beside.mkdir(parents=True)
+            write_durably(beside / "state.safetensors", tensor_bytes(tensors))
+            write_durably(beside / "state.json", sealed(state))
+            replace_folder(beside, self._folder / f"step-{step:08d}")
+            for old in self._folders()[: -self._keep]:
+                remove(old)
+        except OSError as error:
+            self.report(self._what_to_do(step, error))
+            with contextlib.suppress(OSError):  # half a checkpoint is room for other things
+                remove(beside)
+        except Exception as error:  # else it would be lost with the thread
+            self.report(f"the checkpoint of step {step} was not written: {error!r}")
+
+    def _what_to_do(self, step: int, error: OSError) -> str:
+        kept = []
+        with contextlib.suppress(OSError):
+            kept = self._folders()
+        last = f"the last one written is {kept[-1]}" if kept else "there is none yet"
+        return (
+            f"the checkpoint of step {step} cannot be written in {self._folder}: {error.strerror}; "
+            f"{last}: make room or make the folder writable, and run the same command again, or "
+            "train on without with --checkpoint_errors=warn"
+        )
+
+    def _folders(self) -> list[Path]:
+        """Returns the checkpoints, oldest first."""
+        if not self._folder.is_dir():
+            return []
+        found = [path for path in self._folder.iterdir() if NAME.fullmatch(path.name)]
+        return sorted(found, key=_step_of)
 
     def _read_newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-        for folder in reversed(self._steps()):
+        faults: dict[Path, str] = {}
+        for folder in reversed(self._folders()):
             try:
-                state = json.loads((folder / "state.json").read_text())
-                tensors = safetensors.numpy.load_file(folder / "state.safetensors")
-                if bundle.digest(tensors) == state["sha256"]:
-                    return state, tensors
-                fault = "its SHA-256 does not match"
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                fault = str(error)
-            self._log(f"checkpoint {folder} is damaged ({fault}); trying the one before")
+                state, tensors = read(folder)
+            except DamagedError as error:
+                faults[folder] = str(error)
+                continue
+            for damaged, fault in faults.items():
+                self._set_aside(damaged, fault)
+            self._check_fits(folder, tensors)
+            return state, tensors
+        if faults:
+            raise InputError(
+                "\n".join(f"checkpoint {folder}: {fault}" for folder, fault in faults.items())
+                + f"\nno good checkpoint is left in {self._folder}: put one back, or start again "
+                "with --resume=never"
+            )
         return None
+
+    def _set_aside(self, folder: Path, fault: str) -> None:
+        aside = folder.with_name(folder.name + ".damaged")
+        try:
+            remove(aside)
+            folder.rename(aside)
+            done = f"it is now {aside.name}"
+        except OSError as error:
+            done = f"it cannot be renamed: {error.strerror}"
+        self._log(f"checkpoint {folder} is damaged ({fault}); {done}; trying the one before")
+
+    def _check_fits(self, folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+        """Raises InputError unless the tensors are those of the variables."""
+        wanted = {k: [v.dtype, list(v.shape)] for k, v in self._variables.items()}
+        found = {k: v for k, v in specs(tensors).items() if not k.startswith("+")}
+        names = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        if names:
+            raise InputError(
+                f"checkpoint {folder} is of another model: {names[0]!r} is "
+                f"{found.get(names[0], 'not in it')}, but should be "
+                f"{wanted.get(names[0], 'absent')} ({len(names)} differ); name another --run_dir, "
+                "or start again with --resume=never"
+            )
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the state and the tensors of one checkpoint.
+
+    Raises:
+      DamagedError: it is not as it was written.
+    """
+    if folder.is_symlink():
+        raise DamagedError(f"{folder} is a link")
+    state = read_sealed(folder / "state.json")
+    kinds = {"step": int, "tensors": dict, "sha256": str, "notes": dict}
+    wrong = [name for name, kind in kinds.items() if type(state.get(name)) is not kind]
+    known = (state.get("format"), state.get("format_version")) == (FORMAT, FORMAT_VERSION)
+    if wrong or not known or state["step"] != _step_of(folder):
+        raise DamagedError(f"{folder / 'state.json'} is not that of a checkpoint of this name")
+    tensors = read_tensors(folder / "state.safetensors", state["tensors"])
+    if bundle.digest(tensors) != state["sha256"]:
+        raise DamagedError(f"{folder / 'state.safetensors'}: its SHA-256 does not match")
+    return state, tensors
+
+
+def _step_of(folder: Path) -> int:
+    return int(NAME.fullmatch(folder.name)[1])

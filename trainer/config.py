@@ -51,6 +51,19 @@ class Config:
                       at_least=0, below=2**31)
     log_every_steps: int = _flag("Run", 10, "Steps between status lines.", at_least=1)
     checkpoint_every_steps: int = _flag("Run", 200, "Steps between checkpoints.", at_least=1)
+    keep_checkpoints: int = _flag("Run", 2, "How many of the newest checkpoints are kept.",
+                                  at_least=1)
+    checkpoint_errors: str = _flag("Run", "stop", "What happens when a checkpoint cannot be "
+                                   "written: the run stops, or warns and trains on without.",
+                                   choices=("stop", "warn"))
+    on_nonfinite: str = _flag("Run", "stop", "What happens at a step whose loss or gradient is not "
+                              "finite: the run stops, or leaves the step out.",
+                              choices=("stop", "skip"))
+    max_skipped_steps: int = _flag("Run", 10, "How many steps of a stage --on_nonfinite=skip may "
+                                   "leave out before it stops.", at_least=0)
+    stall_seconds: float = _flag("Run", 0.0, "After so long without a step or an evaluation, print "
+                                 "every thread's stack and exit with 1; 0 = never. The first step "
+                                 "takes longest.", at_least=0)
 
     store: str = _flag("Data", "", "Token store; made from --source where there is none yet.")
     source: str = _flag("Data", "", "Where the text is from when --store must be made; see "
@@ -59,8 +72,10 @@ class Config:
                             "pretrain on.")
     labelled: str = _flag("Data", "", "With --unlabelled: the documents to fine-tune on.")
     data_dir: str = _flag("Data", "", "Folder of prepared TFDS data sets; default: $TFDS_DATA_DIR.")
-    vocab_size: int = _flag("Data", 20_000, "Words in the vocabulary of a store that is made, "
-                            "three reserved ids included.", at_least=4)
+    tokenizer: str = _flag("Data", "word", "What the text of a store that is made is split into.",
+                           choices=("word", "character", "byte", "subword"))
+    vocab_size: int = _flag("Data", 20_000, "Ids of a store that is made, three reserved ones "
+                            "included; for characters and bytes, at most.", at_least=4)
 
     verify: bool = _flag("Data", False, "Whether to check every file of the store against its "
                          "checksum first.")
@@ -85,11 +100,16 @@ class Config:
     pretrain_learning_rate: float = _flag("Pretraining", 1e-3, "Adam's.", above=0)
     pretrain_learning_rate_decay: float = _flag("Pretraining", 0.9999, "Factor on the rate after "
                                                 "each step.", above=0, at_most=1)
+    pretrain_embedding_scale: float = _flag("Pretraining", 1.0, "Bounds of new embeddings, plus "
+                                            "and minus.", above=0)
     pretrain_dropout: float = _flag("Pretraining", 0.0, "Of embeddings and outputs.",
                                     at_least=0, below=1)
     pretrain_word_dropout: float = _flag("Pretraining", 0.0, "Of the words that the decoder is "
                                          "given while it writes; 1 = it sees only the state.",
                                          at_least=0, at_most=1)
+    pretrain_subsampling: float = _flag("Pretraining", 0.0, "Frequency above which words are left "
+                                        "out of the loss at random, the more frequent the more "
+                                        "often; 0 = off.", at_least=0, below=1)
     sampled_softmax: int = _flag("Pretraining", 1024, "Candidates of the training softmax; "
                                  "0 = exact.", at_least=0)
     tied_softmax: bool = _flag("Pretraining", False, "Whether the softmax's weights are the "
@@ -162,7 +182,8 @@ class Config:
 FREE_ON_RESUME = {
     "stage", "run_dir", "resume", "log_every_steps", "checkpoint_every_steps", "store", "data_dir",
     "encoder", "classifier", "evaluate_split", "distributor", "collective_timeout_seconds",
-    "check_divergence", "verify",
+    "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
+    "max_skipped_steps", "stall_seconds",
 }  # fmt: skip
 
 

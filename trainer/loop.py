@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.errors import InputError
 from trainer import bundle
 from trainer.checkpoint import Checkpointer
 from trainer.distribution.distributor import (
@@ -27,6 +29,7 @@ from trainer.distribution.divergence import check_equal
 from trainer.distribution.reduction import choose_rows, reduce_gradients
 from trainer.distribution.steps import local_rows
 from trainer.gradients import Gradient, divided, loss_and_gradients
+from trainer.health import NonFiniteError, StallWatchdog, describe_nonfinite
 from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
 from trainer.preemption import Preempted, StopRequest
 from trainer.reporting.status import Metrics, describe, format_seconds
@@ -77,6 +80,11 @@ class Settings:
     checkpoint_every_steps: int
     evaluate_every_steps: int
     resume: bool
+    keep_checkpoints: int = 2
+    checkpoint_errors: str = "stop"
+    on_nonfinite: str = "stop"
+    max_skipped_steps: int = 10
+    stall_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,11 +115,13 @@ def train(
     """Trains until `settings.steps`, from the newest checkpoint where there is one.
 
     Args:
-      batches: (start_step, stop_step) -> this process's slices of those global batches.
+      batches: (start_step, stop_step) -> this process's slices of those global batches. Where it
+        has a method `examples(step)`, that says for an error which examples a batch is made of.
 
     Raises:
       Preempted: TERM came to any worker; the state is saved.
-      FloatingPointError: the loss is not finite.
+      NonFiniteError: the loss or a gradient is not finite, and may not be skipped.
+      InputError: a checkpoint cannot be read, or written and `settings.checkpoint_errors` is stop.
       DivergenceError: `settings.check_divergence`, and workers hold different weights.
     """
     with distributor.scope():
@@ -126,9 +136,12 @@ def train(
         distributor,
         {**task.variables, **optimizer_variables(optimizer)},
         log,
+        settings.keep_checkpoints,
+        settings.checkpoint_errors,
     )
     metrics = Metrics(settings.folder / "metrics.jsonl", task.name)
-    progress = Progress(task, settings, distributor, checkpoints, metrics, log)
+    examples = getattr(batches, "examples", lambda step: [])
+    progress = Progress(task, settings, distributor, checkpoints, metrics, log, examples)
     if not settings.resume:
         checkpoints.forget()
     start = progress.resume()
@@ -137,20 +150,60 @@ def train(
         metrics.forget_after(start)
     train_step = make_train_step(task, optimizer, distributor, settings, batches)
 
-    for step, batch in enumerate(batches(start, settings.steps), start + 1):
-        began = time.perf_counter()
-        loss, tokens, stops = train_step(batch, tf.constant(float(stop_request.received)))
-        progress.count(step, float(loss), float(tokens), time.perf_counter() - began)
-        if step % settings.log_every_steps == 0 or step == settings.steps:
-            progress.report(step)
-        if step % settings.evaluate_every_steps == 0 or step == settings.steps:
-            progress.evaluate(step)
-        preempted = float(stops) > 0
-        if step % settings.checkpoint_every_steps == 0 or step == settings.steps or preempted:
-            progress.save(step)
-        if preempted:
-            raise Preempted(f"{task.name}: stopped by TERM after step {step}; state saved")
+    try:
+        with StallWatchdog(settings.stall_seconds) as watchdog:
+            for step, batch in enumerate(batches(start, settings.steps), start + 1):
+                began = time.perf_counter()
+                outcome = train_step(batch, tf.constant(float(stop_request.received)))
+                outcome.loss.numpy()  # waits for a step that is still being computed
+                progress.count(step, outcome, time.perf_counter() - began)
+                watchdog.beat()
+                if step % settings.log_every_steps == 0 or step == settings.steps:
+                    progress.report(step)
+                preempted = float(outcome.stops) > 0
+                if step % settings.evaluate_every_steps == 0 or step == settings.steps:
+                    progress.evaluate(step)
+                    watchdog.beat()
+                    preempted = preempted or any_worker(distributor, stop_request.received)
+                if (
+                    step % settings.checkpoint_every_steps == 0
+                    or step == settings.steps
+                    or preempted
+                ):
+                    progress.save(step)
+                if preempted:
+                    saved = "state saved" if checkpoints.wait() else "state NOT saved"
+                    raise Preempted(f"{task.name}: stopped by TERM after step {step}; {saved}")
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
     return progress.finish()
+
+
+def any_worker(distributor: Distributor, here: bool) -> bool:
+    """Returns whether `here` is true in any process; a collective, outside of a step."""
+    (count,) = distributor.sum_over_processes([np.array([here], np.float32)])
+    return bool(count[0] > 0)
+
+
+class Outcome(NamedTuple):
+    """What a step gives, of the global batch; the same in every worker.
+
+    Attributes:
+      loss: the mean, a scalar.
+      tokens: read, a scalar.
+      stops: how many shards were asked to stop, a scalar.
+      norms: of each variable's gradient before clipping, [variables].
+    """
+
+    loss: tf.Tensor
+    tokens: tf.Tensor
+    stops: tf.Tensor
+    norms: tf.Tensor
+
+    def is_finite(self) -> bool:
+        """Returns whether the loss and the gradients are finite."""
+        return bool(np.isfinite(self.loss.numpy()) and np.isfinite(self.norms.numpy()).all())
 
 
 def make_train_step(
@@ -159,8 +212,12 @@ def make_train_step(
     distributor: Distributor,
     settings: Settings,
     batches: Callable[[int, int], tf.data.Dataset],
-) -> Callable[[dict, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Returns (batch, stop asked for here) -> (mean loss, tokens read, stops asked for).
+) -> Callable[[dict, tf.Tensor], Outcome]:
+    """Returns (batch, stop asked for here) -> the step's outcome.
+
+    Where `settings.on_nonfinite` is "skip", a step that is not finite changes no variable. Its
+    gradients then pass from one function to a second: Keras cannot apply them inside a tf.cond
+    under a strategy. Where it is "stop" they are applied, and the variables no longer of use.
 
     Args:
       batches: as in `train`.
@@ -189,7 +246,7 @@ def make_train_step(
         ],
     )
 
-    def shard_step(batch: dict, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def reduced(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor]]:
         rows = local_rows(distributor, batch)
         loss_sum, weight, gradients = shard_gradients(batch)
         tokens = tf.reduce_sum(
@@ -201,13 +258,36 @@ def make_train_step(
         )
         gradients = [divided(gradient, weight) for gradient in gradients]
         gradients = reduce_gradients(distributor, gradients, as_rows, settings.compress)
-        gradients, _ = tf.clip_by_global_norm(gradients, settings.clip_norm)
-        optimizer.apply(gradients, variables)
-        return loss_sum / weight, tokens, stop
+        # As tf.linalg.global_norm does, which keeps those of the variables to itself.
+        halves = tf.stack([tf.nn.l2_loss(gradient) for gradient in gradients])
+        norm = tf.sqrt(2 * tf.reduce_sum(halves))
+        gradients, _ = tf.clip_by_global_norm(gradients, settings.clip_norm, use_norm=norm)
+        return Outcome(loss_sum / weight, tokens, stop, tf.sqrt(2 * halves)), gradients
 
-    @tf.function(input_signature=[first.element_spec, tf.TensorSpec([], tf.float32)])
-    def train_step(batch: dict, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        return distributor.run(shard_step, batch, stop)
+    def reduce_and_apply(batch: dict, stop: tf.Tensor) -> Outcome:
+        outcome, gradients = reduced(batch, stop)
+        optimizer.apply(gradients, variables)
+        return outcome
+
+    signature = [first.element_spec, tf.TensorSpec([], tf.float32)]
+    if settings.on_nonfinite == "stop":
+        return tf.function(
+            lambda batch, stop: distributor.run(reduce_and_apply, batch, stop),
+            input_signature=signature,
+        )
+
+    reduce = tf.function(
+        lambda batch, stop: distributor.run(reduced, batch, stop), input_signature=signature
+    )
+    apply = tf.function(
+        lambda gradients: distributor.run(lambda g: optimizer.apply(g, variables), gradients)
+    )
+
+    def train_step(batch: dict, stop: tf.Tensor) -> Outcome:
+        outcome, gradients = reduce(batch, stop)
+        if outcome.is_finite():
+            apply(gradients)
+        return outcome
 
     return train_step
 
@@ -223,6 +303,7 @@ class Progress:
         checkpoints: Checkpointer,
         metrics: Metrics,
         log: Callable[[str], None],
+        examples: Callable[[int], list[int]],
     ):
         self._task = task
         self._settings = settings
@@ -230,7 +311,15 @@ class Progress:
         self._checkpoints = checkpoints
         self._metrics = metrics
         self._log = log
-        self._notes = {"seconds": 0.0, "tokens": 0.0, "step_seconds": 0.0, "metrics": {}, "step": 0}
+        self._examples = examples
+        self._notes = {
+            "seconds": 0.0,
+            "tokens": 0.0,
+            "step_seconds": 0.0,
+            "metrics": {},
+            "step": 0,
+            "skipped_steps": 0,
+        }
         self._best: dict[str, np.ndarray] = {}
         self._since_report = {"loss": [], "tokens": 0.0, "seconds": 0.0}
         self._began = time.perf_counter()
@@ -241,20 +330,31 @@ class Progress:
         restored = self._checkpoints.restore()
         if restored is None:
             return 0
-        step, self._notes, self._best = restored
+        step, notes, self._best = restored
+        kinds = {name: type(value) for name, value in self._notes.items()}
+        known = {name: type(value) for name, value in notes.items()} == kinds
+        if not known or any(type(v) not in (int, float) for v in notes["metrics"].values()):
+            raise InputError(
+                f"the checkpoint of step {step} in {self._settings.folder} is of another version "
+                "of this program: start again with --resume=never"
+            )
+        self._notes = notes
         if is_chief(self._distributor):
             self._log(f"{self._task.name}: resumed after step {step}")
         return step
 
-    def count(self, step: int, loss: float, tokens: float, seconds: float) -> None:
-        """Takes in one step."""
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{self._task.name}: the loss of step {step} is {loss}; "
-                f"try a lower --{self._task.name}_learning_rate or --clip_norm"
-            )
+    def count(self, step: int, outcome: Outcome, seconds: float) -> None:
+        """Takes in one step.
+
+        Raises:
+          NonFiniteError: it is not finite, and may not be skipped.
+        """
+        loss, tokens = float(outcome.loss), float(outcome.tokens)
+        if outcome.is_finite():
+            self._since_report["loss"].append(loss)
+        else:
+            self._skip(step, outcome)
         recent = self._since_report
-        recent["loss"].append(loss)
         self._steps_here += 1
         if self._steps_here == 1:
             return  # the first step traces the graph: its time says nothing of the others
@@ -263,19 +363,52 @@ class Progress:
         for totals in (recent, self._notes):
             totals["tokens"] += tokens
 
+    def _skip(self, step: int, outcome: Outcome) -> None:
+        """Counts a step that is not finite and says so, or raises NonFiniteError."""
+        name, settings = self._task.name, self._settings
+        norms = dict(zip(self._task.variables, outcome.norms.numpy().tolist(), strict=True))
+        said = describe_nonfinite(step, float(outcome.loss), norms, self._examples(step - 1))
+        advice = f"try a lower --{name}_learning_rate or --clip_norm"
+        if settings.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"{name}: {said}; {advice}, or leave such steps out with --on_nonfinite=skip"
+            )
+        self._notes["skipped_steps"] += 1
+        skipped = self._notes["skipped_steps"]
+        if skipped > settings.max_skipped_steps:
+            raise NonFiniteError(
+                f"{name}: {said}; {skipped - 1} were left out before it, and "
+                f"--max_skipped_steps={settings.max_skipped_steps}; {advice}"
+            )
+        if is_chief(self._distributor):
+            self._write_metrics(step, skipped_steps=skipped)
+            self._log(f"{name}: {said}; left out, {skipped} of {settings.max_skipped_steps}")
+
+    def _write_metrics(self, step: int, **values: float) -> None:
+        try:
+            self._metrics.write(step, **values)
+        except OSError as error:
+            path = self._settings.folder / "metrics.jsonl"
+            self._checkpoints.report(
+                f"{path} cannot be written after step {step}: {error.strerror}: make room or make "
+                "it writable, or train on without with --checkpoint_errors=warn"
+            )
+
     def report(self, step: int) -> None:
         """Says how far the run is."""
         recent, settings = self._since_report, self._settings
         self._since_report = {"loss": [], "tokens": 0.0, "seconds": 0.0}
         if not is_chief(self._distributor):
             return
-        loss = float(np.mean(recent["loss"]))
+        # There is none where all these steps were left out.
+        loss = {"loss": float(np.mean(recent["loss"]))} if recent["loss"] else {}
         rate = recent["tokens"] / recent["seconds"] if recent["seconds"] else 0.0
         remaining = self._elapsed_here() / self._steps_here * (settings.steps - step)
-        self._metrics.write(step, loss=loss, tokens_per_second=round(rate, 1))
+        self._write_metrics(step, **loss, tokens_per_second=round(rate, 1))
         self._log(
             f"{self._task.name} step {step}/{settings.steps}"
-            f" · epoch {step / settings.steps_per_epoch:.2f} · loss {loss:.4f}"
+            f" · epoch {step / settings.steps_per_epoch:.2f}"
+            f" · loss {loss.get('loss', math.nan):.4f}"
             f" · {rate:,.0f} tokens/s · ETA {format_seconds(remaining)}"
         )
 
@@ -291,7 +424,7 @@ class Progress:
             return
         if better and select_by:
             self._best = bundle.values(self._task.variables)
-        self._metrics.write(step, **values)
+        self._write_metrics(step, **values)
         marker = " · best so far" if better and select_by else ""
         self._log(f"{self._task.name} step {step} · validation: {describe(values)}{marker}")
 

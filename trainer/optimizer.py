@@ -38,7 +38,12 @@ def make_optimizer(
 
 def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
     """Returns the optimizer's variables by name, its count of steps included."""
-    return {f"optimizer/{i:03d} {v.path}": v for i, v in enumerate(optimizer.variables)}
+    # Without the optimizer's own name: Keras numbers the optimizers that a process makes.
+    names = [v.path.removeprefix(f"{optimizer.name}/") for v in optimizer.variables]
+    return {
+        f"optimizer/{i:03d} {name}": v
+        for i, (name, v) in enumerate(zip(names, optimizer.variables, strict=True))
+    }
 
 
 def set_rates(

@@ -1,4 +1,10 @@
-"""TERM asks a run to save and stop."""
+"""TERM asks a run to save and stop.
+
+The step that is under way is finished, all workers learn of the request with its sums, and the
+chief writes a checkpoint: so the time between TERM and KILL (`terminationGracePeriodSeconds`,
+Slurm's `KillWait`) must be longer than a step, an evaluation and the writing of a checkpoint
+together. Where it is not, the run resumes from the checkpoint before.
+"""
 
 import signal
 from types import FrameType
@@ -15,7 +21,8 @@ class StopRequest:
     handler of its own, which swallows the signal.
 
     Attributes:
-      received: whether TERM has come. A second one ends the process at once.
+      received: whether TERM has come. A second one ends the process at once; a checkpoint that is
+        being written is then lost, and the one before is good.
     """
 
     def __init__(self) -> None:

@@ -10,6 +10,7 @@ EMBEDDING_DROPOUT = 1
 OUTPUT_DROPOUT = 2
 SOFTMAX_CANDIDATES = 3
 WORD_DROPOUT = 4
+SUBSAMPLING = 5
 
 
 def fold(seed: int, purpose: int, step: tf.Tensor, shard: int | tf.Tensor = 0) -> tf.Tensor:

@@ -125,38 +125,43 @@ class TfdsText:
 
     def _read(self, official: str, start: int, stop: int) -> Iterator[tuple[bytes, int | None]]:
         import_quietly()
-        import tensorflow_datasets as tfds  # seconds to import, so only when data is read
-
-        # Unlike tfds.builder(), this reads the folder as it is: no look-ups, no downloads.
-        builder = tfds.builder_from_directory(self._folder)
         if self._file_format == "array_record":
+            import tensorflow_datasets as tfds  # seconds to import, so only when data is read
+
+            # Unlike tfds.builder(), this reads the folder as it is: no look-ups, no downloads.
+            builder = tfds.builder_from_directory(self._folder)
             records = builder.as_data_source(split=official)
             for index in range(start, stop):
                 record = records[index]
                 label = int(record[self._label_key]) if self._label_key else None
                 yield record[self._text_key], label
             return
-        keys = [self._text_key, *([self._label_key] if self._label_key else [])]
-        dataset = builder.as_dataset(
-            split=f"{official}[{start}:{stop}]",
-            shuffle_files=False,
-            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
-        ).map(lambda example: [example[key] for key in keys])
-        yield from _rows(dataset, f"{self._folder}, split {official}", start)
+        import tensorflow as tf
 
+        # TFDS's own reader decodes record by record: 25 times slower.
+        features = {self._text_key: tf.io.FixedLenFeature([], tf.string)}
+        if self._label_key:
+            features[self._label_key] = tf.io.FixedLenFeature([], tf.int64)
+        paths = [os.path.join(self._folder, name) for name, _ in self._shards[official]]
+        dataset = tf.data.TFRecordDataset(paths).skip(start).take(stop - start).batch(READ_BATCH)
+        dataset = dataset.map(lambda records: tf.io.parse_example(records, features)).prefetch(2)
+        yield from self._rows(dataset, f"{self._folder}, split {official}", start)
 
-def _rows(dataset: Any, where: str, position: int) -> Iterator[tuple[bytes, int | None]]:
-    """Yields the text and the label (None where the data set has one column) of each element."""
-    import tensorflow as tf
+    def _rows(self, dataset: Any, where: str, position: int) -> Iterator[tuple[bytes, int | None]]:
+        """Yields the text and the label (None where there is no key) of each record."""
+        import tensorflow as tf
 
-    try:
-        for batch in dataset.batch(READ_BATCH).prefetch(2).as_numpy_iterator():
-            labels = batch[1].tolist() if len(batch) > 1 else [None] * len(batch[0])
-            position += len(labels)
-            yield from zip(batch[0], labels, strict=True)
-    except tf.errors.OpError as error:
-        line = error.message.splitlines()[0]
-        raise InputError(f"{where} cannot be read after record {position}: {line}") from error
+        try:
+            for batch in dataset.as_numpy_iterator():
+                texts = batch[self._text_key].tolist()
+                labels = [None] * len(texts)
+                if self._label_key:
+                    labels = batch[self._label_key].tolist()
+                position += len(texts)
+                yield from zip(texts, labels, strict=True)
+        except tf.errors.OpError as error:
+            line = error.message.splitlines()[0]
+            raise InputError(f"{where} cannot be read after record {position}: {line}") from error
 
 
 def _version_folder(root: str, name: str) -> str:

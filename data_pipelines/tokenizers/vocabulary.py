@@ -92,6 +92,25 @@ def read_characters(vocab_path: str | Path) -> list[str]:
     return characters
 
 
+def piece_ids(vocab_path: str | Path, kind: str) -> dict[bytes, int]:
+    """Returns the id of each piece of a vocabulary, the reserved ones left out.
+
+    Args:
+        vocab_path: of `vocab.txt`.
+        kind: the tokenizer's type.
+
+    Raises:
+        InputError: the file is missing or no vocabulary.
+    """
+    if kind == "byte":
+        pieces = [bytes([value]) for value in range(256)]
+    elif kind == "character":
+        pieces = [character.encode() for character in read_characters(vocab_path)]
+    else:
+        pieces = [line.encode() for line in read_lines(vocab_path)]
+    return {piece: number for number, piece in enumerate(pieces, start=FIRST_ID)}
+
+
 def lines_bytes(lines: Sequence[str]) -> bytes:
     """Returns the contents of `vocab.txt`, from its lines without the reserved ones."""
     return "".join(f"{line}\n" for line in (*RESERVED, *lines)).encode()

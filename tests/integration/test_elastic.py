@@ -120,14 +120,22 @@ def test_a_job_that_shrinks_and_grows_reads_each_example_once(
 @pytest.mark.parametrize(
     "distributor", ["multi_worker", pytest.param("horovod", marks=needs_horovod)]
 )
-def test_a_worker_that_hangs_is_lost_and_the_last_one_goes_on_alone(
+def test_workers_are_told_to_stop_and_hang_until_the_last_one_goes_on_alone(
     small_store: Path, tmp_path: Path, distributor: str
 ) -> None:
-    launcher = ("--elastic", "--min_workers=1", "--max_workers=2")
+    launcher = ("--elastic", "--min_workers=1", "--max_workers=3", "--workers=3")
+    launcher += ("--grace_seconds=30",)
     flags = (*TRAINING, f"--store={small_store}", f"--run_dir={tmp_path}/run")
-    flags += ("--collective_timeout_seconds=8", "--pretrain_steps=60")
+    flags += ("--collective_timeout_seconds=8", "--pretrain_steps=120")
     with job(distributor, tmp_path, *flags, launcher_flags=launcher) as running:
-        wait_for_step(running, 12)
+        wait_for_step(running, 5)
+        began = time.monotonic()
+        os.kill(running.worker_pids()[0], signal.SIGTERM)
+        last = running.wait_for("stopped by TERM after step")
+        running.wait_for("2 of 3 workers left: going on from the last checkpoint")
+        first = seconds_to_the_next_step(running, began, "told to stop")
+        assert f"stopped by TERM after step {first - 1};" in last
+        wait_for_step(running, first + 12)
         began = time.monotonic()
         os.kill(running.worker_pids()[1], signal.SIGSTOP)
         running.wait_for("worker 1 hung")
@@ -135,7 +143,7 @@ def test_a_worker_that_hangs_is_lost_and_the_last_one_goes_on_alone(
         seconds_to_the_next_step(running, began, "hangs")
         code = running.finish()
     assert code == 0, "\n".join(running.lines)
-    assert [step for step, _ in step_lines(tmp_path / "run")] == list(range(1, 61))
+    assert [step for step, _ in step_lines(tmp_path / "run")] == list(range(1, 121))
 
 
 def test_below_the_least_number_of_workers_the_job_ends(small_store: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_all_faults_at_once():
     assert result.stderr.splitlines() == [
         "launch: --stage=all: not a launcher flag; trainer flags come after --",
         "launch: x: not a launcher flag; trainer flags come after --",
-        "launch: --platform=mars: must be one of local",
+        "launch: --platform=mars: must be one of local, slurm, k8s",
         "launch: --workers=0: must be a whole number, 1 or more",
         "launch: --distributor=mpi: must be one of auto, horovod",
         "launch: --max_restarts=-1: must be a whole number, 0 or more",

@@ -5,9 +5,14 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from trainer import bundle, states
+from trainer import bundle, safe_files, states
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
+
+INFO = {
+    "model": {"vocab_size": 4, "embedding_dim": 2, "units": 3},
+    "vocab_sha256": "that of the tokenizer",
+}
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def saved(tmp_path: Path, vocab: Path) -> Path:
     encoder.build()
     tensors = bundle.values(bundle.encoder_variables(encoder))
     tensors |= {"states/mean/h": np.ones(3, np.float32), "states/mean/c": np.zeros(3, np.float32)}
-    bundle.save(tmp_path / "encoder", "encoder", tensors, {"model": {"units": 3}}, vocab)
+    bundle.save(tmp_path / "encoder", "encoder", tensors, INFO, vocab)
     return tmp_path / "encoder"
 
 
@@ -34,7 +39,7 @@ def test_what_is_saved_is_loaded(saved: Path, vocab: Path) -> None:
         "vocab.txt",
     ]
     loaded = bundle.load(saved, "encoder", "--encoder")
-    assert loaded.info["model"] == {"units": 3}
+    assert loaded.info["model"] == INFO["model"]
     assert loaded.state("mean") == states.LearnedState(*loaded.state("mean"))
     assert loaded.state("mean").h.tolist() == [1, 1, 1]
     assert (saved / "vocab.txt").read_bytes() == vocab.read_bytes()
@@ -46,44 +51,49 @@ def test_what_is_saved_is_loaded(saved: Path, vocab: Path) -> None:
 
 
 def test_saving_again_replaces_it(saved: Path, vocab: Path) -> None:
-    bundle.save(saved, "encoder", {"a": np.zeros(1, np.float32)}, {}, vocab)
-    assert list(bundle.load(saved, "encoder", "--encoder").tensors) == ["a"]
+    tensors = bundle.load(saved, "encoder", "--encoder").tensors
+    del tensors["states/mean/h"], tensors["states/mean/c"]
+    bundle.save(saved, "encoder", tensors, INFO, vocab)
+    assert bundle.load(saved, "encoder", "--encoder").tensors.keys() == tensors.keys()
     assert sorted(p.name for p in saved.parent.iterdir()) == ["encoder", "words.txt"]
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("values", "says"),
     [
-        (lambda f: (f / "encoder.safetensors").unlink(), "cannot read"),
-        (lambda f: (f / "encoder.json").unlink(), "is no encoder bundle"),
-        (lambda f: (f / "encoder.json").write_text("{"), "is damaged"),
-        (lambda f: (f / "encoder.json").write_text("[]"), "is damaged"),
-        (lambda f: flip(f / "encoder.safetensors", -1), "is damaged"),
-        (lambda f: flip(f / "encoder.safetensors", 12), "cannot read"),
-        (lambda f: truncate(f / "encoder.safetensors"), "cannot read"),
-        (lambda f: change(f / "encoder.json", format_version=99), "version 99"),
-        (lambda f: change(f / "encoder.json", format="other"), "'other'"),
+        ({"format_version": 1}, "version 1; this program reads warmstate-encoder version 2"),
+        ({"format": "other"}, "'other'"),
+        ({"model": {"vocab_size": 4, "embedding_dim": 2}}, "'units' is None"),
+        ({"model": {"vocab_size": 4, "embedding_dim": 2, "units": True}}, "'units' is True"),
+        (
+            {"model": {"vocab_size": 4, "embedding_dim": 2, "units": 2**30}},
+            "it describes needs 8589934592 numbers in the tensor 'lstm/kernel'; there are 24",
+        ),
+        ({"vocab_sha256": 5}, "'vocab_sha256' is 5"),
+        ({"tensors": {}}, "is damaged: tensor 'embeddings' is"),
+        ({"tensors_sha256": "0"}, "its SHA-256 is not"),
+        ({"vocab_file_sha256": "0"}, "vocab.txt is damaged"),
     ],
 )
-def test_damage_is_named_with_its_flag(saved: Path, damage, says: str) -> None:
-    damage(saved)
-    with pytest.raises(InputError, match=says) as error:
+def test_what_a_stranger_writes_is_named_with_its_flag(saved: Path, values, says: str) -> None:
+    path = saved / "encoder.json"
+    info = json.loads(path.read_text()) | values
+    del info[safe_files.SEAL]
+    path.write_bytes(safe_files.sealed(info))  # its own checksum is right
+    with pytest.raises(InputError) as error:
         bundle.load(saved, "encoder", "--encoder")
-    assert f"--encoder={saved}" in str(error.value)
+    assert f"--encoder={saved}" in str(error.value) and says in str(error.value)
 
 
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0xFF
-    path.write_bytes(data)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-5])
-
-
-def change(path: Path, **values: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def test_a_bundle_that_cannot_be_written_says_what_to_do(
+    saved: Path, vocab: Path, tmp_path: Path
+) -> None:
+    tensors = bundle.load(saved, "encoder", "--encoder").tensors
+    (tmp_path / "encoder.new").symlink_to("/dev/full/nowhere")  # is removed, not followed
+    bundle.save(saved, "encoder", tensors, INFO, vocab)
+    with pytest.raises(InputError, match="cannot be written: Not a directory: make room"):
+        bundle.save(vocab / "encoder", "encoder", tensors, INFO, vocab)
+    assert bundle.load(saved, "encoder", "--encoder")
 
 
 def test_tensors_that_do_not_fit_are_refused(saved: Path) -> None:

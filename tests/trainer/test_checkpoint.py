@@ -1,9 +1,14 @@
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
+from data_pipelines.errors import InputError
+from trainer import checkpoint
 from trainer.checkpoint import Checkpointer
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import make_distributor
@@ -12,14 +17,21 @@ from trainer.distribution.distributor import make_distributor
 class Setup:
     """Two variables and their checkpoints in `folder`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **settings):
         self.lines: list[str] = []
         self.variables = {
             "weights": keras.Variable(np.arange(6, dtype=np.float32).reshape(2, 3)),
             "steps": keras.Variable(2**40 + 1, dtype="int64"),
         }
         distributor = make_distributor("one_device", Cluster(0, 1), 10)
-        self.checkpoints = Checkpointer(folder, distributor, self.variables, self.lines.append)
+        self.checkpoints = Checkpointer(
+            folder, distributor, self.variables, self.lines.append, **settings
+        )
+
+    def save(self, step: int, *args) -> None:
+        """Saves and waits until it is done."""
+        self.checkpoints.save(step, *args)
+        assert self.checkpoints.wait()
 
 
 @pytest.fixture
@@ -32,7 +44,7 @@ def test_there_is_nothing_to_restore(setup: Setup) -> None:
 
 
 def test_what_is_saved_is_restored(setup: Setup) -> None:
-    setup.checkpoints.save(7, {"best": 1.5}, {"w": np.ones(2, np.float32)})
+    setup.save(7, {"best": 1.5}, {"w": np.ones(2, np.float32)})
     for variable in setup.variables.values():
         variable.assign(variable * 0)
     step, notes, arrays = setup.checkpoints.restore()
@@ -43,46 +55,182 @@ def test_what_is_saved_is_restored(setup: Setup) -> None:
 
 def test_the_newest_two_are_kept(setup: Setup, tmp_path: Path) -> None:
     for step in (1, 2, 10):
-        setup.checkpoints.save(step, {})
+        setup.save(step, {})
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000010"]
     assert setup.checkpoints.restore()[0] == 10
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["removed", "truncated", "flipped"])
-def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(
-    setup: Setup, tmp_path: Path, name: str, damage: str
+def test_as_many_are_kept_as_are_asked_for_in_the_order_of_steps(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, keep=3)
+    for step in (7, 10**8 - 1, 10**8, 10**8 + 1):  # the last two have a digit more
+        setup.save(step, {})
+    kept = sorted(int(p.name.removeprefix("step-")) for p in tmp_path.iterdir())
+    assert kept == [10**8 - 1, 10**8, 10**8 + 1]
+    assert setup.checkpoints.restore()[0] == 10**8 + 1
+
+
+def test_what_is_written_is_the_state_at_the_call(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup.checkpoints.save(1, {})
-    setup.variables["weights"].assign(np.zeros((2, 3)))
-    setup.checkpoints.save(2, {})
-    path = tmp_path / "checkpoints" / "step-00000002" / name
-    if damage == "removed":
-        path.unlink()
-    elif damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-3])
+    may_write, write = threading.Event(), checkpoint.tensor_bytes
+
+    def write_later(tensors: dict) -> bytes:
+        assert may_write.wait(30)
+        return write(tensors)
+
+    monkeypatch.setattr(checkpoint, "tensor_bytes", write_later)
+    setup.checkpoints.save(1, {})  # returns while the thread waits
+    setup.variables["weights"].assign(np.full((2, 3), 9, np.float32))
+    may_write.set()
+    assert setup.checkpoints.wait()
+    setup.checkpoints.restore()
+    assert setup.variables["weights"].numpy().ravel().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_one_write_is_under_way_at_a_time(setup: Setup, tmp_path: Path) -> None:
+    for step in range(1, 30):
+        setup.checkpoints.save(step, {})
+        assert threading.active_count() <= threads_before() + 1
+    setup.checkpoints.close()
+    newest = tmp_path / "checkpoints" / "step-00000029"
+    assert checkpoint.read(newest)[0]["step"] == 29
+
+
+def threads_before() -> int:
+    return sum(not thread.name.startswith("checkpoint") for thread in threading.enumerate())
+
+
+FAILING_WRITE = """
+import sys
+import resource
+from pathlib import Path
+import numpy as np
+import tests.conftest
+from data_pipelines.errors import InputError
+from tests.trainer.test_checkpoint import Setup
+
+setup = Setup(Path(sys.argv[1]), errors=sys.argv[2])
+setup.save(1, {})
+setup.variables["weights"].assign(np.zeros((2, 3)))
+# As on a full disk: each write of more than so many bytes of a file fails.
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
+for step in (2, 3):
+    setup.checkpoints.save(step, {})  # the second raises what the first met
+print("trained on", setup.checkpoints.wait(), setup.lines)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+setup.save(4, {})
+print([path.name for path in sorted(Path(sys.argv[1]).iterdir())])
+"""
+
+
+@pytest.mark.parametrize("errors", ["stop", "warn"])
+def test_a_disk_that_is_full_stops_or_warns_and_the_last_good_one_stays(
+    tmp_path: Path, errors: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_WRITE, str(tmp_path), errors],
+        cwd=Path(__file__).parents[2],
+        text=True,
+        capture_output=True,
+    )
+    says = (
+        f"the checkpoint of step 2 cannot be written in {tmp_path}: File too large; the last one "
+        f"written is {tmp_path / 'step-00000001'}: make room"
+    )
+    if errors == "stop":
+        assert f"InputError: {says}" in done.stderr
+        assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     else:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2 if name == "state.json" else -1] ^= 0xFF
-        path.write_bytes(data)
-    assert setup.checkpoints.restore()[0] == 1
-    assert setup.variables["weights"].numpy().max() == 5
-    assert "step-00000002 is damaged" in setup.lines[0]
+        assert done.returncode == 0, done.stderr
+        assert "trained on False" in done.stdout and f"warning: {says}" in done.stdout
+        assert "['step-00000001', 'step-00000004']" in done.stdout
+        assert not (tmp_path / "unfinished").exists()
+    setup = Setup(tmp_path)
+    assert setup.checkpoints.restore()[0] == (1 if errors == "stop" else 4)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_at_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    setup = Setup(tmp_path / "file" / "checkpoints")
+    setup.checkpoints.save(1, {})
+    with pytest.raises(InputError, match="step 1 cannot be written.*there is none yet"):
+        setup.checkpoints.save(2, {})
+
+
+def test_without_a_good_one_nothing_is_renamed_and_all_are_named(
+    setup: Setup, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        setup.save(step, {})
+        (tmp_path / f"checkpoints/step-0000000{step}/state.json").unlink()
+    for _ in range(2):  # a second try finds the same
+        with pytest.raises(InputError, match="no good checkpoint is left") as error:
+            setup.checkpoints.restore()
+        assert "step-00000001" in str(error.value) and "step-00000002" in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_is_no_damage(setup: Setup, tmp_path: Path) -> None:
+    setup.save(1, {})
+    setup.variables["more"] = keras.Variable(np.zeros(3, np.float32))
+    with pytest.raises(InputError, match="of another model: 'more' is not in it"):
+        setup.checkpoints.restore()
+
+
+class TwoWorkers:
+    """A distributor of two processes as two threads: both must come to every collective."""
+
+    size, num_local_shards = 2, 1
+
+    def __init__(self, rank: int, shared: dict):
+        self.rank, self._shared = rank, shared
+
+    def sum_over_processes(self, arrays: list) -> list:
+        barrier, mine = self._shared["barrier"], [np.asarray(array) for array in arrays]
+        self._shared[self.rank] = mine
+        barrier.wait(20)
+        total = [a + b for a, b in zip(self._shared[0], self._shared[1], strict=True)]
+        barrier.wait(20)
+        return total
+
+
+def test_all_workers_learn_that_the_chief_could_not_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    shared: dict = {"barrier": threading.Barrier(2)}
+    raised: list[str] = []
+
+    def work(rank: int) -> None:
+        variables = {"w": keras.Variable(np.zeros(2, np.float32))}
+        checkpoints = Checkpointer(
+            tmp_path / "file" / "sub", TwoWorkers(rank, shared), variables, raised.append
+        )
+        checkpoints.save(1, {})
+        try:
+            checkpoints.save(2, {})
+        except InputError as error:
+            raised.append(str(error))
+
+    workers = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert len(raised) == 2 and raised[0] == raised[1]
+    assert "step 1 cannot be written" in raised[0]
 
 
 def test_a_save_that_was_cut_off_leaves_the_one_before(setup: Setup, tmp_path: Path) -> None:
-    setup.checkpoints.save(1, {})
+    setup.save(1, {})
     unfinished = tmp_path / "checkpoints" / "unfinished"
     unfinished.mkdir()
     (unfinished / "state.safetensors").write_bytes(b"half")
     assert setup.checkpoints.restore()[0] == 1
-    setup.checkpoints.save(2, {})
+    setup.save(2, {})
     assert setup.checkpoints.restore()[0] == 2
 
 
 def test_a_run_that_starts_again_forgets_the_old_checkpoints(setup: Setup) -> None:
     setup.checkpoints.forget()  # there are none
-    setup.checkpoints.save(5, {})
+    setup.save(5, {})
     setup.checkpoints.forget()
     assert setup.checkpoints.restore() is None

@@ -2,12 +2,29 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from data_pipelines.errors import InputError
+from trainer.distribution.node_list import expand_counts, expand_hosts
 
 HOROVOD_VARIABLES = ("HOROVOD_RANK", "HOROVOD_SIZE")
+OPEN_MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NODELIST",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_PROCID",
+    "SLURM_NODEID",
+)
+TRAIN_JOB_VARIABLES = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR")
+DEFAULT_PORT = 20_000
+# SLURM's jobs take theirs from DEFAULT_PORT on, below Linux's ephemeral ports (from 32,768).
+_SLURM_PORTS = 12_000
+_SLURM_PORTS_BETWEEN_JOBS = 100
+_SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # of a batch script or of salloc's shell: not srun's tasks
 
 
 @dataclass(frozen=True)
@@ -17,40 +34,58 @@ class Cluster:
     Attributes:
       rank: this process's index, 0 is the chief.
       size: number of processes.
-      addresses: "host:port" of every process, by rank; empty where TF_CONFIG does not name them.
-      horovod: whether Horovod's launcher started the processes.
+      addresses: "host:port" of every process, by rank; empty where the platform does not name them.
+      horovod: whether a launcher of Horovod's processes started them.
+      named_by: the variable that says how many there are; empty for a process alone.
     """
 
     rank: int
     size: int
     addresses: tuple[str, ...] = ()
     horovod: bool = False
+    named_by: str = field(default="", compare=False)
 
 
 def resolve(environ: Mapping[str, str]) -> Cluster:
-    """Returns the cluster that `environ` describes.
+    """Returns the cluster that `environ` describes; where several platforms do, the first.
 
-    | in the environment           | set by                                        |
-    |------------------------------|-----------------------------------------------|
-    | HOROVOD_RANK, HOROVOD_SIZE   | horovodrun, launch.main --distributor=horovod |
-    | TF_CONFIG                    | launch.main, most platforms                   |
-    | neither                      | nobody: a single process                      |
+    | in the environment                     | set by                                        |
+    |----------------------------------------|-----------------------------------------------|
+    | TF_CONFIG                              | launch.main, Kubeflow's TFJob, many others    |
+    | HOROVOD_RANK, _SIZE                    | horovodrun, launch.main --distributor=horovod |
+    | OMPI_COMM_WORLD_RANK, _SIZE            | mpirun (MPIJob), for Horovod                  |
+    | WARMSTATE_HOSTS, and WARMSTATE_RANK or | by hand; the manifests of Indexed Job, JobSet |
+    |   JOB_COMPLETION_INDEX                 |   (the index is Kubernetes's)                 |
+    | PET_NNODES, _NODE_RANK, _MASTER_ADDR   | TrainJob with a torch policy                  |
+    | SLURM_STEP_ID, SLURM_STEP_*            | srun                                          |
+    | none of them                           | nobody: a single process                      |
+
+    WARMSTATE_HOSTS lists all processes' hosts by rank, abbreviated as SLURM does: "w-[0-3].job" or
+    "a,b:2222". A host without a port gets WARMSTATE_PORT (default 20000), and if it comes several
+    times, the next ports. WARMSTATE_NUM_WORKERS may say how many there are, as a check; 1 needs
+    no hosts. WARMSTATE_RANK goes before JOB_COMPLETION_INDEX.
+
+    Under SLURM only `srun` makes peers, with 2 tasks or more: a process in a batch script or an
+    interactive allocation is alone, whatever SLURM_NTASKS says. Tasks get the ports from
+    WARMSTATE_PORT on, by rank; without it from one that the job's and the step's number give.
 
     Raises:
-      InputError: what is there is not usable, or both are there.
+      InputError: what is there is not usable, half there, or contradicts itself.
     """
-    tf_config = environ.get("TF_CONFIG", "").strip()
-    horovod = {name: environ[name] for name in HOROVOD_VARIABLES if environ.get(name, "").strip()}
-    if tf_config and horovod:
-        raise InputError(
-            f"TF_CONFIG and {', '.join(horovod)} are both set, so this process has two places "
-            "among its peers; unset the one that another launcher left"
-        )
-    if horovod:
-        return _of_horovod(horovod)
-    if tf_config:
-        return _of_tf_config(tf_config)
-    return Cluster(rank=0, size=1)
+    readers = (_of_tf_config, _of_horovod, _of_open_mpi, _of_hosts, _of_train_job, _of_slurm)
+    found = [cluster for read in readers if (cluster := read(environ))]
+    if not found:
+        _check_alone(environ)
+        return Cluster(rank=0, size=1)
+    first = found[0]
+    for other in found[1:]:
+        if other != Cluster(first.rank, first.size, other.addresses, first.horovod):
+            raise InputError(
+                f"{first.named_by} and {other.named_by} are both set and give this process two "
+                f"places among its peers, rank {first.rank} of {first.size} and rank {other.rank} "
+                f"of {other.size}; unset the one that another launcher left"
+            )
+    return first
 
 
 def distributor_faults(kind: str, cluster: Cluster) -> list[str]:
@@ -59,14 +94,13 @@ def distributor_faults(kind: str, cluster: Cluster) -> list[str]:
         return _horovod_faults(cluster)
     if kind == "auto" or cluster.size == 1 and not cluster.horovod:
         return []
-    names = "HOROVOD_SIZE" if cluster.horovod else "TF_CONFIG"
     fitting = "horovod" if cluster.horovod else "multi_worker"
     if kind == fitting:
         return []
-    does = "finds its peers in TF_CONFIG" if kind == "multi_worker" else "runs in one process"
+    does = "needs its peers' addresses" if kind == "multi_worker" else "runs in one process"
     return [
-        f"--distributor={kind} {does}, but {names} names {cluster.size} workers; use "
-        f"--distributor={fitting} or unset {names}"
+        f"--distributor={kind} {does}, but {cluster.named_by} names {cluster.size} workers; use "
+        f"--distributor={fitting} or unset {cluster.named_by}"
     ]
 
 
@@ -81,26 +115,16 @@ def _horovod_faults(cluster: Cluster) -> list[str]:
         faults.append("--distributor=horovod: Horovod is not installed; `make horovod` builds it")
     if cluster.size > 1 and not cluster.horovod:
         faults.append(
-            f"--distributor=horovod, but TF_CONFIG names the {cluster.size} workers; start them "
-            "with launch.main --distributor=horovod (before the --) or with horovodrun"
+            f"--distributor=horovod, but {cluster.named_by} names the {cluster.size} workers; "
+            "start them with launch.main --distributor=horovod (before the --) or with horovodrun"
         )
     return faults
 
 
-def _of_horovod(variables: Mapping[str, str]) -> Cluster:
-    try:
-        rank, size = (int(variables[name]) for name in HOROVOD_VARIABLES)
-    except (KeyError, ValueError):
-        rank, size = -1, -1
-    if not 0 <= rank < size:
-        raise InputError(
-            "HOROVOD_RANK and HOROVOD_SIZE must be numbers, 0 <= rank < size; set are "
-            + " ".join(f"{name}={value!r}" for name, value in variables.items())
-        )
-    return Cluster(rank=rank, size=size, horovod=True)
-
-
-def _of_tf_config(raw: str) -> Cluster:
+def _of_tf_config(environ: Mapping[str, str]) -> Cluster | None:
+    raw = environ.get("TF_CONFIG", "").strip()
+    if not raw:
+        return None
     try:
         config = json.loads(raw)
         task_type = config["task"]["type"]
@@ -122,4 +146,161 @@ def _of_tf_config(raw: str) -> Cluster:
             f"TF_CONFIG says that this is {task_type} {index}, but its cluster has only "
             f"{len(addresses)} workers: {list(addresses)}"
         )
-    return Cluster(rank=rank, size=len(addresses), addresses=addresses)
+    return Cluster(rank, len(addresses), addresses, named_by="TF_CONFIG")
+
+
+def _of_horovod(environ: Mapping[str, str]) -> Cluster | None:
+    return _of_two_numbers(environ, HOROVOD_VARIABLES)
+
+
+def _of_open_mpi(environ: Mapping[str, str]) -> Cluster | None:
+    return _of_two_numbers(environ, OPEN_MPI_VARIABLES)
+
+
+def _of_two_numbers(environ: Mapping[str, str], names: tuple[str, str]) -> Cluster | None:
+    variables = _given(environ, names)
+    if not variables:
+        return None
+    rank, size = (_whole(variables.get(name, "")) for name in names)
+    if not 0 <= rank < size:
+        raise InputError(
+            f"{' and '.join(names)} must be numbers, 0 <= rank < size; set are {_shown(variables)}"
+        )
+    return Cluster(rank, size, horovod=True, named_by=names[1])
+
+
+def _of_hosts(environ: Mapping[str, str]) -> Cluster | None:
+    raw_hosts = environ.get("WARMSTATE_HOSTS", "").strip()
+    hosts = expand_hosts(raw_hosts, "WARMSTATE_HOSTS") if raw_hosts else []
+    declared = environ.get("WARMSTATE_NUM_WORKERS", "").strip()
+    if declared not in ("", str(len(hosts))) and (hosts or declared != "1"):
+        raise InputError(
+            f"WARMSTATE_NUM_WORKERS={declared!r}, but WARMSTATE_HOSTS={raw_hosts!r} names "
+            f"{len(hosts)} hosts"
+        )
+    if not hosts:
+        return None
+    ranks = _given(environ, ["WARMSTATE_RANK", "JOB_COMPLETION_INDEX"])
+    name, raw = next(iter(ranks.items()), ("WARMSTATE_RANK", ""))
+    rank = _whole(raw)
+    if not 0 <= rank < len(hosts):
+        raise InputError(
+            f"WARMSTATE_HOSTS={raw_hosts!r} names {len(hosts)} hosts, and {name} must say which of "
+            f"them this is, as a number from 0 on; it is {raw!r}"
+        )
+    if len(hosts) == 1:
+        return None
+    addresses = _with_ports(hosts, _port(environ))
+    return Cluster(rank, len(hosts), addresses, named_by="WARMSTATE_HOSTS")
+
+
+def _of_train_job(environ: Mapping[str, str]) -> Cluster | None:
+    variables = _given(environ, TRAIN_JOB_VARIABLES)
+    if not variables or variables.get("PET_NNODES") == "1":
+        return None
+    size, rank = (_whole(variables.get(name, "")) for name in TRAIN_JOB_VARIABLES[:2])
+    # The chief's pod is <job>-node-0-0.<job>; the others' names differ in the last number.
+    pod, dot, domain = variables.get("PET_MASTER_ADDR", "").partition(".")
+    if not (0 <= rank < size and pod.endswith("-0") and dot):
+        raise InputError(
+            "a TrainJob sets PET_NNODES and PET_NODE_RANK, numbers with 0 <= rank < nodes, and "
+            f"PET_MASTER_ADDR, such as job-node-0-0.job; set are {_shown(variables)}"
+        )
+    hosts = [f"{pod[:-1]}{index}.{domain}" for index in range(size)]
+    # Not PET_MASTER_PORT, which is the store's of torch's launcher.
+    addresses = _with_ports(hosts, _port(environ))
+    return Cluster(rank, size, addresses, named_by="PET_NNODES")
+
+
+def _of_slurm(environ: Mapping[str, str]) -> Cluster | None:
+    step = _whole(environ.get("SLURM_STEP_ID", ""))
+    # mpirun starts one helper a node with srun, and its processes inherit the helper's variables.
+    by_mpirun = bool(_given(environ, OPEN_MPI_VARIABLES))
+    if by_mpirun or not 0 <= step < _SLURM_FIRST_SPECIAL_STEP:
+        return None
+    variables = _given(environ, SLURM_VARIABLES)
+    if variables.get("SLURM_STEP_NUM_TASKS") == "1":
+        return None
+    if missing := [name for name in SLURM_VARIABLES if name not in variables]:
+        raise InputError(
+            f"SLURM_STEP_ID={step} says that srun started this process, but it lacks "
+            f"{', '.join(missing)}; pass on all of SLURM's variables, or unset SLURM_STEP_ID for "
+            "a process alone"
+        )
+    job, size, rank, node = (
+        _whole(variables[name])
+        for name in ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NODEID")
+    )
+    nodes = expand_hosts(variables["SLURM_STEP_NODELIST"], "SLURM_STEP_NODELIST")
+    counts = expand_counts(variables["SLURM_STEP_TASKS_PER_NODE"], "SLURM_STEP_TASKS_PER_NODE")
+    if job < 0 or len(nodes) != len(counts) or sum(counts) != size or not 0 <= rank < size:
+        raise InputError(f"SLURM's variables contradict each other: {_shown(variables)}")
+    node_of_rank = [index for index, count in enumerate(counts) for _ in range(count)]
+    if node_of_rank[rank] != node:
+        raise InputError(
+            f"SLURM's task {rank} runs on node {node} of {variables['SLURM_STEP_NODELIST']}, not "
+            f"on node {node_of_rank[rank]}: the addresses are known only if each node's tasks "
+            "follow each other; start with srun --distribution=block"
+        )
+    addresses = tuple(
+        f"{nodes[index]}:{port}"
+        for index, port in zip(node_of_rank, _slurm_ports(environ, job + step, size), strict=True)
+    )
+    return Cluster(rank, size, addresses, named_by="SLURM_STEP_NUM_TASKS")
+
+
+def _slurm_ports(environ: Mapping[str, str], number: int, size: int) -> list[int]:
+    """Returns a port a task; neighbouring jobs may share a node, so `number` moves the first."""
+    if _given(environ, ["WARMSTATE_PORT"]):
+        return [_port(environ) + rank for rank in range(size)]
+    offset = _SLURM_PORTS_BETWEEN_JOBS * number
+    return [DEFAULT_PORT + (offset + rank) % _SLURM_PORTS for rank in range(size)]
+
+
+def _check_alone(environ: Mapping[str, str]) -> None:
+    """Raises InputError if something says that there are peers, but not who they are."""
+    if _given(environ, ["JOB_COMPLETION_INDEX"]) and not _given(
+        environ, ["WARMSTATE_HOSTS", "WARMSTATE_NUM_WORKERS", "PET_NNODES"]
+    ):
+        raise InputError(
+            f"JOB_COMPLETION_INDEX={environ['JOB_COMPLETION_INDEX']} says that this is a pod of an "
+            "Indexed Job, but WARMSTATE_HOSTS does not name the pods' hosts; for a pod that works "
+            "alone set WARMSTATE_NUM_WORKERS=1"
+        )
+    in_slurm = _given(environ, ["SLURM_STEP_ID"])  # srun sets PMIX_RANK too, and says who is there
+    if _given(environ, ["PMIX_RANK"]) and not in_slurm:
+        raise InputError(
+            f"PMIX_RANK={environ['PMIX_RANK']} says that there are peers, but not how many; start "
+            "with srun, or with Open MPI's mpirun (OMPI_COMM_WORLD_SIZE), or set WARMSTATE_HOSTS "
+            "and WARMSTATE_RANK"
+        )
+
+
+def _with_ports(hosts: Iterable[str], first_port: int) -> tuple[str, ...]:
+    earlier: Counter[str] = Counter()
+    addresses = []
+    for host in hosts:
+        addresses.append(host if ":" in host else f"{host}:{first_port + earlier[host]}")
+        earlier[host] += 1
+    return tuple(addresses)
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    raw = environ.get("WARMSTATE_PORT", "").strip() or str(DEFAULT_PORT)
+    if not 0 < _whole(raw) < 65_536:
+        raise InputError(f"WARMSTATE_PORT={raw!r} must be a port, 1 to 65535")
+    return int(raw)
+
+
+def _given(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Returns those of the variables that are set and not empty, in the order of `names`."""
+    return {name: environ[name].strip() for name in names if environ.get(name, "").strip()}
+
+
+def _shown(variables: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value!r}" for name, value in variables.items())
+
+
+def _whole(text: str) -> int:
+    """Returns the number that `text` is; -1 if it is none."""
+    return int(text) if text.strip().isascii() and text.strip().isdigit() else -1

@@ -89,14 +89,26 @@ def multi_worker(cluster: Cluster, collective_timeout_seconds: float) -> TfDistr
     """Returns the distributor of `cluster.size` processes: NCCL between GPUs, RING between CPUs.
 
     Args:
+      cluster: with the addresses of all processes; each listens on its own.
       collective_timeout_seconds: how long a collective waits for a peer that hangs; without a
         limit it would wait for ever.
     """
     communication = tf.distribute.experimental.CommunicationImplementation
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=communication.NCCL if gpus else communication.RING,
         timeout_seconds=collective_timeout_seconds,
     )
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    # Not from TF_CONFIG, which only one of the platforms sets.
+    addresses = {"worker": list(cluster.addresses)} if cluster.addresses else {}
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec(addresses),
+        task_type="worker",
+        task_id=cluster.rank,
+        num_accelerators={"GPU": len(gpus)},
+        rpc_layer="grpc",
+    )
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(
+        cluster_resolver=resolver, communication_options=options
+    )
     return TfDistributor(strategy, rank=cluster.rank, size=cluster.size)

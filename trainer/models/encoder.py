@@ -46,6 +46,7 @@ class Encoder(keras.layers.Layer):
 
     Attributes:
       embeddings: [vocab_size, embedding_dim].
+      embedding_scale: new embeddings are uniform in its bounds, plus and minus.
       memory_steps: how long cells start out remembering, at the most; see ChronoBias.
       initial_h, initial_c: [units], the state that reading starts from unless one is given.
     """
@@ -57,6 +58,7 @@ class Encoder(keras.layers.Layer):
         units: int,
         seed: int,
         memory_steps: int = 100,
+        embedding_scale: float = 0.05,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -65,6 +67,7 @@ class Encoder(keras.layers.Layer):
         self.units = units
         self.seed = seed
         self.memory_steps = memory_steps
+        self.embedding_scale = embedding_scale
         initializers = keras.initializers
         self.lstm = WarmLSTM(
             units,
@@ -82,7 +85,9 @@ class Encoder(keras.layers.Layer):
         """Makes the weights; the shape of the tokens does not matter."""
         self.embeddings = self.add_weight(
             shape=(self.vocab_size, self.embedding_dim),
-            initializer=keras.initializers.RandomUniform(-0.05, 0.05, seed=self.seed),
+            initializer=keras.initializers.RandomUniform(
+                -self.embedding_scale, self.embedding_scale, seed=self.seed
+            ),
             name="embeddings",
         )
         self.initial_h = self.add_weight(shape=(self.units,), initializer="zeros", name="initial_h")
@@ -136,4 +141,5 @@ class Encoder(keras.layers.Layer):
             "units": self.units,
             "seed": self.seed,
             "memory_steps": self.memory_steps,
+            "embedding_scale": self.embedding_scale,
         }

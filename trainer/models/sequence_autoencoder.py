@@ -73,6 +73,8 @@ class SequenceAutoencoder(keras.layers.Layer):
         output_seed: tf.Tensor | None = None,
         word_dropout_rate: float = 0.0,
         word_seed: tf.Tensor | None = None,
+        subsampling: float = 0.0,
+        subsampling_seed: tf.Tensor | None = None,
         num_sampled: int = 0,
         softmax_seed: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -89,6 +91,9 @@ class SequenceAutoencoder(keras.layers.Layer):
             write (Bowman et al. 2016, section 3.1): the more are missing, the more it must take
             from the state in which reading ended.
           word_seed: int32 [2], needed where word_dropout_rate is not 0.
+          subsampling: 0, or the frequency above which words are left out of the loss, the more
+            often the more frequent they are; see `kept_words`.
+          subsampling_seed: int32 [2], needed where subsampling is not 0.
           num_sampled: candidates of the sampled softmax; 0 is the exact one.
           softmax_seed: int32 [2].
         """
@@ -97,6 +102,9 @@ class SequenceAutoencoder(keras.layers.Layer):
         written = drop_words(embedded, word_dropout_rate, word_seed)
         outputs = self.predicting_outputs(embedded, written, mask, training)
         counted = mask & (weights[:, None] > 0)
+        if subsampling:
+            vocab_size = self.encoder.vocab_size
+            counted &= kept_words(tokens, vocab_size, subsampling, subsampling_seed)
         hidden = tf.boolean_mask(outputs, counted)  # [tokens, units]
         hidden = dropout(hidden, dropout_rate, output_seed)
         targets = tf.boolean_mask(tokens, counted)  # [tokens]
@@ -119,3 +127,15 @@ def drop_words(embedded: tf.Tensor, rate: float, seed: tf.Tensor | None) -> tf.T
         return embedded
     kept = tf.random.stateless_uniform(tf.shape(embedded)[:2], seed) >= rate
     return embedded * tf.cast(kept, embedded.dtype)[:, :, None]
+
+
+def kept_words(tokens: tf.Tensor, vocab_size: int, threshold: float, seed: tf.Tensor) -> tf.Tensor:
+    """Returns bool [batch, time]: which words stay when frequent ones are left out at random.
+
+    A word of frequency f stays with probability sqrt(threshold / f) + threshold / f, as in the
+    program of Mikolov et al. 2013 (section 2.3 has nearly the same). Frequencies are those of the
+    log-uniform law, which ids sorted by falling frequency nearly follow.
+    """
+    frequency = tf.exp(softmax.log_expected_count(tokens, vocab_size, num_sampled=1))
+    ratio = threshold / frequency
+    return tf.random.stateless_uniform(tf.shape(tokens), seed) < tf.sqrt(ratio) + ratio

@@ -1,6 +1,7 @@
 """What a run says while it works: lines for people, and metrics.jsonl for programs."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,9 @@ class Metrics:
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-            self._path.write_text("".join(kept))
+            beside = self._path.with_name(self._path.name + ".new")
+            beside.write_text("".join(kept))
+            beside.replace(self._path)
 
     def write(self, step: int, **values: Any) -> None:
         """Appends one line."""
@@ -38,8 +41,11 @@ class Metrics:
             file.write(json.dumps(line) + "\n")
 
 
-def _step_of(line: str) -> int:
-    return json.loads(line)["step"]
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # cut off by a full disk or a kill
+        return math.inf
 
 
 def describe(values: Mapping[str, float]) -> str:

@@ -31,7 +31,8 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     view, plan = run.pretraining(*splits)
     with run.distributor.scope():
         model = SequenceAutoencoder(
-            make_encoder(config, run.store.vocab_size), tied=config.tied_softmax
+            make_encoder(config, run.store.vocab_size, config.pretrain_embedding_scale),
+            tied=config.tied_softmax,
         )
         model.build()
     validation = run.some_documents(
@@ -81,7 +82,7 @@ def corpus(run: Run, *splits: str) -> SplitView:
     return run.store.split(*splits).pieces(run.config.pretrain_max_tokens)
 
 
-def make_encoder(config: Config, vocab_size: int) -> Encoder:
+def make_encoder(config: Config, vocab_size: int, embedding_scale: float = 0.05) -> Encoder:
     """Returns a new encoder, its weights drawn from the run's seed; call it in the scope."""
     encoder = Encoder(
         vocab_size,
@@ -89,6 +90,7 @@ def make_encoder(config: Config, vocab_size: int) -> Encoder:
         config.units,
         seed=config.seed,
         memory_steps=config.memory_steps,
+        embedding_scale=embedding_scale,
         name="encoder",
     )
     encoder.build()
@@ -120,6 +122,8 @@ def loss_sum(model: SequenceAutoencoder, config: Config) -> loop.LossSum:
             output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
             word_dropout_rate=config.pretrain_word_dropout,
             word_seed=seeds.fold(config.seed, seeds.WORD_DROPOUT, step, shard),
+            subsampling=config.pretrain_subsampling,
+            subsampling_seed=seeds.fold(config.seed, seeds.SUBSAMPLING, step, shard),
             num_sampled=config.sampled_softmax,
             softmax_seed=seeds.fold(config.seed, seeds.SOFTMAX_CANDIDATES, step),
         )

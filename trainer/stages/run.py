@@ -68,24 +68,9 @@ class Run:
             seed=config.seed,
         )
 
-    def batches(
-        self, view: SplitView, plan: BatchPlan | PackedPlan
-    ) -> Callable[[int, int], tf.data.Dataset]:
-        """Returns (start_step, stop_step) -> this process's slices of those global batches."""
-        local = self.distributor.num_local_shards
-
-        def between(start_step: int, stop_step: int) -> tf.data.Dataset:
-            return make_dataset(
-                view,
-                plan,
-                start_step=start_step,
-                stop_step=stop_step,
-                first_shard=self.distributor.rank * local,
-                num_local_shards=local,
-                num_shards=num_shards(self.distributor),
-            )
-
-        return between
+    def batches(self, view: SplitView, plan: BatchPlan | PackedPlan) -> "Batches":
+        """Returns what reads `view` in the plan's order."""
+        return Batches(view, plan, self.distributor)
 
     def some_documents(
         self, view: SplitView, documents: int, batch_size: int, max_tokens: int
@@ -123,4 +108,39 @@ class Run:
             checkpoint_every_steps=config.checkpoint_every_steps,
             evaluate_every_steps=of_stage("evaluate_every_steps"),
             resume=config.resume == "auto",
+            keep_checkpoints=config.keep_checkpoints,
+            checkpoint_errors=config.checkpoint_errors,
+            on_nonfinite=config.on_nonfinite,
+            max_skipped_steps=config.max_skipped_steps,
+            stall_seconds=config.stall_seconds,
         )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """(start_step, stop_step) -> this process's slices of those global batches."""
+
+    view: SplitView
+    plan: BatchPlan | PackedPlan
+    distributor: Distributor
+
+    def __call__(self, start_step: int, stop_step: int) -> tf.data.Dataset:
+        local = self.distributor.num_local_shards
+        return make_dataset(
+            self.view,
+            self.plan,
+            start_step=start_step,
+            stop_step=stop_step,
+            first_shard=self.distributor.rank * local,
+            num_local_shards=local,
+            num_shards=num_shards(self.distributor),
+        )
+
+    def examples(self, step: int) -> list[int]:
+        """Returns which examples of `view` the global batch of `step`, from 0, reads from."""
+        if isinstance(self.plan, BatchPlan):
+            return self.plan.indices(step).tolist()
+        starts, stops = self.plan.ranges(step)
+        real = starts < stops
+        parts = self.plan.parts(self.plan.epoch_of(step), starts[real], stops[real])
+        return list(dict.fromkeys(parts.example.tolist()))

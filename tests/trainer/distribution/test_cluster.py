@@ -42,7 +42,7 @@ def test_a_chief_comes_before_the_workers() -> None:
         (
             {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}
             | tf_config({"worker": ["a:1"]}, "worker", 0),
-            "TF_CONFIG and HOROVOD_RANK, HOROVOD_SIZE are both set",
+            "TF_CONFIG and HOROVOD_SIZE are both set.*rank 0 of 1 and rank 0 of 2",
         ),
     ],
 )
@@ -56,10 +56,154 @@ def test_horovod() -> None:
     assert resolve(environ) == Cluster(1, 3, horovod=True)
 
 
+# Of the second of three tasks on two nodes, as srun of SLURM 24.11 set them.
+SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    "SLURM_TASKS_PER_NODE": "2,1",
+}
+# Of a batch script, or a command of salloc, with two tasks that srun has not started.
+BATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_TASKS_PER_NODE": "1(x2)",
+}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": "1"}
+INDEXED_JOB = {
+    "WARMSTATE_HOSTS": "train-0.train,train-1.train",
+    "WARMSTATE_PORT": "2222",
+    "JOB_COMPLETION_INDEX": "1",
+}
+# As Kubeflow's trainer (v2) sets them, by its torch policy, in pods that are an Indexed Job's.
+TRAIN_JOB = {
+    "PET_NNODES": "2",
+    "PET_NPROC_PER_NODE": "auto",
+    "PET_NODE_RANK": "1",
+    "PET_MASTER_ADDR": "mine-node-0-0.mine",
+    "PET_MASTER_PORT": "29500",
+    "JOB_COMPLETION_INDEX": "1",
+}
+
+
+def without(environ: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+def test_tasks_of_srun() -> None:
+    assert resolve(SRUN) == Cluster(1, 3, ("n1:20700", "n1:20701", "n2:20702"))
+    third = SRUN | {"SLURM_PROCID": "2", "SLURM_NODEID": "1", "WARMSTATE_PORT": "5000"}
+    assert resolve(third) == Cluster(2, 3, ("n1:5000", "n1:5001", "n2:5002"))
+
+
+def test_srun_s_jobs_and_steps_get_ports_of_their_own_below_the_ephemeral_ones() -> None:
+    def ports(job: int, step: int) -> set[str]:
+        one = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
+        return {address.split(":")[1] for address in resolve(SRUN | one).addresses}
+
+    assert ports(7, 0).isdisjoint(ports(8, 0)) and ports(7, 0).isdisjoint(ports(7, 1))
+    assert all(20_000 <= int(p) < 32_000 for job in (0, 119, 120, 9_999_999) for p in ports(job, 0))
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        BATCH,
+        BATCH | {"SLURM_STEP_ID": "4294967291"},
+        SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},  # salloc's shell
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1", "PMIX_RANK": "0"},  # srun --ntasks=1
+        {"WARMSTATE_NUM_WORKERS": "1", "JOB_COMPLETION_INDEX": "4"},
+        {"WARMSTATE_HOSTS": "train-0.train", "JOB_COMPLETION_INDEX": "0"},
+        TRAIN_JOB | {"PET_NNODES": "1", "PET_NODE_RANK": "0"},
+    ],
+)
+def test_a_process_alone(environ: dict[str, str]) -> None:
+    assert resolve(environ) == Cluster(0, 1)
+
+
+def test_mpirun_counts_inside_the_step_that_it_starts_its_helpers_with() -> None:
+    assert resolve(MPIRUN) == Cluster(1, 4, horovod=True)
+    assert resolve(MPIRUN | SRUN) == Cluster(1, 4, horovod=True)
+
+
+def test_an_indexed_job() -> None:
+    assert resolve(INDEXED_JOB) == Cluster(1, 2, ("train-0.train:2222", "train-1.train:2222"))
+    abbreviated = INDEXED_JOB | {"WARMSTATE_HOSTS": "train-[0-1].train"}
+    assert resolve(abbreviated) == resolve(INDEXED_JOB)
+    assert resolve(INDEXED_JOB | {"WARMSTATE_RANK": "0", "WARMSTATE_NUM_WORKERS": "2"}).rank == 0
+
+
+def test_hosts_by_hand() -> None:
+    environ = {"WARMSTATE_HOSTS": "a,b:7,a", "WARMSTATE_RANK": "2"}
+    assert resolve(environ) == Cluster(2, 3, ("a:20000", "b:7", "a:20001"))
+
+
+def test_a_train_job() -> None:
+    hosts = ("mine-node-0-0.mine:20000", "mine-node-0-1.mine:20000")
+    assert resolve(TRAIN_JOB) == Cluster(1, 2, hosts)
+
+
+def test_two_platforms_that_agree() -> None:
+    addresses = {"worker": ["a:1", "b:2"]}
+    both = TRAIN_JOB | tf_config(addresses, "worker", 1)
+    assert resolve(both) == Cluster(1, 2, ("a:1", "b:2"))
+    assert resolve(both).named_by == "TF_CONFIG"
+
+
+def test_an_inner_launcher_in_a_pod_or_step_of_one() -> None:
+    inner = tf_config({"worker": ["a:1", "b:2"]}, "worker", 1)
+    for outer in (BATCH, {"JOB_COMPLETION_INDEX": "0"}, SRUN | {"SLURM_STEP_NUM_TASKS": "1"}):
+        assert resolve(outer | inner) == Cluster(1, 2, ("a:1", "b:2"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        *((without(SRUN, name), f"lacks {name}") for name in clusters.SLURM_VARIABLES),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, "contradict each other"),
+        (SRUN | {"SLURM_STEP_NODELIST": "n[1-3]"}, "contradict each other"),
+        (SRUN | {"SLURM_PROCID": "3"}, "contradict each other"),
+        (SRUN | {"SLURM_STEP_NODELIST": "n[1-"}, "SLURM_STEP_NODELIST='n.1-' must be a list"),
+        (SRUN | {"SLURM_NODEID": "1"}, "srun --distribution=block"),
+        (SRUN | {"WARMSTATE_PORT": "0"}, "WARMSTATE_PORT='0'"),
+        (SRUN | tf_config({"worker": ["a:1"]}, "worker", 0), "TF_CONFIG and SLURM_STEP_NUM_TASKS"),
+        (SRUN | {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "3"}, "HOROVOD_SIZE and SLURM_STEP_NUM_TASK"),
+        (without(MPIRUN, "OMPI_COMM_WORLD_SIZE"), "OMPI_COMM_WORLD_SIZE must be numbers"),
+        ({"PMIX_RANK": "0"}, "not how many"),
+        ({"JOB_COMPLETION_INDEX": "3"}, "WARMSTATE_HOSTS does not name"),
+        (without(INDEXED_JOB, "JOB_COMPLETION_INDEX"), "WARMSTATE_RANK must say which"),
+        (INDEXED_JOB | {"JOB_COMPLETION_INDEX": "2"}, "JOB_COMPLETION_INDEX must say which"),
+        (INDEXED_JOB | {"WARMSTATE_RANK": "x"}, "WARMSTATE_RANK must say which.*it is 'x'"),
+        (INDEXED_JOB | {"WARMSTATE_NUM_WORKERS": "3"}, "WARMSTATE_NUM_WORKERS='3'"),
+        ({"WARMSTATE_NUM_WORKERS": "3", "JOB_COMPLETION_INDEX": "0"}, "names 0 hosts"),
+        *((without(TRAIN_JOB, name), name) for name in clusters.TRAIN_JOB_VARIABLES),
+        (TRAIN_JOB | {"PET_NNODES": "1:4"}, "PET_NNODES='1:4'"),
+        (TRAIN_JOB | {"PET_MASTER_ADDR": "10.0.0.1"}, "PET_MASTER_ADDR='10.0.0.1'"),
+        (TRAIN_JOB | INDEXED_JOB | {"WARMSTATE_RANK": "0"}, "WARMSTATE_HOSTS and PET_NNODES"),
+    ],
+)
+def test_a_platform_that_is_half_there_or_contradicts_another(
+    environ: dict[str, str], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        resolve(environ)
+
+
 ALONE, BY_TF_CONFIG, BY_HOROVOD = (
     Cluster(0, 1),
-    Cluster(0, 2, ("a:1", "b:2")),
-    Cluster(0, 2, (), True),
+    Cluster(0, 2, ("a:1", "b:2"), named_by="TF_CONFIG"),
+    Cluster(0, 2, (), True, named_by="HOROVOD_SIZE"),
 )
 
 

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.models.encoder import Encoder
-from trainer.models.sequence_autoencoder import SequenceAutoencoder, drop_words
+from trainer.models.sequence_autoencoder import SequenceAutoencoder, drop_words, kept_words
 
 VOCAB_SIZE, DIM, UNITS = 30, 4, 6
 
@@ -116,3 +116,27 @@ def test_word_dropout_hides_words_from_the_decoder_alone(model: SequenceAutoenco
     _, h, c = encoder.read(embedded, mask, encoder.start(1), training=False)
     expected, _, _ = encoder.read(hidden[:, 1:], mask[:, 1:], [h, c], training=False)
     np.testing.assert_allclose(outputs[:, 1:], expected, rtol=1e-6)
+
+
+def test_frequent_words_are_left_out_more_often() -> None:
+    tokens = tf.tile(tf.constant([[3], [30], [300], [999]]), [1, 4000])
+    kept = kept_words(tokens, 1000, 1e-3, tf.constant([1, 2]))
+    shares = tf.reduce_mean(tf.cast(kept, tf.float32), axis=1).numpy()
+    frequency = np.log((np.array([3, 30, 300, 999]) + 2) / (np.array([3, 30, 300, 999]) + 1))
+    ratio = 1e-3 / (frequency / np.log(1001))
+    np.testing.assert_allclose(shares, np.minimum(1, np.sqrt(ratio) + ratio), atol=0.03)
+    assert shares[0] < shares[1] < shares[2] == shares[3] == 1
+
+
+def test_words_that_are_left_out_do_not_count() -> None:
+    model = SequenceAutoencoder(Encoder(50, 4, 5, seed=0))
+    model.build()
+    tokens, lengths = tf.fill([3, 8], 4), tf.constant([8, 5, 1])
+    arguments = {"tokens": tokens, "lengths": lengths, "weights": tf.ones([3])}
+    whole, all_tokens = model.loss_sum(**arguments, training=True)
+    seed = tf.constant([1, 2])
+    loss, counted = model.loss_sum(
+        **arguments, training=True, subsampling=1e-2, subsampling_seed=seed
+    )
+    kept = kept_words(tokens, 50, 1e-2, seed).numpy() & (np.arange(8) < lengths.numpy()[:, None])
+    assert counted == kept.sum() and all_tokens == 14 and loss < whole

@@ -1,0 +1,105 @@
+"""The rendered Indexed Job trains in two pods, whatever happens to them; see pod_runner.py."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from launch import kubernetes
+from tests.integration import pod_runner
+from tests.integration.programs import SMALL, metrics, train
+
+FLAGS = ("--stage=pretrain", "--pretrain_steps=24")
+
+
+@contextmanager
+def job(
+    folder: Path, store: Path, *flags: str, **options: object
+) -> Iterator[pod_runner.IndexedJob]:
+    """Runs what the launcher renders for two workers, on empty volumes and a copy of the store."""
+    claims = {"warmstate-runs": folder / "runs", "warmstate-data": folder / "data"}
+    claims["warmstate-runs"].mkdir(parents=True)
+    shutil.copytree(store, claims["warmstate-data"] / "store")
+    trainer_flags = [*SMALL, "--store=/data/store", "--run_dir=runs/run", *flags]
+    documents = kubernetes.render(
+        kubernetes.Options(workers=2, trainer_flags=trainer_flags, **options)
+    )
+    with pod_runner.indexed_job(documents, claims, folder / "pods") as running:
+        yield running
+
+
+def encoder(folder: Path) -> bytes:
+    return (folder / "encoder" / "encoder.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_pods_train_lose_one_and_end_with_the_same_bits(
+    small_store: Path, tmp_path: Path
+) -> None:
+    train(2, *FLAGS, f"--store={small_store}", f"--run_dir={tmp_path}/two")
+    with job(tmp_path / "job", small_store, *FLAGS) as running:
+        running.wait_for_line(r"pretrain step 12/")
+        deleted = running.running(1)
+        running.delete(deleted)
+        condition = running.wait()
+    assert condition[0] == "Complete", running.log()
+    # Both stopped at one step, before the grace period's end, and neither counts as a failure; two
+    # more pods finished.
+    assert [pod.exit_code for pod in running.pods[:2]] == [143, 143]
+    assert len(running.pods) == 4 and running.counted == 0
+    assert any("resumed after step" in line for pod in running.pods[2:] for line in pod.lines)
+    run = tmp_path / "job" / "runs" / "run"
+    assert metrics(run) == metrics(tmp_path / "two")
+    assert encoder(run) == encoder(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_killed_pod_costs_one_restart(small_store: Path, tmp_path: Path) -> None:
+    with job(tmp_path, small_store, *FLAGS, max_restarts=1) as running:
+        running.wait_for_line(r"pretrain step 12/")
+        victim = running.running(1)
+        victim.process.kill()  # as for lack of memory
+        condition = running.wait()
+    assert condition[0] == "Complete", running.log()
+    assert victim.exit_code == 137
+    assert running.pods[0].exit_code == 75  # it lost a peer
+    assert len(running.pods) == 4 and running.counted == 2
+
+
+def test_a_wrong_flag_fails_the_job_at_once(small_store: Path, tmp_path: Path) -> None:
+    with job(tmp_path, small_store, "--pretrain_steps=many") as running:
+        condition = running.wait()
+    assert condition == ("Failed", "PodFailurePolicy")
+    assert len(running.pods) == 2  # none was made again
+    failed = [pod for pod in running.pods if pod.exit_code == 2]
+    assert failed
+    for pod in failed:
+        assert "error: " in pod.termination_message
+        assert "--pretrain_steps=many" in pod.termination_message
+
+
+def test_a_queued_job_has_no_pods_until_it_is_resumed(small_store: Path, tmp_path: Path) -> None:
+    with job(tmp_path, small_store, "--units=0", queue="team") as running:
+        assert running.pods == []
+        running.resume()
+        assert running.wait() == ("Failed", "PodFailurePolicy")
+
+
+def test_environment_as_the_job_controller_and_the_kubelet_make_it() -> None:
+    documents = kubernetes.render(kubernetes.Options(name="a-job", workers=12))
+    (manifest,) = (document for document in documents if document["kind"] == "Job")
+    pod = pod_runner.pod_manifest(manifest, 11, "abcde")
+    environment = pod_runner.container_environment(pod, pod_runner.IMAGE_ENVIRONMENT)
+    assert list(environment)[-1] == "JOB_COMPLETION_INDEX"
+    assert environment["JOB_COMPLETION_INDEX"] == "11"
+    assert environment["WARMSTATE_HOSTS"] == "a-job-[0-11].a-job"
+    assert environment["OMP_NUM_THREADS"] == "2"
+    from trainer.distribution import cluster
+
+    place = cluster.resolve(environment)
+    assert (place.rank, place.size) == (11, 12)
+    assert place.addresses[11] == "a-job-11.a-job:20000"
+    assert re.fullmatch(r"a-job-11-\w{5}", pod["metadata"]["name"])

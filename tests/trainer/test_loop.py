@@ -1,0 +1,218 @@
+"""The loop's behaviour around steps that are not finite, checkpoints that fail, and TERM."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from data_pipelines.errors import InputError
+from trainer import checkpoint, loop, safe_files
+from trainer.distribution.cluster import Cluster
+from trainer.distribution.distributor import make_distributor
+from trainer.health import NonFiniteError
+from trainer.preemption import Preempted
+
+STEPS = 8
+ROWS = 4
+
+
+class Batches:
+    """Steps' batches of ROWS rows, the same at every call; row r of step s is example 10 s + r."""
+
+    def __call__(self, start: int, stop: int) -> tf.data.Dataset:
+        random = np.random.default_rng(0).integers(1, 5, (STEPS, ROWS, 3)).astype(np.int32)
+
+        def load(step: tf.Tensor) -> dict:
+            return {
+                "tokens": tf.gather(random, step),
+                "lengths": tf.fill([ROWS], 3),
+                "labels": tf.zeros([ROWS], tf.int32),
+                "weights": tf.ones([ROWS]),
+                "row_starts": tf.constant([0, ROWS // 2, ROWS]),
+                "step": step,
+            }
+
+        return tf.data.Dataset.range(start, stop).map(load)
+
+    def examples(self, step: int) -> list[int]:
+        return [10 * step + row for row in range(ROWS)]
+
+
+def settings(folder: Path, **changes: Any) -> loop.Settings:
+    values = {
+        "folder": folder,
+        "steps": STEPS,
+        "steps_per_epoch": STEPS,
+        "learning_rate": 0.1,
+        "learning_rate_decay": 0.9,
+        "optimizer": "adam",
+        "clip_norm": 1.0,
+        "accumulate_steps": 1,
+        "sparse_reduce": "dense",
+        "compress": "none",
+        "check_divergence": False,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 2,
+        "evaluate_every_steps": 4,
+        "resume": True,
+    }
+    return loop.Settings(**values | changes)
+
+
+def spoilt_loss(value: tf.Tensor, step: tf.Tensor, how: str, at: tuple[int, ...]) -> tf.Tensor:
+    """Returns `value`, but in the steps `at` (from 0) with a loss or a gradient that is none."""
+    spoilt = tf.reduce_any(step == tf.constant(at or (-1,), tf.int64))
+    if how == "loss":
+        return value * tf.where(spoilt, np.float32("nan"), 1.0)
+    # The root of 0: its value is 0, its gradient infinite.
+    return value + tf.where(spoilt, 1.0, 0.0) * tf.sqrt(value - tf.stop_gradient(value))
+
+
+def train(
+    distributor: Any,
+    folder: Path,
+    how: str = "loss",
+    at: tuple[int, ...] = (),
+    evaluate: Callable[[], dict] = dict,
+    stop_request: Any = None,
+    **changes: Any,
+) -> SimpleNamespace:
+    """Trains a small model; returns its variables' values and the lines of the log."""
+    keras.utils.clear_session()  # names of the optimizer's variables as in a new process
+    with distributor.scope():
+        variables = {
+            "w": keras.Variable(np.ones((5, 2), np.float32)),
+            "v": keras.Variable(np.ones(2, np.float32)),
+        }
+
+    def loss_sum(rows: dict, step: tf.Tensor, shard: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        embedded = tf.reduce_mean(tf.gather(variables["w"].value, rows["tokens"]), 1)
+        losses = (tf.reduce_sum(embedded * variables["v"].value, 1) - 3) ** 2
+        loss = spoilt_loss(tf.reduce_sum(losses), step, how, at)
+        return loss, tf.reduce_sum(rows["weights"])
+
+    lines: list[str] = []
+    task = loop.Task("pretrain", variables, loss_sum, evaluate)
+    request = stop_request or SimpleNamespace(received=False)
+    loop.train(task, settings(folder, **changes), distributor, Batches(), request, lines.append)
+    return SimpleNamespace(
+        values={name: variable.numpy() for name, variable in variables.items()}, lines=lines
+    )
+
+
+@pytest.fixture
+def one() -> Any:
+    return make_distributor("one_device", Cluster(0, 1), 10)
+
+
+@pytest.fixture(params=["one", "two_shards"])
+def distributor(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def state(folder: Path, step: int) -> dict[str, bytes]:
+    _, tensors = checkpoint.read(folder / "checkpoints" / f"step-{step:08d}")
+    return {name: array.tobytes() for name, array in tensors.items()}
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_the_run_and_says_where(
+    distributor: Any, tmp_path: Path, how: str
+) -> None:
+    with pytest.raises(NonFiniteError) as error:
+        train(distributor, tmp_path, how, at=(4,))
+    said = str(error.value)
+    assert said.startswith("pretrain: step 5 is not finite: loss ")
+    assert ("loss nan" in said) == (how == "loss")
+    assert re.search(r"by their norm: [wv] (nan|inf), [wv] (nan|inf);", said)
+    assert "examples of the batch: 40, 41, 42, 43;" in said
+    assert "--pretrain_learning_rate" in said and "--on_nonfinite=skip" in said
+    # Nothing of it is saved.
+    assert all(np.isfinite(np.frombuffer(v, np.float32)).all()
+               for k, v in state(tmp_path, 4).items() if "iteration" not in k)  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1] == "step-00000004"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nadam"])
+def test_a_skipped_step_changes_nothing(distributor: Any, tmp_path: Path, optimizer: str) -> None:
+    flags = {"on_nonfinite": "skip", "optimizer": optimizer, "checkpoint_every_steps": 1,
+             "keep_checkpoints": STEPS}  # fmt: skip
+    done = train(distributor, tmp_path, "gradient", at=(2, 3), **flags)
+    assert state(tmp_path, 2) == state(tmp_path, 3) == state(tmp_path, 4) != state(tmp_path, 5)
+    skipped = [line for line in done.lines if "left out" in line]
+    assert len(skipped) == 2 and "left out, 2 of 10" in skipped[1]
+    assert np.isfinite(done.values["w"]).all()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 5, 6, 7, 8]
+    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [1, 2]
+
+
+def test_skips_are_bounded_over_all_sittings(one: Any, tmp_path: Path) -> None:
+    flags = {"on_nonfinite": "skip", "max_skipped_steps": 2}
+    train(one, tmp_path / "a", at=(1, 5), **flags)
+    with pytest.raises(NonFiniteError, match="step 7 .* 2 were left out before it"):
+        train(one, tmp_path / "b", at=(1, 5, 6), **flags)
+    # The checkpoint of step 6 remembers both.
+    with pytest.raises(NonFiniteError, match="step 7 .* 2 were left out before it"):
+        train(one, tmp_path / "b", at=(6,), **flags)
+
+
+def test_skip_and_stop_train_alike_while_all_is_finite(one: Any, tmp_path: Path) -> None:
+    stop, skip = (train(one, tmp_path / how, on_nonfinite=how).values for how in ("stop", "skip"))
+    for name in stop:
+        np.testing.assert_allclose(stop[name], skip[name], rtol=1e-6)
+
+
+def test_term_during_an_evaluation_stops_right_after_it(one: Any, tmp_path: Path) -> None:
+    request = SimpleNamespace(received=False)
+
+    def evaluate() -> dict[str, float]:
+        request.received = True
+        return {"metric": 1.0}
+
+    with pytest.raises(Preempted, match="stopped by TERM after step 4; state saved"):
+        train(one, tmp_path, evaluate=evaluate, stop_request=request)
+    whole = train(one, tmp_path / "whole", evaluate=lambda: {"metric": 1.0})
+    resumed = train(one, tmp_path, evaluate=lambda: {"metric": 1.0})
+    assert resumed.lines[0] == "pretrain: resumed after step 4"
+    for name, value in whole.values.items():
+        assert value.tobytes() == resumed.values[name].tobytes()
+
+
+@pytest.mark.parametrize("errors", ["stop", "warn"])
+def test_a_metrics_file_that_cannot_be_written_is_treated_as_a_checkpoint(
+    one: Any, tmp_path: Path, errors: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def evaluate() -> dict[str, float]:
+        path.unlink()
+        path.symlink_to("/dev/full")
+        return {"metric": 1.0}
+
+    says = "metrics.jsonl cannot be written after step 4: No space left on device"
+    if errors == "stop":
+        with pytest.raises(InputError, match=says):
+            train(one, tmp_path, evaluate=evaluate)
+    else:
+        lines = train(one, tmp_path, evaluate=evaluate, checkpoint_errors="warn").lines
+        assert any("warning: " in line and says in line for line in lines)
+        assert any("step 8/8" in line for line in lines)
+        assert state(tmp_path, 8)
+
+
+def test_a_checkpoint_with_other_notes_is_refused(one: Any, tmp_path: Path) -> None:
+    train(one, tmp_path)
+    path = tmp_path / "checkpoints" / f"step-{STEPS:08d}" / "state.json"
+    values = safe_files.read_sealed(path)
+    values["notes"]["seconds"] = "many"
+    path.write_bytes(safe_files.sealed(values))
+    with pytest.raises(ValueError, match="another version of this program"):
+        train(one, tmp_path)
