@@ -6,7 +6,7 @@ or more of them (one a GPU), and each takes its slice of every global batch.
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -50,6 +50,27 @@ class Distributor(Protocol):
 
     def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns each float array summed over all processes; outside of `step`."""
+
+
+def sum_flat(
+    arrays: Sequence[np.ndarray], sums: Mapping[type, Callable[[np.ndarray], tf.Tensor]]
+) -> list[np.ndarray]:
+    """Returns each array summed over all processes, by one call a type.
+
+    Args:
+      sums: for float32 and float64, a function that sums one flat array over the processes.
+    """
+    found: list[np.ndarray] = [None] * len(arrays)
+    for dtype, summed in sums.items():
+        chosen = [i for i, array in enumerate(arrays) if array.dtype == dtype]
+        if not chosen:
+            continue
+        # One flat array, so that arrays of other shapes need no other graph.
+        flat = summed(np.concatenate([arrays[i].ravel() for i in chosen])).numpy()
+        stops = np.cumsum([arrays[i].size for i in chosen])
+        for i, part in zip(chosen, np.split(flat, stops[:-1]), strict=True):
+            found[i] = part.reshape(arrays[i].shape)
+    return found
 
 
 def is_chief(distributor: Distributor) -> bool:

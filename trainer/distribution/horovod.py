@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer.distribution.cluster import Cluster
+from trainer.distribution.distributor import sum_flat
 
 START_SECONDS = 300.0  # within which all processes must have come to `hvd.init()`
 
@@ -75,17 +76,7 @@ class HorovodDistributor:
     def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         if self.size == 1:
             return [np.asarray(array) for array in arrays]
-        sums: list[np.ndarray] = [None] * len(arrays)
-        for dtype, sum_flat in self._sum.items():
-            chosen = [i for i, array in enumerate(arrays) if array.dtype == dtype]
-            if not chosen:
-                continue
-            # One flat array, so that arrays of other shapes need no other graph.
-            flat = sum_flat(np.concatenate([arrays[i].ravel() for i in chosen])).numpy()
-            stops = np.cumsum([arrays[i].size for i in chosen])
-            for i, part in zip(chosen, np.split(flat, stops[:-1]), strict=True):
-                sums[i] = part.reshape(arrays[i].shape)
-        return sums
+        return sum_flat(arrays, self._sum)
 
 
 def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistributor:
@@ -111,7 +102,7 @@ def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistr
     hvd.init()
     if hvd.size() != cluster.size:
         raise InputError(
-            f"HOROVOD_SIZE says that there are {cluster.size} processes, but Horovod sees "
+            f"{cluster.named_by} says that there are {cluster.size} processes, but Horovod sees "
             f"{hvd.size()}: start them with launch.main --distributor=horovod or horovodrun --gloo"
         )
     use_gpu_of(hvd.local_rank())

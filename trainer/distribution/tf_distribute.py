@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distribution.cluster import Cluster
+from trainer.distribution.distributor import sum_flat
 
 
 class TfDistributor:
@@ -51,17 +52,7 @@ class TfDistributor:
     def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         if self.size == 1:
             return [np.asarray(array) for array in arrays]
-        sums: list[np.ndarray] = [None] * len(arrays)
-        for dtype, sum_flat in self._sum.items():
-            chosen = [i for i, array in enumerate(arrays) if array.dtype == dtype]
-            if not chosen:
-                continue
-            # One flat array, so that arrays of other shapes need no other graph.
-            flat = sum_flat(np.concatenate([arrays[i].ravel() for i in chosen])).numpy()
-            stops = np.cumsum([arrays[i].size for i in chosen])
-            for i, part in zip(chosen, np.split(flat, stops[:-1]), strict=True):
-                sums[i] = part.reshape(arrays[i].shape)
-        return sums
+        return sum_flat(arrays, self._sum)
 
     def _sum_step(self, flat: tf.Tensor) -> tf.Tensor:
         def step(flat: tf.Tensor) -> tf.Tensor:
