@@ -34,14 +34,16 @@ import pytest
 from tests.integration.programs import REPOSITORY
 
 INDEX = "batch.kubernetes.io/job-completion-index"
+# Where k8s/Dockerfile has it, and where no volume of a pod hides it.
+_VIRTUAL_ENVIRONMENT = "/opt/venv"
 # What k8s/Dockerfile sets.
 IMAGE_ENVIRONMENT = {
-    "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+    "PATH": f"{_VIRTUAL_ENVIRONMENT}/bin:/usr/local/bin:/usr/bin:/bin",
     "PYTHONPATH": "/app",
     "PYTHONUNBUFFERED": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-_IMAGE_FOLDERS = ("/usr", "/bin", "/lib", "/lib64", "/etc", sys.base_prefix, sys.prefix)
+_IMAGE_FOLDERS = ("/usr", "/bin", "/lib", "/lib64", "/etc", sys.base_prefix)
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _MESSAGE_BYTES, _MESSAGE_LINES = 2048, 80  # of FallbackToLogsOnError
 _QUANTITY = {"m": 1e-3, "": 1}
@@ -355,6 +357,7 @@ class IndexedJob:
 
         for folder in filter(os.path.isdir, _IMAGE_FOLDERS):
             bind(folder, folder)
+        bind(sys.prefix, _VIRTUAL_ENVIRONMENT)
         for package in ("trainer", "data_pipelines", "launch"):
             bind(REPOSITORY / package, f"/app/{package}")
         for name in ("hosts", "resolv.conf"):
