@@ -241,12 +241,22 @@ def test_changed_bytes_give_only_the_named_errors(good: Path, name: str, edits: 
     after = edited(before, edits)
     path.write_bytes(after)
     try:
-        read_both(good, expect_success=after == before)
-        if after != before:
+        read_both(good, expect_success=says_the_same(name, before, after))
+        if not says_the_same(name, before, after):
             with pytest.raises((InputError, DamagedError)):
                 read_one(good, name)
     finally:
         path.write_bytes(before)
+
+
+def says_the_same(name: str, before: bytes, after: bytes) -> bool:
+    """Returns whether two files hold the same: of JSON, white space does not count."""
+    if not name.endswith(".json"):
+        return before == after
+    try:
+        return json.loads(before) == json.loads(after)
+    except ValueError:
+        return False
 
 
 def read_one(folder: Path, name: str) -> None:
