@@ -60,6 +60,7 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
     import_quietly()
     import tensorflow as tf
 
+    from tests import loop_settings
     from trainer import loop
     from trainer.distribution import cluster as clusters
     from trainer.distribution.distributor import (
@@ -80,7 +81,7 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
     steps = {}
     for name, (sparse_reduce, compress) in VARIANTS.items():
         used = Alone(distributor) if name == "alone" else distributor
-        chosen = settings(sparse_reduce, compress)
+        chosen = loop_settings.settings(sparse_reduce=sparse_reduce, compress=compress)
         steps[name] = loop.make_train_step(task, optimizer, used, chosen, batches)
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for number, batch in enumerate(batches(0, repeats + 2)):
@@ -168,29 +169,6 @@ def make_task(vocab_size: int):
         )
 
     return loop.Task("pretrain", autoencoder_variables(model), loss_sum, evaluate=dict)
-
-
-def settings(sparse_reduce: str, compress: str):
-    """Returns the loop's settings, of which the step uses some."""
-    from trainer import loop
-
-    return loop.Settings(
-        folder=Path(),
-        steps=1,
-        steps_per_epoch=1,
-        learning_rate=1e-3,
-        learning_rate_decay=1.0,
-        optimizer="adam",
-        clip_norm=1.0,
-        accumulate_steps=1,
-        sparse_reduce=sparse_reduce,
-        compress=compress,
-        check_divergence=False,
-        log_every_steps=1,
-        checkpoint_every_steps=1,
-        evaluate_every_steps=1,
-        resume=False,
-    )
 
 
 def random_batches(vocab_size: int, rank: int):

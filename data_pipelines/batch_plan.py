@@ -28,7 +28,22 @@ class Examples(Protocol):
         """Returns the tokens of examples, at least 1 each: int64 [n]."""
 
 
-class BatchPlan:
+class _Epochs:
+    """Steps counted across epochs of `_steps` global batches each."""
+
+    _steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches an epoch; the same in each."""
+        return self._steps
+
+    def epoch_of(self, step: int) -> int:
+        """Returns the epoch, from 0, that global step `step`, from 0, belongs to."""
+        return step // self._steps
+
+
+class BatchPlan(_Epochs):
     """Cuts each epoch's examples into global batches of similar lengths.
 
     Every example is in exactly one batch of an epoch. The content of a batch does not depend on
@@ -96,15 +111,6 @@ class BatchPlan:
         self._num_windows = -(-self._steps // bucket_batches)
         self._windows = _Recent(self._make_window)
         self._orders = _Recent(self._make_order)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches an epoch; the same in each."""
-        return self._steps
-
-    def epoch_of(self, step: int) -> int:
-        """Returns the epoch, from 0, that global step `step`, from 0, belongs to."""
-        return step // self._steps
 
     def indices(self, step: int) -> np.ndarray:
         """Returns the examples of global batch `step`: int64 [n], read-only.
@@ -177,7 +183,7 @@ class Parts(NamedTuple):
     stop: np.ndarray
 
 
-class PackedPlan:
+class PackedPlan(_Epochs):
     """Joins each epoch's shuffled examples into one stream of tokens and cuts it into rows.
 
     Rows have `max_tokens` tokens and no padding, but for the end of an epoch: an example may begin
@@ -222,15 +228,6 @@ class PackedPlan:
         tokens = (int(examples.lengths_of(chunk).sum()) for chunk in chunks(len(examples)))
         self._num_tokens = sum(tokens)
         self._steps = -(-self._num_tokens // (global_batch * max_tokens))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches an epoch; the same in each."""
-        return self._steps
-
-    def epoch_of(self, step: int) -> int:
-        """Returns the epoch, from 0, that global step `step`, from 0, belongs to."""
-        return step // self._steps
 
     def continues(self, step: int) -> bool:
         """Returns whether the rows of `step` go on where those of the step before ended."""

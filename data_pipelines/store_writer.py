@@ -128,13 +128,14 @@ def finish_store(
     for path in building.iterdir():
         if path.name not in wanted:
             path.unlink()
-    _fsync_folder(building)
+    flush_folder(building)
     os.rename(building, folder)
-    _fsync_folder(folder.parent)
+    flush_folder(folder.parent)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush_folder(folder: Path) -> None:
+    """Flushes the names in `folder` to the disk: a rename is not safe before that."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

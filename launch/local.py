@@ -112,8 +112,8 @@ def run_together(
         watched.remove(signal.SIGHUP)  # nohup
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # Blocked signals wait until _supervise asks for them: no handler runs at an awkward moment, and
-    # a terminal that blocks the printing threads cannot keep Ctrl-C from the workers.
+    # Blocked signals wait until _Supervision asks for them: no handler runs at an awkward moment,
+    # and a terminal that blocks the printing threads cannot keep Ctrl-C from the workers.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     processes: list[Worker] = []
     printers: list[threading.Thread] = []

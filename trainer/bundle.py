@@ -26,12 +26,10 @@ from trainer.safe_files import (
     file_sha256,
     read_sealed,
     read_tensors,
-    remove,
-    replace_folder,
     sealed,
     specs,
     tensor_bytes,
-    write_durably,
+    write_folder,
 )
 from trainer.states import LearnedState
 
@@ -135,7 +133,6 @@ def save(
     Raises:
       InputError: the disk is full, or the folder cannot be written.
     """
-    beside = folder.with_name(folder.name + ".new")
     vocab = vocab_path.read_bytes()
     info = {
         "format": f"warmstate-{name}",
@@ -145,13 +142,13 @@ def save(
         "tensors_sha256": digest(tensors),
         "vocab_file_sha256": hashlib.sha256(vocab).hexdigest(),
     }
+    files = {
+        f"{name}.safetensors": tensor_bytes(tensors),
+        f"{name}.json": sealed(info),
+        "vocab.txt": vocab,
+    }
     try:
-        remove(beside)
-        beside.mkdir(parents=True)
-        write_durably(beside / f"{name}.safetensors", tensor_bytes(tensors))
-        write_durably(beside / f"{name}.json", sealed(info))
-        write_durably(beside / "vocab.txt", vocab)
-        replace_folder(beside, folder)
+        write_folder(folder.with_name(folder.name + ".new"), folder, files)
     except OSError as error:
         raise InputError(
             f"the {name} bundle {folder} cannot be written: {error.strerror}: make room or make it "

@@ -34,11 +34,10 @@ from trainer.safe_files import (
     read_sealed,
     read_tensors,
     remove,
-    replace_folder,
     sealed,
     specs,
     tensor_bytes,
-    write_durably,
+    write_folder,
 )
 
 FORMAT = "warmstate-checkpoint"
@@ -181,11 +180,8 @@ class Checkpointer:
             "notes": notes,
         }
         try:
-            remove(beside)
-            beside.mkdir(parents=True)
-            write_durably(beside / "state.safetensors", tensor_bytes(tensors))
-            write_durably(beside / "state.json", sealed(state))
-            replace_folder(beside, self._folder / f"step-{step:08d}")
+            files = {"state.safetensors": tensor_bytes(tensors), "state.json": sealed(state)}
+            write_folder(beside, self._folder / f"step-{step:08d}", files)
             for old in self._folders()[: -self._keep]:
                 remove(old)
         except OSError as error:

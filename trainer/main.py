@@ -165,8 +165,8 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
     Raises:
       InputError: the store is damaged.
     """
+    folder = config.store or str(Path(config.run_dir) / "store")
     if not config.store or not (Path(config.store) / "manifest.json").exists():
-        folder = config.store or str(Path(config.run_dir) / "store")
         command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={folder}"]
         command += [f"--tokenizer={config.tokenizer}", f"--vocab_size={config.vocab_size}"]
         sources = {name: getattr(config, name) for name in ("source", "unlabelled", "labelled")}
@@ -179,7 +179,6 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
         code = subprocess.run(command, stdout=quiet, env=environment).returncode
         if code:
             sys.exit(code)
-    folder = config.store or Path(config.run_dir) / "store"
     try:
         store = TokenStore(folder)
         if config.verify and cluster.rank == 0:
@@ -277,11 +276,12 @@ def remember_config(config: Config, folder: Path) -> None:
     Raises:
       InputError: the folder cannot be written.
     """
-    beside = folder / "config.json.new"
+    from trainer.safe_files import replace_text
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        beside.replace(folder / "config.json")  # a run that is killed here has the old or the new
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        replace_text(folder / "config.json", text)
     except OSError as error:
         raise InputError(
             f"--run_dir={folder} cannot be written: {error.strerror}: make room or make it writable"

@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors.numpy
 
+from data_pipelines.store_writer import flush_folder
+
 # The names that safetensors gives to the types of NumPy's that we write.
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BOOL": np.bool_,
@@ -46,21 +48,16 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def flush_folder(folder: Path) -> None:
-    """Flushes the names in `folder` to the disk: a rename is not safe before that."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Renames `new`, whose files are flushed, to `folder`, which may exist; both side by side.
+def write_folder(new: Path, folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files, by name, to `new`, and renames it to `folder`, which may exist; side by side.
 
     If the power fails between the two renames of a folder that existed, its new and its old form
     are still there, as NAME.new and NAME.old, and a resumed run writes it again.
     """
+    remove(new)  # what a killed writer left
+    new.mkdir(parents=True)
+    for name, data in files.items():
+        write_durably(new / name, data)
     flush_folder(new)
     old = folder.with_name(folder.name + ".old")
     remove(old)
@@ -69,6 +66,16 @@ def replace_folder(new: Path, folder: Path) -> None:
     new.rename(folder)
     flush_folder(folder.parent)
     remove(old)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file beside `path` and renames it: whoever is killed leaves the old or the new.
+
+    It is not flushed: for what a run can do without.
+    """
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def remove(path: Path) -> None:

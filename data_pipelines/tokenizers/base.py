@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tensorflow as tf
 
@@ -92,6 +92,36 @@ class VocabularyTokenizer(tf.Module):
         if bad is not None:
             raise ValueError(f"id {bad} is outside the vocabulary of {self.vocab_size} pieces")
         return numbers
+
+
+class CasedTokenizer(VocabularyTokenizer):
+    """What the tokenizers share that are told whether to lower-case, and nothing else.
+
+    Attributes:
+        KIND: the config's "type".
+        read_pieces: from the path of `vocab.txt` to what the class is made of.
+    """
+
+    KIND: str
+    read_pieces = staticmethod(vocabulary.read_lines)
+
+    def __init__(self, lines: Sequence[str] | None, lowercase: bool) -> None:
+        super().__init__(f"{self.KIND}_tokenizer", lines)
+        self.lowercase = lowercase
+
+    def config(self) -> dict[str, Any]:
+        """Returns what `load` needs besides the vocabulary, as JSON values."""
+        return {"type": self.KIND, "lowercase": self.lowercase}
+
+    @classmethod
+    def load(cls, vocab_path: str | Path, config: dict[str, Any]) -> Self:
+        """Returns the tokenizer that `save` wrote and `config` described.
+
+        Raises:
+            InputError: the file is missing or no vocabulary, or the config is another kind's.
+        """
+        vocabulary.check_config(vocab_path, config, cls.KIND, "lowercase")
+        return cls(cls.read_pieces(vocab_path), lowercase=config["lowercase"])
 
 
 def piece_table(pieces: Sequence[str]) -> tf.lookup.StaticHashTable:

@@ -9,8 +9,6 @@ section 4.5, read DBpedia so.
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,10 +16,10 @@ import tensorflow as tf
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID, PADDING_ID, UNKNOWN_ID
 from data_pipelines.tokenizers import vocabulary
-from data_pipelines.tokenizers.base import VocabularyTokenizer, lower, utf8
+from data_pipelines.tokenizers.base import CasedTokenizer, lower, utf8
 
 
-class CharacterTokenizer(VocabularyTokenizer):
+class CharacterTokenizer(CasedTokenizer):
     """Splits text into characters, and numbers them: a `Tokenizer`.
 
     Args:
@@ -33,6 +31,9 @@ class CharacterTokenizer(VocabularyTokenizer):
         InputError: one of `characters` is repeated or not one character.
     """
 
+    KIND = "character"
+    read_pieces = staticmethod(vocabulary.read_characters)
+
     def __init__(self, characters: Sequence[str] | None, lowercase: bool = True) -> None:
         lines = None
         if characters is not None:
@@ -40,8 +41,7 @@ class CharacterTokenizer(VocabularyTokenizer):
             if wrong:
                 raise InputError(f"vocabulary: {wrong[0]!r} is not one character")
             lines = [vocabulary.character_line(c) for c in characters]
-        super().__init__("character_tokenizer", lines)
-        self.lowercase = lowercase
+        super().__init__(lines, lowercase)
         self._ids_of_code_points = np.full(1, UNKNOWN_ID, np.int32)
         if characters:
             code_points = np.array([ord(c) for c in characters])
@@ -96,17 +96,3 @@ class CharacterTokenizer(VocabularyTokenizer):
         characters = ["", "\ufffd", "", *map(vocabulary.line_character, self._vocabulary())]
         assert characters[PADDING_ID] == characters[END_ID] == ""
         return "".join(characters[i] for i in self._checked(ids))
-
-    def config(self) -> dict[str, Any]:
-        """Returns what `load` needs besides the vocabulary, as JSON values."""
-        return {"type": "character", "lowercase": self.lowercase}
-
-    @classmethod
-    def load(cls, vocab_path: str | Path, config: dict[str, Any]) -> "CharacterTokenizer":
-        """Returns the tokenizer that `save` wrote and `config` described.
-
-        Raises:
-            InputError: the file is missing or no vocabulary, or the config is another kind's.
-        """
-        vocabulary.check_config(vocab_path, config, "character", "lowercase")
-        return cls(vocabulary.read_characters(vocab_path), lowercase=config["lowercase"])

@@ -7,14 +7,12 @@ unknown, and so is a word of more than 100 characters. `subword_vocabulary` lear
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import tensorflow as tf
 
 from data_pipelines.reserved_ids import PADDING_ID, RESERVED
 from data_pipelines.tokenizers import vocabulary
-from data_pipelines.tokenizers.base import VocabularyTokenizer, piece_table
+from data_pipelines.tokenizers.base import CasedTokenizer, piece_table
 from data_pipelines.tokenizers.subword_vocabulary import (
     CONTINUED,
     MAX_PIECE_CHARACTERS,
@@ -23,7 +21,7 @@ from data_pipelines.tokenizers.subword_vocabulary import (
 from data_pipelines.tokenizers.word import WordTokenizer
 
 
-class SubwordTokenizer(VocabularyTokenizer):
+class SubwordTokenizer(CasedTokenizer):
     """Splits words into pieces, and numbers them: a `Tokenizer`.
 
     Args:
@@ -34,9 +32,10 @@ class SubwordTokenizer(VocabularyTokenizer):
         InputError: a piece is repeated, reserved, empty or holds white space.
     """
 
+    KIND = "subword"
+
     def __init__(self, pieces: Sequence[str], lowercase: bool = True) -> None:
-        super().__init__("subword_tokenizer", pieces)
-        self.lowercase = lowercase
+        super().__init__(pieces, lowercase)
         self._words = WordTokenizer(None, lowercase)
         self._table = piece_table(pieces)
         lengths = [len(piece.removeprefix(CONTINUED)) for piece in pieces]
@@ -129,17 +128,3 @@ class SubwordTokenizer(VocabularyTokenizer):
         text = " ".join(pieces[i] for i in self._checked(ids) if i != PADDING_ID)
         # No word and no piece but the continued ones has the mark after a space.
         return text.replace(f" {CONTINUED}", "").removeprefix(CONTINUED)
-
-    def config(self) -> dict[str, Any]:
-        """Returns what `load` needs besides the vocabulary, as JSON values."""
-        return {"type": "subword", "lowercase": self.lowercase}
-
-    @classmethod
-    def load(cls, vocab_path: str | Path, config: dict[str, Any]) -> "SubwordTokenizer":
-        """Returns the tokenizer that `save` wrote and `config` described.
-
-        Raises:
-            InputError: the file is missing or no vocabulary, or the config is another kind's.
-        """
-        vocabulary.check_config(vocab_path, config, "subword", "lowercase")
-        return cls(vocabulary.read_lines(vocab_path), lowercase=config["lowercase"])

@@ -9,21 +9,18 @@ The rule, in this order:
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import tensorflow as tf
 
 from data_pipelines.reserved_ids import PADDING_ID, RESERVED
-from data_pipelines.tokenizers import vocabulary
-from data_pipelines.tokenizers.base import VocabularyTokenizer, lower, piece_table, utf8
+from data_pipelines.tokenizers.base import CasedTokenizer, lower, piece_table, utf8
 
 _SEPARATOR = r"(?i:<\s*/?\s*br\s*/?\s*>)|[\s\p{Z}\p{C}]+"
 _WORD = r"[\p{L}\p{M}\p{N}]"
 _TOKEN = rf"{_WORD}+(?:['\x{{2019}}]{_WORD}+)*|[^\s\p{{L}}\p{{M}}\p{{N}}]"
 
 
-class WordTokenizer(VocabularyTokenizer):
+class WordTokenizer(CasedTokenizer):
     """Splits text into words and symbols, and numbers them: a `Tokenizer`.
 
     Args:
@@ -35,9 +32,10 @@ class WordTokenizer(VocabularyTokenizer):
         InputError: a word is repeated, reserved, empty or holds white space.
     """
 
+    KIND = "word"
+
     def __init__(self, words: Sequence[str] | None, lowercase: bool = True) -> None:
-        super().__init__("word_tokenizer", words)
-        self.lowercase = lowercase
+        super().__init__(words, lowercase)
         self._table = None if words is None else piece_table(words)
 
     def split(self, texts: tf.Tensor) -> tf.RaggedTensor:
@@ -68,17 +66,3 @@ class WordTokenizer(VocabularyTokenizer):
         """
         tokens = (*RESERVED, *self._vocabulary())
         return " ".join(tokens[i] for i in self._checked(ids) if i != PADDING_ID)
-
-    def config(self) -> dict[str, Any]:
-        """Returns what `load` needs besides the vocabulary, as JSON values."""
-        return {"type": "word", "lowercase": self.lowercase}
-
-    @classmethod
-    def load(cls, vocab_path: str | Path, config: dict[str, Any]) -> "WordTokenizer":
-        """Returns the tokenizer that `save` wrote and `config` described.
-
-        Raises:
-            InputError: the file is missing or no vocabulary, or the config is another kind's.
-        """
-        vocabulary.check_config(vocab_path, config, "word", "lowercase")
-        return cls(vocabulary.read_lines(vocab_path), lowercase=config["lowercase"])

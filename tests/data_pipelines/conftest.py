@@ -58,6 +58,17 @@ def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
     return make
 
 
+@pytest.fixture
+def store(make_store: Callable[..., TokenStore]) -> TokenStore:
+    """Returns a store of a few short documents: a, c and b are 6, 5 and 2 times in its text."""
+    documents = {
+        "train": [("a b c", 1), ("", 0), ("b a", 1), ("c c c c", 0), ("a", 1)],
+        "test": [("a z", 0), ("b", 1)],
+        "unsupervised": [("a a a", None)],
+    }
+    return make_store(documents, vocab_size=6, part_examples=2)
+
+
 @pytest.fixture(scope="session")
 def write_store() -> Callable[..., TokenStore]:
     """Returns write_store(folder, documents, shards, vocab_size): documents are lists of ids.

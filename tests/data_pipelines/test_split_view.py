@@ -14,17 +14,6 @@ from data_pipelines.split_view import SplitView
 from data_pipelines.token_store import TokenStore
 
 MakeStore = Callable[..., TokenStore]
-DOCUMENTS = {
-    "train": [("a b c", 1), ("", 0), ("b a", 1), ("c c c c", 0), ("a", 1)],
-    "test": [("a z", 0), ("b", 1)],
-    "unsupervised": [("a a a", None)],
-}
-
-
-@pytest.fixture
-def store(make_store: MakeStore) -> TokenStore:
-    # Counts in train + unsupervised: a 6, c 5, b 2.
-    return make_store(DOCUMENTS, vocab_size=6, part_examples=2)
 
 
 def everything(view: SplitView) -> list[list[int]]:

@@ -133,27 +133,16 @@ def train(case: Case, distributor) -> dict[str, np.ndarray]:
     """Returns the losses and the final weights of one case."""
     import tensorflow as tf
 
+    from tests import loop_settings
     from trainer import loop
     from trainer.distribution.distributor import reduce_inside_step_only
     from trainer.optimizer import make_optimizer
 
     task = make_task(case, distributor)
-    settings = loop.Settings(
-        folder=Path(),
-        steps=STEPS,
-        steps_per_epoch=-(-DOCUMENTS // GLOBAL_BATCH),
-        learning_rate=0.1,
-        learning_rate_decay=0.99,
-        optimizer=case.optimizer,
+    settings = loop_settings.settings(
         clip_norm=0.5,
         accumulate_steps=case.accumulate_steps,
         sparse_reduce=case.sparse_reduce,
-        compress="none",
-        check_divergence=False,
-        log_every_steps=1,
-        checkpoint_every_steps=1,
-        evaluate_every_steps=1,
-        resume=False,
     )
     with distributor.scope():
         optimizer = make_optimizer(case.optimizer, learning_rate=0.1, learning_rate_decay=0.99)

@@ -7,12 +7,12 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL
+from tests.processes import ended
 
 DISTRIBUTOR_FLAGS = {"multi_worker": (), "horovod": ("--distributor=horovod",)}
 
@@ -94,15 +94,8 @@ def job(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    watchdog = threading.Timer(600, process.kill)  # its workers die with it
-    watchdog.start()
-    try:
+    with ended(process, seconds=600):
         yield Job(process)
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def wait_until_gone(pids: Iterator[int], seconds: float = 10.0) -> None:

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launch.elastic import AvailableWorkers
+from tests.processes import ended
 
 REPOSITORY = Path(__file__).parents[2]
 TRAINER = """
@@ -80,15 +80,8 @@ def elastic(folder: Path, *flags: str, code: str = "") -> Iterator[Job]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    watchdog = threading.Timer(120, process.kill)  # its workers die with it
-    watchdog.start()
-    try:
+    with ended(process, seconds=120):
         yield Job(process)
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 FROM_1_TO_3 = ("--min_workers=1", "--max_workers=3")

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
+from tests import loop_settings
 from trainer import checkpoint, loop, safe_files
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import make_distributor
@@ -46,24 +47,16 @@ class Batches:
 
 
 def settings(folder: Path, **changes: Any) -> loop.Settings:
-    values = {
+    usual = {
         "folder": folder,
         "steps": STEPS,
         "steps_per_epoch": STEPS,
-        "learning_rate": 0.1,
         "learning_rate_decay": 0.9,
-        "optimizer": "adam",
-        "clip_norm": 1.0,
-        "accumulate_steps": 1,
-        "sparse_reduce": "dense",
-        "compress": "none",
-        "check_divergence": False,
-        "log_every_steps": 1,
         "checkpoint_every_steps": 2,
         "evaluate_every_steps": 4,
         "resume": True,
     }
-    return loop.Settings(**values | changes)
+    return loop_settings.settings(**usual | changes)
 
 
 def spoilt_loss(value: tf.Tensor, step: tf.Tensor, how: str, at: tuple[int, ...]) -> tf.Tensor:

@@ -1,11 +1,11 @@
 """Do all workers hold the same bytes? Checked by digest, never assumed."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 
+from trainer import bundle
 from trainer.distribution.distributor import Distributor, gather_objects
 
 
@@ -14,13 +14,8 @@ class DivergenceError(RuntimeError):
 
 
 def digests(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Returns the SHA-256 of each array's type, shape and bytes."""
-    return {
-        name: hashlib.sha256(
-            f"{array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes()
-        ).hexdigest()
-        for name, array in arrays.items()
-    }
+    """Returns the SHA-256 of each array's name, type, shape and bytes."""
+    return {name: bundle.digest({name: array}) for name, array in arrays.items()}
 
 
 def check_equal(distributor: Distributor, arrays: Mapping[str, np.ndarray], when: str) -> None:

@@ -1,18 +1,16 @@
 """report.json, and the table that a run ends with."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from trainer.reporting.status import format_seconds
+from trainer.safe_files import replace_text
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
     """Writes `folder`/report.json, beside and renamed."""
-    beside = folder / "report.json.new"
-    beside.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(beside, folder / "report.json")
+    replace_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
 def comparison_table(report: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.safe_files import replace_text
+
 
 def format_seconds(seconds: float) -> str:
     """Returns "47s", "3m05s" or "2h07m"."""
@@ -30,9 +32,7 @@ class Metrics:
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-            beside = self._path.with_name(self._path.name + ".new")
-            beside.write_text("".join(kept))
-            beside.replace(self._path)
+            replace_text(self._path, "".join(kept))
 
     def write(self, step: int, **values: Any) -> None:
         """Appends one line."""

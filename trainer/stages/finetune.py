@@ -136,8 +136,9 @@ def warm_start(
         states.apply(classifier.reader, received.state("learned"))
         held |= {f"reader/{name}": value for name, value in bundle.values(variables).items()}
         held |= _state_values("reader/initial_state", classifier.reader)
-    check_equal(run.distributor, held, "after the broadcast")
     digests = gather_objects(run.distributor, bundle.digest(held))
+    if len(set(digests)) > 1:
+        check_equal(run.distributor, held, "after the broadcast")  # raises, and says what differs
     size_bytes = sum(array.nbytes for array in received.tensors.values())
     seconds = time.perf_counter() - began
     run.log(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.batch_plan import BatchPlan, PackedPlan
 from data_pipelines.split_view import SplitView
 from trainer import bundle, loop, seeds, states
 from trainer.config import Config
@@ -28,7 +29,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     """
     config = run.config
     splits = [name for name in PRETRAINING_SPLITS if name in run.store.splits]
-    view, plan = run.pretraining(*splits)
+    view, plan = rows_and_order(run, *splits)
     with run.distributor.scope():
         model = SequenceAutoencoder(
             make_encoder(config, run.store.vocab_size, config.pretrain_embedding_scale),
@@ -80,6 +81,20 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
 def corpus(run: Run, *splits: str) -> SplitView:
     """Returns the text of `splits`, in pieces of at most --pretrain_max_tokens."""
     return run.store.split(*splits).pieces(run.config.pretrain_max_tokens)
+
+
+def rows_and_order(run: Run, *splits: str) -> tuple[SplitView, BatchPlan | PackedPlan]:
+    """Returns the text of `splits` in rows of at most --pretrain_max_tokens, and its order."""
+    config = run.config
+    max_tokens, batch_size = config.pretrain_max_tokens, config.pretrain_batch_size
+    if config.pretrain_packing == "concat":
+        view = run.store.split(*splits)
+        return view, PackedPlan(
+            view, max_tokens=max_tokens, global_batch=batch_size, seed=config.seed
+        )
+    view = corpus(run, *splits)
+    tokens_per_batch = config.pretrain_tokens_per_batch
+    return view, run.plan(view, batch_size, max_tokens, tokens_per_batch=tokens_per_batch)
 
 
 def make_encoder(config: Config, vocab_size: int, embedding_scale: float = 0.05) -> Encoder:

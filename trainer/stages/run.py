@@ -37,35 +37,25 @@ class Run:
         return is_chief(self.distributor)
 
     def plan(
-        self, view: SplitView, batch_size: int, max_tokens: int, shuffle: bool = True
+        self,
+        view: SplitView,
+        batch_size: int,
+        max_tokens: int,
+        shuffle: bool = True,
+        tokens_per_batch: int = 0,
     ) -> BatchPlan:
-        """Returns the order in which `view` is read, from the run's seed."""
+        """Returns the order in which `view` is read, from the run's seed.
+
+        Args:
+          tokens_per_batch: in place of `batch_size`, unless it is 0.
+        """
         return BatchPlan(
             view,
             max_tokens=max_tokens,
-            global_batch=batch_size,
+            global_batch=None if tokens_per_batch else batch_size,
+            tokens_per_batch=tokens_per_batch or None,
             seed=self.config.seed,
             shuffle=shuffle,
-        )
-
-    def pretraining(self, *splits: str) -> tuple[SplitView, BatchPlan | PackedPlan]:
-        """Returns the text of `splits` in rows of at most --pretrain_max_tokens, and its order."""
-        config, view = self.config, self.store.split(*splits)
-        if config.pretrain_packing == "concat":
-            return view, PackedPlan(
-                view,
-                max_tokens=config.pretrain_max_tokens,
-                global_batch=config.pretrain_batch_size,
-                seed=config.seed,
-            )
-        view = view.pieces(config.pretrain_max_tokens)
-        if not config.pretrain_tokens_per_batch:
-            return view, self.plan(view, config.pretrain_batch_size, config.pretrain_max_tokens)
-        return view, BatchPlan(
-            view,
-            max_tokens=config.pretrain_max_tokens,
-            tokens_per_batch=config.pretrain_tokens_per_batch,
-            seed=config.seed,
         )
 
     def batches(self, view: SplitView, plan: BatchPlan | PackedPlan) -> "Batches":
