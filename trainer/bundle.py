@@ -19,7 +19,7 @@ import keras
 import numpy as np
 
 from data_pipelines.errors import InputError
-from trainer.models.classifier import Classifier
+from trainer.models.classifier import POOLINGS, Classifier
 from trainer.models.encoder import Encoder
 from trainer.safe_files import (
     DamagedError,
@@ -33,7 +33,7 @@ from trainer.safe_files import (
 )
 from trainer.states import LearnedState
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STATES = ("learned", "mean")
 MAX_VOCAB_BYTES = 1 << 30
 # What a bundle says of its model, by its name.
@@ -196,6 +196,8 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
             return f"the model's {size!r} is {model.get(size)!r:.99}"
     if name == "classifier" and type(model.get("reads_first")) is not bool:
         return f"the model's 'reads_first' is {model.get('reads_first')!r:.99}"
+    if name == "classifier" and model.get("pooling") not in (*POOLINGS,):
+        return f"the model's 'pooling' is {model.get('pooling')!r:.99}"
     if name == "classifier" and not 0 < info["max_tokens"] < 2**31:
         return f"'max_tokens' is {info['max_tokens']}"
     return None
@@ -236,7 +238,8 @@ def _check_model(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], wh
     ]
     if "hidden_units" in model:
         outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
-        needed.append(("hidden/kernel", units * model["hidden_units"]))
+        pooled = POOLINGS[model["pooling"]] * units
+        needed.append(("hidden/kernel", pooled * model["hidden_units"]))
         needed.append(("output/kernel", model["hidden_units"] * outputs))
     for name, size in needed:
         found = tensors[name].size if name in tensors else 0

@@ -17,6 +17,7 @@ STAGES = ("all", "pretrain", "finetune", "evaluate")
 DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker", "horovod")
 OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
+POOLINGS = ("last", "concat")
 
 
 def _flag(
@@ -127,6 +128,9 @@ class Config:
                               "weights come from.", choices=("encoder", "random"))
     initial_state: str = _flag("Fine-tuning", "learned", "What state the LSTM starts from; "
                                "all but zero come from the encoder.", choices=INITIAL_STATES)
+    pooling: str = _flag("Fine-tuning", "last", "Of the LSTM's outputs, what the classifier's head "
+                         "reads: the last; or the last, the mean and the maximum over time.",
+                         choices=POOLINGS)
     finetune_documents: int = _flag("Fine-tuning", 0, "Labelled documents to train on, chosen by "
                                     "the seed; 0 = all of the train split.", at_least=0)
     finetune_steps: int = _flag("Fine-tuning", 1_000, "Steps.", at_least=1)
@@ -141,7 +145,7 @@ class Config:
                                 "that come from the encoder.", above=0)
     encoder_frozen_steps: int = _flag("Fine-tuning", 0, "First steps in which the weights that "
                                       "come from the encoder are not trained.", at_least=0)
-    finetune_dropout: float = _flag("Fine-tuning", 0.3, "Of embeddings and of the last output.",
+    finetune_dropout: float = _flag("Fine-tuning", 0.3, "Of embeddings and of what the head reads.",
                                     at_least=0, below=1)
     finetune_evaluate_every_steps: int = _flag("Fine-tuning", 250, "Steps between evaluations; "
                                                "the best weights are kept.", at_least=1)

@@ -61,7 +61,7 @@ def test_saving_again_replaces_it(saved: Path, vocab: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"format_version": 1}, "version 1; this program reads warmstate-encoder version 2"),
+        ({"format_version": 1}, "version 1; this program reads warmstate-encoder version 3"),
         ({"format": "other"}, "'other'"),
         ({"model": {"vocab_size": 4, "embedding_dim": 2}}, "'units' is None"),
         ({"model": {"vocab_size": 4, "embedding_dim": 2, "units": True}}, "'units' is True"),

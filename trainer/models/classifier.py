@@ -1,13 +1,17 @@
 """The supervised LSTM: the encoder, a small ReLU layer, one logit a class (one for two classes).
 
 The head is that of Miyato et al. 2017, section 4.1: 30 ReLU units between the LSTM's last output
-and the logit.
+and the logit. With pooling "concat" it reads the mean and the maximum of all outputs beside the
+last one (Howard & Ruder 2018, section 3.3).
 """
 
 import keras
 import tensorflow as tf
 
 from trainer.models.encoder import Encoder, dropout, token_mask
+
+# What the head reads, and how many vectors of the LSTM's size that is.
+POOLINGS = {"last": 1, "concat": 3}
 
 
 class Classifier(keras.layers.Layer):
@@ -17,6 +21,8 @@ class Classifier(keras.layers.Layer):
       encoder: the LSTM that is trained.
       reader: None, or a frozen encoder that reads the document first; the trained LSTM then
         starts from the state in which it ended (`--initial_state=encode`).
+      pooling: what the head reads: "last", the last output; or "concat", the last output and the
+        mean and the maximum of all.
     """
 
     def __init__(
@@ -25,11 +31,13 @@ class Classifier(keras.layers.Layer):
         num_classes: int,
         hidden_units: int = 30,
         reader: Encoder | None = None,
+        pooling: str = "last",
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.encoder = encoder
         self.reader = reader
+        self.pooling = pooling
         self.num_classes = num_classes
         seed = encoder.seed
         self.hidden = keras.layers.Dense(
@@ -49,7 +57,7 @@ class Classifier(keras.layers.Layer):
         for encoder in (self.encoder, self.reader):
             if encoder is not None and not encoder.built:
                 encoder.build()
-        self.hidden.build((None, self.encoder.units))
+        self.hidden.build((None, POOLINGS[self.pooling] * self.encoder.units))
         self.output_layer.build((None, self.hidden.units))
         if self.reader is not None:
             self.reader.trainable = False
@@ -70,7 +78,7 @@ class Classifier(keras.layers.Layer):
           tokens: int32 [batch, time], right-padded.
           lengths: int32 [batch].
           training: whether a gradient will be taken.
-          dropout_rate: of the embeddings and of the LSTM's last output.
+          dropout_rate: of the embeddings and of what the head reads.
           embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
         """
         mask = token_mask(tokens, lengths)
@@ -79,8 +87,25 @@ class Classifier(keras.layers.Layer):
             _, h, c = self.reader(tokens, lengths)
             state = [tf.stop_gradient(h), tf.stop_gradient(c)]
         embedded = dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)
-        _, h, _ = self.encoder.read(embedded, mask, state, training)
-        return self.output_layer(self.hidden(dropout(h, dropout_rate, output_seed)))
+        outputs, h, _ = self.encoder.read(embedded, mask, state, training)
+        pooled = h if self.pooling == "last" else last_mean_maximum(outputs, h, mask)
+        return self.output_layer(self.hidden(dropout(pooled, dropout_rate, output_seed)))
+
+
+def last_mean_maximum(outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """Returns the last output and the mean and maximum of all, side by side: [batch, 3 * units].
+
+    Args:
+      outputs: [batch, time, units].
+      last: [batch, units].
+      mask: bool [batch, time], True at least once in each row; where it is False, outputs count
+        nothing.
+    """
+    counted = mask[:, :, None]
+    total = tf.reduce_sum(tf.where(counted, outputs, tf.zeros_like(outputs)), axis=1)
+    count = tf.reduce_sum(tf.cast(counted, outputs.dtype), axis=1)
+    maximum = tf.reduce_max(tf.where(counted, outputs, outputs.dtype.min), axis=1)
+    return tf.concat([last, total / count, maximum], axis=1)
 
 
 def losses_and_errors(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -32,6 +32,7 @@ def evaluate(run: Run, classifier_folder: Path, split: str) -> dict[str, Any]:
             num_classes=model["num_classes"],
             hidden_units=model["hidden_units"],
             reader=encoders[1] if model["reads_first"] else None,
+            pooling=model["pooling"],
         )
         classifier.build()
     bundle.assign(bundle.classifier_variables(classifier), tensors)

@@ -96,6 +96,7 @@ def make_classifier(run: Run, with_reader: bool) -> Classifier:
             num_classes=run.store.num_classes,
             hidden_units=config.hidden_units,
             reader=make_encoder(config, vocab_size) if with_reader else None,
+            pooling=config.pooling,
         )
         classifier.build()
     return classifier
@@ -200,6 +201,7 @@ def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict
             "hidden_units": classifier.hidden.units,
             "num_classes": classifier.num_classes,
             "reads_first": classifier.reader is not None,
+            "pooling": classifier.pooling,
         },
         "max_tokens": run.config.finetune_max_tokens,
         "tokenizer": run.store.tokenizer_config,

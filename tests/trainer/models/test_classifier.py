@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.models.classifier import Classifier, losses_and_errors
+from trainer import config
+from trainer.models.classifier import POOLINGS, Classifier, losses_and_errors
 from trainer.models.encoder import Encoder
 
 VOCAB_SIZE, DIM, UNITS = 30, 4, 6
@@ -10,21 +11,42 @@ TOKENS = np.array([[5, 9, 2, 0], [7, 7, 8, 2]], np.int32)
 LENGTHS = np.array([3, 4], np.int32)
 
 
-def make(num_classes: int = 2, with_reader: bool = False) -> Classifier:
+def make(num_classes: int = 2, with_reader: bool = False, pooling: str = "last") -> Classifier:
     reader = Encoder(VOCAB_SIZE, DIM, UNITS, seed=9) if with_reader else None
-    classifier = Classifier(Encoder(VOCAB_SIZE, DIM, UNITS, seed=1), num_classes, reader=reader)
+    encoder = Encoder(VOCAB_SIZE, DIM, UNITS, seed=1)
+    classifier = Classifier(encoder, num_classes, reader=reader, pooling=pooling)
     classifier.build()
     return classifier
 
 
-def test_padding_changes_nothing() -> None:
-    classifier = make()
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_padding_changes_nothing(pooling: str) -> None:
+    classifier = make(pooling=pooling)
     expected = classifier.logits(TOKENS, LENGTHS, training=False)
     assert expected.shape == (2, 1)
     wider = np.pad(TOKENS, [(0, 0), (0, 5)])
     np.testing.assert_allclose(
         classifier.logits(wider, LENGTHS, training=False), expected, rtol=1e-6
     )
+
+
+def test_concat_pooling_reads_the_last_the_mean_and_the_maximum_of_the_outputs() -> None:
+    classifier = make(pooling="concat")
+    read = []
+    for row, length in zip(TOKENS, LENGTHS, strict=True):
+        words = row[None, :length]
+        outputs, _, _ = classifier.encoder(words, np.array([length]))
+        one = np.asarray(outputs)[0]
+        read.append(np.concatenate([one[-1], one.mean(0), one.max(0)]))
+    kernel, bias = classifier.hidden.kernel.numpy(), classifier.hidden.bias.numpy()
+    hidden = np.maximum(np.stack(read) @ kernel + bias, 0)
+    expected = hidden @ classifier.output_layer.kernel.numpy()
+    found = classifier.logits(TOKENS, LENGTHS, training=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_every_pooling_has_a_flag() -> None:
+    assert tuple(POOLINGS) == config.POOLINGS
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
