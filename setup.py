@@ -24,6 +24,7 @@ setup(
         "tensorflow-datasets",
     ],
     extras_require={
+        "baselines": ["scikit-learn"],  # benchmarks/baselines.py
         # Needs protobuf < 7 and pyarrow < 26, so an environment of its own: docs/data-preparing.md.
         "beam": ["apache-beam>=2.77,<3"],
         "k8s": ["kubernetes"],  # launch.main --platform=k8s, but for --dry_run
