@@ -62,6 +62,11 @@ class Config:
                               choices=("stop", "skip"))
     max_skipped_steps: int = _flag("Run", 10, "How many steps of a stage --on_nonfinite=skip may "
                                    "leave out before it stops.", at_least=0)
+    preemption_signal: str = _flag("Run", "TERM", "A signal that asks the run to save and stop, "
+                                   "as TERM does.", choices=("TERM", "USR1", "USR2", "INT", "HUP"))
+    grace_seconds: float = _flag("Run", 0.0, "A run that has not stopped so long after such a "
+                                 "signal ends without a checkpoint; 0 = it takes its time.",
+                                 at_least=0)
     stall_seconds: float = _flag("Run", 0.0, "After so long without a step or an evaluation, print "
                                  "every thread's stack and exit with 1; 0 = never. The first step "
                                  "takes longest.", at_least=0)
@@ -187,7 +192,7 @@ FREE_ON_RESUME = {
     "stage", "run_dir", "resume", "log_every_steps", "checkpoint_every_steps", "store", "data_dir",
     "encoder", "classifier", "evaluate_split", "distributor", "collective_timeout_seconds",
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
-    "max_skipped_steps", "stall_seconds",
+    "max_skipped_steps", "stall_seconds", "preemption_signal", "grace_seconds",
 }  # fmt: skip
 
 

@@ -147,11 +147,15 @@ def train(
     start = progress.resume()
     if is_chief(distributor):
         settings.folder.mkdir(parents=True, exist_ok=True)
-        metrics.forget_after(start)
+        metrics.forget_after(start, evaluated=not progress.evaluation_is_due(start))
     train_step = make_train_step(task, optimizer, distributor, settings, batches)
 
     try:
         with StallWatchdog(settings.stall_seconds) as watchdog:
+            if progress.evaluation_is_due(start):  # TERM cut it off
+                if not progress.evaluate(start):
+                    raise Preempted(f"{task.name}: stopped by TERM after step {start}; state saved")
+                progress.save(start)
             for step, batch in enumerate(batches(start, settings.steps), start + 1):
                 began = time.perf_counter()
                 outcome = train_step(batch, tf.constant(float(stop_request.received)))
@@ -161,10 +165,9 @@ def train(
                 if step % settings.log_every_steps == 0 or step == settings.steps:
                     progress.report(step)
                 preempted = float(outcome.stops) > 0
-                if step % settings.evaluate_every_steps == 0 or step == settings.steps:
-                    progress.evaluate(step)
+                if progress.evaluation_is_due(step) and not preempted:
+                    preempted = not progress.evaluate(step)
                     watchdog.beat()
-                    preempted = preempted or any_worker(distributor, stop_request.received)
                 if (
                     step % settings.checkpoint_every_steps == 0
                     or step == settings.steps
@@ -178,12 +181,6 @@ def train(
     finally:
         checkpoints.close()
     return progress.finish()
-
-
-def any_worker(distributor: Distributor, here: bool) -> bool:
-    """Returns whether `here` is true in any process; a collective, outside of a step."""
-    (count,) = distributor.sum_over_processes([np.array([here], np.float32)])
-    return bool(count[0] > 0)
 
 
 class Outcome(NamedTuple):
@@ -319,6 +316,7 @@ class Progress:
             "metrics": {},
             "step": 0,
             "skipped_steps": 0,
+            "evaluated_step": 0,
         }
         self._best: dict[str, np.ndarray] = {}
         self._since_report = {"loss": [], "tokens": 0.0, "seconds": 0.0}
@@ -412,21 +410,36 @@ class Progress:
             f" · {rate:,.0f} tokens/s · ETA {format_seconds(remaining)}"
         )
 
-    def evaluate(self, step: int) -> None:
-        """Evaluates, and remembers the weights if they are the best so far."""
-        values = self._task.evaluate()
+    def evaluation_is_due(self, step: int) -> bool:
+        """Returns whether the state after `step` is to be evaluated, and is not yet."""
+        settings = self._settings
+        due = step > 0 and (step % settings.evaluate_every_steps == 0 or step == settings.steps)
+        return due and self._notes["evaluated_step"] < step
+
+    def evaluate(self, step: int) -> bool:
+        """Evaluates, and remembers the weights if they are the best so far.
+
+        Returns:
+          Whether it came to its end: TERM cuts it off, and a resumed run begins with it.
+        """
+        try:
+            values = self._task.evaluate()
+        except Preempted:
+            return False
+        self._notes["evaluated_step"] = step
         select_by = self._task.select_by
         best = self._notes["metrics"].get(select_by, math.inf)
         better = not select_by or values[select_by] < best
         if better:
             self._notes.update(metrics=values, step=step)
         if not is_chief(self._distributor):
-            return
+            return True
         if better and select_by:
             self._best = bundle.values(self._task.variables)
         self._write_metrics(step, **values)
         marker = " · best so far" if better and select_by else ""
         self._log(f"{self._task.name} step {step} · validation: {describe(values)}{marker}")
+        return True
 
     def save(self, step: int) -> None:
         """Writes a checkpoint, of weights that all workers agree on if that is asked for."""

@@ -108,7 +108,8 @@ def run_stage(config: Config, cluster: Cluster) -> None:
         distributor = distributors.make_distributor(
             config.distributor, cluster, config.collective_timeout_seconds
         )
-        run = Run(config, distributor, store, StopRequest(), log)
+        stop_request = StopRequest(("TERM", config.preemption_signal), config.grace_seconds)
+        run = Run(config, distributor, store, stop_request, log)
         result = stage_report(run)
     except (InputError, Preempted):
         raise

@@ -16,6 +16,7 @@ import tensorflow as tf
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.steps import sum_over_batches
 from trainer.models.encoder import Encoder
+from trainer.preemption import StopRequest
 
 
 class LearnedState(NamedTuple):
@@ -35,11 +36,17 @@ def learned(encoder: Encoder) -> LearnedState:
     return LearnedState(encoder.initial_h.numpy(), encoder.initial_c.numpy())
 
 
-def mean(distributor: Distributor, encoder: Encoder, batches: tf.data.Dataset) -> LearnedState:
+def mean(
+    distributor: Distributor,
+    encoder: Encoder,
+    batches: tf.data.Dataset,
+    stop_request: StopRequest | None = None,
+) -> LearnedState:
     """Returns the encoder's final state, averaged over the documents of `batches`.
 
     Args:
       batches: of `data_pipelines.dataset.make_dataset`; a collective: all processes call it.
+      stop_request: as in `sum_over_batches`.
     """
 
     def sums(batch: dict) -> list[tf.Tensor]:
@@ -51,7 +58,7 @@ def mean(distributor: Distributor, encoder: Encoder, batches: tf.data.Dataset) -
             tf.reduce_sum(weights),
         ]
 
-    h, c, documents = sum_over_batches(distributor, sums, batches)()
+    h, c, documents = sum_over_batches(distributor, sums, batches, stop_request)()
     return LearnedState((h / documents).astype(np.float32), (c / documents).astype(np.float32))
 
 

@@ -78,9 +78,13 @@ class Job:
 
 @contextlib.contextmanager
 def job(
-    distributor: str, folder: Path, *flags: str, launcher_flags: tuple[str, ...] = ()
+    distributor: str,
+    folder: Path,
+    *flags: str,
+    launcher_flags: tuple[str, ...] = (),
+    seconds: float = 600,
 ) -> Iterator[Job]:
-    """Starts two workers; ends them, if they still run, when the block ends or after 10 minutes."""
+    """Starts two workers; ends them, if they still run, when the block ends or after `seconds`."""
     patch = folder / "python"
     patch.mkdir(parents=True)
     (patch / "sitecustomize.py").write_text(HURT_ON_SIGNAL)
@@ -94,7 +98,7 @@ def job(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    with ended(process, seconds=600):
+    with ended(process, seconds):
         yield Job(process)
 
 

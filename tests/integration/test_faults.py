@@ -24,6 +24,7 @@ TERMS = int(os.environ.get("WARMSTATE_FAULT_TERMS", "2"))
 STEPS = 40 + 12 * max(KILLS, TERMS)
 LAST_FAULT = STEPS - 35  # so that the run is not over before the fault
 GRACE_SECONDS = 30.0
+GRACE = (f"--grace_seconds={GRACE_SECONDS}",)
 FLAGS = (
     f"--pretrain_steps={STEPS}",
     f"--finetune_steps={STEPS}",
@@ -99,7 +100,11 @@ def test_a_run_whose_workers_are_killed_ends_with_the_same_bits(
     flags = (*stage_flags[stage], f"--run_dir={folder}")
     left_unfinished = 0
     with job(
-        "multi_worker", tmp_path / "job", *flags, launcher_flags=(f"--max_restarts={KILLS}",)
+        "multi_worker",
+        tmp_path / "job",
+        *flags,
+        launcher_flags=(f"--max_restarts={KILLS}",),
+        seconds=300 + 60 * KILLS,
     ) as running:
         for number, step in enumerate(sorted(draw.sample(range(1, LAST_FAULT), KILLS)), 1):
             wait_for_step(running, stage, step)
@@ -111,10 +116,10 @@ def test_a_run_whose_workers_are_killed_ends_with_the_same_bits(
                 rank = draw.randrange(2)
                 time.sleep(draw.uniform(0, 0.1))
             os.kill(pids[rank], signal.SIGKILL)
-            wait_until_gone([pids[rank]])
+            wait_until_gone([pids[rank]], seconds=60)
             left_unfinished += rank == 0 and unfinished.exists()
             running.wait_for(f"launch: restart {number} of {KILLS}")
-            wait_until_gone(pids.values())
+            wait_until_gone(pids.values(), seconds=60)
         code = running.finish()
     printed = "\n".join(running.lines)
     assert code == 0, printed
@@ -124,6 +129,21 @@ def test_a_run_whose_workers_are_killed_ends_with_the_same_bits(
     assert_same(whole_run(stage), folder)
 
 
+def stop(running: Job, after_seconds: float) -> tuple[str, float]:
+    """Sends TERM to the launcher; returns what both workers said of it, and how long it took."""
+    time.sleep(after_seconds)
+    began = time.monotonic()
+    running.process.terminate()
+    code = running.finish()
+    seconds = time.monotonic() - began
+    printed = "\n".join(running.lines)
+    assert code == 143, printed
+    said = re.findall(r"\[worker \d\] (.*stopped by TERM .*)", printed)
+    assert len(said) == 2 and len(set(said)) == 1, printed  # at the same step
+    assert seconds < GRACE_SECONDS
+    return said[0], seconds
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_run_that_is_stopped_by_term_ends_with_the_same_bits(
     stage_flags: dict, whole_run: Callable[[str], Path], tmp_path: Path, stage: str
@@ -131,24 +151,42 @@ def test_a_run_that_is_stopped_by_term_ends_with_the_same_bits(
     draw = random.Random(f"{stage} {TERMS}")
     folder = tmp_path / "run"
     flags = (*stage_flags[stage], f"--run_dir={folder}")
-    for number, step in enumerate(sorted(draw.sample(range(1, LAST_FAULT), TERMS))):
+    steps = sorted(draw.sample(range(1, LAST_FAULT), TERMS))
+    for number, step in enumerate(steps):
+        in_averaging = stage == "pretrain" and number == TERMS - 1
         if number % 2:
             step = -(-step // 8) * 8  # an evaluation follows
-        with job("multi_worker", tmp_path / f"job{number}", *flags) as running:
-            wait_for_step(running, stage, step)
-            time.sleep(draw.uniform(0, 0.05))
-            began = time.monotonic()
-            running.process.terminate()
-            code = running.finish()
-            seconds = time.monotonic() - began
-        printed = "\n".join(running.lines)
-        assert code == 143, printed
-        stopped = re.search(r"stopped by TERM after step (\d+); state saved", printed)
-        assert stopped, printed
-        print(f"{stage}: TERM after step {step}, stopped after {stopped[1]}, {seconds:.1f} s")
-        assert seconds < GRACE_SECONDS
+        with job("multi_worker", tmp_path / f"job{number}", *flags, launcher_flags=GRACE) as job_:
+            if in_averaging:
+                job_.wait_for("averaging the final state")
+            else:
+                wait_for_step(job_, stage, step)
+            said, seconds = stop(job_, draw.uniform(0, 0.05))
+        where = "the averaging" if in_averaging else f"step {step}"
+        print(f"{stage}: TERM after {where}: {said}; {seconds:.1f} s")
+        wanted = "during an evaluation" if in_averaging else "state saved"
+        assert wanted in said
     train(2, *flags)
     assert_same(whole_run(stage), folder)
+
+
+def test_term_stops_an_evaluation_of_a_bundle(
+    small_store: Path, whole_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    flags = (
+        "--stage=evaluate",
+        f"--store={small_store}",
+        f"--classifier={whole_run('finetune')}/classifier",
+        f"--run_dir={tmp_path}/run",
+        "--evaluate_split=train",
+    )
+    with job("multi_worker", tmp_path / "job", *flags, launcher_flags=GRACE) as running:
+        running.wait_for("evaluate: ")
+        said, _ = stop(running, 0)
+    assert "during an evaluation" in said
+    assert not (tmp_path / "run" / "report.json").exists()
+    train(2, *flags)
+    assert (tmp_path / "run" / "report.json").exists()
 
 
 def test_two_workers_stop_at_the_same_step_that_is_not_finite(

@@ -17,6 +17,7 @@ from tests import loop_settings
 from trainer import checkpoint, loop, safe_files
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import make_distributor
+from trainer.distribution.steps import sum_over_batches
 from trainer.health import NonFiniteError
 from trainer.preemption import Preempted
 
@@ -163,20 +164,47 @@ def test_skip_and_stop_train_alike_while_all_is_finite(one: Any, tmp_path: Path)
         np.testing.assert_allclose(stop[name], skip[name], rtol=1e-6)
 
 
-def test_term_during_an_evaluation_stops_right_after_it(one: Any, tmp_path: Path) -> None:
-    request = SimpleNamespace(received=False)
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_a_run_that_term_stops_in_an_evaluation_begins_with_it(
+    one: Any, tmp_path: Path, step: int
+) -> None:
+    evaluated: list[int] = []
 
     def evaluate() -> dict[str, float]:
-        request.received = True
+        evaluated.append(1)
+        if len(evaluated) in (step // 4, step // 4 + 1):  # the second time, it has been resumed
+            raise Preempted("as `sum_over_batches` does")
         return {"metric": 1.0}
 
-    with pytest.raises(Preempted, match="stopped by TERM after step 4; state saved"):
-        train(one, tmp_path, evaluate=evaluate, stop_request=request)
+    for _ in range(2):
+        with pytest.raises(Preempted, match=f"stopped by TERM after step {step}; state saved"):
+            train(one, tmp_path, evaluate=evaluate)
     whole = train(one, tmp_path / "whole", evaluate=lambda: {"metric": 1.0})
     resumed = train(one, tmp_path, evaluate=lambda: {"metric": 1.0})
-    assert resumed.lines[0] == "pretrain: resumed after step 4"
+    assert resumed.lines[0] == f"pretrain: resumed after step {step}"
+    assert resumed.lines[1].startswith(f"pretrain step {step} · validation")
     for name, value in whole.values.items():
         assert value.tobytes() == resumed.values[name].tobytes()
+    assert without_times(tmp_path / "whole") == without_times(tmp_path)
+
+
+def without_times(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("unix_time", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+def test_term_stops_a_sum_over_batches_in_all_shards(distributor: Any) -> None:
+    request = SimpleNamespace(received=False)
+
+    def sums(rows: dict) -> list[tf.Tensor]:
+        return [tf.reduce_sum(rows["weights"])]
+
+    total = sum_over_batches(distributor, sums, Batches()(0, STEPS), request)
+    assert total() == [STEPS * ROWS]
+    request.received = True
+    with pytest.raises(Preempted):
+        total()
 
 
 @pytest.mark.parametrize("errors", ["stop", "warn"])

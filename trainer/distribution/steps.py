@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distribution.distributor import Distributor
+from trainer.preemption import Preempted, StopRequest
 
 PER_ROW = ("tokens", "lengths", "labels", "weights")
 
@@ -23,6 +24,7 @@ def sum_over_batches(
     distributor: Distributor,
     sums: Callable[[dict[str, tf.Tensor]], Sequence[tf.Tensor]],
     batches: tf.data.Dataset,
+    stop_request: StopRequest | None = None,
 ) -> Callable[[], list[np.ndarray]]:
     """Returns a function that adds up the tensors of `sums` over all shards and batches.
 
@@ -32,18 +34,26 @@ def sum_over_batches(
     Args:
       sums: rows (tokens, lengths, labels, weights) -> tensors to be added up; rows of weight 0
         must count nothing.
+      stop_request: of this process. Where it has come to any, calling the function raises
+        Preempted in all of them, after the same batch.
     """
 
-    def step(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
-        return distributor.all_reduce_sum(sums(local_rows(distributor, batch)))
+    def step(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
+        return distributor.all_reduce_sum([stop, *sums(local_rows(distributor, batch))])
 
-    @tf.function(input_signature=[batches.element_spec])
-    def run(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
-        return distributor.run(step, batch)
+    @tf.function(input_signature=[batches.element_spec, tf.TensorSpec([], tf.float32)])
+    def run(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
+        return distributor.run(step, batch, stop)
 
     def total() -> list[np.ndarray]:
-        # Float64, so that adding up many batches loses nothing.
-        parts = [[tensor.numpy().astype(np.float64) for tensor in run(batch)] for batch in batches]
+        parts = []
+        for batch in batches:
+            asked = stop_request is not None and stop_request.received
+            stops, *summed = run(batch, tf.constant(float(asked)))
+            if stops.numpy() > 0:
+                raise Preempted("stopped by TERM during an evaluation")
+            # Float64, so that adding up many batches loses nothing.
+            parts.append([tensor.numpy().astype(np.float64) for tensor in summed])
         return [np.sum(column, axis=0) for column in zip(*parts, strict=True)]
 
     return total

@@ -27,12 +27,20 @@ class Metrics:
         self._path = path
         self._stage = stage
 
-    def forget_after(self, step: int) -> None:
-        """Drops the lines of this file that a run resumed at `step` is going to write again."""
+    def forget_after(self, step: int, evaluated: bool = True) -> None:
+        """Drops the lines of this file that a run resumed at `step` is going to write again.
+
+        Args:
+          evaluated: whether the state after `step` has been; else its evaluation is dropped too.
+        """
+
+        def stays(line: str) -> bool:
+            at = _step_of(line) if line.endswith("\n") else math.inf
+            return at < step or (at == step and (evaluated or _is_of_training(line)))
+
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-            replace_text(self._path, "".join(kept))
+            replace_text(self._path, "".join(filter(stays, lines)))
 
     def write(self, step: int, **values: Any) -> None:
         """Appends one line."""
@@ -46,6 +54,10 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):  # cut off by a full disk or a kill
         return math.inf
+
+
+def _is_of_training(line: str) -> bool:
+    return not json.loads(line).keys().isdisjoint(("tokens_per_second", "skipped_steps"))
 
 
 def describe(values: Mapping[str, float]) -> str:

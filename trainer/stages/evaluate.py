@@ -36,7 +36,9 @@ def evaluate(run: Run, classifier_folder: Path, split: str) -> dict[str, Any]:
         )
         classifier.build()
     bundle.assign(bundle.classifier_variables(classifier), tensors)
-    documents = run.all_documents(run.store.split(split), BATCH_SIZE, info["max_tokens"])
+    view = run.store.split(split)
+    documents = run.all_documents(view, BATCH_SIZE, info["max_tokens"])
+    run.log(f"evaluate: {classifier_folder} on {len(view):,} documents of {split}")
     return error_and_loss(run, classifier, documents)()
 
 
@@ -51,7 +53,7 @@ def error_and_loss(
         weights = rows["weights"]
         return [tf.reduce_sum(x * weights) for x in (errors, losses, tf.ones_like(losses))]
 
-    total = sum_over_batches(run.distributor, sums, batches)
+    total = sum_over_batches(run.distributor, sums, batches, run.stop_request)
 
     def evaluated() -> dict[str, float]:
         errors, loss, documents = total()

@@ -66,7 +66,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         config.pretrain_batch_size,
         config.pretrain_max_tokens,
     )
-    mean = states.mean(run.distributor, model.encoder, averaged)
+    mean = states.mean(run.distributor, model.encoder, averaged, run.stop_request)
     report = {
         "steps": config.pretrain_steps,
         "seconds": round(result.seconds, 1),
@@ -154,7 +154,7 @@ def perplexity(
     def sums(rows: dict) -> tuple[tf.Tensor, tf.Tensor]:
         return model.loss_sum(rows["tokens"], rows["lengths"], rows["weights"], training=False)
 
-    total = sum_over_batches(run.distributor, sums, batches)
+    total = sum_over_batches(run.distributor, sums, batches, run.stop_request)
 
     def evaluated() -> dict[str, float]:
         loss, tokens = total()

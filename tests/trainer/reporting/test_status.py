@@ -31,3 +31,16 @@ def test_a_resumed_run_writes_its_lines_once(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 0.1), (20, 0.05), (30, 5.0)]
     assert all(line["stage"] == "pretrain" and line["unix_time"] > 0 for line in lines)
+
+
+def test_an_evaluation_that_is_to_be_done_again_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, "pretrain")
+    lines = [(10, {"tokens_per_second": 2.0}), (10, {"perplexity": 3.0})]
+    lines += [(20, {"skipped_steps": 1}), (20, {"tokens_per_second": 2.0}), (20, {"loss": 3.0})]
+    for step, values in lines:
+        metrics.write(step, **values)
+    metrics.forget_after(20, evaluated=True)
+    assert len(path.read_text().splitlines()) == 5
+    metrics.forget_after(20, evaluated=False)
+    assert len(path.read_text().splitlines()) == 4 and "loss" not in path.read_text()
