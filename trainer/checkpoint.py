@@ -12,6 +12,7 @@ together.
 """
 
 import contextlib
+import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -50,6 +51,7 @@ class Checkpointer:
 
     Args:
       keep: how many of the newest checkpoints are kept.
+      keep_best: how many of those with the lowest `value` are kept besides.
       errors: "stop" or "warn": what happens when one cannot be written.
     """
 
@@ -61,6 +63,7 @@ class Checkpointer:
         log: Callable[[str], None],
         keep: int = 2,
         errors: str = "stop",
+        keep_best: int = 0,
     ):
         self._folder = folder
         self._distributor = distributor
@@ -68,11 +71,16 @@ class Checkpointer:
         self._log = log
         self._keep = keep
         self._errors = errors
+        self._keep_best = keep_best
         self._thread: threading.Thread | None = None
         self._error = ""
 
     def save(
-        self, step: int, notes: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None
+        self,
+        step: int,
+        notes: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray] | None = None,
+        value: float | None = None,
     ) -> None:
         """Begins to write the state after `step` steps, once the write before is done.
 
@@ -81,6 +89,7 @@ class Checkpointer:
         Args:
           notes: of the loop; anything that JSON can hold.
           arrays: further tensors to keep beside the variables; not to be changed afterwards.
+          value: how good the state is, lower is better; None where it was not evaluated.
 
         Raises:
           InputError: in every worker, where `errors` is "stop" and the write before failed.
@@ -91,7 +100,7 @@ class Checkpointer:
         # `values` copies: steps that follow change the variables in their place.
         tensors = bundle.values(self._variables) | {f"+{k}": v for k, v in (arrays or {}).items()}
         self._thread = threading.Thread(
-            target=self._write, args=(step, dict(notes), tensors), name=f"checkpoint {step}"
+            target=self._write, args=(step, dict(notes), tensors, value), name=f"checkpoint {step}"
         )
         self._thread.start()
 
@@ -169,7 +178,13 @@ class Checkpointer:
         kept = {k[1:]: v for k, v in tensors.items() if k.startswith("+")}
         return state["step"], state["notes"], kept
 
-    def _write(self, step: int, notes: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    def _write(
+        self,
+        step: int,
+        notes: dict[str, Any],
+        tensors: dict[str, np.ndarray],
+        value: float | None,
+    ) -> None:
         beside = self._folder / "unfinished"
         state = {
             "format": FORMAT,
@@ -178,18 +193,29 @@ class Checkpointer:
             "tensors": specs(tensors),
             "sha256": bundle.digest(tensors),
             "notes": notes,
+            "value": value,
         }
         try:
             files = {"state.safetensors": tensor_bytes(tensors), "state.json": sealed(state)}
             write_folder(beside, self._folder / f"step-{step:08d}", files)
-            for old in self._folders()[: -self._keep]:
-                remove(old)
+            self._remove_old()
         except OSError as error:
             self.report(self._what_to_do(step, error))
             with contextlib.suppress(OSError):  # half a checkpoint is room for other things
                 remove(beside)
         except Exception as error:  # else it would be lost with the thread
             self.report(f"the checkpoint of step {step} was not written: {error!r}")
+
+    def _remove_old(self) -> None:
+        """Removes all but the newest and the best."""
+        folders = self._folders()
+        older = folders[: -self._keep]
+        if self._keep_best:
+            values = {folder: _value_of(folder) for folder in folders}
+            ranked = sorted((f for f in folders if values[f] < math.inf), key=values.get)
+            older = [folder for folder in older if folder not in ranked[: self._keep_best]]
+        for folder in older:
+            remove(folder)
 
     def _what_to_do(self, step: int, error: OSError) -> str:
         kept = []
@@ -271,6 +297,15 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if bundle.digest(tensors) != state["sha256"]:
         raise DamagedError(f"{folder / 'state.safetensors'}: its SHA-256 does not match")
     return state, tensors
+
+
+def _value_of(folder: Path) -> float:
+    """Returns how good a checkpoint says it is, lower is better; infinity where it says nothing."""
+    with contextlib.suppress(DamagedError):
+        value = read_sealed(folder / "state.json").get("value")
+        if type(value) is float and math.isfinite(value):
+            return value
+    return math.inf
 
 
 def _step_of(folder: Path) -> int:

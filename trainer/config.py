@@ -54,6 +54,9 @@ class Config:
     checkpoint_every_steps: int = _flag("Run", 200, "Steps between checkpoints.", at_least=1)
     keep_checkpoints: int = _flag("Run", 2, "How many of the newest checkpoints are kept.",
                                   at_least=1)
+    keep_best: int = _flag("Run", 0, "How many checkpoints are kept besides, of those with the "
+                           "lowest validation error or nats a token; every evaluation is then "
+                           "followed by a checkpoint.", at_least=0)
     checkpoint_errors: str = _flag("Run", "stop", "What happens when a checkpoint cannot be "
                                    "written: the run stops, or warns and trains on without.",
                                    choices=("stop", "warn"))
@@ -193,6 +196,7 @@ FREE_ON_RESUME = {
     "encoder", "classifier", "evaluate_split", "distributor", "collective_timeout_seconds",
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
     "max_skipped_steps", "stall_seconds", "preemption_signal", "grace_seconds",
+    "keep_best",
 }  # fmt: skip
 
 

@@ -51,6 +51,8 @@ class Task:
       rates: learning rates of their own, by name of the variable.
       select_by: the metric, lower is better, whose best weights the stage ends with; "" keeps
         the last ones.
+      ranked_by: the metric, lower is better, by which `keep_best` ranks where there is no
+        `select_by`.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Task:
     evaluate: Callable[[], dict[str, float]]
     rates: Mapping[str, Rate] = field(default_factory=dict)
     select_by: str = ""
+    ranked_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Settings:
     evaluate_every_steps: int
     resume: bool
     keep_checkpoints: int = 2
+    keep_best: int = 0
     checkpoint_errors: str = "stop"
     on_nonfinite: str = "stop"
     max_skipped_steps: int = 10
@@ -138,6 +142,7 @@ def train(
         log,
         settings.keep_checkpoints,
         settings.checkpoint_errors,
+        settings.keep_best,
     )
     metrics = Metrics(settings.folder / "metrics.jsonl", task.name)
     examples = getattr(batches, "examples", lambda step: [])
@@ -165,11 +170,13 @@ def train(
                 if step % settings.log_every_steps == 0 or step == settings.steps:
                     progress.report(step)
                 preempted = float(outcome.stops) > 0
-                if progress.evaluation_is_due(step) and not preempted:
+                evaluates = progress.evaluation_is_due(step) and not preempted
+                if evaluates:
                     preempted = not progress.evaluate(step)
                     watchdog.beat()
                 if (
                     step % settings.checkpoint_every_steps == 0
+                    or (evaluates and settings.keep_best)
                     or step == settings.steps
                     or preempted
                 ):
@@ -319,6 +326,7 @@ class Progress:
             "evaluated_step": 0,
         }
         self._best: dict[str, np.ndarray] = {}
+        self._value = math.inf  # of the last evaluation
         self._since_report = {"loss": [], "tokens": 0.0, "seconds": 0.0}
         self._began = time.perf_counter()
         self._steps_here = 0
@@ -427,6 +435,8 @@ class Progress:
         except Preempted:
             return False
         self._notes["evaluated_step"] = step
+        if self._settings.keep_best:
+            self._value = values[self._task.select_by or self._task.ranked_by]
         select_by = self._task.select_by
         best = self._notes["metrics"].get(select_by, math.inf)
         better = not select_by or values[select_by] < best
@@ -447,7 +457,8 @@ class Progress:
             held = bundle.values(self._task.variables)
             check_equal(self._distributor, held, f"after step {step}")
         notes = {**self._notes, "seconds": self._notes["seconds"] + self._elapsed_here()}
-        self._checkpoints.save(step, notes, self._best)
+        evaluated = self._settings.keep_best and self._notes["evaluated_step"] == step
+        self._checkpoints.save(step, notes, self._best, self._value if evaluated else None)
 
     def finish(self) -> Result:
         """Sets the variables to the best ones, if the task selects; returns the result."""

@@ -70,6 +70,24 @@ def test_as_many_are_kept_as_are_asked_for_in_the_order_of_steps(tmp_path: Path)
     assert setup.checkpoints.restore()[0] == 10**8 + 1
 
 
+def test_the_best_are_kept_besides_the_newest(tmp_path: Path) -> None:
+    values = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: 9.0, 7: None}
+
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    for step, value in values.items():
+        # A new one each time: what is the best survives a restart.
+        setup = Setup(tmp_path, keep=1, keep_best=2)
+        setup.checkpoints.save(step, {}, None, value)
+        assert setup.checkpoints.wait()
+    assert names() == ["step-00000002", "step-00000004", "step-00000007"]
+    (tmp_path / "step-00000002" / "state.json").write_text("{}")
+    setup.save(8, {})  # a damaged one is none of the best
+    assert names() == ["step-00000004", "step-00000008"]
+    assert setup.checkpoints.restore()[0] == 8
+
+
 def test_what_is_written_is_the_state_at_the_call(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,7 @@ def train(
         return loss, tf.reduce_sum(rows["weights"])
 
     lines: list[str] = []
-    task = loop.Task("pretrain", variables, loss_sum, evaluate)
+    task = loop.Task("pretrain", variables, loss_sum, evaluate, ranked_by="metric")
     request = stop_request or SimpleNamespace(received=False)
     loop.train(task, settings(folder, **changes), distributor, Batches(), request, lines.append)
     return SimpleNamespace(
@@ -205,6 +205,16 @@ def test_term_stops_a_sum_over_batches_in_all_shards(distributor: Any) -> None:
     request.received = True
     with pytest.raises(Preempted):
         total()
+
+
+def test_the_best_checkpoints_are_those_of_the_lowest_metric(one: Any, tmp_path: Path) -> None:
+    values = iter([3.0, 1.0, 2.0, 4.0, 9.0])
+    flags = {"evaluate_every_steps": 3, "checkpoint_every_steps": 4, "keep_checkpoints": 1}
+    train(one, tmp_path, evaluate=lambda: {"metric": next(values)}, keep_best=2, **flags)
+    # Evaluated after 3, 6 and 8; a checkpoint after 4 and 8 by their interval.
+    kept = sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["6", "8"]
+    assert state(tmp_path, 6)
 
 
 @pytest.mark.parametrize("errors", ["stop", "warn"])

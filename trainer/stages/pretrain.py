@@ -52,6 +52,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
             variables=autoencoder_variables(model),
             loss_sum=loss_sum(model, config),
             evaluate=perplexity(run, model, validation),
+            ranked_by="nats_per_token",
         ),
         run.settings("pretrain", folder, plan.steps_per_epoch),
         run.distributor,

@@ -99,6 +99,7 @@ class Run:
             evaluate_every_steps=of_stage("evaluate_every_steps"),
             resume=config.resume == "auto",
             keep_checkpoints=config.keep_checkpoints,
+            keep_best=config.keep_best,
             checkpoint_errors=config.checkpoint_errors,
             on_nonfinite=config.on_nonfinite,
             max_skipped_steps=config.max_skipped_steps,
