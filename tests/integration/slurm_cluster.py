@@ -20,7 +20,8 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = "127.0.0.[2-3]"
 _START_SECONDS = 60.0
-# A job that is requeued waits until its old credential has expired (slurm.conf(5): 120 seconds).
+# A job that is requeued waits until its old credential has expired (slurm.conf(5): 120 seconds), and
+# then for the scheduler (every 30 or 60 seconds).
 _CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -41,6 +42,7 @@ ReturnToService=2
 SwitchType=switch/none
 MpiDefault=none
 JobRequeue=1
+SchedulerParameters=bf_interval=1,sched_interval=1
 KillWait={kill_wait_seconds}
 NodeName=127.0.0.2 NodeHostname={host} NodeAddr=127.0.0.2 Port={ports[1]} CPUs=1 RealMemory=2000
 NodeName=127.0.0.3 NodeHostname={host} NodeAddr=127.0.0.3 Port={ports[2]} CPUs=1 RealMemory=2000

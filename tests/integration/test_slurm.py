@@ -16,7 +16,7 @@ from tests.integration.slurm_cluster import show_job, slurm, slurm_cluster, wait
 from trainer.distribution.node_list import expand_hosts
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no SLURM: {why_not()}")
-STEPS = 100
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,9 @@ def test_a_job_that_is_requeued_ends_with_the_same_bits(
     print(printed)
     assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), printed
     assert shown["Restarts"] == "3"
-    assert printed.count("; state saved") == 2
+    for rank in range(2):
+        log = (tmp_path / "slurm-logs" / f"{job}-worker-{rank}.log").read_text()
+        assert log.count("; state saved") == 2, printed
     assert "workers were told to stop, and have saved: back into the queue" in printed
     assert "workers ended with code 137, 2 of 3 restarts: back into the queue" in printed
     train(2, *flags, f"--run_dir={tmp_path}/whole")
