@@ -43,7 +43,7 @@ from data_pipelines.prepare_parts import (
     write_vocabulary,
 )
 from data_pipelines.prepare_runners import Progress, WorkerDiedError, run_here, runner_for
-from data_pipelines.sources import Source, open_source
+from data_pipelines.sources import Source, class_names, open_source
 from data_pipelines.sources.combined import open_combined
 from data_pipelines.store_writer import finish_store
 from data_pipelines.token_store import TokenStore, token_dtype
@@ -392,6 +392,7 @@ class _Build:
             "source": source.name,
             "note": source.note,
             "num_classes": source.num_classes,
+            "class_names": class_names(source),
             **facts,
             "prepare_config": self._config.content(),
         }

@@ -94,6 +94,11 @@ class TokenStore:
         return self.manifest["num_classes"]
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The labels' names; their numbers in a store that was made without names."""
+        return tuple(self.manifest.get("class_names", map(str, range(self.num_classes))))
+
+    @property
     def note(self) -> str:
         """One line about where the splits come from; may be empty."""
         return self.manifest["note"]
@@ -289,7 +294,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         _typed(manifest, key, str)
     for key in ("tokenizer", "prepare_config"):
         _typed(manifest, key, dict)
-    _count(manifest, "num_classes")
+    _check_class_names(manifest.get("class_names"), _count(manifest, "num_classes"))
     if not len(RESERVED) <= _count(manifest, "vocab_size") < 2**31:
         raise ValueError(f"vocab_size {manifest['vocab_size']}")
     dtype = token_dtype(manifest["vocab_size"])
@@ -307,6 +312,15 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         for count in ("examples", "tokens"):
             if _count(entry, count) != sum(shard[count] for shard in shards):
                 raise ValueError(f"split {split}: its shards do not add up to its {count}")
+
+
+def _check_class_names(names: Any, count: int) -> None:
+    if names is None:  # a store made before there were names
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names is no list of names")
+    if len(names) != count:
+        raise ValueError(f"{len(names)} class_names for {count} classes")
 
 
 def _check_shard(shard: Any, name: str, dtype: np.dtype) -> None:

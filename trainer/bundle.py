@@ -71,6 +71,23 @@ def encoder_variables(encoder: Encoder) -> dict[str, keras.Variable]:
     }
 
 
+def new_classifier(model: Mapping[str, Any]) -> Classifier:
+    """Returns a built classifier of the sizes that a bundle's "model" says; `assign` comes next."""
+    encoders = [
+        Encoder(model["vocab_size"], model["embedding_dim"], model["units"], seed=0)
+        for _ in range(1 + model["reads_first"])
+    ]
+    classifier = Classifier(
+        encoders[0],
+        num_classes=model["num_classes"],
+        hidden_units=model["hidden_units"],
+        reader=encoders[1] if model["reads_first"] else None,
+        pooling=model["pooling"],
+    )
+    classifier.build()
+    return classifier
+
+
 def classifier_variables(classifier: Classifier) -> dict[str, keras.Variable]:
     """Returns the classifier's weights under their names in a bundle."""
     variables = encoder_variables(classifier.encoder)

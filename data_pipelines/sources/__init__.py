@@ -60,6 +60,7 @@ class Source(Protocol):
         note: one line about where the splits come from; may be empty.
         num_classes: labels are 0 .. num_classes - 1; 0 where the source has no labels.
         splits: those of `SPLITS` that it has.
+        class_names: of the labels, in their order; a source that only knows numbers has none.
     """
 
     name: str
@@ -82,6 +83,12 @@ class Source(Protocol):
             InputError: a file is damaged in a way that hides how many documents are lost.
         """
         ...
+
+
+def class_names(source: Source) -> list[str]:
+    """Returns a name for each of the source's labels: its number if the source knows no other."""
+    names = getattr(source, "class_names", ())
+    return list(names) or [str(label) for label in range(source.num_classes)]
 
 
 @dataclasses.dataclass(frozen=True)

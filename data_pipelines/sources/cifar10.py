@@ -19,7 +19,11 @@ FILES = {
     "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
     "test": ("test_batch.bin",),
 }
-NUM_CLASSES = 10
+CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+NUM_CLASSES = len(CLASSES)
 SIDE = 32
 RECORD_BYTES = 1 + 3 * SIDE * SIDE
 LEVELS = 16
@@ -39,6 +43,7 @@ class Cifar10:
     """
 
     num_classes = NUM_CLASSES
+    class_names = CLASSES
     splits = ("train", "validation", "test")
 
     def __init__(self, path: str) -> None:

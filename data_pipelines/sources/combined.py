@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from data_pipelines.errors import InputError
-from data_pipelines.sources import BadExample, Example, Source, open_source
+from data_pipelines.sources import BadExample, Example, Source, class_names, open_source
 
 TRAINING = ("train", "unsupervised")
 LABELLED = ("train", "validation", "test")
@@ -37,6 +37,7 @@ class Combined:
             raise InputError("\n".join(faults))
         self.name = f"{unlabelled.name} + {labelled.name}"
         self.num_classes = labelled.num_classes
+        self.class_names = tuple(class_names(labelled))
         self.splits = (*(s for s in LABELLED if s in labelled.splits), "unsupervised")
         read = " and ".join(s for s in TRAINING if s in unlabelled.splits)
         self.note = (

@@ -22,7 +22,12 @@ from data_pipelines.sources.text import TOO_LONG, decode, text_fault
 
 TAR_PART = "archive"
 PERCENTS = {"train": 90, "validation": 10}
-NUM_CLASSES = 14
+CLASSES = (
+    *("Company", "EducationalInstitution", "Artist", "Athlete", "OfficeHolder"),
+    *("MeanOfTransportation", "Building", "NaturalPlace", "Village", "Animal", "Plant"),
+    *("Album", "Film", "WrittenWork"),
+)
+NUM_CLASSES = len(CLASSES)
 PATTERNS = {"train": r"(?:^|/)train\.csv$", "test": r"(?:^|/)test\.csv$"}
 
 
@@ -40,6 +45,7 @@ class Dbpedia:
     """
 
     num_classes = NUM_CLASSES
+    class_names = CLASSES
     splits = ("train", "validation", "test")
 
     def __init__(self, path: str) -> None:

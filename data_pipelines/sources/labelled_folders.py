@@ -98,6 +98,7 @@ class LabelledFolders:
         self._layout = LAYOUTS[kind]
         self.note = f"{self.name}: {self._layout.note}"
         self.num_classes = len(self._layout.labels)
+        self.class_names = self._layout.labels
         self.splits = ("train", "validation", "test")
         if self._layout.unlabelled:
             self.splits += ("unsupervised",)

@@ -41,6 +41,7 @@ class MovieReviews:
     """
 
     num_classes = 2
+    class_names = ("neg", "pos")
     splits = ("train", "validation", "test")
 
     def __init__(self, subset: str = "imdb") -> None:

@@ -26,6 +26,7 @@ class RtPolarity:
     """
 
     num_classes = 2
+    class_names = ("neg", "pos")
     splits = tuple(PERCENTS)
 
     def __init__(self, path: str) -> None:

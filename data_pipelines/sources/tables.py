@@ -76,6 +76,7 @@ class Table:
         self._classes: dict[str, int] = {}
         self._ranges = self._scan(origins, part_bytes)
         self.num_classes = len(self._classes)
+        self.class_names = tuple(self._classes)
         self.note = f"{self.name}: {describe(layout)}; {self._describe_labels()}"
 
     def _describe_labels(self) -> str:

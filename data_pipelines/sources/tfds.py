@@ -49,6 +49,7 @@ class TfdsText:
         self._check_files()
         features = _read_json(os.path.join(self._folder, "features.json"))
         self._text_key, self._label_key, self.num_classes = _choose_features(features, options)
+        self.class_names = _class_names(self._folder, self._label_key, self.num_classes)
         self._draws_validation = "validation" not in self._shards
         if not {"train", "unsupervised"} & set(self._shards):
             raise InputError(f"{self._folder} has no split train or unsupervised")
@@ -253,6 +254,16 @@ def _choose_features(description: dict[str, Any], options: SourceOptions) -> tup
     if faults:
         raise InputError("\n".join(faults))
     return chosen[0], chosen[1], classes.get(chosen[1], 0)
+
+
+def _class_names(folder: str, label_key: str, count: int) -> tuple[str, ...]:
+    """Returns what LABEL.labels.txt names; the numbers where that file is not there."""
+    path = os.path.join(folder, f"{label_key}.labels.txt")
+    names: list[str] = []
+    if label_key and files.is_file(path):
+        with files.open_binary(path) as file:
+            names = file.read().decode("utf-8", "replace").splitlines()
+    return tuple(names) if len(names) == count else tuple(map(str, range(count)))
 
 
 def _is_text(feature: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ MakeStore = Callable[..., TokenStore]
 def test_properties(store: TokenStore) -> None:
     assert store.splits == ("train", "test", "unsupervised")
     assert (store.vocab_size, store.num_classes, store.note) == (6, 2, "made by a test")
+    assert store.class_names == ("0", "1")  # it was made without names
     assert store.vocab_path.read_text() == "<pad>\n<unk>\n<eos>\na\nc\nb\n"
     assert store.tokenizer_config == {"type": "word", "lowercase": True}
     assert store.manifest["splits"]["train"]["examples"] == 5
@@ -180,6 +181,9 @@ def test_verify_names_every_damaged_file(store: TokenStore) -> None:
         (["splits", "../other"], {"examples": 0, "tokens": 0, "shards": []}),
         (["vocab_file"], "vocab.txt"),
         (["num_classes"], 2.5),
+        (["class_names"], "neg, pos"),
+        (["class_names"], ["neg", 1]),
+        (["class_names"], ["neg", "pos", "so-so"]),
     ],
 )
 def test_damaged_manifest_is_named(store: TokenStore, path: list, value: object) -> None:

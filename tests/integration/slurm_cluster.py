@@ -20,8 +20,8 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = "127.0.0.[2-3]"
 _START_SECONDS = 60.0
-# A job that is requeued waits until its old credential has expired (slurm.conf(5): 120 seconds), and
-# then for the scheduler (every 30 or 60 seconds).
+# A job that is requeued waits until its old credential has expired (slurm.conf(5): 120
+# seconds), and then for the scheduler (every 30 or 60 seconds).
 _CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)

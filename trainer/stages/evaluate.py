@@ -10,7 +10,6 @@ from trainer import bundle
 from trainer.distribution.distributor import broadcast_arrays, gather_objects
 from trainer.distribution.steps import sum_over_batches
 from trainer.models.classifier import Classifier, losses_and_errors
-from trainer.models.encoder import Encoder
 from trainer.stages.run import Run
 
 BATCH_SIZE = 64
@@ -21,20 +20,8 @@ def evaluate(run: Run, classifier_folder: Path, split: str) -> dict[str, Any]:
     loaded = bundle.load(classifier_folder, "classifier", "--classifier") if run.is_chief else None
     info = gather_objects(run.distributor, loaded and loaded.info)[0]
     tensors = broadcast_arrays(run.distributor, loaded and loaded.tensors)
-    model = info["model"]
     with run.distributor.scope():
-        encoders = [
-            Encoder(model["vocab_size"], model["embedding_dim"], model["units"], seed=0)
-            for _ in range(1 + model["reads_first"])
-        ]
-        classifier = Classifier(
-            encoders[0],
-            num_classes=model["num_classes"],
-            hidden_units=model["hidden_units"],
-            reader=encoders[1] if model["reads_first"] else None,
-            pooling=model["pooling"],
-        )
-        classifier.build()
+        classifier = bundle.new_classifier(info["model"])
     bundle.assign(bundle.classifier_variables(classifier), tensors)
     view = run.store.split(split)
     documents = run.all_documents(view, BATCH_SIZE, info["max_tokens"])

@@ -206,6 +206,7 @@ def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict
         "max_tokens": run.config.finetune_max_tokens,
         "tokenizer": run.store.tokenizer_config,
         "vocab_sha256": run.store.vocab_sha256,
+        "class_names": list(run.store.class_names),
         "report": report,
         "config": dataclasses.asdict(run.config),
         "tensorflow_version": tf.__version__,

@@ -33,6 +33,7 @@ def test_folder_and_archive(folder: Path, tmp_path: Path, read: Callable) -> Non
     assert {split: read(archive, split) for split in source.splits} == found
     assert len(found["train"]) + len(found["validation"]) == 150 and found["validation"]
     assert len(found["test"]) == 30 and source.num_classes == 10
+    assert len(source.class_names) == 10
     assert {e.label for e in found["train"]} == set(range(10))
     assert "the paper reads rows of real numbers" in source.note
 

@@ -23,6 +23,7 @@ def test_labelled_splits_and_all_unlabelled_training_text(files: None, read: Cal
     source = open_combined(unlabelled, "csv:l.csv", unlabelled_text_key="body", label_key="stars")
     labelled = open_source("csv:l.csv", label_key="stars")
     assert source.splits == ("train", "validation", "test", "unsupervised")
+    assert source.class_names == ("0", "1")
     assert source.num_classes == 2 and source.name == f"{unlabelled} + csv:l.csv"
     for split in labelled.splits:
         assert read(source, split) == read(labelled, split)

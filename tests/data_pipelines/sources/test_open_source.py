@@ -1,11 +1,12 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data_pipelines.errors import InputError
-from data_pipelines.sources import SPECS, open_source
+from data_pipelines.sources import SPECS, class_names, open_source
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,8 @@ def test_keys_that_a_source_has_no_use_for_are_refused(spec: str) -> None:
         f"--source={spec}: has no use for --text_key=body",
         f"--source={spec}: has no use for --id_key=n",
     ]
+
+
+def test_labels_have_names() -> None:
+    assert class_names(open_source("movie_reviews")) == ["neg", "pos"]
+    assert class_names(SimpleNamespace(num_classes=3)) == ["0", "1", "2"]

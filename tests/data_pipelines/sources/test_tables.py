@@ -141,6 +141,7 @@ def test_classes_without_labelled_training_files_are_those_of_the_test_files(
     test = write(tmp_path / "b.csv", b"text,label\nz,no\nw,yes\n")
     source = open_source(f"csv:unsupervised={more},test={test}")
     assert [e.label for e in read(source, "test")] == [0, 1] and source.num_classes == 2
+    assert source.class_names == ("no", "yes")
     assert [e.label for s in source.splits for e in read(source, s)].count(None) == 1
 
 

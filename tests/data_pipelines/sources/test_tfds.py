@@ -94,7 +94,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_splits_labels_and_dirty_text(prepared: Path, read: Callable, name: str) -> None:
     source = open_source(f"tfds:{name}", str(prepared))
     assert source.splits == ("train", "validation", "test", "unsupervised")
-    assert source.num_classes == 3
+    assert source.num_classes == 3 and source.class_names == ("neg", "pos", "mixed")
     assert "validation is 15 %" in source.note and "not read: extra" in source.note
     found = {split: read(source, split) for split in source.splits}
     train = found["train"] + found["validation"]

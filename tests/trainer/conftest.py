@@ -1,0 +1,60 @@
+"""Classifier bundles for the tests of what uses them; weights are random, words are real."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.token_store import TokenStore
+from trainer import bundle
+from trainer.models.classifier import Classifier
+from trainer.models.encoder import Encoder
+
+
+@pytest.fixture(scope="session")
+def make_classifier_bundle(
+    small_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Returns make(class_names, reads_first, max_tokens): the folder of a new classifier bundle."""
+    store = TokenStore(small_store)
+
+    def make(
+        class_names: tuple[str, ...] = ("neg", "pos"),
+        reads_first: bool = False,
+        max_tokens: int = 60,
+    ) -> Path:
+        encoders = [Encoder(store.vocab_size, 8, 12, seed=seed) for seed in range(1 + reads_first)]
+        classifier = Classifier(
+            encoders[0], len(class_names), reader=encoders[1] if reads_first else None
+        )
+        classifier.build()
+        random = np.random.default_rng(7)
+        variables = bundle.classifier_variables(classifier)
+        for variable in variables.values():  # large, so that texts differ clearly
+            variable.assign(random.normal(0, 0.7, variable.shape))
+        info = {
+            "model": {
+                "vocab_size": store.vocab_size,
+                "embedding_dim": 8,
+                "units": 12,
+                "hidden_units": 30,
+                "num_classes": len(class_names),
+                "reads_first": reads_first,
+            },
+            "max_tokens": max_tokens,
+            "tokenizer": store.tokenizer_config,
+            "vocab_sha256": store.vocab_sha256,
+            "class_names": list(class_names),
+        }
+        folder = tmp_path_factory.mktemp("bundles") / "classifier"
+        bundle.save(folder, "classifier", bundle.values(variables), info, store.vocab_path)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def classifier_bundle(make_classifier_bundle: Callable[..., Path]) -> Path:
+    """Returns the folder of a classifier bundle of the classes neg and pos."""
+    return make_classifier_bundle()

@@ -1,0 +1,133 @@
+"""A classifier bundle, ready to use: raw text in, probabilities out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from data_pipelines.errors import InputError
+from data_pipelines.tokenizers import Tokenizer, load_tokenizer
+from trainer import bundle
+from trainer.models.classifier import Classifier
+
+
+class TextClassifier(tf.Module):
+    """A classifier with the tokenizer that it was trained with, all of it in-graph.
+
+    Attributes:
+      classifier: its initial state (h, c) is among its weights.
+      tokenizer: of the text that it was trained on.
+      class_names: by class.
+      max_tokens: a document's last tokens that are read.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        tokenizer: Tokenizer,
+        class_names: Sequence[str],
+        max_tokens: int,
+    ):
+        super().__init__(name="text_classifier")
+        self.classifier = classifier
+        self.tokenizer = tokenizer
+        self.class_names = tuple(class_names)
+        self.max_tokens = max_tokens
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    def token_ids(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """Returns what the classifier reads: ragged int32 [texts, (at most max_tokens)]."""
+        return self.tokenizer.encode(texts)[:, -self.max_tokens :]
+
+    @tf.function(
+        input_signature=[tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)],
+        autograph=False,
+    )
+    def of_tokens(self, tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+        """Returns the probability of each class: float32 [batch, classes].
+
+        Args:
+          tokens: int32 [batch, time], right-padded.
+          lengths: int32 [batch].
+        """
+        logits = self.classifier.logits(tokens, lengths, training=False)
+        if logits.shape[-1] == 1:  # a logit's negative is the other class's
+            return tf.sigmoid(tf.concat([-logits, logits], axis=1))
+        return tf.nn.softmax(logits)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    def of_texts(self, texts: tf.Tensor) -> tf.Tensor:
+        """Returns the probability of each class: float32 [texts, classes]."""
+        ids = self.token_ids(texts)
+        return self.of_tokens(ids.to_tensor(), tf.cast(ids.row_lengths(), tf.int32))
+
+    def probabilities(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Returns the probability of each class: float32 [texts, classes], in the texts' order.
+
+        Texts of about the same length are read together.
+        """
+        found = np.zeros((len(texts), len(self.class_names)), np.float32)
+        if not len(texts):
+            return found
+        ids = self.token_ids(tf.constant(list(texts), tf.string))
+        flat, splits = ids.flat_values.numpy(), ids.row_splits.numpy()
+        lengths = np.diff(splits).astype(np.int32)
+        order = np.argsort(lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens = np.zeros((len(rows), lengths[rows[-1]]), np.int32)
+            for place, row in enumerate(rows):
+                tokens[place, : lengths[row]] = flat[splits[row] : splits[row + 1]]
+            found[rows] = self.of_tokens(tokens, lengths[rows]).numpy()
+        return found
+
+
+def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClassifier:
+    """Returns the classifier that fine-tuning wrote to `folder`.
+
+    Args:
+      flag: what named the folder, for the error.
+
+    Raises:
+      InputError: there is no classifier bundle in `folder`, or it is damaged.
+    """
+    folder = Path(folder)
+    loaded = bundle.load(folder, "classifier", flag)
+    classifier = bundle.new_classifier(loaded.info["model"])
+    bundle.assign(bundle.classifier_variables(classifier), loaded.tensors)
+    tokenizer = _tokenizer(folder, loaded.info, flag)
+    names = class_names(loaded.info)
+    return TextClassifier(classifier, tokenizer, names, loaded.info["max_tokens"])
+
+
+def _tokenizer(folder: Path, info: dict[str, Any], flag: str) -> Tokenizer:
+    """Returns the bundle's tokenizer.
+
+    Raises:
+      InputError: it is not the one of the bundle's digest.
+    """
+    config = info.get("tokenizer")
+    if not isinstance(config, dict):
+        raise InputError(f"{flag}={folder}: its 'tokenizer' is {config!r:.99}, not an object")
+    tokenizer = load_tokenizer(folder / "vocab.txt", config)
+    if tokenizer.sha256 != info["vocab_sha256"]:
+        raise InputError(
+            f"{flag}={folder}: its tokenizer is not the one that it was trained with: the SHA-256 "
+            f"is {tokenizer.sha256[:12]}, not {info['vocab_sha256'][:12]}"
+        )
+    return tokenizer
+
+
+def class_names(info: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the classes' names; their numbers where a bundle does not have names."""
+    count = info["model"]["num_classes"]
+    names = info.get("class_names")
+    if (
+        isinstance(names, list)
+        and len(names) == count
+        and all(isinstance(name, str) for name in names)
+    ):
+        return tuple(names)
+    return tuple(map(str, range(count)))
