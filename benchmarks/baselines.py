@@ -73,7 +73,9 @@ def read(source: Any, split: str) -> tuple[list[str], np.ndarray]:
     return texts, np.array(labels)
 
 
-def run(name: str, fit: Fit, splits: dict[str, tuple[Any, np.ndarray]]) -> dict[str, Any]:
+def run(
+    name: str, title: str, fit: Fit, splits: dict[str, tuple[Any, np.ndarray]]
+) -> dict[str, Any]:
     """Returns a model's validation errors by strength and its test error at the best one."""
     began = time.perf_counter()
     (train, labels), (validation, truth) = splits["train"], splits["validation"]
@@ -87,6 +89,7 @@ def run(name: str, fit: Fit, splits: dict[str, tuple[Any, np.ndarray]]) -> dict[
     return {
         "kind": "baseline",
         "name": name,
+        "title": title,
         "test_error_percent": round(test_error, 3),
         "test_documents": len(test_truth),
         "validation_error_percent": round(errors[best], 3),
@@ -95,6 +98,12 @@ def run(name: str, fit: Fit, splits: dict[str, tuple[Any, np.ndarray]]) -> dict[
         "train_documents": len(labels),
         "wall_seconds": round(time.perf_counter() - began, 1),
     }
+
+
+MODELS = (
+    ("nbsvm_bi", "NBSVM-bi", nbsvm),
+    ("tfidf_lr", "TF-IDF of words and pairs, logistic regression", tfidf_lr),
+)
 
 
 def main(argv: list[str]) -> None:
@@ -109,8 +118,8 @@ def main(argv: list[str]) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    for name, fit in (("nbsvm_bi", nbsvm), ("tfidf_lr", tfidf_lr)):
-        result = run(name, fit, splits)
+    for name, title, fit in MODELS:
+        result = run(name, title, fit, splits)
         result |= {"data_note": source.note, "commit": commit, "machine": machine.facts()}
         path = Path(FLAGS.out) / f"{name}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
