@@ -10,7 +10,7 @@ stranger: nothing outside its folder is read, and every size is checked before m
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,20 @@ from trainer.safe_files import (
 )
 from trainer.states import LearnedState
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # names a layer: lstm/0/kernel
 STATES = ("learned", "mean")
 MAX_VOCAB_BYTES = 1 << 30
 # What a bundle says of its model, by its name.
 MODEL_SIZES = {
-    "encoder": ("vocab_size", "embedding_dim", "units"),
-    "classifier": ("vocab_size", "embedding_dim", "units", "hidden_units", "num_classes"),
+    "encoder": ("vocab_size", "embedding_dim", "units", "num_layers"),
+    "classifier": (
+        "vocab_size",
+        "embedding_dim",
+        "units",
+        "num_layers",
+        "hidden_units",
+        "num_classes",
+    ),
 }
 
 
@@ -55,28 +62,64 @@ class Bundle:
     tensors: dict[str, np.ndarray]
     info: dict[str, Any]
 
-    def state(self, name: str) -> LearnedState:
-        """Returns the learned state `name`, one of STATES."""
-        return LearnedState(self.tensors[f"states/{name}/h"], self.tensors[f"states/{name}/c"])
+    def state(self, name: str) -> list[LearnedState]:
+        """Returns the learned state `name`, one of STATES, of each layer.
+
+        Raises:
+          InputError: the bundle holds none of that name, or not for all its layers.
+        """
+        names = [f"states/{name}/{layer}" for layer in range(self.info["model"]["num_layers"])]
+        for part in (f"{layer}/{part}" for layer in names for part in "hc"):
+            if part not in self.tensors:
+                raise InputError(f"the bundle holds no tensor {part!r}: it has no state {name!r}")
+        return [
+            LearnedState(self.tensors[f"{layer}/h"], self.tensors[f"{layer}/c"]) for layer in names
+        ]
+
+
+def encoder_model(encoder: Encoder) -> dict[str, int]:
+    """Returns the encoder's sizes as a bundle's "model" holds them."""
+    return {size: getattr(encoder, size) for size in MODEL_SIZES["encoder"]}
+
+
+def new_encoder(model: Mapping[str, Any]) -> Encoder:
+    """Returns a built encoder of the sizes that a bundle's "model" says; `assign` comes next."""
+    encoder = Encoder(**{size: model[size] for size in MODEL_SIZES["encoder"]}, seed=0)
+    encoder.build()
+    return encoder
 
 
 def encoder_variables(encoder: Encoder) -> dict[str, keras.Variable]:
     """Returns the encoder's weights under their names in a bundle."""
-    cell = encoder.lstm.cell
+    variables = {"embeddings": encoder.embeddings}
+    for layer, lstm in enumerate(encoder.lstms):
+        variables[f"lstm/{layer}/kernel"] = lstm.cell.kernel
+        variables[f"lstm/{layer}/recurrent_kernel"] = lstm.cell.recurrent_kernel
+        variables[f"lstm/{layer}/bias"] = lstm.cell.bias
+    return variables
+
+
+def initial_state_variables(encoder: Encoder) -> dict[str, keras.Variable]:
+    """Returns the state that the encoder starts from, under its names in a bundle."""
     return {
-        "embeddings": encoder.embeddings,
-        "lstm/kernel": cell.kernel,
-        "lstm/recurrent_kernel": cell.recurrent_kernel,
-        "lstm/bias": cell.bias,
+        f"initial_state/{layer}/{part}": variable
+        for layer, state in enumerate(encoder.initial_states)
+        for part, variable in zip("hc", state, strict=True)
+    }
+
+
+def state_tensors(name: str, states: Sequence[LearnedState]) -> dict[str, np.ndarray]:
+    """Returns the learned state `name`, one LearnedState a layer, under its names in a bundle."""
+    return {
+        f"states/{name}/{layer}/{part}": np.asarray(value)
+        for layer, state in enumerate(states)
+        for part, value in zip("hc", state, strict=True)
     }
 
 
 def new_classifier(model: Mapping[str, Any]) -> Classifier:
     """Returns a built classifier of the sizes that a bundle's "model" says; `assign` comes next."""
-    encoders = [
-        Encoder(model["vocab_size"], model["embedding_dim"], model["units"], seed=0)
-        for _ in range(1 + model["reads_first"])
-    ]
+    encoders = [new_encoder(model) for _ in range(1 + model["reads_first"])]
     classifier = Classifier(
         encoders[0],
         num_classes=model["num_classes"],
@@ -91,15 +134,12 @@ def new_classifier(model: Mapping[str, Any]) -> Classifier:
 def classifier_variables(classifier: Classifier) -> dict[str, keras.Variable]:
     """Returns the classifier's weights under their names in a bundle."""
     variables = encoder_variables(classifier.encoder)
-    variables["initial_state/h"] = classifier.encoder.initial_h
-    variables["initial_state/c"] = classifier.encoder.initial_c
+    variables |= initial_state_variables(classifier.encoder)
     for name, layer in (("hidden", classifier.hidden), ("output", classifier.output_layer)):
         variables[f"{name}/kernel"] = layer.kernel
         variables[f"{name}/bias"] = layer.bias
     if classifier.reader is not None:
-        reader = encoder_variables(classifier.reader)
-        reader["initial_state/h"] = classifier.reader.initial_h
-        reader["initial_state/c"] = classifier.reader.initial_c
+        reader = encoder_variables(classifier.reader) | initial_state_variables(classifier.reader)
         variables.update({f"reader/{name}": variable for name, variable in reader.items()})
     return variables
 
@@ -247,21 +287,23 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
 
 def _check_model(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str) -> None:
     """Raises InputError if to build the model would take more memory than the tensors have."""
-    units = model["units"]
-    needed = [
-        ("embeddings", model["vocab_size"] * model["embedding_dim"]),
-        ("lstm/kernel", 4 * units * model["embedding_dim"]),
-        ("lstm/recurrent_kernel", 4 * units * units),
-    ]
-    if "hidden_units" in model:
-        outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
-        pooled = POOLINGS[model["pooling"]] * units
-        needed.append(("hidden/kernel", pooled * model["hidden_units"]))
-        needed.append(("output/kernel", model["hidden_units"] * outputs))
-    for name, size in needed:
+    for name, size in _large_tensors(model):
         found = tensors[name].size if name in tensors else 0
         if found != size:
             raise InputError(
                 f"{where}: the model that it describes needs {size} numbers in the tensor "
                 f"{name!r}; there are {found}"
             )
+
+
+def _large_tensors(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yields name and size of the tensors that the model must have; a stack may be said endless."""
+    units = model["units"]
+    yield "embeddings", model["vocab_size"] * model["embedding_dim"]
+    if "hidden_units" in model:
+        outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
+        yield "hidden/kernel", POOLINGS[model["pooling"]] * units * model["hidden_units"]
+        yield "output/kernel", model["hidden_units"] * outputs
+    for layer in range(model["num_layers"]):
+        yield f"lstm/{layer}/kernel", 4 * units * (units if layer else model["embedding_dim"])
+        yield f"lstm/{layer}/recurrent_kernel", 4 * units * units

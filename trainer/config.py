@@ -91,6 +91,8 @@ class Config:
 
     embedding_dim: int = _flag("Model", 128, "Size of a word's embedding.", at_least=1)
     units: int = _flag("Model", 256, "LSTM cells.", at_least=1)
+    num_layers: int = _flag("Model", 1, "LSTMs, each reading the outputs of the one below.",
+                            at_least=1)
     memory_steps: int = _flag("Model", 100, "How many steps a new LSTM's cells start out "
                               "remembering, at the most.", at_least=1)
     hidden_units: int = _flag("Model", 30, "ReLU units between the LSTM and the logit.",

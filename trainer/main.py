@@ -201,7 +201,7 @@ def check_bundles(config: Config) -> None:
             [
                 f"--{name}={getattr(config, name)}, but the encoder in --encoder={config.encoder} "
                 f"has {model[name]}; set --{name}={model[name]}"
-                for name in ("embedding_dim", "units")
+                for name in ("embedding_dim", "units", "num_layers")
                 if getattr(config, name) != model[name]
             ]
         )

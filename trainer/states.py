@@ -8,6 +8,7 @@ They are made in four ways (`--initial_state`):
   encode   the encoder's final state for the very document that is to be classified
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,14 +27,9 @@ class LearnedState(NamedTuple):
     c: np.ndarray
 
 
-def zero(units: int) -> LearnedState:
-    """Returns the state of zeros."""
-    return LearnedState(np.zeros(units, np.float32), np.zeros(units, np.float32))
-
-
-def learned(encoder: Encoder) -> LearnedState:
-    """Returns the state that `encoder` starts from."""
-    return LearnedState(encoder.initial_h.numpy(), encoder.initial_c.numpy())
+def learned(encoder: Encoder) -> list[LearnedState]:
+    """Returns the state that each layer of `encoder` starts from."""
+    return [LearnedState(h.numpy(), c.numpy()) for h, c in encoder.initial_states]
 
 
 def mean(
@@ -41,8 +37,8 @@ def mean(
     encoder: Encoder,
     batches: tf.data.Dataset,
     stop_request: StopRequest | None = None,
-) -> LearnedState:
-    """Returns the encoder's final state, averaged over the documents of `batches`.
+) -> list[LearnedState]:
+    """Returns each layer's final state, averaged over the documents of `batches`.
 
     Args:
       batches: of `data_pipelines.dataset.make_dataset`; a collective: all processes call it.
@@ -50,28 +46,33 @@ def mean(
     """
 
     def sums(batch: dict) -> list[tf.Tensor]:
-        _, h, c = encoder(batch["tokens"], batch["lengths"])
+        _, states = encoder(batch["tokens"], batch["lengths"])
         weights = batch["weights"][:, None]
-        return [
-            tf.reduce_sum(h * weights, axis=0),
-            tf.reduce_sum(c * weights, axis=0),
-            tf.reduce_sum(weights),
-        ]
+        parts = [tf.reduce_sum(part * weights, axis=0) for state in states for part in state]
+        return [*parts, tf.reduce_sum(weights)]
 
-    h, c, documents = sum_over_batches(distributor, sums, batches, stop_request)()
-    return LearnedState((h / documents).astype(np.float32), (c / documents).astype(np.float32))
+    *parts, documents = sum_over_batches(distributor, sums, batches, stop_request)()
+    means = [(part / documents).astype(np.float32) for part in parts]
+    return [LearnedState(h, c) for h, c in zip(means[::2], means[1::2], strict=True)]
 
 
-def apply(encoder: Encoder, state: LearnedState) -> None:
-    """Makes `encoder` start from `state`.
+def apply(encoder: Encoder, states: Sequence[LearnedState]) -> None:
+    """Makes each layer of `encoder` start from its state of `states`.
 
     Raises:
-      ValueError: the state has another number of units than the encoder.
+      ValueError: there are more or fewer states than layers, or of another number of units.
     """
-    for variable, value in ((encoder.initial_h, state.h), (encoder.initial_c, state.c)):
-        if tuple(value.shape) != tuple(variable.shape):
-            raise ValueError(
-                f"a state of shape {tuple(value.shape)} does not fit {variable.path}, "
-                f"which is {tuple(variable.shape)}"
-            )
-        variable.assign(value)
+    if len(states) != len(encoder.initial_states):
+        raise ValueError(
+            f"{len(states)} states do not fit an encoder of {len(encoder.initial_states)} layers"
+        )
+    for variables, state in zip(encoder.initial_states, states, strict=True):
+        for variable, value in zip(variables, state, strict=True):
+            if tuple(value.shape) != tuple(variable.shape):
+                raise ValueError(
+                    f"a state of shape {tuple(value.shape)} does not fit {variable.path}, "
+                    f"which is {tuple(variable.shape)}"
+                )
+    for variables, state in zip(encoder.initial_states, states, strict=True):
+        for variable, value in zip(variables, state, strict=True):
+            variable.assign(value)

@@ -68,7 +68,7 @@ def make_bundle(folder: Path, name: str) -> None:
     vocab.write_text("[PAD]\n[UNK]\n[END]\nthe\n")
     encoder = Encoder(4, 2, 3, seed=0)
     encoder.build()
-    info = {"model": {"vocab_size": 4, "embedding_dim": 2, "units": 3}, "vocab_sha256": "0" * 64}
+    info = {"model": bundle.encoder_model(encoder), "vocab_sha256": "0" * 64}
     tensors = bundle.values(bundle.encoder_variables(encoder))
     if name == "classifier":
         classifier = Classifier(encoder, 2, hidden_units=5)

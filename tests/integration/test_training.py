@@ -23,11 +23,13 @@ STEPS = ("--pretrain_steps=40", "--finetune_steps=40")
 WHOLE = ("--pretrain_dropout=0", "--finetune_dropout=0", "--pretrain_steps=50")
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_n_workers_are_one_worker(small_store: Path, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "layers"), [(2, 1), (3, 2)])
+def test_n_workers_are_one_worker(
+    small_store: Path, tmp_path: Path, workers: int, layers: int
+) -> None:
+    flags = ("--stage=pretrain", f"--store={small_store}", *WHOLE, f"--num_layers={layers}")
     for count in (1, workers):
-        folder = f"--run_dir={tmp_path}/{count}"
-        train(count, "--stage=pretrain", f"--store={small_store}", folder, *WHOLE)
+        train(count, *flags, f"--run_dir={tmp_path}/{count}")
     one, several = metrics(tmp_path / "1"), metrics(tmp_path / f"{workers}")
     assert list(one) == list(several) == list(range(1, 51))
     np.testing.assert_allclose(list(several.values()), list(one.values()), rtol=1e-5)
@@ -118,7 +120,7 @@ def test_pretraining_trains_the_learned_state_and_keeps_a_mean_one(encoder: Path
     tensors = safetensors.numpy.load_file(encoder / "encoder.safetensors")
     for name in ("learned", "mean"):
         for part in "hc":
-            state = tensors[f"states/{name}/{part}"]
+            state = tensors[f"states/{name}/0/{part}"]
             assert state.shape == (12,) and np.abs(state).max() > 0.01
 
 
@@ -153,7 +155,7 @@ def test_stages_one_by_one_with_every_initial_state(
 
 
 def test_the_whole_job_on_two_workers(small_store: Path, tmp_path: Path) -> None:
-    flags = (f"--store={small_store}", f"--run_dir={tmp_path}", *STEPS)
+    flags = (f"--store={small_store}", f"--run_dir={tmp_path}", "--num_layers=3", *STEPS)
     printed = train(2, *flags)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["world_size"] == 2

@@ -35,12 +35,11 @@ def make_classifier_bundle(
             variable.assign(random.normal(0, 0.7, variable.shape))
         info = {
             "model": {
-                "vocab_size": store.vocab_size,
-                "embedding_dim": 8,
-                "units": 12,
+                **bundle.encoder_model(encoders[0]),
                 "hidden_units": 30,
                 "num_classes": len(class_names),
                 "reads_first": reads_first,
+                "pooling": classifier.pooling,
             },
             "max_tokens": max_tokens,
             "tokenizer": store.tokenizer_config,

@@ -10,7 +10,7 @@ from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
 
 INFO = {
-    "model": {"vocab_size": 4, "embedding_dim": 2, "units": 3},
+    "model": {"vocab_size": 4, "embedding_dim": 2, "units": 3, "num_layers": 2},
     "vocab_sha256": "that of the tokenizer",
 }
 
@@ -24,10 +24,12 @@ def vocab(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def saved(tmp_path: Path, vocab: Path) -> Path:
-    encoder = Encoder(4, 2, 3, seed=0)
+    encoder = Encoder(4, 2, 3, seed=0, num_layers=2)
     encoder.build()
+    assert bundle.encoder_model(encoder) == INFO["model"]
     tensors = bundle.values(bundle.encoder_variables(encoder))
-    tensors |= {"states/mean/h": np.ones(3, np.float32), "states/mean/c": np.zeros(3, np.float32)}
+    mean = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    tensors |= bundle.state_tensors("mean", [states.LearnedState(*state) for state in mean])
     bundle.save(tmp_path / "encoder", "encoder", tensors, INFO, vocab)
     return tmp_path / "encoder"
 
@@ -40,11 +42,11 @@ def test_what_is_saved_is_loaded(saved: Path, vocab: Path) -> None:
     ]
     loaded = bundle.load(saved, "encoder", "--encoder")
     assert loaded.info["model"] == INFO["model"]
-    assert loaded.state("mean") == states.LearnedState(*loaded.state("mean"))
-    assert loaded.state("mean").h.tolist() == [1, 1, 1]
+    assert [state.c.tolist() for state in loaded.state("mean")] == [[3, 4, 5], [9, 10, 11]]
+    with pytest.raises(InputError, match="no state 'learned'"):
+        loaded.state("learned")
     assert (saved / "vocab.txt").read_bytes() == vocab.read_bytes()
-    other = Encoder(4, 2, 3, seed=5)
-    other.build()
+    other = bundle.new_encoder(loaded.info["model"])
     bundle.assign(bundle.encoder_variables(other), loaded.tensors)
     for name, value in bundle.values(bundle.encoder_variables(other)).items():
         np.testing.assert_array_equal(value, loaded.tensors[name])
@@ -52,7 +54,7 @@ def test_what_is_saved_is_loaded(saved: Path, vocab: Path) -> None:
 
 def test_saving_again_replaces_it(saved: Path, vocab: Path) -> None:
     tensors = bundle.load(saved, "encoder", "--encoder").tensors
-    del tensors["states/mean/h"], tensors["states/mean/c"]
+    del tensors["states/mean/0/h"], tensors["states/mean/0/c"]
     bundle.save(saved, "encoder", tensors, INFO, vocab)
     assert bundle.load(saved, "encoder", "--encoder").tensors.keys() == tensors.keys()
     assert sorted(p.name for p in saved.parent.iterdir()) == ["encoder", "words.txt"]
@@ -61,13 +63,18 @@ def test_saving_again_replaces_it(saved: Path, vocab: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"format_version": 1}, "version 1; this program reads warmstate-encoder version 3"),
+        ({"format_version": 3}, "version 3; this program reads warmstate-encoder version 4"),
         ({"format": "other"}, "'other'"),
         ({"model": {"vocab_size": 4, "embedding_dim": 2}}, "'units' is None"),
-        ({"model": {"vocab_size": 4, "embedding_dim": 2, "units": True}}, "'units' is True"),
+        ({"model": INFO["model"] | {"units": True}}, "'units' is True"),
+        ({"model": INFO["model"] | {"num_layers": 0}}, "'num_layers' is 0"),
         (
-            {"model": {"vocab_size": 4, "embedding_dim": 2, "units": 2**30}},
-            "it describes needs 8589934592 numbers in the tensor 'lstm/kernel'; there are 24",
+            {"model": INFO["model"] | {"units": 2**30}},
+            "it describes needs 8589934592 numbers in the tensor 'lstm/0/kernel'; there are 24",
+        ),
+        (
+            {"model": INFO["model"] | {"num_layers": 2**30}},
+            "it describes needs 36 numbers in the tensor 'lstm/2/kernel'; there are 0",
         ),
         ({"vocab_sha256": 5}, "'vocab_sha256' is 5"),
         ({"tensors": {}}, "is damaged: tensor 'embeddings' is"),
@@ -98,13 +105,13 @@ def test_a_bundle_that_cannot_be_written_says_what_to_do(
 
 def test_tensors_that_do_not_fit_are_refused(saved: Path) -> None:
     tensors = bundle.load(saved, "encoder", "--encoder").tensors
-    larger = Encoder(4, 2, 5, seed=0)
+    larger = Encoder(4, 2, 5, seed=0, num_layers=2)
     larger.build()
-    with pytest.raises(InputError, match="'lstm/kernel' is"):
+    with pytest.raises(InputError, match="'lstm/0/kernel' is"):
         bundle.assign(bundle.encoder_variables(larger), tensors)
-    del tensors["lstm/bias"]
-    with pytest.raises(InputError, match="no tensor 'lstm/bias'"):
-        bundle.assign({"lstm/bias": larger.lstm.cell.bias}, tensors)
+    del tensors["lstm/1/bias"]
+    with pytest.raises(InputError, match="no tensor 'lstm/1/bias'"):
+        bundle.assign({"lstm/1/bias": larger.lstms[1].cell.bias}, tensors)
 
 
 def test_digest_covers_names_shapes_dtypes_and_bytes() -> None:
@@ -121,7 +128,7 @@ def test_digest_covers_names_shapes_dtypes_and_bytes() -> None:
 
 
 def test_a_classifiers_bundle_holds_all_its_variables() -> None:
-    encoders = [Encoder(4, 2, 3, seed=s) for s in (0, 1)]
+    encoders = [Encoder(4, 2, 3, seed=s, num_layers=3) for s in (0, 1)]
     classifier = Classifier(encoders[0], 2, reader=encoders[1])
     classifier.build()
     named = {id(v) for v in bundle.classifier_variables(classifier).values()}

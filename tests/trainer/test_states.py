@@ -10,9 +10,10 @@ from trainer.models.encoder import Encoder
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    encoder = Encoder(20, 4, 5, seed=3)
+    encoder = Encoder(20, 4, 5, seed=3, num_layers=2)
     encoder.build()
-    encoder.initial_c.assign(np.linspace(-1, 1, 5))
+    for _, c in encoder.initial_states:
+        c.assign(np.linspace(-1, 1, 5))
     return encoder
 
 
@@ -32,30 +33,33 @@ def batches() -> tf.data.Dataset:
 def test_the_mean_state_is_the_mean_of_the_final_states(encoder: Encoder) -> None:
     distributor = make_distributor("one_device", Cluster(0, 1), 10)
     mean = states.mean(distributor, encoder, batches())
-    final = {"h": [], "c": []}
+    final = []
     for batch in batches():
         for row in np.flatnonzero(batch["weights"].numpy()):
             length = int(batch["lengths"][row])
-            _, h, c = encoder(batch["tokens"][row : row + 1, :length], tf.constant([length]))
-            final["h"].append(h[0])
-            final["c"].append(c[0])
-    assert len(final["h"]) == 9
-    np.testing.assert_allclose(mean.h, np.mean(final["h"], 0), rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(mean.c, np.mean(final["c"], 0), rtol=1e-5, atol=1e-7)
-    assert mean.h.dtype == mean.c.dtype == np.float32
+            _, found = encoder(batch["tokens"][row : row + 1, :length], tf.constant([length]))
+            final.append([[part[0] for part in state] for state in found])
+    assert len(final) == 9
+    assert len(mean) == 2 and all(part.dtype == np.float32 for state in mean for part in state)
+    np.testing.assert_allclose(mean, np.mean(final, 0), rtol=1e-5, atol=1e-7)
 
 
 def test_apply_sets_what_the_encoder_starts_from() -> None:
-    encoder = Encoder(20, 4, 5, seed=3)
+    encoder = Encoder(20, 4, 5, seed=3, num_layers=2)
     encoder.build()
-    state = states.LearnedState(np.full(5, 0.5, np.float32), np.arange(5, dtype=np.float32))
-    states.apply(encoder, state)
-    np.testing.assert_array_equal(states.learned(encoder).c, state.c)
-    h, c = encoder.start(3)
-    np.testing.assert_array_equal(h, np.tile(state.h, (3, 1)))
-    np.testing.assert_array_equal(c, np.tile(state.c, (3, 1)))
+    wanted = np.arange(20, dtype=np.float32).reshape(2, 2, 5)
+    states.apply(encoder, [states.LearnedState(*state) for state in wanted])
+    np.testing.assert_array_equal(states.learned(encoder), wanted)
+    for state, (h, c) in zip(wanted, encoder.start(3), strict=True):
+        np.testing.assert_array_equal(h, np.tile(state[0], (3, 1)))
+        np.testing.assert_array_equal(c, np.tile(state[1], (3, 1)))
 
 
-def test_a_state_of_another_size_is_refused(encoder: Encoder) -> None:
+def test_states_that_do_not_fit_are_refused(encoder: Encoder) -> None:
+    good, other = (states.LearnedState(np.zeros(n), np.zeros(n)) for n in (5, 4))
+    before = states.learned(encoder)
     with pytest.raises(ValueError, match=r"shape \(4,\) does not fit .*\(5,\)"):
-        states.apply(encoder, states.zero(4))
+        states.apply(encoder, [good, other])
+    with pytest.raises(ValueError, match="1 states do not fit an encoder of 2 layers"):
+        states.apply(encoder, [good])
+    np.testing.assert_array_equal(states.learned(encoder), before)

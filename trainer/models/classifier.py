@@ -19,8 +19,8 @@ class Classifier(keras.layers.Layer):
 
     Attributes:
       encoder: the LSTM that is trained.
-      reader: None, or a frozen encoder that reads the document first; the trained LSTM then
-        starts from the state in which it ended (`--initial_state=encode`).
+      reader: None, or a frozen encoder that reads the document first; the trained LSTMs then
+        start from the states in which its own ended (`--initial_state=encode`).
       pooling: what the head reads: "last", the last output; or "concat", the last output and the
         mean and the maximum of all.
     """
@@ -78,17 +78,21 @@ class Classifier(keras.layers.Layer):
           tokens: int32 [batch, time], right-padded.
           lengths: int32 [batch].
           training: whether a gradient will be taken.
-          dropout_rate: of the embeddings and of what the head reads.
+          dropout_rate: of the embeddings, of what a layer hands to the next, and of what the head
+            reads.
           embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
         """
         mask = token_mask(tokens, lengths)
-        state = self.encoder.start(tf.shape(tokens)[0])
+        states = self.encoder.start(tf.shape(tokens)[0])
         if self.reader is not None:
-            _, h, c = self.reader(tokens, lengths)
-            state = [tf.stop_gradient(h), tf.stop_gradient(c)]
+            _, states = self.reader(tokens, lengths)
+            states = tf.nest.map_structure(tf.stop_gradient, states)
         embedded = dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)
-        outputs, h, _ = self.encoder.read(embedded, mask, state, training)
-        pooled = h if self.pooling == "last" else last_mean_maximum(outputs, h, mask)
+        outputs, states = self.encoder.read(
+            embedded, mask, states, training, dropout_rate, output_seed
+        )
+        last_h, _ = states[-1]
+        pooled = last_h if self.pooling == "last" else last_mean_maximum(outputs, last_h, mask)
         return self.output_layer(self.hidden(dropout(pooled, dropout_rate, output_seed)))
 
 

@@ -1,10 +1,15 @@
-"""The recurrent encoder: word embeddings, one LSTM, and the state that the LSTM starts from."""
+"""The recurrent encoder: word embeddings, a stack of LSTMs, and the state that each starts from."""
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from trainer.models.lstm import WarmLSTM
+
+# For each layer of a stack, the lowest first: [h, c], each [batch, units].
+States = list[list[tf.Tensor]]
+# Seeds that an initializer takes are the encoder's plus less than this.
+_SEEDS_PER_LAYER = 1000
 
 
 def token_mask(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
@@ -46,9 +51,11 @@ class Encoder(keras.layers.Layer):
 
     Attributes:
       embeddings: [vocab_size, embedding_dim].
+      lstms: the stack, the lowest layer first; each reads the outputs of the one below.
       embedding_scale: new embeddings are uniform in its bounds, plus and minus.
       memory_steps: how long cells start out remembering, at the most; see ChronoBias.
-      initial_h, initial_c: [units], the state that reading starts from unless one is given.
+      initial_states: for each layer (h, c), each [units]: the state that reading starts from
+        unless one is given.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class Encoder(keras.layers.Layer):
         seed: int,
         memory_steps: int = 100,
         embedding_scale: float = 0.05,
+        num_layers: int = 1,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -68,17 +76,22 @@ class Encoder(keras.layers.Layer):
         self.seed = seed
         self.memory_steps = memory_steps
         self.embedding_scale = embedding_scale
+        self.num_layers = num_layers
+        self.lstms = [self._make_lstm(layer) for layer in range(num_layers)]
+
+    def _make_lstm(self, layer: int) -> WarmLSTM:
         initializers = keras.initializers
-        self.lstm = WarmLSTM(
-            units,
+        seed = self.seed + _SEEDS_PER_LAYER * layer
+        return WarmLSTM(
+            self.units,
             return_sequences=True,
             return_state=True,
             kernel_initializer=initializers.GlorotUniform(seed=seed + 1),
             recurrent_initializer=initializers.Orthogonal(seed=seed + 2),
-            bias_initializer=ChronoBias(memory_steps, seed=seed + 6),
+            bias_initializer=ChronoBias(self.memory_steps, seed=seed + 6),
             unit_forget_bias=False,
             seed=seed,
-            name="lstm",
+            name=f"lstm_{layer}",
         )
 
     def build(self, input_shape: tuple | None = None) -> None:
@@ -90,48 +103,70 @@ class Encoder(keras.layers.Layer):
             ),
             name="embeddings",
         )
-        self.initial_h = self.add_weight(shape=(self.units,), initializer="zeros", name="initial_h")
-        self.initial_c = self.add_weight(shape=(self.units,), initializer="zeros", name="initial_c")
-        self.lstm.build((None, None, self.embedding_dim))
+        self.initial_states = []
+        for layer, lstm in enumerate(self.lstms):
+            h, c = (
+                self.add_weight(
+                    shape=(self.units,), initializer="zeros", name=f"initial_{part}_{layer}"
+                )
+                for part in "hc"
+            )
+            self.initial_states.append((h, c))
+            lstm.build((None, None, self.units if layer else self.embedding_dim))
         self.built = True
 
     def embed(self, tokens: tf.Tensor) -> tf.Tensor:
         """Returns the tokens' embeddings: [batch, time, embedding_dim]."""
         return tf.nn.embedding_lookup(self.embeddings.value, tokens)
 
-    def start(self, batch_size: tf.Tensor) -> list[tf.Tensor]:
-        """Returns the initial state for a batch: [h, c], each [batch, units]."""
+    def start(self, batch_size: tf.Tensor) -> States:
+        """Returns the initial state for a batch: for each layer [h, c], each [batch, units]."""
         shape = [batch_size, self.units]
         return [
-            tf.broadcast_to(tf.convert_to_tensor(state), shape)
-            for state in (self.initial_h, self.initial_c)
+            [tf.broadcast_to(tf.convert_to_tensor(part), shape) for part in state]
+            for state in self.initial_states
         ]
 
     def read(
-        self, embedded: tf.Tensor, mask: tf.Tensor, state: list[tf.Tensor], training: bool
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Runs the LSTM from `state` over `embedded`.
+        self,
+        embedded: tf.Tensor,
+        mask: tf.Tensor,
+        states: States,
+        training: bool,
+        dropout_rate: float = 0.0,
+        dropout_seed: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, States]:
+        """Runs the LSTMs from `states` over `embedded`.
 
         Args:
           embedded: [batch, time, embedding_dim].
           mask: bool [batch, time], False at padding.
-          state: [h, c], each [batch, units].
-          training: whether a gradient will be taken: the LSTM then keeps its activations.
+          states: for each layer [h, c], each [batch, units].
+          training: whether a gradient will be taken: the LSTMs then keep their activations.
+          dropout_rate: of the outputs that one layer hands to the next.
+          dropout_seed: int32 [2], needed where dropout_rate is not 0.
 
         Returns:
-          (outputs [batch, time, units], h [batch, units], c [batch, units]), h and c as they
-          are after each row's last token.
+          The top layer's outputs [batch, time, units], and each layer's [h, c] as they are after
+          each row's last token.
         """
-        return self.lstm(embedded, mask=mask, initial_state=state, training=training)
+        outputs, final = embedded, []
+        for layer, (lstm, state) in enumerate(zip(self.lstms, states, strict=True)):
+            if layer and dropout_rate:
+                seed = tf.random.experimental.stateless_fold_in(dropout_seed, layer)
+                outputs = dropout(outputs, dropout_rate, seed)
+            outputs, *state = lstm(outputs, mask=mask, initial_state=state, training=training)
+            final.append(state)
+        return outputs, final
 
-    def call(self, tokens: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def call(self, tokens: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, States]:
         """Reads `tokens` from the encoder's own initial state, without training.
 
         Returns what `read` returns.
         """
-        state = self.start(tf.shape(tokens)[0])
+        states = self.start(tf.shape(tokens)[0])
         mask = token_mask(tokens, lengths)
-        return self.read(self.embed(tokens), mask, state, training=False)
+        return self.read(self.embed(tokens), mask, states, training=False)
 
     def get_config(self) -> dict:
         return {
@@ -142,4 +177,5 @@ class Encoder(keras.layers.Layer):
             "seed": self.seed,
             "memory_steps": self.memory_steps,
             "embedding_scale": self.embedding_scale,
+            "num_layers": self.num_layers,
         }

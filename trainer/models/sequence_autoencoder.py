@@ -50,17 +50,29 @@ class SequenceAutoencoder(keras.layers.Layer):
         self.built = True
 
     def predicting_outputs(
-        self, read: tf.Tensor, written: tf.Tensor, mask: tf.Tensor, training: bool
+        self,
+        read: tf.Tensor,
+        written: tf.Tensor,
+        mask: tf.Tensor,
+        training: bool,
+        dropout_rate: float = 0.0,
+        dropout_seed: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Returns the LSTM outputs from which the tokens are predicted: [batch, time, units].
 
         Position i predicts token i: position 0 is the state in which reading ended, position i
-        the output after writing token i - 1.
+        the output after writing token i - 1. Dropout is between the layers of a stack.
         """
+        seeds = [dropout_seed] * 2
+        if dropout_rate:
+            seeds = [tf.random.experimental.stateless_fold_in(dropout_seed, i) for i in range(2)]
         start = self.encoder.start(tf.shape(read)[0])
-        _, h, c = self.encoder.read(read, mask, start, training)
-        outputs, _, _ = self.encoder.read(written[:, :-1], mask[:, 1:], [h, c], training)
-        return tf.concat([h[:, None], outputs], axis=1)
+        _, states = self.encoder.read(read, mask, start, training, dropout_rate, seeds[0])
+        outputs, _ = self.encoder.read(
+            written[:, :-1], mask[:, 1:], states, training, dropout_rate, seeds[1]
+        )
+        last_h, _ = states[-1]
+        return tf.concat([last_h[:, None], outputs], axis=1)
 
     def loss_sum(
         self,
@@ -85,7 +97,7 @@ class SequenceAutoencoder(keras.layers.Layer):
           lengths: int32 [batch].
           weights: float32 [batch]; rows of weight 0 count nothing.
           training: whether a gradient will be taken.
-          dropout_rate: of the embeddings and of the outputs.
+          dropout_rate: of the embeddings and of the outputs of each layer.
           embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
           word_dropout_rate: of the words that the decoder is given, not of those that it must
             write (Bowman et al. 2016, section 3.1): the more are missing, the more it must take
@@ -100,7 +112,9 @@ class SequenceAutoencoder(keras.layers.Layer):
         mask = token_mask(tokens, lengths)
         embedded = dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)
         written = drop_words(embedded, word_dropout_rate, word_seed)
-        outputs = self.predicting_outputs(embedded, written, mask, training)
+        outputs = self.predicting_outputs(
+            embedded, written, mask, training, dropout_rate, output_seed
+        )
         counted = mask & (weights[:, None] > 0)
         if subsampling:
             vocab_size = self.encoder.vocab_size

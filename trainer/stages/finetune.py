@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from data_pipelines.split_view import SplitView
@@ -14,7 +13,6 @@ from trainer.config import Config
 from trainer.distribution.distributor import broadcast_arrays, gather_objects
 from trainer.distribution.divergence import check_equal
 from trainer.models.classifier import Classifier, losses_and_errors
-from trainer.models.encoder import Encoder
 from trainer.optimizer import Rate
 from trainer.stages.evaluate import error_and_loss
 from trainer.stages.pretrain import make_encoder
@@ -119,10 +117,10 @@ def warm_start(
       DivergenceError: workers hold different bytes.
     """
     began = time.perf_counter()
-    tensors = None
-    if run.is_chief:
-        tensors = bundle.load(encoder_folder, "encoder", "--encoder").tensors
-    received = bundle.Bundle(broadcast_arrays(run.distributor, tensors), {})
+    loaded = bundle.load(encoder_folder, "encoder", "--encoder") if run.is_chief else None
+    info = gather_objects(run.distributor, loaded and {"model": loaded.info["model"]})[0]
+    tensors = broadcast_arrays(run.distributor, loaded and loaded.tensors)
+    received = bundle.Bundle(tensors, info)
     held = {}
     if init_weights == "encoder":
         variables = bundle.encoder_variables(classifier.encoder)
@@ -130,13 +128,13 @@ def warm_start(
         held |= bundle.values(variables)
     if initial_state in bundle.STATES:
         states.apply(classifier.encoder, received.state(initial_state))
-        held |= _state_values("initial_state", classifier.encoder)
+        held |= bundle.values(bundle.initial_state_variables(classifier.encoder))
     if initial_state == "encode":
         variables = bundle.encoder_variables(classifier.reader)
         bundle.assign(variables, received.tensors)
         states.apply(classifier.reader, received.state("learned"))
+        variables |= bundle.initial_state_variables(classifier.reader)
         held |= {f"reader/{name}": value for name, value in bundle.values(variables).items()}
-        held |= _state_values("reader/initial_state", classifier.reader)
     digests = gather_objects(run.distributor, bundle.digest(held))
     if len(set(digests)) > 1:
         check_equal(run.distributor, held, "after the broadcast")  # raises, and says what differs
@@ -147,11 +145,6 @@ def warm_start(
         f"{seconds:.2f} s; all hold {digests[0][:16]}"
     )
     return {"digests": digests, "bytes": size_bytes, "seconds": round(seconds, 3)}
-
-
-def _state_values(name: str, encoder: Encoder) -> dict[str, np.ndarray]:
-    state = states.learned(encoder)
-    return {f"{name}/h": state.h, f"{name}/c": state.c}
 
 
 def trained_variables(classifier: Classifier, initial_state: str) -> dict:
@@ -195,9 +188,7 @@ def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict
     """Writes the classifier bundle."""
     info = {
         "model": {
-            "vocab_size": classifier.encoder.vocab_size,
-            "embedding_dim": classifier.encoder.embedding_dim,
-            "units": classifier.encoder.units,
+            **bundle.encoder_model(classifier.encoder),
             "hidden_units": classifier.hidden.units,
             "num_classes": classifier.num_classes,
             "reads_first": classifier.reader is not None,

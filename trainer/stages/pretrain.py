@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from data_pipelines.batch_plan import BatchPlan, PackedPlan
@@ -107,6 +106,7 @@ def make_encoder(config: Config, vocab_size: int, embedding_scale: float = 0.05)
         seed=config.seed,
         memory_steps=config.memory_steps,
         embedding_scale=embedding_scale,
+        num_layers=config.num_layers,
         name="encoder",
     )
     encoder.build()
@@ -117,8 +117,7 @@ def autoencoder_variables(model: SequenceAutoencoder) -> dict:
     """Returns what pretraining trains, the learned initial state among it."""
     return {
         **bundle.encoder_variables(model.encoder),
-        "initial_state/h": model.encoder.initial_h,
-        "initial_state/c": model.encoder.initial_c,
+        **bundle.initial_state_variables(model.encoder),
         "softmax/kernel": model.softmax_kernel,
         "softmax/bias": model.softmax_bias,
     }
@@ -166,18 +165,14 @@ def perplexity(
 
 
 def save_encoder(
-    run: Run, folder: Path, encoder: Encoder, mean: states.LearnedState, metrics: dict
+    run: Run, folder: Path, encoder: Encoder, mean: list[states.LearnedState], metrics: dict
 ) -> None:
     """Writes the encoder bundle: weights, both learned states, and where they are from."""
     tensors = bundle.values(bundle.encoder_variables(encoder))
-    for name, state in (("learned", states.learned(encoder)), ("mean", mean)):
-        tensors[f"states/{name}/h"], tensors[f"states/{name}/c"] = map(np.asarray, state)
+    tensors |= bundle.state_tensors("learned", states.learned(encoder))
+    tensors |= bundle.state_tensors("mean", mean)
     info = {
-        "model": {
-            "vocab_size": encoder.vocab_size,
-            "embedding_dim": encoder.embedding_dim,
-            "units": encoder.units,
-        },
+        "model": bundle.encoder_model(encoder),
         "tokenizer": run.store.tokenizer_config,
         "vocab_sha256": run.store.vocab_sha256,
         "trained_on": run.store.note or run.store.manifest["source"],

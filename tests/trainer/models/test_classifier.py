@@ -11,9 +11,13 @@ TOKENS = np.array([[5, 9, 2, 0], [7, 7, 8, 2]], np.int32)
 LENGTHS = np.array([3, 4], np.int32)
 
 
-def make(num_classes: int = 2, with_reader: bool = False, pooling: str = "last") -> Classifier:
-    reader = Encoder(VOCAB_SIZE, DIM, UNITS, seed=9) if with_reader else None
-    encoder = Encoder(VOCAB_SIZE, DIM, UNITS, seed=1)
+def make(
+    num_classes: int = 2, with_reader: bool = False, pooling: str = "last", num_layers: int = 1
+) -> Classifier:
+    encoder, reader = (
+        Encoder(VOCAB_SIZE, DIM, UNITS, seed=seed, num_layers=num_layers) for seed in (1, 9)
+    )
+    reader = reader if with_reader else None
     classifier = Classifier(encoder, num_classes, reader=reader, pooling=pooling)
     classifier.build()
     return classifier
@@ -35,7 +39,7 @@ def test_concat_pooling_reads_the_last_the_mean_and_the_maximum_of_the_outputs()
     read = []
     for row, length in zip(TOKENS, LENGTHS, strict=True):
         words = row[None, :length]
-        outputs, _, _ = classifier.encoder(words, np.array([length]))
+        outputs, _ = classifier.encoder(words, np.array([length]))
         one = np.asarray(outputs)[0]
         read.append(np.concatenate([one[-1], one.mean(0), one.max(0)]))
     kernel, bias = classifier.hidden.kernel.numpy(), classifier.hidden.bias.numpy()
@@ -59,21 +63,24 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_the_initial_state_matters_and_is_trained() -> None:
     classifier = make()
     before = classifier.logits(TOKENS, LENGTHS, training=False)
-    classifier.encoder.initial_c.assign(np.ones(UNITS))
+    h, c = classifier.encoder.initial_states[0]
+    c.assign(np.ones(UNITS))
     with tf.GradientTape() as tape:
         after = classifier.logits(TOKENS, LENGTHS, training=True)
     assert np.abs(after - before).max() > 1e-4
-    gradient = tape.gradient(after, classifier.encoder.initial_h.value)
+    gradient = tape.gradient(after, h.value)
     assert np.abs(gradient).max() > 0
 
 
-def test_a_reader_sets_the_state_and_is_not_trained() -> None:
-    classifier = make(with_reader=True)
-    _, h, c = classifier.reader(TOKENS, LENGTHS)
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_reader_sets_the_state_and_is_not_trained(num_layers: int) -> None:
+    classifier = make(with_reader=True, num_layers=num_layers)
+    _, read = classifier.reader(TOKENS, LENGTHS)
     mask = tf.sequence_mask(LENGTHS, 4)
     embedded = classifier.encoder.embed(TOKENS)
-    _, last, _ = classifier.encoder.read(embedded, mask, [h, c], training=False)
-    expected = classifier.output_layer(classifier.hidden(last))
+    outputs, states = classifier.encoder.read(embedded, mask, read, training=False)
+    np.testing.assert_array_equal(states[-1][0][1], outputs[1, -1])
+    expected = classifier.output_layer(classifier.hidden(states[-1][0]))
     with tf.GradientTape() as tape:
         logits = classifier.logits(TOKENS, LENGTHS, training=True)
     np.testing.assert_allclose(logits, expected, rtol=1e-6)

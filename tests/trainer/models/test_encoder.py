@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import tensorflow as tf
 
 from trainer.models.encoder import ChronoBias, Encoder, dropout
 
@@ -19,21 +20,52 @@ def test_an_encoder_starts_with_it_and_is_a_function_of_its_seed() -> None:
     first, again, other = (Encoder(30, 4, 6, seed=s, memory_steps=20) for s in (1, 1, 2))
     for encoder in (first, again, other):
         encoder.build()
-    forget = first.lstm.cell.bias.numpy()[6:12]
+    forget = first.lstms[0].cell.bias.numpy()[6:12]
     assert forget.min() >= 0 and forget.max() <= np.log(20)
-    for name in ("embeddings", "initial_h"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
-    for a, b in zip(first.lstm.weights, again.lstm.weights, strict=True):
+    for a, b in zip(first.weights, again.weights, strict=True):
         np.testing.assert_array_equal(a, b)
     assert (first.embeddings.numpy() != other.embeddings.numpy()).any()
 
 
 def test_config_round_trip() -> None:
-    encoder = Encoder(30, 4, 6, seed=1, memory_steps=20)
+    encoder = Encoder(30, 4, 6, seed=1, memory_steps=20, num_layers=2)
     again = Encoder.from_config(encoder.get_config())
     assert again.get_config() == encoder.get_config()
     bias = keras.initializers.deserialize(keras.initializers.serialize(ChronoBias(9, 2)))
     assert (bias.longest, bias.seed) == (9, 2)
+
+
+def test_layers_differ_and_each_has_a_state_of_its_own() -> None:
+    encoder = Encoder(30, 6, 6, seed=1, num_layers=3)
+    encoder.build()
+    assert [lstm.name for lstm in encoder.lstms] == ["lstm_0", "lstm_1", "lstm_2"]
+    for first, second in zip(encoder.lstms, encoder.lstms[1:], strict=False):
+        for a, b in zip(first.weights, second.weights, strict=True):
+            assert (a.numpy() != b.numpy()).any()
+    outputs, states = encoder(np.array([[5, 9, 2]]), np.array([3]))
+    assert outputs.shape == (1, 3, 6) and len(states) == 3
+    np.testing.assert_array_equal(states[-1][0], outputs[:, -1])  # the top layer's
+    before = [h.numpy() for h, _ in states]
+    encoder.initial_states[1][1].assign(np.ones(6))  # the middle layer's cell state
+    _, states = encoder(np.array([[5, 9, 2]]), np.array([3]))
+    changed = [bool((h.numpy() != b).any()) for (h, _), b in zip(states, before, strict=True)]
+    assert changed == [False, True, True]
+
+
+def test_dropout_between_layers_is_a_function_of_its_seed_and_of_the_layer() -> None:
+    one, two = (Encoder(30, 4, 6, seed=1, num_layers=n) for n in (1, 2))
+    for encoder in (one, two):
+        encoder.build()
+    tokens, mask = np.array([[5, 9, 2]]), np.ones((1, 3), bool)
+
+    def read(encoder: Encoder, rate: float, seed: int) -> np.ndarray:
+        embedded, start = encoder.embed(tokens), encoder.start(1)
+        return encoder.read(embedded, mask, start, True, rate, tf.constant([seed, 0]))[0].numpy()
+
+    np.testing.assert_array_equal(read(one, 0.5, 1), read(one, 0.0, 1))
+    np.testing.assert_array_equal(read(two, 0.5, 1), read(two, 0.5, 1))
+    assert (read(two, 0.5, 1) != read(two, 0.5, 2)).any()
+    assert (read(two, 0.5, 1) != read(two, 0.0, 1)).any()
 
 
 def test_no_dropout_is_the_same_tensor() -> None:

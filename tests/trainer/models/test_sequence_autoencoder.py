@@ -36,9 +36,9 @@ def paper_loss(model: SequenceAutoencoder, document: np.ndarray) -> float:
     encoder = model.encoder
     stock = keras.layers.LSTM(UNITS, return_sequences=True)
     stock.build((None, None, DIM))
-    stock.set_weights(encoder.lstm.get_weights())
+    stock.set_weights(encoder.lstms[0].get_weights())
     inputs = np.concatenate([document, document[:-1]])
-    start = [encoder.initial_h.value[None], encoder.initial_c.value[None]]
+    start = [part.value[None] for part in encoder.initial_states[0]]
     outputs = stock(tf.gather(encoder.embeddings.value, inputs)[None], initial_state=start)
     written = outputs[0, len(document) - 1 :]
     logits = written @ tf.transpose(model.softmax_kernel.value) + model.softmax_bias.value
@@ -85,6 +85,28 @@ def test_every_weight_and_the_initial_state_get_a_gradient(model: SequenceAutoen
         assert np.abs(tf.convert_to_tensor(gradient)).max() > 0, variable.path
 
 
+@pytest.mark.parametrize("num_layers", [2, 3])
+def test_a_stack_is_the_papers_one_sequence_too(num_layers: int) -> None:
+    model = SequenceAutoencoder(Encoder(VOCAB_SIZE, DIM, UNITS, seed=1, num_layers=num_layers))
+    model.build()
+    random = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(random.normal(size=variable.shape) * 0.5)
+    tokens, lengths = documents([4], time=4)
+    encoder = model.encoder
+    inputs = np.concatenate([tokens[0], tokens[0, :-1]])
+    outputs = tf.gather(encoder.embeddings.value, inputs)[None]
+    for lstm, state in zip(encoder.lstms, encoder.initial_states, strict=True):
+        stock = keras.layers.LSTM(UNITS, return_sequences=True)
+        stock.build((None, None, outputs.shape[-1]))
+        stock.set_weights(lstm.get_weights())
+        outputs = stock(outputs, initial_state=[part.value[None] for part in state])
+    written = outputs[0, 3:]
+    logits = written @ tf.transpose(model.softmax_kernel.value) + model.softmax_bias.value
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tokens[0], logits)
+    assert loss(model, tokens, lengths)[0] == pytest.approx(float(sum(losses)), rel=1e-5)
+
+
 def test_dropout_is_a_function_of_its_seed(model: SequenceAutoencoder) -> None:
     tokens, lengths = documents([5, 3], time=5)
 
@@ -113,8 +135,8 @@ def test_word_dropout_hides_words_from_the_decoder_alone(model: SequenceAutoenco
     hidden = drop_words(embedded, 1.0, tf.constant([1, 2]))
     assert not hidden.numpy().any()
     outputs = model.predicting_outputs(embedded, hidden, mask, training=False)
-    _, h, c = encoder.read(embedded, mask, encoder.start(1), training=False)
-    expected, _, _ = encoder.read(hidden[:, 1:], mask[:, 1:], [h, c], training=False)
+    _, states = encoder.read(embedded, mask, encoder.start(1), training=False)
+    expected, _ = encoder.read(hidden[:, 1:], mask[:, 1:], states, training=False)
     np.testing.assert_allclose(outputs[:, 1:], expected, rtol=1e-6)
 
 

@@ -11,6 +11,6 @@ def test_the_state_is_trained_only_if_it_is_learned(state: str) -> None:
     classifier = Classifier(Encoder(9, 2, 3, seed=0), 2, reader=reader)
     classifier.build()
     names = set(trained_variables(classifier, state))
-    assert ("initial_state/h" in names) == (state == "learned")
-    assert {"embeddings", "lstm/kernel", "output/bias"} <= names
+    assert ("initial_state/0/h" in names) == (state == "learned")
+    assert {"embeddings", "lstm/0/kernel", "output/bias"} <= names
     assert not any(name.startswith("reader/") for name in names)
