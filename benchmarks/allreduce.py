@@ -82,7 +82,7 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
     for name, (sparse_reduce, compress) in VARIANTS.items():
         used = Alone(distributor) if name == "alone" else distributor
         chosen = loop_settings.settings(sparse_reduce=sparse_reduce, compress=compress)
-        steps[name] = loop.make_train_step(task, optimizer, used, chosen, batches)
+        steps[name], _ = loop.make_train_step(task, optimizer, used, chosen, batches)
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for number, batch in enumerate(batches(0, repeats + 2)):
         for name, step in steps.items():

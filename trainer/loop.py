@@ -23,6 +23,7 @@ from trainer.distribution.distributor import (
     Distributor,
     broadcast_arrays,
     is_chief,
+    num_shards,
     reduce_inside_step_only,
 )
 from trainer.distribution.divergence import check_equal
@@ -33,6 +34,7 @@ from trainer.health import NonFiniteError, StallWatchdog, describe_nonfinite
 from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
 from trainer.preemption import Preempted, StopRequest
 from trainer.reporting.status import Metrics, describe, format_seconds
+from trainer.tables import Tables, find_tables, rule_of
 
 # rows (tokens, lengths, labels, weights), step, slice -> the summed loss and its weight; the slice
 # of the global batch is a number that random draws depend on
@@ -135,6 +137,7 @@ def train(
         optimizer.build(list(task.variables.values()))
     reduce_inside_step_only(optimizer)
     set_rates(optimizer, task.variables, task.rates)
+    train_step, tables = make_train_step(task, optimizer, distributor, settings, batches)
     checkpoints = Checkpointer(
         settings.folder / "checkpoints",
         distributor,
@@ -150,16 +153,18 @@ def train(
     if not settings.resume:
         checkpoints.forget()
     start = progress.resume()
+    tables.after_restore(distributor)
     if is_chief(distributor):
         settings.folder.mkdir(parents=True, exist_ok=True)
         metrics.forget_after(start, evaluated=not progress.evaluation_is_due(start))
-    train_step = make_train_step(task, optimizer, distributor, settings, batches)
 
     try:
         with StallWatchdog(settings.stall_seconds) as watchdog:
             if progress.evaluation_is_due(start):  # TERM cut it off
+                tables.settle(distributor)
                 if not progress.evaluate(start):
                     raise Preempted(f"{task.name}: stopped by TERM after step {start}; state saved")
+                tables.before_save()
                 progress.save(start)
             for step, batch in enumerate(batches(start, settings.steps), start + 1):
                 began = time.perf_counter()
@@ -172,6 +177,7 @@ def train(
                 preempted = float(outcome.stops) > 0
                 evaluates = progress.evaluation_is_due(step) and not preempted
                 if evaluates:
+                    tables.settle(distributor)
                     preempted = not progress.evaluate(step)
                     watchdog.beat()
                 if (
@@ -180,6 +186,7 @@ def train(
                     or step == settings.steps
                     or preempted
                 ):
+                    tables.before_save()
                     progress.save(step)
                 if preempted:
                     saved = "state saved" if checkpoints.wait() else "state NOT saved"
@@ -216,14 +223,15 @@ def make_train_step(
     distributor: Distributor,
     settings: Settings,
     batches: Callable[[int, int], tf.data.Dataset],
-) -> Callable[[dict, tf.Tensor], Outcome]:
-    """Returns (batch, stop asked for here) -> the step's outcome.
+) -> tuple[Callable[[dict, tf.Tensor], Outcome], Tables]:
+    """Returns (batch, stop asked for here) -> the step's outcome; and the tables that it trains.
 
     Where `settings.on_nonfinite` is "skip", a step that is not finite changes no variable. Its
     gradients then pass from one function to a second: Keras cannot apply them inside a tf.cond
     under a strategy. Where it is "stop" they are applied, and the variables no longer of use.
 
     Args:
+      optimizer: built for the task's variables; it has the tables' variables after this.
       batches: as in `train`.
     """
     first = batches(0, 1)  # what is measured on it must not depend on where the run resumes
@@ -250,9 +258,23 @@ def make_train_step(
         ],
     )
 
+    found = find_tables(
+        distributor, variables, lambda batch: shard_gradients(batch)[2], first.element_spec
+    )
+    one_shard = num_shards(distributor) == 1
+    by_rows = [is_table and (one_shard or r) for is_table, r in zip(found, as_rows, strict=True)]
+    no_rate = Rate(1.0, 0)
+    rules = {
+        rate: rule_of(optimizer, settings.steps, *rate) for rate in {no_rate, *task.rates.values()}
+    }
+    rules = [rules[task.rates.get(name, no_rate)] for name in task.variables]
+    with distributor.scope():
+        tables = Tables(optimizer, variables, found, by_rows, rules)
+
     def reduced(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor]]:
         rows = local_rows(distributor, batch)
-        loss_sum, weight, gradients = shard_gradients(batch)
+        with tables.read_up_to_date():
+            loss_sum, weight, gradients = shard_gradients(batch)
         tokens = tf.reduce_sum(
             tf.cast(rows["lengths"] * tf.cast(rows["weights"] > 0, tf.int32), weight.dtype)
         )
@@ -261,9 +283,11 @@ def make_train_step(
             [loss_sum, weight, tokens, tf.cast(stop, weight.dtype)]
         )
         gradients = [divided(gradient, weight) for gradient in gradients]
-        gradients = reduce_gradients(distributor, gradients, as_rows, settings.compress)
+        gradients = reduce_gradients(distributor, gradients, as_rows, settings.compress, by_rows)
         # As tf.linalg.global_norm does, which keeps those of the variables to itself.
-        halves = tf.stack([tf.nn.l2_loss(gradient) for gradient in gradients])
+        halves = tf.stack(
+            [tf.nn.l2_loss(g.values if isinstance(g, tf.IndexedSlices) else g) for g in gradients]
+        )
         norm = tf.sqrt(2 * tf.reduce_sum(halves))
         gradients, _ = tf.clip_by_global_norm(gradients, settings.clip_norm, use_norm=norm)
         return Outcome(loss_sum / weight, tokens, stop, tf.sqrt(2 * halves)), gradients
@@ -275,16 +299,21 @@ def make_train_step(
 
     signature = [first.element_spec, tf.TensorSpec([], tf.float32)]
     if settings.on_nonfinite == "stop":
-        return tf.function(
+        whole = tf.function(
             lambda batch, stop: distributor.run(reduce_and_apply, batch, stop),
             input_signature=signature,
+            autograph=False,
         )
+        return whole, tables
 
     reduce = tf.function(
-        lambda batch, stop: distributor.run(reduced, batch, stop), input_signature=signature
+        lambda batch, stop: distributor.run(reduced, batch, stop),
+        input_signature=signature,
+        autograph=False,
     )
     apply = tf.function(
-        lambda gradients: distributor.run(lambda g: optimizer.apply(g, variables), gradients)
+        lambda gradients: distributor.run(lambda g: optimizer.apply(g, variables), gradients),
+        autograph=False,
     )
 
     def train_step(batch: dict, stop: tf.Tensor) -> Outcome:
@@ -293,7 +322,7 @@ def make_train_step(
             apply(gradients)
         return outcome
 
-    return train_step
+    return train_step, tables
 
 
 class Progress:

@@ -149,7 +149,7 @@ def train(case: Case, distributor) -> dict[str, np.ndarray]:
         optimizer.build(list(task.variables.values()))
     reduce_inside_step_only(optimizer)
     batches = make_batches(distributor)
-    step = loop.make_train_step(task, optimizer, distributor, settings, batches)
+    step, _ = loop.make_train_step(task, optimizer, distributor, settings, batches)
     losses = [float(step(batch, tf.constant(0.0))[0]) for batch in batches(0, STEPS)]
     return {"losses": np.array(losses)} | {
         name: variable.numpy() for name, variable in task.variables.items()

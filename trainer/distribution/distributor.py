@@ -149,6 +149,20 @@ def reduce_inside_step_only(optimizer: keras.optimizers.Optimizer) -> None:
     optimizer._all_reduce_sum_gradients = list
 
 
+def update_each_copy(
+    variable: keras.Variable, update: Callable[..., Any], *args: tf.Tensor
+) -> None:
+    """Runs, inside a step, `update(copy, *args)` where each shard's copy of `variable` is.
+
+    There it may assign to that copy, and to variables that are placed with it.
+    """
+
+    def each(strategy: tf.distribute.Strategy, *args: Any) -> None:
+        strategy.extended.update(variable.value, update, args=args, group=False)
+
+    tf.distribute.get_replica_context().merge_call(each, args=args)
+
+
 def make_distributor(kind: str, cluster: Cluster, collective_timeout_seconds: float) -> Distributor:
     """Returns the distributor of `kind`, one of config.DISTRIBUTORS.
 

@@ -24,28 +24,37 @@ def reduce_gradients(
     gradients: Sequence[Gradient],
     as_rows: Sequence[bool],
     compress: str = "none",
-) -> list[tf.Tensor]:
+    stay_rows: Sequence[bool] | None = None,
+) -> list[Gradient]:
     """Returns, inside a step, each gradient summed over all shards, as a dense tensor.
 
     Args:
       gradients: this shard's.
       as_rows: whether each travels as rows, from `choose_rows`; needs tf.IndexedSlices.
       compress: "none", "fp16" or "bf16": the type in which dense gradients are sent and added.
+      stay_rows: which of those that do not travel whole are to be tf.IndexedSlices of distinct
+        rows, not dense tensors.
     """
+    stay_rows = stay_rows or [False] * len(gradients)
     if num_shards(distributor) == 1:
-        return [dense(gradient) for gradient in gradients]
+        return [
+            distinct_rows(gradient) if stay else dense(gradient)
+            for gradient, stay in zip(gradients, stay_rows, strict=True)
+        ]
     narrow = COMPRESSED[compress]
-    sums: list[tf.Tensor | None] = [None] * len(gradients)
+    sums: list[Gradient | None] = [None] * len(gradients)
     whole = [i for i, rows in enumerate(as_rows) if not rows]
     sent = [dense(gradients[i]) for i in whole]
-    received = distributor.all_reduce_sum([tf.cast(g, narrow) if narrow else g for g in sent])
+    sent_as = [tf.cast(g, narrow) if narrow else g for g in sent]
+    received = distributor.all_reduce_sum(sent_as) if sent else []
     for i, gradient, reduced in zip(whole, sent, received, strict=True):
         sums[i] = tf.cast(reduced, gradient.dtype)
     for i, gradient in enumerate(gradients):
         if as_rows[i]:
             rows = distinct_rows(gradient)
             values, indices = distributor.all_gather_rows(rows.values, rows.indices)
-            sums[i] = dense(tf.IndexedSlices(values, indices, rows.dense_shape))
+            rows = tf.IndexedSlices(values, indices, rows.dense_shape)
+            sums[i] = distinct_rows(rows) if stay_rows[i] else dense(rows)
     return sums
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.models.lstm import WarmLSTM
+from trainer.tables import read_rows
 
 # For each layer of a stack, the lowest first: [h, c], each [batch, units].
 States = list[list[tf.Tensor]]
@@ -117,7 +118,7 @@ class Encoder(keras.layers.Layer):
 
     def embed(self, tokens: tf.Tensor) -> tf.Tensor:
         """Returns the tokens' embeddings: [batch, time, embedding_dim]."""
-        return tf.nn.embedding_lookup(self.embeddings.value, tokens)
+        return read_rows(self.embeddings.value, tokens)
 
     def start(self, batch_size: tf.Tensor) -> States:
         """Returns the initial state for a batch: for each layer [h, c], each [batch, units]."""

@@ -10,6 +10,8 @@ import math
 
 import tensorflow as tf
 
+from trainer.tables import read_rows
+
 CHUNK_TOKENS = 1024
 
 
@@ -66,10 +68,14 @@ def sampled_cross_entropy(
     """
     vocab_size = kernel.shape[0]
     candidates = log_uniform_candidates(vocab_size, num_sampled, seed)
-    target_weights = tf.gather(kernel, targets)  # [tokens, units]
-    target_logits = tf.reduce_sum(hidden * target_weights, axis=1) + tf.gather(bias, targets)
-    candidate_logits = tf.matmul(hidden, tf.gather(kernel, candidates), transpose_b=True)
-    candidate_logits += tf.gather(bias, candidates)  # [tokens, candidates]
+    # Read together, so that a word's gradient is one row even where it is both.
+    read = tf.concat([targets, candidates], 0)
+    weights, biases = read_rows(kernel, read), read_rows(bias, read)
+    target_weights, candidate_weights = tf.split(weights, [tf.size(targets), num_sampled])
+    target_biases, candidate_biases = tf.split(biases, [tf.size(targets), num_sampled])
+    target_logits = tf.reduce_sum(hidden * target_weights, axis=1) + target_biases
+    candidate_logits = tf.matmul(hidden, candidate_weights, transpose_b=True)
+    candidate_logits += candidate_biases  # [tokens, candidates]
 
     candidate_logits -= log_expected_count(candidates, vocab_size, num_sampled)
     is_target = targets[:, None] == candidates
