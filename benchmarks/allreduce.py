@@ -70,11 +70,12 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
         reduce_inside_step_only,
     )
     from trainer.optimizer import make_optimizer
+    from trainer.schedules import Schedule
 
     distributor = make_distributor(kind, clusters.resolve(os.environ), 60.0)
     with distributor.scope():
         task = make_task(vocab_size)
-        optimizer = make_optimizer("adam", learning_rate=1e-3, learning_rate_decay=1.0)
+        optimizer = make_optimizer("adam", Schedule("constant", 1e-3))
         optimizer.build(list(task.variables.values()))
     reduce_inside_step_only(optimizer)
     batches = random_batches(vocab_size, distributor.rank)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import loop
+from trainer.schedules import Schedule
 
 
 def settings(**changes: Any) -> loop.Settings:
@@ -12,8 +13,7 @@ def settings(**changes: Any) -> loop.Settings:
         "folder": Path(),
         "steps": 1,
         "steps_per_epoch": 1,
-        "learning_rate": 0.1,
-        "learning_rate_decay": 1.0,
+        "schedule": Schedule("constant", rate=0.1),
         "optimizer": "adam",
         "clip_norm": 1.0,
         "accumulate_steps": 1,

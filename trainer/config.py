@@ -18,6 +18,7 @@ DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker", "horovod")
 OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
 POOLINGS = ("last", "concat")
+SCHEDULES = ("constant", "exponential", "cosine", "triangular")
 
 
 def _flag(
@@ -109,8 +110,15 @@ class Config:
                                   "one; concat = documents are joined, end tokens between, and cut "
                                   "into rows of --pretrain_max_tokens.", choices=("none", "concat"))
     pretrain_learning_rate: float = _flag("Pretraining", 1e-3, "Adam's.", above=0)
+    pretrain_schedule: str = _flag("Pretraining", "exponential", "How the learning rate goes on: "
+                                   "falls by --pretrain_learning_rate_decay; or rises, and falls "
+                                   "along a cosine or a line.", choices=SCHEDULES)
     pretrain_learning_rate_decay: float = _flag("Pretraining", 0.9999, "Factor on the rate after "
-                                                "each step.", above=0, at_most=1)
+                                                "each step, of the exponential schedule.",
+                                                above=0, at_most=1)
+    pretrain_warmup_fraction: float = _flag("Pretraining", 0.1, "Part of the steps in which the "
+                                            "rate rises, of cosine and triangular.",
+                                            at_least=0, below=1)
     pretrain_embedding_scale: float = _flag("Pretraining", 1.0, "Bounds of new embeddings, plus "
                                             "and minus.", above=0)
     pretrain_dropout: float = _flag("Pretraining", 0.0, "Of embeddings and outputs.",
@@ -149,8 +157,20 @@ class Config:
     finetune_max_tokens: int = _flag("Fine-tuning", 400, "A document's last tokens that are "
                                      "read.", at_least=2)
     finetune_learning_rate: float = _flag("Fine-tuning", 1e-3, "Adam's.", above=0)
+    finetune_schedule: str = _flag("Fine-tuning", "exponential", "How the learning rate goes on: "
+                                   "falls by --finetune_learning_rate_decay; or rises, and falls "
+                                   "along a cosine or a line.", choices=SCHEDULES)
     finetune_learning_rate_decay: float = _flag("Fine-tuning", 0.9998, "Factor on the rate after "
-                                                "each step.", above=0, at_most=1)
+                                                "each step, of the exponential schedule.",
+                                                above=0, at_most=1)
+    finetune_warmup_fraction: float = _flag("Fine-tuning", 0.1, "Part of the steps in which the "
+                                            "rate rises, of cosine and triangular.",
+                                            at_least=0, below=1)
+    finetune_ema: float = _flag("Fine-tuning", 0.0, "Decay of the moving average of the weights, "
+                                "which is then what is evaluated and kept; 0 = off.",
+                                at_least=0, below=1)
+    label_smoothing: float = _flag("Fine-tuning", 0.0, "Part of a label that is spread evenly over "
+                                   "all classes in training.", at_least=0, below=1)
     encoder_rate: float = _flag("Fine-tuning", 1.0, "Factor on the learning rate of the weights "
                                 "that come from the encoder.", above=0)
     encoder_frozen_steps: int = _flag("Fine-tuning", 0, "First steps in which the weights that "

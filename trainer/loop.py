@@ -5,6 +5,7 @@ examples of the global batch, divided by their number after the reduction, and c
 global norm after that.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer import bundle
+from trainer.averages import Averages
 from trainer.checkpoint import Checkpointer
 from trainer.distribution.distributor import (
     Distributor,
@@ -34,6 +36,7 @@ from trainer.health import NonFiniteError, StallWatchdog, describe_nonfinite
 from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
 from trainer.preemption import Preempted, StopRequest
 from trainer.reporting.status import Metrics, describe, format_seconds
+from trainer.schedules import Schedule
 from trainer.tables import Tables, find_tables, rule_of
 
 # rows (tokens, lengths, labels, weights), step, slice -> the summed loss and its weight; the slice
@@ -73,8 +76,7 @@ class Settings:
     folder: Path
     steps: int
     steps_per_epoch: int
-    learning_rate: float
-    learning_rate_decay: float
+    schedule: Schedule
     optimizer: str
     clip_norm: float
     accumulate_steps: int
@@ -91,6 +93,7 @@ class Settings:
     on_nonfinite: str = "stop"
     max_skipped_steps: int = 10
     stall_seconds: float = 0.0
+    ema: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,17 +134,20 @@ def train(
       DivergenceError: `settings.check_divergence`, and workers hold different weights.
     """
     with distributor.scope():
-        optimizer = make_optimizer(
-            settings.optimizer, settings.learning_rate, settings.learning_rate_decay
-        )
+        optimizer = make_optimizer(settings.optimizer, settings.schedule)
         optimizer.build(list(task.variables.values()))
     reduce_inside_step_only(optimizer)
     set_rates(optimizer, task.variables, task.rates)
     train_step, tables = make_train_step(task, optimizer, distributor, settings, batches)
+    averages = Averages(task.variables, settings.ema, distributor) if settings.ema else None
     checkpoints = Checkpointer(
         settings.folder / "checkpoints",
         distributor,
-        {**task.variables, **optimizer_variables(optimizer)},
+        {
+            **task.variables,
+            **optimizer_variables(optimizer),
+            **(averages.variables if averages else {}),
+        },
         log,
         settings.keep_checkpoints,
         settings.checkpoint_errors,
@@ -149,7 +155,7 @@ def train(
     )
     metrics = Metrics(settings.folder / "metrics.jsonl", task.name)
     examples = getattr(batches, "examples", lambda step: [])
-    progress = Progress(task, settings, distributor, checkpoints, metrics, log, examples)
+    progress = Progress(task, settings, distributor, checkpoints, metrics, log, examples, averages)
     if not settings.resume:
         checkpoints.forget()
     start = progress.resume()
@@ -170,6 +176,9 @@ def train(
                 began = time.perf_counter()
                 outcome = train_step(batch, tf.constant(float(stop_request.received)))
                 outcome.loss.numpy()  # waits for a step that is still being computed
+                if averages and outcome.is_finite():
+                    tables.settle(distributor)  # an average is of all rows
+                    averages.update(optimizer.iterations.value)
                 progress.count(step, outcome, time.perf_counter() - began)
                 watchdog.beat()
                 if step % settings.log_every_steps == 0 or step == settings.steps:
@@ -337,6 +346,7 @@ class Progress:
         metrics: Metrics,
         log: Callable[[str], None],
         examples: Callable[[int], list[int]],
+        averages: Averages | None,
     ):
         self._task = task
         self._settings = settings
@@ -345,6 +355,7 @@ class Progress:
         self._metrics = metrics
         self._log = log
         self._examples = examples
+        self._averages = averages
         self._notes = {
             "seconds": 0.0,
             "tokens": 0.0,
@@ -454,11 +465,15 @@ class Progress:
         return due and self._notes["evaluated_step"] < step
 
     def evaluate(self, step: int) -> bool:
-        """Evaluates, and remembers the weights if they are the best so far.
+        """Evaluates the weights, or their averages, and remembers them if they are the best yet.
 
         Returns:
           Whether it came to its end: TERM cuts it off, and a resumed run begins with it.
         """
+        with self._averages.in_place() if self._averages else contextlib.nullcontext():
+            return self._evaluate(step)
+
+    def _evaluate(self, step: int) -> bool:
         try:
             values = self._task.evaluate()
         except Preempted:
@@ -495,6 +510,8 @@ class Progress:
             chief = is_chief(self._distributor)
             best = broadcast_arrays(self._distributor, self._best if chief else None)
             bundle.assign(self._task.variables, best)
+        elif self._averages:
+            self._averages.put_in_place()
         notes = self._notes
         return Result(
             metrics=notes["metrics"],

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from trainer.schedules import LearningRate, Schedule
+
 
 class Rate(NamedTuple):
     """How a weight's learning rate differs from that of the others.
@@ -19,21 +21,17 @@ class Rate(NamedTuple):
     frozen_steps: int
 
 
-def make_optimizer(
-    name: str, learning_rate: float, learning_rate_decay: float
-) -> keras.optimizers.Optimizer:
-    """Returns the optimizer; its rate is multiplied by `learning_rate_decay` after each step.
+def make_optimizer(name: str, schedule: Schedule) -> keras.optimizers.Optimizer:
+    """Returns the optimizer.
 
     Args:
       name: one of config.OPTIMIZERS; sgd has a momentum of 0.9.
     """
-    schedule = keras.optimizers.schedules.ExponentialDecay(
-        learning_rate, decay_steps=1, decay_rate=learning_rate_decay
-    )
+    rate = LearningRate(schedule)
     if name == "sgd":
-        return keras.optimizers.SGD(schedule, momentum=0.9)
+        return keras.optimizers.SGD(rate, momentum=0.9)
     kinds = {"adam": "Adam", "adamw": "AdamW", "nadam": "Nadam"}
-    return getattr(keras.optimizers, kinds[name])(schedule)
+    return getattr(keras.optimizers, kinds[name])(rate)
 
 
 def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:

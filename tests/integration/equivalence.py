@@ -137,6 +137,7 @@ def train(case: Case, distributor) -> dict[str, np.ndarray]:
     from trainer import loop
     from trainer.distribution.distributor import reduce_inside_step_only
     from trainer.optimizer import make_optimizer
+    from trainer.schedules import Schedule
 
     task = make_task(case, distributor)
     settings = loop_settings.settings(
@@ -145,7 +146,7 @@ def train(case: Case, distributor) -> dict[str, np.ndarray]:
         sparse_reduce=case.sparse_reduce,
     )
     with distributor.scope():
-        optimizer = make_optimizer(case.optimizer, learning_rate=0.1, learning_rate_decay=0.99)
+        optimizer = make_optimizer(case.optimizer, Schedule("exponential", 0.1, 0.99))
         optimizer.build(list(task.variables.values()))
     reduce_inside_step_only(optimizer)
     batches = make_batches(distributor)

@@ -20,6 +20,7 @@ from trainer.distribution.distributor import make_distributor
 from trainer.distribution.steps import sum_over_batches
 from trainer.health import NonFiniteError
 from trainer.preemption import Preempted
+from trainer.schedules import Schedule
 
 STEPS = 8
 ROWS = 4
@@ -52,7 +53,7 @@ def settings(folder: Path, **changes: Any) -> loop.Settings:
         "folder": folder,
         "steps": STEPS,
         "steps_per_epoch": STEPS,
-        "learning_rate_decay": 0.9,
+        "schedule": Schedule("exponential", rate=0.1, decay=0.9),
         "checkpoint_every_steps": 2,
         "evaluate_every_steps": 4,
         "resume": True,
@@ -76,6 +77,7 @@ def train(
     at: tuple[int, ...] = (),
     evaluate: Callable[[], dict] = dict,
     stop_request: Any = None,
+    select_by: str = "",
     **changes: Any,
 ) -> SimpleNamespace:
     """Trains a small model; returns its variables' values and the lines of the log."""
@@ -93,7 +95,9 @@ def train(
         return loss, tf.reduce_sum(rows["weights"])
 
     lines: list[str] = []
-    task = loop.Task("pretrain", variables, loss_sum, evaluate, ranked_by="metric")
+    task = loop.Task(
+        "pretrain", variables, loss_sum, evaluate, select_by=select_by, ranked_by="metric"
+    )
     request = stop_request or SimpleNamespace(received=False)
     loop.train(task, settings(folder, **changes), distributor, Batches(), request, lines.append)
     return SimpleNamespace(
@@ -215,6 +219,42 @@ def test_the_best_checkpoints_are_those_of_the_lowest_metric(one: Any, tmp_path:
     kept = sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["6", "8"]
     assert state(tmp_path, 6)
+
+
+def test_averaged_weights_are_what_is_evaluated_and_kept(distributor: Any, tmp_path: Path) -> None:
+    flags = {"optimizer": "sgd", "checkpoint_every_steps": 1, "keep_checkpoints": STEPS}
+    plain = train(distributor, tmp_path / "plain", **flags)
+    averaged = train(distributor, tmp_path / "averaged", ema=0.3, **flags)
+    average = np.ones(2, np.float64)
+    for step in range(1, STEPS + 1):
+        _, tensors = checkpoint.read(tmp_path / "averaged" / "checkpoints" / f"step-{step:08d}")
+        kept = min(0.3, (1 + step) / (10 + step))
+        average = kept * average + (1 - kept) * tensors["v"]
+        np.testing.assert_allclose(tensors["average/v"], average, rtol=1e-6)
+    # Training itself goes on from the weights, not from their averages.
+    np.testing.assert_array_equal(tensors["v"], plain.values["v"])
+    np.testing.assert_array_equal(averaged.values["v"], tensors["average/v"])
+    assert np.abs(tensors["v"] - tensors["average/v"]).max() > 1e-4
+
+
+def test_a_run_with_averages_resumes_with_the_same_bits(one: Any, tmp_path: Path) -> None:
+    evaluated: list[float] = []
+
+    def evaluate() -> dict[str, float]:
+        evaluated.append(float(len(evaluated)))
+        return {"metric": -evaluated[-1]}
+
+    flags = {"ema": 0.9, "select_by": "metric", "evaluate": evaluate, "evaluate_every_steps": 3}
+    whole = train(one, tmp_path / "whole", **flags)
+    request = SimpleNamespace(received=True)
+    for _ in range(4):
+        with pytest.raises(Preempted):
+            train(one, tmp_path / "cut", stop_request=request, **flags)
+    cut = train(one, tmp_path / "cut", **flags)
+    assert state(tmp_path / "whole", STEPS) == state(tmp_path / "cut", STEPS)
+    for name in whole.values:
+        assert whole.values[name].tobytes() == cut.values[name].tobytes()
+        assert whole.values[name].tobytes() == state(tmp_path / "cut", STEPS)[f"average/{name}"]
 
 
 @pytest.mark.parametrize("errors", ["stop", "warn"])

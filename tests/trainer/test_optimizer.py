@@ -6,6 +6,7 @@ import tensorflow as tf
 from trainer.distribution.distributor import reduce_inside_step_only
 from trainer.distribution.tf_distribute import one_device
 from trainer.optimizer import Rate, make_optimizer, set_rates
+from trainer.schedules import Schedule
 
 RATES = {"table": Rate(factor=0.25, frozen_steps=2)}
 
@@ -20,7 +21,7 @@ def test_a_rate_of_its_own(two_shards: object, name: str, shards: int) -> None:
             for key in ("table", "head", "like_table_but_not_frozen")
         }
         # A weight decay of AdamW would move what is frozen; its factor is tested elsewhere.
-        optimizer = make_optimizer(name, learning_rate=0.1, learning_rate_decay=1.0)
+        optimizer = make_optimizer(name, Schedule("constant", 0.1))
         optimizer.weight_decay = None
         optimizer.build(list(variables.values()))
     reduce_inside_step_only(optimizer)

@@ -112,19 +112,26 @@ def last_mean_maximum(outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -> t
     return tf.concat([last, total / count, maximum], axis=1)
 
 
-def losses_and_errors(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def losses_and_errors(
+    logits: tf.Tensor, labels: tf.Tensor, smoothing: float = 0.0
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the cross-entropy in nats and 1.0 where the label is wrong: float32 [batch] each.
 
     Args:
       logits: as `Classifier.logits` returns them.
       labels: int32 [batch].
+      smoothing: the part of the label that is spread over all classes (Szegedy et al. 2016,
+        section 7).
     """
     if logits.shape[-1] == 1:
         logit = logits[:, 0]
-        truth = tf.cast(labels, logit.dtype)
+        truth = tf.cast(labels, logit.dtype) * (1 - smoothing) + smoothing / 2
         losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=truth, logits=logit)
         predicted = tf.cast(logit > 0, tf.int32)
     else:
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        classes = logits.shape[-1]
+        truth = tf.one_hot(labels, classes, dtype=logits.dtype)
+        truth = truth * (1 - smoothing) + smoothing / classes
+        losses = tf.nn.softmax_cross_entropy_with_logits(truth, logits)
         predicted = tf.argmax(logits, axis=-1, output_type=tf.int32)
     return losses, tf.cast(predicted != labels, tf.float32)

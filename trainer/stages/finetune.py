@@ -178,7 +178,7 @@ def loss_sum(run: Run, classifier: Classifier) -> loop.LossSum:
             embedding_seed=seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard),
             output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
         )
-        losses, _ = losses_and_errors(logits, rows["labels"])
+        losses, _ = losses_and_errors(logits, rows["labels"], config.label_smoothing)
         return tf.reduce_sum(losses * rows["weights"]), tf.reduce_sum(rows["weights"])
 
     return of_rows

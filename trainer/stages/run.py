@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 
@@ -14,6 +15,7 @@ from trainer import loop
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor, is_chief, num_shards
 from trainer.preemption import StopRequest
+from trainer.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,21 @@ class Run:
         """Returns the loop's settings for `stage`, "pretrain" or "finetune"."""
         config = self.config
 
-        def of_stage(name: str) -> float:
+        def of_stage(name: str) -> Any:
             return getattr(config, f"{stage}_{name}")
 
         return loop.Settings(
             folder=folder,
             steps=of_stage("steps"),
             steps_per_epoch=steps_per_epoch,
-            learning_rate=of_stage("learning_rate"),
-            learning_rate_decay=of_stage("learning_rate_decay"),
+            schedule=Schedule(
+                kind=of_stage("schedule"),
+                rate=of_stage("learning_rate"),
+                decay=of_stage("learning_rate_decay"),
+                warmup_fraction=of_stage("warmup_fraction"),
+                steps=of_stage("steps"),
+            ),
+            ema=config.finetune_ema if stage == "finetune" else 0.0,
             optimizer=config.optimizer,
             clip_norm=config.clip_norm,
             accumulate_steps=config.accumulate_steps,

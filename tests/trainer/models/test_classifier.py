@@ -108,6 +108,19 @@ def test_losses_and_errors_of_more_classes() -> None:
     np.testing.assert_allclose(losses, -np.log(probabilities.max(1)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_label_smoothing_spreads_a_part_of_the_label(num_classes: int) -> None:
+    logits = np.random.default_rng(0).normal(size=(5, num_classes)).astype(np.float32)
+    labels = np.array([0, 1, 1, 0, num_classes - 1], np.int32)
+    truth = np.eye(num_classes)[labels] * 0.8 + 0.2 / num_classes
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    # Of two classes the model gives the difference only.
+    given = logits[:, 1:] - logits[:, :1] if num_classes == 2 else logits
+    losses, errors = losses_and_errors(tf.constant(given), labels, smoothing=0.2)
+    np.testing.assert_allclose(losses, -(truth * log_probabilities).sum(1), rtol=1e-5)
+    np.testing.assert_array_equal(errors, logits.argmax(1) != labels)
+
+
 @pytest.mark.parametrize("with_reader", [False, True])
 def test_weights_are_a_function_of_the_seed(with_reader: bool) -> None:
     first, second = make(with_reader=with_reader), make(with_reader=with_reader)
