@@ -149,6 +149,9 @@ class Config:
     pooling: str = _flag("Fine-tuning", "last", "Of the LSTM's outputs, what the classifier's head "
                          "reads: the last; or the last, the mean and the maximum over time.",
                          choices=POOLINGS)
+    label_gain: str = _flag("Fine-tuning", "last", "Where the label is predicted in training: at "
+                            "the document's end; or after every word, with a weight that rises "
+                            "linearly.", choices=("last", "linear"))
     finetune_documents: int = _flag("Fine-tuning", 0, "Labelled documents to train on, chosen by "
                                     "the seed; 0 = all of the train split.", at_least=0)
     finetune_steps: int = _flag("Fine-tuning", 1_000, "Steps.", at_least=1)
@@ -348,6 +351,11 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         faults.append(
             f"--encoder_frozen_steps={config.encoder_frozen_steps} with --optimizer=adamw: its "
             "weight decay would move the frozen weights; use --optimizer=adam"
+        )
+    if config.label_gain == "linear" and config.pooling != "last":
+        faults.append(
+            f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
+            "predicted from that word's output; use --pooling=last"
         )
     return faults + _stage_faults(config)
 

@@ -65,6 +65,8 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert "must be at least --pretrain_max_tokens=501" in found
     (found,) = faults(folder, budget, "--pretrain_packing=concat")
     assert "set --pretrain_batch_size instead" in found
+    (found,) = faults(folder, "--label_gain=linear", "--pooling=concat")
+    assert found.startswith("--label_gain=linear with --pooling=concat: ")
     (found,) = faults(folder, "--tied_softmax=perhaps")
     assert found == "--tied_softmax=perhaps is not true or false"
     (found,) = faults(folder, "--stage=evaluate")

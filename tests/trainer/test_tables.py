@@ -14,6 +14,7 @@ from trainer import checkpoint, loop
 from trainer.distribution.distributor import reduce_inside_step_only
 from trainer.distribution.tf_distribute import one_device
 from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
+from trainer.schedules import Schedule
 from trainer.preemption import Preempted
 from trainer.tables import Tables, read_rows, rule_of
 
@@ -27,7 +28,7 @@ def apply_steps(distributor: Any, name: str, rate: Rate, by_rows: bool) -> np.nd
     random = np.random.default_rng(1)
     with distributor.scope():
         table = keras.Variable(np.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH), "float64")
-        optimizer = make_optimizer(name, learning_rate=0.01, learning_rate_decay=0.99)
+        optimizer = make_optimizer(name, Schedule("exponential", 0.01, 0.99))
         optimizer.build([table])
     reduce_inside_step_only(optimizer)
     set_rates(optimizer, {"table": table}, {"table": rate})
@@ -162,7 +163,7 @@ def test_a_step_makes_no_tensor_of_the_vocabulary(tmp_path: Path) -> None:
     distributor = one_device()
     with distributor.scope():
         table = keras.Variable(np.ones((VOCABULARY, WIDTH), np.float32), name="table")
-        optimizer = make_optimizer("adam", 0.01, 0.9)
+        optimizer = make_optimizer("adam", Schedule("exponential", 0.01, 0.9))
         optimizer.build([table])
     reduce_inside_step_only(optimizer)
 

@@ -8,7 +8,7 @@ last one (Howard & Ruder 2018, section 3.3).
 import keras
 import tensorflow as tf
 
-from trainer.models.encoder import Encoder, dropout, token_mask
+from trainer.models.encoder import Encoder, States, dropout
 
 # What the head reads, and how many vectors of the LSTM's size that is.
 POOLINGS = {"last": 1, "concat": 3}
@@ -82,18 +82,46 @@ class Classifier(keras.layers.Layer):
             reads.
           embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
         """
-        mask = token_mask(tokens, lengths)
-        states = self.encoder.start(tf.shape(tokens)[0])
-        if self.reader is not None:
-            _, states = self.reader(tokens, lengths)
-            states = tf.nest.map_structure(tf.stop_gradient, states)
         embedded = dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)
+        states = self.start(tokens, lengths)
+        return self.read(embedded, lengths, states, training, dropout_rate, output_seed)
+
+    def start(self, tokens: tf.Tensor, lengths: tf.Tensor) -> States:
+        """Returns the states from which the LSTMs read these documents."""
+        if self.reader is None:
+            return self.encoder.start(tf.shape(tokens)[0])
+        _, states = self.reader(tokens, lengths)
+        return tf.nest.map_structure(tf.stop_gradient, states)
+
+    def read(
+        self,
+        embedded: tf.Tensor,
+        lengths: tf.Tensor,
+        states: States,
+        training: bool,
+        dropout_rate: float = 0.0,
+        output_seed: tf.Tensor | None = None,
+        every_step: bool = False,
+    ) -> tf.Tensor:
+        """Returns the logits of documents of which the words are embedded already.
+
+        Args:
+          embedded: [batch, time, embedding_dim].
+          lengths, training, dropout_rate, output_seed: as for `logits`.
+          states: from `start`.
+          every_step: whether to predict after every word, for `pooling` "last": the logits are
+            then [batch, time, ...], and those of step `lengths` - 1 are what is returned if not.
+        """
+        mask = tf.sequence_mask(lengths, tf.shape(embedded)[1])
         outputs, states = self.encoder.read(
             embedded, mask, states, training, dropout_rate, output_seed
         )
         last_h, _ = states[-1]
-        pooled = last_h if self.pooling == "last" else last_mean_maximum(outputs, last_h, mask)
-        return self.output_layer(self.hidden(dropout(pooled, dropout_rate, output_seed)))
+        if every_step:
+            read = outputs
+        else:
+            read = last_h if self.pooling == "last" else last_mean_maximum(outputs, last_h, mask)
+        return self.output_layer(self.hidden(dropout(read, dropout_rate, output_seed)))
 
 
 def last_mean_maximum(outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
@@ -115,16 +143,16 @@ def last_mean_maximum(outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -> t
 def losses_and_errors(
     logits: tf.Tensor, labels: tf.Tensor, smoothing: float = 0.0
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the cross-entropy in nats and 1.0 where the label is wrong: float32 [batch] each.
+    """Returns the cross-entropy in nats and 1.0 where the label is wrong: float32, as labels.
 
     Args:
-      logits: as `Classifier.logits` returns them.
-      labels: int32 [batch].
+      logits: as `Classifier.logits` returns them, or those of every step.
+      labels: int32 [batch], or [batch, time].
       smoothing: the part of the label that is spread over all classes (Szegedy et al. 2016,
         section 7).
     """
     if logits.shape[-1] == 1:
-        logit = logits[:, 0]
+        logit = logits[..., 0]
         truth = tf.cast(labels, logit.dtype) * (1 - smoothing) + smoothing / 2
         losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=truth, logits=logit)
         predicted = tf.cast(logit > 0, tf.int32)

@@ -8,13 +8,14 @@ from typing import Any
 import tensorflow as tf
 
 from data_pipelines.split_view import SplitView
-from trainer import bundle, loop, seeds, states
+from trainer import bundle, loop, states
 from trainer.config import Config
 from trainer.distribution.distributor import broadcast_arrays, gather_objects
 from trainer.distribution.divergence import check_equal
-from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.classifier import Classifier
 from trainer.optimizer import Rate
 from trainer.stages.evaluate import error_and_loss
+from trainer.stages.finetune_loss import loss_sum
 from trainer.stages.pretrain import make_encoder
 from trainer.stages.run import Run
 
@@ -54,7 +55,7 @@ def finetune(
         loop.Task(
             name="finetune",
             variables=trained_variables(classifier, initial_state),
-            loss_sum=loss_sum(run, classifier),
+            loss_sum=loss_sum(config, classifier),
             evaluate=error_and_loss(run, classifier, validation),
             rates=encoder_rates(config, classifier) if init_weights == "encoder" else {},
             select_by="error_percent",
@@ -163,25 +164,6 @@ def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:
         return {}
     rate = Rate(config.encoder_rate, config.encoder_frozen_steps)
     return {name: rate for name in bundle.encoder_variables(classifier.encoder)}
-
-
-def loss_sum(run: Run, classifier: Classifier) -> loop.LossSum:
-    """Returns the training loss, with dropout."""
-    config = run.config
-
-    def of_rows(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        logits = classifier.logits(
-            rows["tokens"],
-            rows["lengths"],
-            training=True,
-            dropout_rate=config.finetune_dropout,
-            embedding_seed=seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard),
-            output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
-        )
-        losses, _ = losses_and_errors(logits, rows["labels"], config.label_smoothing)
-        return tf.reduce_sum(losses * rows["weights"]), tf.reduce_sum(rows["weights"])
-
-    return of_rows
 
 
 def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict) -> None:
