@@ -14,8 +14,8 @@ from trainer import checkpoint, loop
 from trainer.distribution.distributor import reduce_inside_step_only
 from trainer.distribution.tf_distribute import one_device
 from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
-from trainer.schedules import Schedule
 from trainer.preemption import Preempted
+from trainer.schedules import Schedule
 from trainer.tables import Tables, read_rows, rule_of
 
 STEPS = 60

@@ -37,7 +37,7 @@ def test_the_loss_is_that_of_all_prefixes() -> None:
     for num_classes in (2, 3):
         classifier = Classifier(Encoder(30, 4, 6, seed=1), num_classes)
         classifier.build()
-        classifier.encoder.initial_h.assign(np.linspace(-1, 1, 6))
+        classifier.encoder.initial_states[0][0].assign(np.linspace(-1, 1, 6))
         logits = classifier.read(
             classifier.encoder.embed(TOKENS),
             LENGTHS,
