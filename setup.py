@@ -12,7 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["data_pipelines*", "launch*", "trainer*"]),
-    package_data={"trainer": ["configs/*.cfg"]},
+    package_data={"trainer": ["configs/*.cfg", "reporting/page.css", "reporting/page.js"]},
     install_requires=[
         "absl-py",
         "importlib_resources",  # tensorflow-datasets imports it without declaring it
@@ -38,6 +38,7 @@ setup(
             "psutil",
             "pytest",
             "ruff",
+            "websocket-client",  # speaks to Chromium
             "zstandard",
         ],
         "zstd": ["zstandard"],  # reads .zst files

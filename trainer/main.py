@@ -88,6 +88,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
     from trainer.distribution import distributor as distributors
     from trainer.distribution.failures import lost_peer
     from trainer.preemption import StopRequest
+    from trainer.reporting import html
     from trainer.reporting import report as reports
     from trainer.stages.run import Run
 
@@ -132,8 +133,9 @@ def run_stage(config: Config, cluster: Cluster) -> None:
             "config": dataclasses.asdict(config),
         }
         reports.write(folder, report)
+        html.write([folder], folder / "report.html")
         table = reports.comparison_table(report) if config.stage == "all" else None
-        log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.json'}")
+        log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.html'}")
 
 
 def stage_report(run: Any) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def stage_report(run: Any) -> dict[str, Any]:
         }
     if config.stage == "evaluate":
         split = config.evaluate_split
-        return {split: evaluate.evaluate(run, Path(config.classifier), split)}
+        return {split: evaluate.evaluate(run, Path(config.classifier), split, folder)}
     return compare.compare(run)
 
 
@@ -272,17 +274,21 @@ def check_resumable(config: Config, folder: Path) -> None:
 
 
 def remember_config(config: Config, folder: Path) -> None:
-    """Writes the configuration to the run's folder, for `check_resumable`.
+    """Writes the configuration to the run's folder, for `check_resumable`, and the environment.
 
     Raises:
       InputError: the folder cannot be written.
     """
+    from trainer.reporting import environment
     from trainer.safe_files import replace_text
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-        replace_text(folder / "config.json", text)
+        for name, values in (
+            ("config.json", dataclasses.asdict(config)),
+            ("environment.json", environment.describe()),
+        ):
+            replace_text(folder / name, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"--run_dir={folder} cannot be written: {error.strerror}: make room or make it writable"

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 from tests.integration.programs import metrics, run, train, train_until
+from trainer.reporting import run_folder
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,11 @@ def test_the_whole_job_on_two_workers(small_store: Path, tmp_path: Path) -> None
         error = report["test_error_percent"][name]
         assert 0 < error < 100
         assert f"{error:.2f} %" in printed
+        kept = run_folder.read(tmp_path).parts[name].predictions
+        assert len(kept.label) == 60
+        assert round(100 * kept.is_wrong.mean(), 3) == error
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Calibration</h2>" in page and "<h2>Missing</h2>" not in page
     for digest in report["broadcast"]["digests"]:
         assert digest in printed
     assert "[worker 0] pretrain step 40/40 · epoch" in printed and "tokens/s · ETA" in printed

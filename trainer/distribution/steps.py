@@ -57,3 +57,38 @@ def sum_over_batches(
         return [np.sum(column, axis=0) for column in zip(*parts, strict=True)]
 
     return total
+
+
+def gather_rows(
+    distributor: Distributor,
+    columns: Callable[[dict[str, tf.Tensor]], tf.Tensor],
+    batches: tf.data.Dataset,
+    stop_request: StopRequest | None = None,
+) -> np.ndarray:
+    """Returns what `columns` gives for every row of every shard: [rows, width], filler left out.
+
+    The rows are in the order of the global batches, whatever the number of workers. A collective.
+
+    Args:
+      columns: rows (tokens, lengths, labels, weights) -> [rows, width].
+      stop_request: as in `sum_over_batches`.
+    """
+
+    def step(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
+        rows = local_rows(distributor, batch)
+        real = tf.cast(rows["weights"], tf.int32)
+        stops = distributor.all_reduce_sum([stop])
+        return [*stops, *distributor.all_gather_rows(columns(rows), real)]
+
+    @tf.function(input_signature=[batches.element_spec, tf.TensorSpec([], tf.float32)])
+    def run(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
+        return distributor.run(step, batch, stop)
+
+    parts = []
+    for batch in batches:
+        asked = stop_request is not None and stop_request.received
+        stops, values, real = run(batch, tf.constant(float(asked)))
+        if stops.numpy() > 0:
+            raise Preempted("stopped by TERM during an evaluation")
+        parts.append(values.numpy()[real.numpy() > 0])
+    return np.concatenate(parts)

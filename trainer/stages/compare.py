@@ -27,7 +27,8 @@ def compare(run: Run) -> dict[str, Any]:
     report["scratch"] = finetune(run, folder / "scratch", None, "random", "zero")
     report["broadcast"] = report["warm"].pop("broadcast")
     report["test"] = {
-        name: evaluate(run, folder / name / "classifier", "test") for name in ("scratch", "warm")
+        name: evaluate(run, folder / name / "classifier", "test", folder / name)
+        for name in ("scratch", "warm")
     }
     report["test_error_percent"] = {
         name: round(values["error_percent"], 3) for name, values in report["test"].items()

@@ -10,13 +10,17 @@ from trainer import bundle
 from trainer.distribution.distributor import broadcast_arrays, gather_objects
 from trainer.distribution.steps import sum_over_batches
 from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.stages.predictions import predict, save
 from trainer.stages.run import Run
 
 BATCH_SIZE = 64
 
 
-def evaluate(run: Run, classifier_folder: Path, split: str) -> dict[str, Any]:
-    """Returns the classifier's error_percent, loss and the number of documents of `split`."""
+def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dict[str, Any]:
+    """Returns the classifier's error_percent, loss and the number of documents of `split`.
+
+    What it says of each document goes to `folder`/predictions; see predictions.py.
+    """
     loaded = bundle.load(classifier_folder, "classifier", "--classifier") if run.is_chief else None
     info = gather_objects(run.distributor, loaded and loaded.info)[0]
     tensors = broadcast_arrays(run.distributor, loaded and loaded.tensors)
@@ -24,9 +28,11 @@ def evaluate(run: Run, classifier_folder: Path, split: str) -> dict[str, Any]:
         classifier = bundle.new_classifier(info["model"])
     bundle.assign(bundle.classifier_variables(classifier), tensors)
     view = run.store.split(split)
-    documents = run.all_documents(view, BATCH_SIZE, info["max_tokens"])
     run.log(f"evaluate: {classifier_folder} on {len(view):,} documents of {split}")
-    return error_and_loss(run, classifier, documents)()
+    predictions = predict(run, classifier, view, BATCH_SIZE, info["max_tokens"])
+    if run.is_chief:
+        save(folder / "predictions", predictions, run, classifier, split, info)
+    return predictions.metrics()
 
 
 def error_and_loss(

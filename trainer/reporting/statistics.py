@@ -1,0 +1,151 @@
+"""The report's figures: how sure an error is, how calibrated a classifier, and where states lie."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+Z95 = 1.959964  # of the normal distribution: 95 % lie within
+# Student's t, 97.5 % quantile, by degrees of freedom from 1; above 30 the normal's is near enough.
+T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+class Interval(NamedTuple):
+    """An estimate and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def proportion(count: float, total: int) -> Interval:
+    """Returns count / total with Wilson's interval, which is right for few and for none as well."""
+    share, z2 = count / total, Z95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
+    # Rounding must not leave the share itself outside.
+    return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+
+
+def paired_difference(first_wrong: np.ndarray, second_wrong: np.ndarray) -> Interval:
+    """Returns the mean of first - second over the same documents, bool [n] each.
+
+    Pairing leaves out what both find equally hard, so it is narrower than two intervals suggest.
+    """
+    difference = first_wrong.astype(np.float64) - second_wrong
+    mean = float(difference.mean())
+    half = Z95 * float(difference.std()) / math.sqrt(len(difference))
+    return Interval(mean, mean - half, mean + half)
+
+
+def unpaired_difference(first: Interval, second: Interval) -> Interval:
+    """Returns first - second of two independent proportions (Newcombe 1998, method 10)."""
+    value = first.value - second.value
+    low = math.hypot(first.value - first.low, second.high - second.value)
+    high = math.hypot(first.high - first.value, second.value - second.low)
+    return Interval(value, value - low, value + high)
+
+
+def mean_of_runs(values: list[float]) -> Interval | None:
+    """Returns the mean with Student's interval; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    degrees = len(values) - 1
+    t = T95[degrees - 1] if degrees <= len(T95) else Z95
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    mean = float(np.mean(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Returns the probability of each class: float64 [n, classes].
+
+    Args:
+      logits: [n, 1] for two classes, else [n, classes].
+    """
+    logits = np.asarray(logits, np.float64)
+    if logits.shape[1] == 1:
+        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return raised / raised.sum(axis=1, keepdims=True)
+
+
+def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Returns how many documents of each label (row) were taken for each class (column).
+
+    Args:
+      labels, predicted: integers [n] in 0 .. classes - 1.
+    """
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, predicted), 1)
+    return counts
+
+
+class Calibration(NamedTuple):
+    """How often a classifier is right, by how sure it is.
+
+    Attributes:
+      edges: of the bins of confidence, [bins + 1].
+      confidence: mean in each bin, NaN where it is empty, [bins].
+      accuracy: share that is right in each bin, NaN where it is empty, [bins].
+      count: documents in each bin, [bins].
+      error: the expected calibration error: |accuracy - confidence|, averaged over documents.
+    """
+
+    edges: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+    error: float
+
+
+def calibration(probability: np.ndarray, labels: np.ndarray, bins: int = 10) -> Calibration:
+    """Returns the calibration of the predicted class, in bins of equal width (Guo et al. 2017).
+
+    Args:
+      probability: of each class, [n, classes]; rows add up to 1.
+      labels: integers [n].
+    """
+    confidence = probability.max(axis=1)
+    right = probability.argmax(axis=1) == labels
+    edges = np.linspace(1 / probability.shape[1], 1, bins + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(place, confidence, bins) / count
+        accuracy = np.bincount(place, right, bins) / count
+    filled = count > 0
+    gap = np.abs(accuracy - mean)[filled] * count[filled]
+    return Calibration(edges, mean, accuracy, count, float(gap.sum() / len(labels)))
+
+
+class Projection(NamedTuple):
+    """Points on the plane in which they spread most.
+
+    Attributes:
+      points: [n, 2].
+      explained: share of the variance that each axis has, [2].
+    """
+
+    points: np.ndarray
+    explained: np.ndarray
+
+
+def principal_plane(rows: np.ndarray) -> Projection:
+    """Returns the first two principal components of `rows` [n, width].
+
+    Each axis points to where its largest weight is positive, so that the picture does not flip.
+    """
+    centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
+    _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2]
+    axes = axes * np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
+    total = float((sizes**2).sum())
+    explained = sizes[:2] ** 2 / total if total else np.zeros(len(sizes[:2]))
+    points, share = np.zeros((len(rows), 2)), np.zeros(2)
+    points[:, : len(axes)], share[: len(axes)] = centred @ axes.T, explained
+    return Projection(points, share)
