@@ -73,6 +73,36 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def encoder_bundle(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of an encoder bundle of two layers of 5 units; its weights are random.
+
+    The learned state is h = 0, c = the layer's index; the mean one has h = 1.
+    """
+    import numpy as np
+
+    from data_pipelines.token_store import TokenStore
+    from trainer import bundle
+    from trainer.models.encoder import Encoder
+    from trainer.states import LearnedState
+
+    store = TokenStore(small_store)
+    encoder = Encoder(store.vocab_size, 4, 5, seed=3, num_layers=2, embedding_scale=1.0)
+    encoder.build()
+    tensors = bundle.values(bundle.encoder_variables(encoder))
+    for h, name in enumerate(bundle.STATES):
+        state = [LearnedState(*np.float32([[h] * 5, [layer] * 5])) for layer in range(2)]
+        tensors |= bundle.state_tensors(name, state)
+    info = {
+        "model": bundle.encoder_model(encoder),
+        "tokenizer": store.tokenizer_config,
+        "vocab_sha256": store.vocab_sha256,
+    }
+    folder = tmp_path_factory.mktemp("bundles") / "encoder"
+    bundle.save(folder, "encoder", tensors, info, store.vocab_path)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def two_shards() -> object:
     """Returns the mirrored distributor of two logical CPUs: one, for a process has one."""
     from trainer.distribution.tf_distribute import mirrored

@@ -6,22 +6,31 @@ They are made in four ways (`--initial_state`):
   mean     the encoder's final state, averaged over the pretraining corpus
   learned  trained as parameters during pretraining, and carried over (and trained on)
   encode   the encoder's final state for the very document that is to be classified
+
+For use with any Keras model: `from_encoder` makes them, `load` and `load_encoder` read what
+pretraining wrote, `apply` makes layers start from them. docs/initialising-lstm-state.md has
+examples. This module needs no flags and no other part of the trainer until one is used.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.distribution.distributor import Distributor
-from trainer.distribution.steps import sum_over_batches
+from trainer.models import keras_states
 from trainer.models.encoder import Encoder
-from trainer.preemption import StopRequest
+
+if TYPE_CHECKING:
+    from trainer.distribution.distributor import Distributor
+    from trainer.preemption import StopRequest
+    from trainer.text_encoder import TextEncoder
 
 
 class LearnedState(NamedTuple):
-    """The state of one LSTM layer: h and c, float32 [units]."""
+    """The state of one LSTM: h and c, float32 [units], or [documents, units] of each document."""
 
     h: np.ndarray
     c: np.ndarray
@@ -33,10 +42,10 @@ def learned(encoder: Encoder) -> list[LearnedState]:
 
 
 def mean(
-    distributor: Distributor,
+    distributor: "Distributor",
     encoder: Encoder,
     batches: tf.data.Dataset,
-    stop_request: StopRequest | None = None,
+    stop_request: "StopRequest | None" = None,
 ) -> list[LearnedState]:
     """Returns each layer's final state, averaged over the documents of `batches`.
 
@@ -44,6 +53,7 @@ def mean(
       batches: of `data_pipelines.dataset.make_dataset`; a collective: all processes call it.
       stop_request: as in `sum_over_batches`.
     """
+    from trainer.distribution.steps import sum_over_batches
 
     def sums(batch: dict) -> list[tf.Tensor]:
         _, states = encoder(batch["tokens"], batch["lengths"])
@@ -56,23 +66,146 @@ def mean(
     return [LearnedState(h, c) for h, c in zip(means[::2], means[1::2], strict=True)]
 
 
-def apply(encoder: Encoder, states: Sequence[LearnedState]) -> None:
-    """Makes each layer of `encoder` start from its state of `states`.
+def from_encoder(
+    encoder: Any,
+    data: Any,
+    how: str = "mean",
+    layers: str | Sequence[str] | None = None,
+    batch_size: int = 64,
+) -> list[LearnedState]:
+    """Returns the state in which an encoder ends after reading `data`: one LearnedState an LSTM.
+
+    Args:
+      encoder: a trained one: what `load_encoder` returned; a `keras.layers.LSTM`; a Keras model
+        that returns its LSTM's states, as `keras.Model(inputs, [h, c])`; or a functional or
+        sequential model with an LSTM inside, such as a whole autoencoder.
+      data: what the encoder reads: texts, an array of inputs, or a `tf.data.Dataset` of batches,
+        of which labels are ignored.
+      how: "mean": averaged over the documents, h and c are [units]; "encode": of each document,
+        [documents, units].
+      layers: the names of the layers whose state is meant, where a model has several LSTMs.
+      batch_size: of documents, where `data` is not made of batches.
 
     Raises:
-      ValueError: there are more or fewer states than layers, or of another number of units.
+      ValueError: it cannot be told which states are meant, `data` is empty, or `how` is neither.
     """
-    if len(states) != len(encoder.initial_states):
+    if how not in ("mean", "encode"):
+        raise ValueError(f"how={how!r} is neither 'mean' nor 'encode'")
+    read = tf.function(keras_states.reads_states(encoder, layers), reduce_retracing=True)
+    if not isinstance(data, tf.data.Dataset):
+        data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
+    parts, documents = [], 0
+    for batch in data:
+        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        final = [np.asarray(tf.cast(part, tf.float32)) for part in tf.nest.flatten(read(inputs))]
+        documents += len(final[0])
+        parts.append([part.sum(0, np.float64) for part in final] if how == "mean" else final)
+    if not documents:
+        raise ValueError("there are no documents to take the state of")
+    join = np.concatenate if how == "encode" else lambda sums: np.sum(sums, axis=0) / documents
+    values = [join(column).astype(np.float32) for column in zip(*parts, strict=True)]
+    return [LearnedState(h, c) for h, c in zip(values[::2], values[1::2], strict=True)]
+
+
+def load(folder: str | Path, name: str = "learned") -> list[LearnedState]:
+    """Returns a state of an encoder bundle, which pretraining wrote: one LearnedState a layer.
+
+    Args:
+      folder: of the bundle.
+      name: "learned", the state that was trained with the encoder's weights, or "mean", its final
+        state averaged over the pretraining corpus.
+
+    Raises:
+      InputError: there is no encoder bundle in the folder, or it is damaged.
+      ValueError: there is no state of that name.
+    """
+    from trainer import bundle  # which needs this module
+
+    if name not in bundle.STATES:
+        raise ValueError(f"name={name!r} is not one of {', '.join(bundle.STATES)}")
+    return bundle.load(Path(folder), "encoder", "folder").state(name)
+
+
+def load_encoder(folder: str | Path) -> "TextEncoder":
+    """Returns the encoder of a bundle with its tokenizer: it reads raw text.
+
+    Raises:
+      InputError: there is no encoder bundle in the folder, or it is damaged.
+    """
+    from trainer.text_encoder import load_encoder
+
+    return load_encoder(folder)
+
+
+def apply(
+    target: Any,
+    state: Any,
+    layers: str | Sequence[str] | None = None,
+    trainable: bool | None = None,
+) -> None:
+    """Makes LSTMs start from `state`, in place.
+
+    A stateful layer gets it as its present states. Any other starts every row of every batch
+    from it, where its call is given no `initial_state`: for that a stock `keras.layers.LSTM`
+    becomes a `WarmLSTM`, the same layer with two weights more, `initial_h` and `initial_c`. They
+    are saved with the model; to load that, import this module first. As after a change of
+    `trainable`, a model that is in use must be compiled again, so that it notices.
+
+    Args:
+      target: an LSTM, a `Bidirectional` of LSTMs (two states, forward first), a model, a layer
+        made of layers, or a list of these.
+      state: for each LSTM a LearnedState or [h, c], each [units], and for a stateful layer also
+        [batch, units]; one alone, several in a list, or all in one flat list as Keras returns it.
+      layers: names of the LSTMs inside of a model, where it has more than there are states.
+      trainable: whether h and c are trained from now on, as the layer's other weights; None: if
+        they are trained now.
+
+    Raises:
+      ValueError: there are more or fewer states than LSTMs, they are of other sizes, or a layer
+        cannot be made to start from a state. No layer is changed then.
+    """
+    pairs = _pairs(state)
+    found = keras_states.starts(_named(target, layers))
+    if len(found) != len(pairs):
         raise ValueError(
-            f"{len(states)} states do not fit an encoder of {len(encoder.initial_states)} layers"
+            f"{len(pairs)} states for {len(found)} LSTMs ({', '.join(s.name for s in found)}): "
+            "give one for each; layers=['name'] chooses LSTMs inside of a model"
         )
-    for variables, state in zip(encoder.initial_states, states, strict=True):
-        for variable, value in zip(variables, state, strict=True):
-            if tuple(value.shape) != tuple(variable.shape):
-                raise ValueError(
-                    f"a state of shape {tuple(value.shape)} does not fit {variable.path}, "
-                    f"which is {tuple(variable.shape)}"
+    for start, pair in zip(found, pairs, strict=True):
+        if trainable and not start.can_be_trained:
+            raise ValueError(
+                f"{start.name} is stateful: what it starts from is a value, not a weight; "
+                "trainable=True needs a layer that is not stateful"
+            )
+        for part, value in zip("hc", pair, strict=True):
+            if value.shape not in start.shapes:
+                hint = (
+                    "; every row starts from one state: take from_encoder(..., how='mean'), or "
+                    "pass each row its own in the call, initial_state=[h, c]"
                 )
-    for variables, state in zip(encoder.initial_states, states, strict=True):
-        for variable, value in zip(variables, state, strict=True):
-            variable.assign(value)
+                raise ValueError(
+                    f"{start.name} takes {part} of shape {' or '.join(map(str, start.shapes))}, "
+                    f"but got {value.shape}{hint if value.ndim == 2 else ''}"
+                )
+    for start, (h, c) in zip(found, pairs, strict=True):
+        start.set(h, c, trainable)
+    if isinstance(target, keras.Model):  # what it has traced may still start from zeros
+        target.train_function = target.test_function = target.predict_function = None
+
+
+def _named(target: Any, layers: str | Sequence[str] | None) -> Any:
+    if layers is None:
+        return target
+    there = {layer.name: layer for layer in keras_states.lstms_within(target)}
+    names = [layers] if isinstance(layers, str) else list(layers)
+    if unknown := [name for name in names if name not in there]:
+        raise ValueError(f"{target.name} has no LSTM {unknown}; it has {sorted(there)}")
+    return [there[name] for name in names]
+
+
+def _pairs(state: Any) -> list[LearnedState]:
+    """Returns one LearnedState an LSTM, of whatever `apply` takes."""
+    parts = [np.asarray(part, np.float32) for part in tf.nest.flatten(state)]
+    if not parts or len(parts) % 2:
+        raise ValueError(f"a state is h and c, for each LSTM; got {len(parts)} arrays")
+    return [LearnedState(h, c) for h, c in zip(parts[::2], parts[1::2], strict=True)]

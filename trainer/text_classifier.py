@@ -97,12 +97,12 @@ def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClass
     loaded = bundle.load(folder, "classifier", flag)
     classifier = bundle.new_classifier(loaded.info["model"])
     bundle.assign(bundle.classifier_variables(classifier), loaded.tensors)
-    tokenizer = _tokenizer(folder, loaded.info, flag)
+    tokenizer = bundle_tokenizer(folder, loaded.info, flag)
     names = class_names(loaded.info)
     return TextClassifier(classifier, tokenizer, names, loaded.info["max_tokens"])
 
 
-def _tokenizer(folder: Path, info: dict[str, Any], flag: str) -> Tokenizer:
+def bundle_tokenizer(folder: Path, info: dict[str, Any], flag: str) -> Tokenizer:
     """Returns the bundle's tokenizer.
 
     Raises:

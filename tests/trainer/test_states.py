@@ -1,7 +1,14 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from data_pipelines.errors import InputError
+from tests.conftest import REPOSITORY
 from trainer import states
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import make_distributor
@@ -58,8 +65,63 @@ def test_apply_sets_what_the_encoder_starts_from() -> None:
 def test_states_that_do_not_fit_are_refused(encoder: Encoder) -> None:
     good, other = (states.LearnedState(np.zeros(n), np.zeros(n)) for n in (5, 4))
     before = states.learned(encoder)
-    with pytest.raises(ValueError, match=r"shape \(4,\) does not fit .*\(5,\)"):
+    with pytest.raises(ValueError, match=r"layer 1, takes h of shape \(5,\), but got \(4,\)"):
         states.apply(encoder, [good, other])
-    with pytest.raises(ValueError, match="1 states do not fit an encoder of 2 layers"):
+    with pytest.raises(ValueError, match="1 states for 2 LSTMs"):
         states.apply(encoder, [good])
     np.testing.assert_array_equal(states.learned(encoder), before)
+
+
+def test_importing_it_imports_no_other_part_of_the_trainer() -> None:
+    program = (
+        "import sys; from trainer import states; from absl import flags;"
+        "print(sorted(m for m in sys.modules if m.startswith(('trainer.', 'data_pipelines'))));"
+        "print([f.name for m, fs in flags.FLAGS.flags_by_module_dict().items() if 'trainer' in m"
+        " for f in fs])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    modules, defined = found.stdout.splitlines()
+    assert defined == "[]"
+    assert modules == str(
+        [
+            "trainer.models",
+            "trainer.models.encoder",
+            "trainer.models.keras_states",
+            "trainer.models.lstm",
+            "trainer.states",
+        ]
+    )
+
+
+def test_states_of_a_bundle(encoder_bundle: Path, tmp_path: Path) -> None:
+    learned, mean = states.load(encoder_bundle), states.load(encoder_bundle, "mean")
+    assert [s.c.tolist() for s in learned] == [[0] * 5, [1] * 5]
+    assert [s.h.tolist() for s in mean] == [[1] * 5, [1] * 5]
+    with pytest.raises(ValueError, match="name='zero' is not one of learned, mean"):
+        states.load(encoder_bundle, "zero")
+    with pytest.raises(InputError, match="is no encoder bundle"):
+        states.load(tmp_path)
+
+
+def test_a_loaded_encoder_reads_text(encoder_bundle: Path) -> None:
+    encoder = states.load_encoder(encoder_bundle)
+    texts = ["A fine film.", "", "I did not like it, not at all; neither did she."]
+    found = states.from_encoder(encoder, texts, "encode")
+    assert len(found) == 2 and found[0].h.shape == (3, 5)
+    for row, text in enumerate(texts):
+        ids = encoder.tokenizer.encode([text])[0].numpy()
+        _, expected = encoder.encoder(ids[None], np.array([len(ids)]))
+        for state, (h, c) in zip(found, expected, strict=True):
+            np.testing.assert_allclose(state.h[row], h[0], atol=1e-6)
+            np.testing.assert_allclose(state.c[row], c[0], atol=1e-6)
+    outputs, _ = encoder.of_texts(texts)
+    np.testing.assert_allclose(outputs[2, -1], found[1].h[2], atol=1e-6)
+    mean = states.from_encoder(encoder, tf.data.Dataset.from_tensor_slices(texts).batch(2))
+    np.testing.assert_allclose(mean, np.mean(found, axis=2), atol=1e-6)
+    stock = keras.layers.LSTM(5)
+    states.apply(stock, mean[1])
+    np.testing.assert_array_equal(stock.initial_c, mean[1].c)
+    with pytest.raises(ValueError, match="--stage=finetune"):
+        encoder(texts, training=True)

@@ -34,15 +34,77 @@ class _Saved(NamedTuple):
 
 @keras.saving.register_keras_serializable(package="warmstate")
 class WarmLSTM(keras.layers.LSTM):
-    """`keras.layers.LSTM` whose states can be set, and which is faster on CPU.
+    """`keras.layers.LSTM` whose states can be set or learned, and which is faster on CPU.
 
-    Arguments, weights, masks, outputs and saved files are those of `keras.layers.LSTM`. With a GPU
+    Arguments, weights, masks, outputs and saved files are those of `keras.layers.LSTM`, but for
+    `initial_state` of the constructor:
+
+      None       every row starts from zeros, as in Keras
+      "learned"  every row starts from the layer's own weights `initial_h` and `initial_c`, each
+                 [units], zeros at first, which are trained with the others
+      "fixed"    the same, not trained
+
+    States that a call is given come before it. `trainer.states.apply` sets the weights. With a GPU
     the layer runs Keras's own path (cuDNN). Without one, the standard configuration (tanh, sigmoid,
     no recurrent dropout, not unrolled) runs this module's loops; any other runs Keras's.
 
     Activations are kept for the backward pass only if `training=True`. A gradient taken through a
     call without it is right too, but runs the forward loop a second time.
     """
+
+    def __init__(self, *args: Any, initial_state: str | None = None, **kwargs: Any):
+        """Takes the arguments of `keras.layers.LSTM`, and `initial_state`.
+
+        Raises:
+            ValueError: `initial_state` is none of the three, or the layer is stateful too.
+        """
+        super().__init__(*args, **kwargs)
+        if initial_state not in (None, "learned", "fixed"):
+            raise ValueError(
+                f"{self.name}: initial_state={initial_state!r} is not None, 'learned' or 'fixed'; "
+                "tensors go to the call: layer(inputs, initial_state=[h, c])"
+            )
+        if initial_state and self.stateful:
+            raise ValueError(
+                f"{self.name}: a stateful layer starts from where it stopped, not from "
+                f"initial_state={initial_state!r}; set its states with reset_state(states=[h, c])"
+            )
+        self.initial_state = initial_state
+
+    def build(self, sequences_shape: tuple, initial_state_shape: Any = None) -> None:
+        """Makes the weights; see `keras.layers.RNN.build`."""
+        super().build(sequences_shape, initial_state_shape)
+        if self.initial_state is not None:
+            self.add_initial_state(self.initial_state)
+
+    def add_initial_state(self, kind: str) -> None:
+        """Gives the layer weights to start from, if it has none yet.
+
+        Args:
+            kind: "learned" or "fixed".
+        """
+        self.initial_state = kind
+        if not hasattr(self, "initial_h"):
+            built = self.built
+            self._tracker.unlock()  # Keras locks a layer when it is built
+            for name in ("initial_h", "initial_c"):
+                setattr(self, name, self.add_weight((self.units,), name=name, initializer="zeros"))
+            if built:
+                self._tracker.lock()
+        for variable in (self.initial_h, self.initial_c):
+            variable.trainable = kind == "learned"
+
+    def get_initial_state(self, batch_size: Any) -> list[tf.Tensor]:
+        """Returns what a batch starts from where the call is not told: [h, c], [batch, units]."""
+        if self.initial_state is None:
+            return super().get_initial_state(batch_size)
+        shape = (batch_size, self.units)
+        return [tf.broadcast_to(self._tensor(v), shape) for v in (self.initial_h, self.initial_c)]
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns Keras's configuration, and `initial_state` if it is not None."""
+        ours = {} if self.initial_state is None else {"initial_state": self.initial_state}
+        return {**super().get_config(), **ours}
 
     def reset_state(self, states: Any = None) -> None:
         """Sets the states of a stateful layer; to zeros if none are given.

@@ -1,0 +1,265 @@
+"""The states of any Keras LSTM: those that it ends with, and those that it starts from.
+
+An LSTM here is a `keras.layers.LSTM`, a class made from it, an `RNN` of one or more `LSTMCell`,
+or a `Bidirectional` of two of these: the forward layer's states first, as Keras returns them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer.models.encoder import Encoder
+from trainer.models.lstm import WarmLSTM
+
+Pair = tuple[tf.Tensor, tf.Tensor]
+RECURRENT = (keras.layers.RNN, keras.layers.Bidirectional)
+
+
+# ---- Ends ----
+
+
+def reads_states(encoder: Any, layers: Sequence[str] | None) -> Callable[[Any], list[Pair]]:
+    """Returns inputs -> the final (h, c) of each LSTM of `encoder`, each [batch, units].
+
+    Args:
+      encoder: see `trainer.states.from_encoder`.
+      layers: names of layers of a functional or sequential model; None takes its outputs if
+        there are several, else its only LSTM.
+
+    Raises:
+      ValueError: it cannot be told which states are meant, or there are none.
+    """
+    if isinstance(encoder, RECURRENT):
+        if not is_lstm(encoder):
+            raise ValueError(f"{encoder.name} is no LSTM: its states are not h and c")
+        if not encoder.built:
+            raise ValueError(f"{encoder.name} was never called: it has no trained weights to read")
+        copy = _returning_state(encoder)
+        return lambda inputs: _pairs(copy(inputs, training=False)[1:], encoder.name)
+    if isinstance(encoder, keras.Sequential):
+        encoder = _functional(encoder)
+    if isinstance(encoder, keras.models.Model) and hasattr(encoder, "operations"):
+        if layers is None and len(tf.nest.flatten(encoder.outputs)) > 1:
+            _refuse_other_states(encoder)
+        else:
+            encoder = _ending_in(encoder, layers)
+    elif layers is not None:
+        raise ValueError(
+            f"layers={layers}: only a functional or sequential model can be read at a layer; let "
+            f"the call of {type(encoder).__name__} return [h, c]"
+        )
+    name = getattr(encoder, "name", type(encoder).__name__)
+
+    def read(inputs: Any) -> list[Pair]:
+        outputs = tf.nest.flatten(encoder(inputs, training=False))
+        # An odd one comes first: what the layer returns besides its states.
+        return _pairs(outputs[len(outputs) % 2 :], name)
+
+    return read
+
+
+def _pairs(tensors: Sequence[tf.Tensor], name: str) -> list[Pair]:
+    flat = tf.nest.flatten(tensors)
+    shapes = [tuple(tensor.shape) for tensor in flat]
+    pairs = list(zip(flat[::2], flat[1::2], strict=True)) if len(flat) % 2 == 0 else []
+    fits = all(len(h.shape) == 2 and h.shape[1] == c.shape[1] for h, c in pairs)
+    if not pairs or not fits:
+        raise ValueError(
+            f"{name} returns no states: of what it returns, after one output if the number is odd, "
+            f"the rest must be h, c (, h, c ...) each [batch, units]; got shapes {shapes}. Make "
+            "its LSTM with return_state=True, or name the LSTM: layers=['its name']"
+        )
+    return pairs
+
+
+def _functional(model: keras.Sequential) -> keras.models.Model:
+    if not model.built or model._functional is None:
+        raise ValueError(f"{model.name} was never called: it has no trained weights to read")
+    return model._functional
+
+
+def _refuse_other_states(model: keras.models.Model) -> None:
+    for output in tf.nest.flatten(model.outputs):
+        layer, _, index = output._keras_history
+        if index and isinstance(layer, RECURRENT) and not is_lstm(layer):
+            raise ValueError(f"{layer.name} is no LSTM: its states are not h and c")
+
+
+def _ending_in(model: keras.models.Model, names: Sequence[str] | None) -> keras.models.Model:
+    """Returns the model from the same inputs to the states of the layers of these names."""
+    there = {layer.name: layer for layer in model.layers if is_lstm(layer)}
+    wanted = [names] if isinstance(names, str) else names if names is not None else list(there)
+    if names is None and len(there) != 1:
+        raise ValueError(
+            f"{model.name} has {len(there)} LSTMs, {sorted(there)}: name those whose state you "
+            "want, as layers=['encoder']; of models within a model, pass the inner one"
+        )
+    if unknown := [name for name in wanted if name not in there]:
+        raise ValueError(f"{model.name} has no LSTM {unknown}; it has {sorted(there)}")
+    states = []
+    for name in wanted:
+        calls = [
+            node.arguments
+            for nodes in model._nodes_by_depth.values()
+            for node in nodes
+            if node.operation is there[name]
+        ]
+        if len(calls) > 1:
+            raise ValueError(f"{model.name} calls {name} {len(calls)} times: which is meant?")
+        states += _returning_state(there[name])(*calls[0].args, **calls[0].kwargs)[1:]
+    return keras.Model(model.inputs, tf.nest.flatten(states), name=model.name)
+
+
+def _returning_state(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Returns a copy of the LSTM, its weights too, that returns states and keeps none."""
+    copy = _copy(layer)
+    first = getattr(layer, "forward_layer", layer)
+    copy.build((None, None, _cells(first)[0].kernel.shape[0]))
+    copy.set_weights(layer.get_weights())
+    return copy
+
+
+def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
+    name = f"{layer.name}_returning_state"
+    if isinstance(layer, keras.layers.Bidirectional):
+        forward, backward = _copy(layer.forward_layer), _copy(layer.backward_layer)
+        return keras.layers.Bidirectional(forward, backward_layer=backward, name=name)
+    config = layer.get_config() | {"name": name, "return_state": True, "stateful": False}
+    return type(layer).from_config(config)
+
+
+def is_lstm(layer: Any) -> bool:
+    """Returns whether the layer's states are those of LSTMs; see the top of this module."""
+    if isinstance(layer, keras.layers.Bidirectional):
+        return is_lstm(layer.forward_layer) and is_lstm(layer.backward_layer)
+    return isinstance(layer, keras.layers.RNN) and all(
+        isinstance(cell, keras.layers.LSTMCell) for cell in _cells(layer)
+    )
+
+
+def _cells(layer: keras.layers.RNN) -> list[keras.layers.Layer]:
+    return getattr(layer.cell, "cells", [layer.cell])
+
+
+# ---- Starts ----
+
+
+class Start:
+    """Where one LSTM of a target starts from: what `trainer.states.apply` sets.
+
+    Attributes:
+      name: for errors.
+      shapes: that h and c may have.
+      can_be_trained: whether h and c can be weights.
+    """
+
+    name: str
+    shapes: list[tuple[int, ...]]
+    can_be_trained = True
+
+    def set(self, h: np.ndarray, c: np.ndarray, trainable: bool | None) -> None:
+        """Makes it start from h and c."""
+        raise NotImplementedError
+
+
+class _Variables(Start):
+    """One layer of an Encoder, which has the variables itself."""
+
+    def __init__(self, encoder: Encoder, layer: int):
+        if not encoder.built:
+            raise ValueError(f"{encoder.name} has no weights yet: call its build() first")
+        self.name = f"{encoder.name}, layer {layer},"
+        self.variables = encoder.initial_states[layer]
+        self.shapes = [(encoder.units,)]
+
+    def set(self, h: np.ndarray, c: np.ndarray, trainable: bool | None) -> None:
+        for variable, value in zip(self.variables, (h, c), strict=True):
+            variable.assign(value)
+            if trainable is not None:
+                variable.trainable = trainable
+
+
+class _Stateful(Start):
+    """A stateful layer: its states are set, once."""
+
+    can_be_trained = False
+
+    def __init__(self, layer: keras.layers.LSTM):
+        if layer.states is None:
+            raise ValueError(
+                f"{layer.name} is stateful and was never called, so its batch size is unknown; "
+                "call it, or build((batch, time, inputs)), first"
+            )
+        self.name, self.variables = layer.name, layer.states
+        self.shapes = [(layer.units,), tuple(layer.states[0].shape)]
+
+    def set(self, h: np.ndarray, c: np.ndarray, trainable: bool | None) -> None:
+        for variable, value in zip(self.variables, (h, c), strict=True):
+            variable.assign(np.broadcast_to(value, variable.shape))
+
+
+class _Weights(Start):
+    """A layer that is not stateful: it gets weights, which it then starts every row from."""
+
+    def __init__(self, layer: keras.layers.LSTM):
+        if not isinstance(layer, WarmLSTM) and type(layer) is not keras.layers.LSTM:
+            raise ValueError(
+                f"{layer.name} is of the class {type(layer).__name__}, which may start as it "
+                "likes; derive that from trainer.models.lstm.WarmLSTM, or pass "
+                "initial_state=[h, c] to its call"
+            )
+        for node in layer._inbound_nodes:
+            if node.arguments.kwargs.get("initial_state") is not None:
+                raise ValueError(
+                    f"{layer.name} is called with initial_state=..., which comes before the state "
+                    "that a layer has; build the model without it, or change what it is given"
+                )
+        self.name, self.layer = layer.name, layer
+        self.shapes = [(layer.units,)]
+
+    def set(self, h: np.ndarray, c: np.ndarray, trainable: bool | None) -> None:
+        layer = self.layer
+        if type(layer) is keras.layers.LSTM:
+            # A WarmLSTM has the same attributes and one more. Keras's class has no place in its
+            # configuration for a state, so that a saved model could not keep it.
+            object.__setattr__(layer, "__class__", WarmLSTM)
+            layer.initial_state = None
+        kind = {True: "learned", False: "fixed", None: layer.initial_state or "fixed"}
+        layer.add_initial_state(kind[trainable])
+        layer.initial_h.assign(h)
+        layer.initial_c.assign(c)
+
+
+def starts(target: Any) -> list[Start]:
+    """Returns where each LSTM of a layer, a model or a list of them starts from, in order.
+
+    Raises:
+      ValueError: one of them cannot be made to start from a state.
+    """
+    if isinstance(target, (list, tuple)):
+        return [start for each in target for start in starts(each)]
+    if isinstance(target, Encoder):
+        return [_Variables(target, layer) for layer in range(target.num_layers)]
+    if isinstance(target, keras.layers.LSTM):
+        return [_Stateful(target) if target.stateful else _Weights(target)]
+    if isinstance(target, keras.layers.Bidirectional):
+        return starts([target.forward_layer, target.backward_layer])
+    if isinstance(target, keras.layers.RNN):
+        raise ValueError(
+            f"{target.name} is a {type(target).__name__} of {type(target.cell).__name__}: only "
+            "keras.layers.LSTM can be made to start from a state; pass initial_state=... to its "
+            "call, or use LSTM layers, one after the other"
+        )
+    return starts(lstms_within(target))
+
+
+def lstms_within(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns the LSTMs and encoders inside of a model or a layer, in its order."""
+    found = []
+    for part in layer._flatten_layers(include_self=False, recursive=False):
+        whole = isinstance(part, Encoder) or is_lstm(part)
+        found += [part] if whole else lstms_within(part)
+    return found
