@@ -8,7 +8,7 @@ HOROVOD ?= 1
 HOROVOD_INSTALLED := $(VENV)/.horovod
 TESTED := $(INSTALLED) $(if $(filter 0,$(HOROVOD)),,$(HOROVOD_INSTALLED))
 
-.PHONY: help venv horovod demo test test-all test-k8s bench-distribution lint format clean
+.PHONY: help venv horovod demo test test-all test-k8s bench-distribution bench bench-gpu bench-venv lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,19 @@ test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTA
 
 bench-distribution: $(TESTED) ## measures the collectives and writes docs/distribution.md
 	$(BIN)/python -m benchmarks.distribution
+
+bench-venv: .venv-bench/.installed ## .venv-bench: PyTorch, for `make bench` to compare with
+
+.venv-bench/.installed: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+bench: $(INSTALLED) ## speed, measured beside Keras and PyTorch: docs/performance.md
+	$(BIN)/python -m benchmarks.all
+
+bench-gpu: $(INSTALLED) ## the same on a GPU
+	$(BIN)/python -m benchmarks.all --gpu
 
 lint: $(INSTALLED) ## ruff
 	$(BIN)/ruff check .

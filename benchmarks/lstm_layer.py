@@ -1,29 +1,44 @@
-"""Times `WarmLSTM` against `keras.layers.LSTM`, forward and backward, on this machine's CPU or GPU.
+"""Times `WarmLSTM` against Keras's LSTM, TensorFlow's BlockLSTM and PyTorch's LSTM.
 
-Both layers hold the same weights and are checked against each other first. Repetitions are
-interleaved, so that a noisy machine is noisy for both. Prints one table and writes one JSON:
+All hold the same weights and are checked against each other first: outputs, and gradients of
+inputs and weights. They are run in turn, so that a noisy machine is noisy for all. Prints a table
+and writes benchmarks/results/lstm_layer.json:
 
-    python -m benchmarks.lstm_layer --out=benchmarks/results/lstm_layer.json
+    python -m benchmarks.lstm_layer
+
+`limit` is the time in which this machine could do it: the recurrent products at the rate of the
+bare [4 units, units] x [units, batch] product, all others at a large one's, and nothing else.
+On a GPU only Keras (cuDNN) is there to compare with.
 """
 
 import argparse
-import json
-import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.machine import facts
+from benchmarks.machine import facts_with_gpu
+from benchmarks.processes import (
+    TORCH_PYTHON,
+    Program,
+    in_turn,
+    min_and_median,
+    torch_is_there,
+    write_results,
+)
 from trainer.models.lstm import WarmLSTM
 
-# batch, time, inputs, units
-SHAPES = [(64, 200, 256, 512), (64, 100, 256, 1024), (32, 100, 128, 256)]
+# batch, steps, inputs, units, repetitions
+SHAPES = [(64, 200, 256, 512, 11), (32, 400, 512, 1024, 5), (32, 100, 128, 256, 31)]
 GEMM_SIDE = 2048
+PRODUCTS = 50
+TOLERANCE = 1e-5
 
 
 def layer_step(layer: keras.layers.LSTM, inputs: tf.Tensor, mask: tf.Tensor | None) -> Callable:
@@ -41,26 +56,59 @@ def layer_step(layer: keras.layers.LSTM, inputs: tf.Tensor, mask: tf.Tensor | No
     return step
 
 
-def steps_of(shape: tuple[int, int, int, int], masked: bool) -> dict[str, Callable]:
-    """Returns the step of either layer on the same weights and inputs, after comparing them."""
-    batch, steps, width, units = shape
-    rng = np.random.default_rng(0)
-    inputs = tf.constant(rng.normal(size=(batch, steps, width)), tf.float32)
-    lengths = rng.integers(steps // 2, steps + 1, size=batch)
-    mask = tf.sequence_mask(lengths, steps) if masked else None
-    layers = {
-        "keras": keras.layers.LSTM(units, return_sequences=True),
-        "warmstate": WarmLSTM(units, return_sequences=True),
-    }
-    for layer in layers.values():
-        layer.build(inputs.shape)
-    layers["warmstate"].set_weights(layers["keras"].get_weights())
-    functions = {name: layer_step(layer, inputs, mask) for name, layer in layers.items()}
-    for ours, theirs in zip(functions["warmstate"](), functions["keras"](), strict=True):
-        error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
-        if error > 1e-5:
-            raise AssertionError(f"{shape}: the layers differ by {error:.1e}")
-    return functions
+def block_lstm_step(layer: keras.layers.LSTM, inputs: tf.Tensor) -> Callable:
+    """Returns the same of TensorFlow's BlockLSTM, with the weights of `layer`."""
+    kernel, recurrent, bias = (variable.value for variable in layer.trainable_variables)
+    batch, steps, _ = inputs.shape
+    zeros = tf.zeros([batch, layer.units])
+    peephole = tf.zeros([layer.units])
+
+    def reordered(weights: tf.Tensor) -> tf.Tensor:  # its gates: input, candidate, forget, output
+        i, f, g, o = tf.split(weights, 4, -1)
+        return tf.concat([i, g, f, o], -1)
+
+    @tf.function
+    def step() -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = tf.raw_ops.BlockLSTM(
+                seq_len_max=tf.constant(steps, tf.int64),
+                x=tf.transpose(inputs, (1, 0, 2)),
+                cs_prev=zeros,
+                h_prev=zeros,
+                w=reordered(tf.concat([kernel, recurrent], 0)),
+                wci=peephole,
+                wcf=peephole,
+                wco=peephole,
+                forget_bias=0.0,
+                cell_clip=-1.0,
+                b=reordered(bias),
+            ).h
+            loss = tf.reduce_sum(outputs * outputs)
+        gradients = tape.gradient(loss, [inputs, kernel, recurrent, bias])
+        return [tf.transpose(outputs, (1, 0, 2)), *gradients]
+
+    return step
+
+
+def inference(layer: keras.layers.LSTM, inputs: tf.Tensor) -> Callable:
+    """Returns a compiled call that keeps nothing for a backward pass."""
+    return tf.function(lambda: [layer(inputs, training=False)])
+
+
+def products(rows: int, inner: int, columns: int, count: int) -> Callable:
+    """Returns `count` products one after the other, of one matrix and another each time."""
+    left = tf.random.stateless_normal((rows, inner), (0, 0))
+    right = tf.random.stateless_normal((8, inner, columns), (0, 1))
+
+    @tf.function
+    def run() -> list[tf.Tensor]:
+        last = tf.zeros([rows, columns])
+        for i in tf.range(count):
+            last = tf.matmul(left, right[i % 8])
+        return [last]
+
+    return run
 
 
 def seconds(function: Callable) -> float:
@@ -70,75 +118,151 @@ def seconds(function: Callable) -> float:
     return time.perf_counter() - start
 
 
-def measure(functions: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Returns `repeats` wall times in seconds of each function, taken in turn."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            times[name].append(seconds(function))
-    return times
+def check(name: str, found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """Raises AssertionError unless `found` are `expected` up to rounding."""
+    for ours, theirs in zip(found, expected, strict=True):
+        error = np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs))
+        if not error < TOLERANCE:
+            raise AssertionError(f"{name} differs from Keras by {error:.1e}")
 
 
-def gemm() -> Callable:
-    """Returns a compiled product of two square matrices: what this machine can do."""
-    matrix = tf.random.stateless_normal((GEMM_SIDE, GEMM_SIDE), seed=(0, 0))
-    return tf.function(lambda: [tf.matmul(matrix, matrix)])
-
-
-def row(name: str, flops: float, times: dict[str, list[float]]) -> dict[str, Any]:
-    """Returns a result: times in milliseconds and rates in GFLOP/s, minimum and median."""
-    result: dict[str, Any] = {"name": name}
-    for layer, values in times.items():
-        for label, value in (("min", min(values)), ("median", statistics.median(values))):
-            result[f"{layer}_{label}_ms"] = round(value * 1e3, 2)
-            result[f"{layer}_{label}_gflops"] = round(flops / value / 1e9, 1)
-    if "keras" in times:
-        for label in ("min", "median"):
-            ratio = result[f"keras_{label}_ms"] / result[f"warmstate_{label}_ms"]
-            result[f"speedup_{label}"] = round(ratio, 2)
+def measure(
+    shape: tuple[int, ...], padded: bool, torch: Program | None, folder: Path
+) -> dict[str, Any]:
+    """Returns the times of one shape, in milliseconds, after comparing the results."""
+    batch, steps, width, units, repeats = shape
+    rng = np.random.default_rng(0)
+    inputs = tf.constant(rng.normal(size=(batch, steps, width)), tf.float32)
+    # Sorted by length, as the batches of a run are: the longest twice as long as the shortest.
+    lengths = np.linspace(steps, steps // 2, batch).astype(int)
+    mask = tf.sequence_mask(lengths, steps) if padded else None
+    layers = {
+        "keras": keras.layers.LSTM(units, return_sequences=True),
+        "warmstate": WarmLSTM(units, return_sequences=True),
+    }
+    for layer in layers.values():
+        layer.build(inputs.shape)
+    layers["warmstate"].set_weights(layers["keras"].get_weights())
+    functions = {name: layer_step(layer, inputs, mask) for name, layer in layers.items()}
+    gpu = bool(tf.config.list_physical_devices("GPU"))
+    if not padded:
+        if not gpu:
+            functions["block_lstm"] = block_lstm_step(layers["keras"], inputs)
+        for name, layer in layers.items():
+            functions[f"{name} inference"] = inference(layer, inputs)
+        functions["small products"] = products(4 * units, units, batch, PRODUCTS)
+        functions["large product"] = products(GEMM_SIDE, GEMM_SIDE, GEMM_SIDE, 1)
+    expected = [tensor.numpy() for tensor in functions["keras"]()]
+    for name in ("warmstate", "block_lstm"):
+        if name in functions:
+            check(f"{shape}: {name}", functions[name](), expected)
+    timed = {name: lambda f=function: seconds(f) for name, function in functions.items()}
+    if torch and not padded:
+        kernel, recurrent, bias = layers["keras"].get_weights()
+        held = folder / "layer.npz"
+        np.savez(held, inputs=inputs, kernel=kernel, recurrent=recurrent, bias=bias)
+        torch.ask("load", str(held))
+        torch.ask("results", str(folder / "torch.npz"))
+        with np.load(folder / "torch.npz") as answer:
+            check(f"{shape}: PyTorch", [answer[name] for name in answer.files], expected)
+        timed["pytorch"] = lambda: torch.ask("seconds")
+        timed["pytorch inference"] = lambda: torch.ask("inference_seconds")
+    in_turn(timed, 2)  # threads, memory
+    times = in_turn(timed, repeats)
+    name = f"batch {batch}, {steps} steps, {width} -> {units}" + (", padded" if padded else "")
+    result = {"name": name, "repeats": repeats}
+    result["ms"] = {k: min_and_median([1e3 * t for t in v]) for k, v in times.items()}
+    flops = 6 * 4 * units * (width + units) * int(lengths.sum() if padded else batch * steps)
+    if not padded:
+        result |= limit(shape, times, flops)
+    result["gflops"] = {
+        k: round(flops / min(v) / 1e9, 1)
+        for k, v in times.items()
+        if k in ("keras", "warmstate", "pytorch", "block_lstm")
+    }
+    result["ratios"] = ratios(times)
     return result
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    print("| forward + backward | Keras min (median) | ours min (median) | GFLOP/s | speed-up |")
-    print("|---|---|---|---|---|")
+def limit(shape: tuple[int, ...], times: dict[str, list[float]], flops: float) -> dict[str, Any]:
+    """Returns the rates of the bare products, and the time that they allow."""
+    batch, steps, _, units, _ = shape
+    small = PRODUCTS * 2 * 4 * units * units * batch / min(times["small products"])
+    large = 2 * GEMM_SIDE**3 / min(times["large product"])
+    recurrent = 2 * 2 * 4 * units * units * batch * steps  # forward, and dh
+    allowed = recurrent / small + (flops - recurrent) / large
+    return {
+        "small_product_gflops": round(small / 1e9, 1),
+        "large_product_gflops": round(large / 1e9, 1),
+        "limit_ms": round(1e3 * allowed, 2),
+        "percent_of_limit": {
+            name: round(100 * allowed / min(times[name]))
+            for name in ("warmstate", "keras", "pytorch", "block_lstm")
+            if name in times
+        },
+    }
+
+
+def ratios(times: dict[str, list[float]]) -> dict[str, float]:
+    """Returns how many times faster ours is: the median over the turns of each turn's ratio."""
+    found = {}
+    for name, values in times.items():
+        ours = times["warmstate inference" if name.endswith("inference") else "warmstate"]
+        if name not in ("small products", "large product") and values is not ours:
+            pairs = zip(values, ours, strict=True)
+            found[name] = round(statistics.median(theirs / own for theirs, own in pairs), 2)
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Returns the results as Markdown."""
+    lines = [
+        "| forward and backward, min (median) ms | ours | Keras | BlockLSTM | PyTorch "
+        "| ours / Keras, PyTorch | of the limit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def cell(r: dict[str, Any], name: str) -> str:
+        if name not in r["ms"]:
+            return ""
+        return f"{r['ms'][name]['min']:,.0f} ({r['ms'][name]['median']:,.0f})"
+
     for r in results:
-        if "speedup_min" not in r:
-            print(f"| {r['name']} | | | {r['gemm_min_gflops']} ({r['gemm_median_gflops']}) | |")
-            continue
-        print(
-            f"| {r['name']} | {r['keras_min_ms']} ms ({r['keras_median_ms']}) "
-            f"| {r['warmstate_min_ms']} ms ({r['warmstate_median_ms']}) "
-            f"| {r['keras_min_gflops']} -> {r['warmstate_min_gflops']} "
-            f"| {r['speedup_min']} ({r['speedup_median']}) |"
-        )
+        for suffix in ("", " inference"):
+            if f"warmstate{suffix}" not in r["ms"]:
+                continue
+            names = [f"{n}{suffix}" for n in ("warmstate", "keras", "block_lstm", "pytorch")]
+            faster = [r["ratios"].get(f"{n}{suffix}") for n in ("keras", "pytorch")]
+            percent = r.get("percent_of_limit", {}).get("warmstate") if not suffix else None
+            lines.append(
+                f"| {r['name']}{suffix and ', forward only'} | "
+                + " | ".join(cell(r, name) for name in names)
+                + f" | {', '.join(f'{value:.2f} x' for value in faster if value)}"
+                + f" | {f'{percent} %' if percent else ''} |"
+            )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="benchmarks/results/lstm_layer.json")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", default="lstm_layer", help="name of the JSON")
+    parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)))
+    parser.add_argument("--repeats", type=int, help="in place of each shape's own number")
     args = parser.parse_args()
-
+    torch = None
+    if not tf.config.list_physical_devices("GPU") and torch_is_there():
+        torch = Program("benchmarks.torch_programs", "layer", python=TORCH_PYTHON)
     results = []
-    for shape in SHAPES:
-        batch, steps, width, units = shape
-        # Forward and two gradients, each 2 * 4 * units * (width + units) a step and example.
-        flops = 3 * 2 * 4 * units * (width + units) * batch * steps
-        for masked in (False, True):
-            name = f"batch {batch}, {steps} steps, {width} -> {units}"
-            name += ", padded" if masked else ""
-            results.append(row(name, flops, measure(steps_of(shape, masked), args.repeats)))
-    times = measure({"gemm": gemm()}, args.repeats)
-    results.append(row(f"product of {GEMM_SIDE} x {GEMM_SIDE}", 2 * GEMM_SIDE**3, times))
-
-    print_table(results)
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    gpus = len(tf.config.list_physical_devices("GPU"))
-    out.write_text(
-        json.dumps({"machine": facts() | {"gpus": gpus}, "results": results}, indent=1) + "\n"
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        for i in args.shapes:
+            shape = SHAPES[i][:4] + (args.repeats or SHAPES[i][4],)
+            results.append(measure(shape, False, torch, Path(folder)))
+            print(table(results[-1:]), flush=True)
+        results.append(measure(SHAPES[0][:4] + (args.repeats or 7,), True, None, Path(folder)))
+    if torch:
+        torch.close()
+    print(table(results))
+    write_results(args.out, facts_with_gpu(), results)
 
 
 if __name__ == "__main__":

@@ -19,3 +19,14 @@ def facts() -> dict[str, Any]:
         "keras": metadata.version("keras"),
         "python": platform.python_version(),
     }
+
+
+def facts_with_gpu() -> dict[str, Any]:
+    """Returns `facts`, and what GPU TensorFlow uses, if any."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    found = facts() | {"gpus": len(gpus)}
+    if gpus:
+        found["gpu_name"] = tf.config.experimental.get_device_details(gpus[0]).get("device_name")
+    return found
