@@ -60,6 +60,7 @@ class OurTrainStep(TrainStep):
         from trainer.distribution.tf_distribute import one_device
         from trainer.models.sequence_autoencoder import SequenceAutoencoder
         from trainer.optimizer import make_optimizer
+        from trainer.schedules import Schedule
         from trainer.stages.pretrain import autoencoder_variables, loss_sum, make_encoder
 
         self._batches = read_batches(path)
@@ -69,7 +70,7 @@ class OurTrainStep(TrainStep):
             model = SequenceAutoencoder(make_encoder(config, vocab))
             model.build()
             variables = autoencoder_variables(model)
-            optimizer = make_optimizer("adam", 1e-3, 0.9999)
+            optimizer = make_optimizer("adam", Schedule("constant", rate=1e-3))
             optimizer.build(list(variables.values()))
         reduce_inside_step_only(optimizer)
         task = loop.Task("pretrain", variables, loss_sum(model, config), dict)

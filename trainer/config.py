@@ -75,6 +75,10 @@ class Config:
                                  "every thread's stack and exit with 1; 0 = never. The first step "
                                  "takes longest.", at_least=0)
 
+    steps_per_call: int = _flag("Run", 1, "Steps that run as one call, without waiting for each: "
+                                "faster where a step takes milliseconds. The results are the "
+                                "same; TERM is noticed between calls.", at_least=1)
+
     store: str = _flag("Data", "", "Token store; made from --source where there is none yet.")
     source: str = _flag("Data", "", "Where the text is from when --store must be made; see "
                         "docs/data-sources.md. Default: movie_reviews.")
@@ -217,6 +221,7 @@ class Config:
 
 # What may differ between two sittings of the same run.
 FREE_ON_RESUME = {
+    "steps_per_call",
     "stage", "run_dir", "resume", "log_every_steps", "checkpoint_every_steps", "store", "data_dir",
     "encoder", "classifier", "evaluate_split", "distributor", "collective_timeout_seconds",
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
@@ -340,6 +345,16 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         faults.append(
             f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing=concat: its rows have "
             "one length; set --pretrain_batch_size instead"
+        )
+    if config.steps_per_call > 1 and config.on_nonfinite == "skip":
+        faults.append(
+            f"--steps_per_call={config.steps_per_call} with --on_nonfinite=skip: whether a step is "
+            "left out is decided after each; set --steps_per_call=1 or --on_nonfinite=stop"
+        )
+    if config.steps_per_call > 1 and config.finetune_ema:
+        faults.append(
+            f"--steps_per_call={config.steps_per_call} with --finetune_ema={config.finetune_ema}: "
+            "the weights are averaged after each step; set one of them back"
         )
     pair = (config.unlabelled, config.labelled)
     if any(pair) and (config.source or not all(pair)):

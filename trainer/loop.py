@@ -8,10 +8,10 @@ global norm after that.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -94,6 +94,7 @@ class Settings:
     max_skipped_steps: int = 10
     stall_seconds: float = 0.0
     ema: float = 0.0
+    steps_per_call: int = 1
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def train(
     reduce_inside_step_only(optimizer)
     set_rates(optimizer, task.variables, task.rates)
     train_step, tables = make_train_step(task, optimizer, distributor, settings, batches)
+    several_steps = make_several_steps(train_step)
     averages = Averages(task.variables, settings.ema, distributor) if settings.ema else None
     checkpoints = Checkpointer(
         settings.folder / "checkpoints",
@@ -172,14 +174,27 @@ def train(
                     raise Preempted(f"{task.name}: stopped by TERM after step {start}; state saved")
                 tables.before_save()
                 progress.save(start)
-            for step, batch in enumerate(batches(start, settings.steps), start + 1):
-                began = time.perf_counter()
-                outcome = train_step(batch, tf.constant(float(stop_request.received)))
-                outcome.loss.numpy()  # waits for a step that is still being computed
-                if averages and outcome.is_finite():
+            step, iterator = start, iter(batches(start, settings.steps))
+            while step < settings.steps:
+                count = min(settings.steps_per_call, steps_until_due(settings, step))
+                stop = tf.constant(float(stop_request.received))
+                if settings.steps_per_call == 1:
+                    batch = next(iterator)
+                    began = time.perf_counter()
+                    outcome = train_step(batch, stop)
+                    outcome.loss.numpy()  # waits for a step that is still being computed
+                    outcomes = [outcome]
+                else:
+                    began = time.perf_counter()
+                    outcomes = several_steps(iterator, count, stop)
+                if averages and outcomes[-1].is_finite():
                     tables.settle(distributor)  # an average is of all rows
                     averages.update(optimizer.iterations.value)
-                progress.count(step, outcome, time.perf_counter() - began)
+                # The first call traces the graph: its time says nothing of the others.
+                seconds = (time.perf_counter() - began) / len(outcomes) if step > start else None
+                for outcome in outcomes:
+                    step += 1
+                    progress.count(step, outcome, seconds)
                 watchdog.beat()
                 if step % settings.log_every_steps == 0 or step == settings.steps:
                     progress.report(step)
@@ -204,6 +219,16 @@ def train(
     finally:
         checkpoints.close()
     return progress.finish()
+
+
+def steps_until_due(settings: Settings, step: int) -> int:
+    """Returns how many steps come before there is something else to do than to step."""
+    periods = (
+        settings.log_every_steps,
+        settings.checkpoint_every_steps,
+        settings.evaluate_every_steps,
+    )
+    return min(settings.steps - step, *(period - step % period for period in periods))
 
 
 class Outcome(NamedTuple):
@@ -334,6 +359,56 @@ def make_train_step(
     return train_step, tables
 
 
+def make_several_steps(
+    train_step: Callable[[dict, tf.Tensor], Outcome],
+) -> Callable[[Iterator, int, tf.Tensor], list[Outcome]]:
+    """Returns (iterator of batches, number of steps, stop asked for here) -> the steps' outcomes.
+
+    All steps are one call, of which the host waits for the end. It ends at a step that is not
+    finite, and there are fewer outcomes then; only the last one has its own norms.
+
+    Args:
+      train_step: a tf.function.
+    """
+
+    @tf.function(autograph=False)
+    def run(iterator: Iterator, count: tf.Tensor, stop: tf.Tensor) -> tuple:
+        kinds = train_step.get_concrete_function().structured_outputs
+
+        def step(done: tf.Tensor, _: tf.Tensor, losses: Any, tokens: Any, *last: Any) -> tuple:
+            outcome = train_step(next(iterator), stop)
+            finite = tf.math.is_finite(outcome.loss)
+            finite &= tf.reduce_all(tf.math.is_finite(outcome.norms))
+            losses, tokens = losses.write(done, outcome.loss), tokens.write(done, outcome.tokens)
+            return done + 1, finite, losses, tokens, outcome.stops, outcome.norms
+
+        _, _, losses, tokens, stops, norms = tf.while_loop(
+            lambda done, finite, *_: (done < count) & finite,
+            step,
+            (
+                0,
+                True,
+                tf.TensorArray(kinds.loss.dtype, 0, dynamic_size=True),
+                tf.TensorArray(kinds.tokens.dtype, 0, dynamic_size=True),
+                tf.zeros([], kinds.stops.dtype),
+                tf.zeros(kinds.norms.shape, kinds.norms.dtype),
+            ),
+            parallel_iterations=1,
+        )
+        return losses.stack(), tokens.stack(), stops, norms
+
+    def several_steps(iterator: Iterator, count: int, stop: tf.Tensor) -> list[Outcome]:
+        losses, tokens, stops, norms = run(iterator, tf.constant(count), stop)
+        done = len(losses)
+        finite = tf.zeros_like(norms)
+        return [
+            Outcome(losses[i], tokens[i], stops, norms if i == done - 1 else finite)
+            for i in range(done)
+        ]
+
+    return several_steps
+
+
 class Progress:
     """The loop's bookkeeping: what it says, writes, saves and remembers."""
 
@@ -389,8 +464,8 @@ class Progress:
             self._log(f"{self._task.name}: resumed after step {step}")
         return step
 
-    def count(self, step: int, outcome: Outcome, seconds: float) -> None:
-        """Takes in one step.
+    def count(self, step: int, outcome: Outcome, seconds: float | None) -> None:
+        """Takes in one step; its time is None where it is not to be counted.
 
         Raises:
           NonFiniteError: it is not finite, and may not be skipped.
@@ -402,8 +477,8 @@ class Progress:
             self._skip(step, outcome)
         recent = self._since_report
         self._steps_here += 1
-        if self._steps_here == 1:
-            return  # the first step traces the graph: its time says nothing of the others
+        if seconds is None:
+            return
         for totals, key in ((recent, "seconds"), (self._notes, "step_seconds")):
             totals[key] += seconds
         for totals in (recent, self._notes):

@@ -287,3 +287,44 @@ def test_a_checkpoint_with_other_notes_is_refused(one: Any, tmp_path: Path) -> N
     path.write_bytes(safe_files.sealed(values))
     with pytest.raises(ValueError, match="another version of this program"):
         train(one, tmp_path)
+
+
+def test_several_steps_in_one_call_give_the_same_bits(distributor: Any, tmp_path: Path) -> None:
+    evaluations: list[int] = []
+
+    def evaluate() -> dict[str, float]:
+        evaluations.append(1)
+        return {"metric": 1.0}
+
+    periods = {"checkpoint_every_steps": 5, "evaluate_every_steps": 3, "log_every_steps": 4}
+    one, three = (
+        train(distributor, tmp_path / str(k), evaluate=evaluate, steps_per_call=k, **periods)
+        for k in (1, 3)
+    )
+    assert len(evaluations) == 2 * 3  # after 3, 6 and 8 steps
+    assert state(tmp_path / "1", 5) == state(tmp_path / "3", 5)
+    for name, value in one.values.items():
+        assert value.tobytes() == three.values[name].tobytes()
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / k / "metrics.jsonl").open()]
+        for k in "13"
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_several_steps_in_one_call_end_at_one_that_is_not_finite(one: Any, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError) as error:
+        train(one, tmp_path, "gradient", at=(5,), steps_per_call=8, log_every_steps=8,
+              checkpoint_every_steps=4, evaluate_every_steps=8)  # fmt: skip
+    said = str(error.value)
+    assert said.startswith("pretrain: step 6 is not finite: loss ")
+    assert "examples of the batch: 50, 51, 52, 53;" in said
+    assert state(tmp_path, 4)
+
+
+def test_term_stops_a_run_between_two_calls(one: Any, tmp_path: Path) -> None:
+    request = SimpleNamespace(received=True)
+    with pytest.raises(Preempted, match="stopped by TERM after step 4; state saved"):
+        train(one, tmp_path, stop_request=request, steps_per_call=8, log_every_steps=4,
+              checkpoint_every_steps=8, evaluate_every_steps=8)  # fmt: skip
+    assert state(tmp_path, 4)

@@ -112,6 +112,7 @@ class Run:
             on_nonfinite=config.on_nonfinite,
             max_skipped_steps=config.max_skipped_steps,
             stall_seconds=config.stall_seconds,
+            steps_per_call=config.steps_per_call,
         )
 
 
