@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,10 @@ class Config:
     steps_per_call: int = _flag("Run", 1, "Steps that run as one call, without waiting for each: "
                                 "faster where a step takes milliseconds. The results are the "
                                 "same; TERM is noticed between calls.", at_least=1)
+
+    profile_steps: str = _flag("Run", "", "A:B profiles steps A to B of each stage, writes the "
+                               "profile for TensorBoard to its folder and prints where a step's "
+                               "time goes.")
 
     store: str = _flag("Data", "", "Token store; made from --source where there is none yet.")
     source: str = _flag("Data", "", "Where the text is from when --store must be made; see "
@@ -221,7 +226,7 @@ class Config:
 
 # What may differ between two sittings of the same run.
 FREE_ON_RESUME = {
-    "steps_per_call",
+    "steps_per_call", "profile_steps",
     "stage", "run_dir", "resume", "log_every_steps", "checkpoint_every_steps", "store", "data_dir",
     "encoder", "classifier", "evaluate_split", "distributor", "collective_timeout_seconds",
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
@@ -346,6 +351,11 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
             f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing=concat: its rows have "
             "one length; set --pretrain_batch_size instead"
         )
+    if config.profile_steps and step_range(config.profile_steps) is None:
+        faults.append(
+            f"--profile_steps={config.profile_steps} must be A:B, two step numbers from 1, A at "
+            "most B, as in --profile_steps=20:30"
+        )
     if config.steps_per_call > 1 and config.on_nonfinite == "skip":
         faults.append(
             f"--steps_per_call={config.steps_per_call} with --on_nonfinite=skip: whether a step is "
@@ -373,6 +383,13 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
             "predicted from that word's output; use --pooling=last"
         )
     return faults + _stage_faults(config)
+
+
+def step_range(text: str) -> tuple[int, int] | None:
+    """Returns the steps A and B that "A:B" names, None if it does not name any."""
+    match = re.fullmatch(r"([1-9]\d{0,11}):([1-9]\d{0,11})", text)
+    found = (int(match[1]), int(match[2])) if match else None
+    return found if found and found[0] <= found[1] else None
 
 
 def _value_faults(config: Config, item: dataclasses.Field) -> list[str]:

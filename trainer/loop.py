@@ -35,6 +35,7 @@ from trainer.gradients import Gradient, divided, loss_and_gradients
 from trainer.health import NonFiniteError, StallWatchdog, describe_nonfinite
 from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
 from trainer.preemption import Preempted, StopRequest
+from trainer.reporting.profile import Profiler
 from trainer.reporting.status import Metrics, describe, format_seconds
 from trainer.schedules import Schedule
 from trainer.tables import Tables, find_tables, rule_of
@@ -95,6 +96,7 @@ class Settings:
     stall_seconds: float = 0.0
     ema: float = 0.0
     steps_per_call: int = 1
+    profile_steps: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ def train(
     metrics = Metrics(settings.folder / "metrics.jsonl", task.name)
     examples = getattr(batches, "examples", lambda step: [])
     progress = Progress(task, settings, distributor, checkpoints, metrics, log, examples, averages)
+    profile_first, profile_last = settings.profile_steps if is_chief(distributor) else (0, 0)
+    profiler = Profiler(profile_first, profile_last, settings.folder / "profile", log)
     if not settings.resume:
         checkpoints.forget()
     start = progress.resume()
@@ -177,9 +181,11 @@ def train(
             step, iterator = start, iter(batches(start, settings.steps))
             while step < settings.steps:
                 count = min(settings.steps_per_call, steps_until_due(settings, step))
+                profiler.before(step + 1)
                 stop = tf.constant(float(stop_request.received))
                 if settings.steps_per_call == 1:
-                    batch = next(iterator)
+                    with tf.profiler.experimental.Trace("input_wait"):
+                        batch = next(iterator)
                     began = time.perf_counter()
                     outcome = train_step(batch, stop)
                     outcome.loss.numpy()  # waits for a step that is still being computed
@@ -195,6 +201,7 @@ def train(
                 for outcome in outcomes:
                     step += 1
                     progress.count(step, outcome, seconds)
+                profiler.after(step)
                 watchdog.beat()
                 if step % settings.log_every_steps == 0 or step == settings.steps:
                     progress.report(step)
@@ -217,6 +224,7 @@ def train(
                     raise Preempted(f"{task.name}: stopped by TERM after step {step}; {saved}")
         checkpoints.wait()
     finally:
+        profiler.close()
         checkpoints.close()
     return progress.finish()
 
@@ -228,7 +236,9 @@ def steps_until_due(settings: Settings, step: int) -> int:
         settings.checkpoint_every_steps,
         settings.evaluate_every_steps,
     )
-    return min(settings.steps - step, *(period - step % period for period in periods))
+    first, last = settings.profile_steps
+    stops = [settings.steps, first - 1, last, *(step - step % p + p for p in periods)]
+    return min(stop for stop in stops if stop > step) - step
 
 
 class Outcome(NamedTuple):
@@ -317,7 +327,10 @@ def make_train_step(
             [loss_sum, weight, tokens, tf.cast(stop, weight.dtype)]
         )
         gradients = [divided(gradient, weight) for gradient in gradients]
-        gradients = reduce_gradients(distributor, gradients, as_rows, settings.compress, by_rows)
+        with tf.name_scope("collective"):
+            gradients = reduce_gradients(
+                distributor, gradients, as_rows, settings.compress, by_rows
+            )
         # As tf.linalg.global_norm does, which keeps those of the variables to itself.
         halves = tf.stack(
             [tf.nn.l2_loss(g.values if isinstance(g, tf.IndexedSlices) else g) for g in gradients]
@@ -328,7 +341,8 @@ def make_train_step(
 
     def reduce_and_apply(batch: dict, stop: tf.Tensor) -> Outcome:
         outcome, gradients = reduced(batch, stop)
-        optimizer.apply(gradients, variables)
+        with tf.name_scope("optimizer"):
+            optimizer.apply(gradients, variables)
         return outcome
 
     signature = [first.element_spec, tf.TensorSpec([], tf.float32)]

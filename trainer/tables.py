@@ -141,13 +141,14 @@ class Table:
 
         The gradient goes to the rows, each once, as tf.IndexedSlices.
         """
-        distinct, positions = tf.unique(tf.reshape(indices, [-1]))
-        held = tf.gather(self.variable.value, distinct)
-        now = tf.convert_to_tensor(self._optimizer.iterations)
-        # The value is the first term, the gradient the second's.
-        rows = tf.stop_gradient(self._rows(distinct, now)[0]) + (held - tf.stop_gradient(held))
-        rows = tf.gather(rows, positions)
-        return tf.reshape(rows, tf.concat([tf.shape(indices), tf.shape(rows)[1:]], 0))
+        with tf.name_scope("read_rows"):
+            distinct, positions = tf.unique(tf.reshape(indices, [-1]))
+            held = tf.gather(self.variable.value, distinct)
+            now = tf.convert_to_tensor(self._optimizer.iterations)
+            # The value is the first term, the gradient the second's.
+            rows = tf.stop_gradient(self._rows(distinct, now)[0]) + (held - tf.stop_gradient(held))
+            rows = tf.gather(rows, positions)
+            return tf.reshape(rows, tf.concat([tf.shape(indices), tf.shape(rows)[1:]], 0))
 
     def _rows(self, indices: tf.Tensor, now: tf.Tensor) -> list[tf.Tensor]:
         """Returns the weights and the moments of the rows as they are after step `now`."""

@@ -289,7 +289,8 @@ def _always_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        return compiled(*args) if tf.executing_eagerly() else function(*args)
+        with tf.name_scope(f"lstm{function.__name__}"):  # for a profile
+            return compiled(*args) if tf.executing_eagerly() else function(*args)
 
     return call
 

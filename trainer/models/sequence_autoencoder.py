@@ -126,12 +126,13 @@ class SequenceAutoencoder(keras.layers.Layer):
         if self.tied:
             hidden = tf.matmul(hidden, kernel)  # [tokens, embedding_dim]
             kernel = self.encoder.embeddings.value
-        if num_sampled:
-            losses = softmax.sampled_cross_entropy(
-                hidden, targets, kernel, bias, num_sampled, softmax_seed
-            )
-        else:
-            losses = softmax.cross_entropy(hidden, targets, kernel, bias)
+        with tf.name_scope("softmax"):
+            if num_sampled:
+                losses = softmax.sampled_cross_entropy(
+                    hidden, targets, kernel, bias, num_sampled, softmax_seed
+                )
+            else:
+                losses = softmax.cross_entropy(hidden, targets, kernel, bias)
         return tf.reduce_sum(losses), tf.cast(tf.size(targets), tf.float32)
 
 

@@ -11,6 +11,7 @@ from data_pipelines.batch_plan import BatchPlan, PackedPlan
 from data_pipelines.dataset import make_dataset
 from data_pipelines.split_view import SplitView
 from data_pipelines.token_store import TokenStore
+from trainer import config as configuration
 from trainer import loop
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor, is_chief, num_shards
@@ -113,6 +114,7 @@ class Run:
             max_skipped_steps=config.max_skipped_steps,
             stall_seconds=config.stall_seconds,
             steps_per_call=config.steps_per_call,
+            profile_steps=configuration.step_range(config.profile_steps) or (0, 0),
         )
 
 
