@@ -116,7 +116,8 @@ def train(
     task = loop.Task("pretrain", {"table": table}, loss_sum, dict)
     settings = loop_settings.settings(
         **{
-            "folder": folder, "steps": STEPS, "resume": True, "learning_rate": 0.01,
+            "folder": folder, "steps": STEPS, "resume": True,
+            "schedule": Schedule("constant", 0.01),
             "checkpoint_every_steps": 50, "evaluate_every_steps": 20, "sparse_reduce": "rows",
         } | changes
     )  # fmt: skip
