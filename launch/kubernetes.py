@@ -1,4 +1,4 @@
-"""Workers as the pods of a Kubernetes job: fills the manifests in k8s/ from flags, and starts them.
+"""Workers as the pods of a Kubernetes job: fills the manifests in k8s/ from flags.
 
 `render` is what `kubectl kustomize k8s/overlays/OVERLAY` does, with values from flags. It knows of
 Kustomize only what those folders use: resources, replacements, and the annotation local-config.
@@ -6,9 +6,7 @@ Kustomize only what those folders use: resources, replacements, and the annotati
 
 import copy
 import re
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,11 @@ import yaml
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "k8s"
 OVERLAYS = ("indexed-job", "jobset", "mpijob", "trainjob")
+JOB_KINDS = ("Job", "JobSet", "MPIJob", "TrainJob")  # of the overlays
 LONGEST_NAME = 40  # controllers append to it, and a pod's name must stay a DNS label of 63
 _TEMPLATE = ("Job", "warmstate-template")
 _LOCAL = "config.kubernetes.io/local-config"
 _GPU = "nvidia.com/gpu"
-_POLL_SECONDS = 2.0
 _RFC_1035 = "[a-z]([-a-z0-9]*[a-z0-9])?"  # a Service's name, and so a job's
 _RFC_1123 = "[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
 _MISSING = object()
@@ -106,7 +104,7 @@ def render(options: Options) -> list[Document]:
                 each for each in render(Options("trainjob")) if each["kind"] == document["kind"]
             )
     # What others refer to comes first.
-    return sorted(documents, key=lambda document: document["kind"] in _ENDINGS)
+    return sorted(documents, key=lambda document: document["kind"] in JOB_KINDS)
 
 
 def to_yaml(documents: Sequence[Document]) -> str:
@@ -182,7 +180,7 @@ def _fill(resources: dict[tuple[str, str], Document], options: Options) -> None:
             claim = resources["PersistentVolumeClaim", name]
             claim["metadata"] |= {"name": given, "annotations": {_LOCAL: "true"}}
     _fill_template(resources[_TEMPLATE]["spec"], options)
-    (kind,) = {kind for kind, name in resources if kind in _ENDINGS and name == "warmstate"}
+    (kind,) = {kind for kind, name in resources if kind in JOB_KINDS and name == "warmstate"}
     job = resources[kind, "warmstate"]
     if options.queue:
         job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = options.queue
@@ -253,163 +251,3 @@ def _fill_train_job(spec: Document, options: Options) -> None:
         jobs = {"spec": {"replicatedJobs": [{"name": "node", "template": template}]}}
         runtime = {"template": jobs}
         spec["runtimePatches"] = [{"manager": "warmstate.launch", "trainingRuntimeSpec": runtime}]
-
-
-@dataclass(frozen=True)
-class _Ending:
-    """How a kind of job says that it has ended, and which pods are its.
-
-    Attributes:
-      succeeded: type of the condition.
-      pods, chief: label selectors, {} stands for the job's name.
-    """
-
-    succeeded: str
-    pods: str
-    chief: str
-
-
-_INDEX_0 = "batch.kubernetes.io/job-completion-index=0"
-_OF_JOB_SET = "jobset.sigs.k8s.io/jobset-name={}"
-_OF_MPI_JOB = "training.kubeflow.org/job-name={}"
-_ENDINGS = {
-    "Job": _Ending(
-        "Complete",
-        "batch.kubernetes.io/job-name={}",
-        "batch.kubernetes.io/job-name={}," + _INDEX_0,
-    ),
-    "JobSet": _Ending("Completed", _OF_JOB_SET, f"{_OF_JOB_SET},{_INDEX_0}"),
-    "TrainJob": _Ending("Complete", _OF_JOB_SET, f"{_OF_JOB_SET},{_INDEX_0}"),
-    "MPIJob": _Ending(
-        "Succeeded", _OF_MPI_JOB, _OF_MPI_JOB + ",training.kubeflow.org/job-role=launcher"
-    ),
-}
-
-
-class Api:
-    """The API server that the kubeconfig (or, in a pod, the service account) names.
-
-    Raises:
-      ImportError: the extra `warmstate[k8s]` is not installed.
-      kubernetes.config.ConfigException: there is no configuration.
-    """
-
-    def __init__(self, namespace: str):
-        from kubernetes import client, config
-
-        try:
-            config.load_kube_config()
-            context = config.list_kube_config_contexts()[1]["context"]
-        except config.ConfigException:
-            config.load_incluster_config()
-            context = {}
-        self.namespace = namespace or context.get("namespace", "default")
-        self._core = client.CoreV1Api()
-        self._batch = client.BatchV1Api()
-        self._custom = client.CustomObjectsApi()
-        self._error = client.ApiException
-
-    def create(self, document: Document) -> bool:
-        """Creates an object, with no unknown field let pass; returns False if it is there."""
-        strict = {"body": document, "field_validation": "Strict"}
-        kind = document["kind"]
-        try:
-            if kind == "Service":
-                self._core.create_namespaced_service(self.namespace, **strict)
-            elif kind == "PersistentVolumeClaim":
-                self._core.create_namespaced_persistent_volume_claim(self.namespace, **strict)
-            elif kind == "Job":
-                self._batch.create_namespaced_job(self.namespace, **strict)
-            elif kind == "ClusterTrainingRuntime":
-                self._custom.create_cluster_custom_object(*_resource(document), **strict)
-            else:
-                group, version, plural = _resource(document)
-                self._custom.create_namespaced_custom_object(
-                    group, version, self.namespace, plural, **strict
-                )
-        except self._error as error:
-            if error.status == 409:
-                return False
-            raise
-        return True
-
-    def conditions(self, document: Document) -> list[Document]:
-        """Returns the conditions in the status of the job that `document` describes."""
-        group, version, plural = _resource(document)
-        job = self._custom.get_namespaced_custom_object(
-            group, version, self.namespace, plural, document["metadata"]["name"]
-        )
-        return job.get("status", {}).get("conditions", [])
-
-    def pods(self, selector: str) -> list[Any]:
-        """Returns the pods, oldest first."""
-        pods = self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
-        return sorted(pods, key=lambda pod: pod.metadata.creation_timestamp)
-
-    def log_lines(self, pod: str) -> Iterator[str]:
-        """Yields the lines that the pod prints until it ends."""
-        stream = self._core.read_namespaced_pod_log(
-            pod, self.namespace, follow=True, _preload_content=False
-        )
-        for line in stream:
-            yield line.decode(errors="replace")
-
-
-def _resource(document: Document) -> tuple[str, str, str]:
-    group, version = document["apiVersion"].split("/")
-    return group, version, document["kind"].lower() + "s"
-
-
-def submit(documents: Sequence[Document], api: Api) -> int:
-    """Creates what is not there yet; returns 1 if the job itself is, else 0."""
-    for document in documents:
-        title = f"{document['kind']} {document['metadata']['name']}"
-        if api.create(document):
-            _say(f"created {title}")
-        elif document["kind"] in _ENDINGS:
-            _say(f"{title} is there already: choose another --name, or delete it")
-            return 1
-        else:
-            _say(f"{title} is there already")
-    return 0
-
-
-def wait(documents: Sequence[Document], api: Api, follow: bool) -> int:
-    """Waits until the job has ended; with `follow` prints what its chief prints.
-
-    Returns the exit code: 0, or 1 after saying what the failed pods said.
-    """
-    (job,) = (document for document in documents if document["kind"] in _ENDINGS)
-    ending, name = _ENDINGS[job["kind"]], job["metadata"]["name"]
-    read: set[str] = set()
-    while True:
-        conditions = {
-            each["type"]: each for each in api.conditions(job) if each["status"] == "True"
-        }
-        # After the last look at the conditions: a chief that ended with the job is read as well.
-        if follow:
-            for pod in api.pods(ending.chief.format(name)):
-                if pod.status.phase != "Pending" and pod.metadata.name not in read:
-                    read.add(pod.metadata.name)
-                    for line in api.log_lines(pod.metadata.name):
-                        print(line, end="", flush=True)
-        if ending.succeeded in conditions:
-            _say(f"{job['kind']} {name} is complete")
-            return 0
-        if "Failed" in conditions:
-            _say(f"{job['kind']} {name} failed: {conditions['Failed'].get('message', '')}")
-            for pod in api.pods(ending.pods.format(name)):
-                _say_why_failed(pod)
-            return 1
-        time.sleep(_POLL_SECONDS)
-
-
-def _say_why_failed(pod: Any) -> None:
-    for container in pod.status.container_statuses or []:
-        ended = container.state.terminated
-        if ended and ended.exit_code:
-            _say(f"{pod.metadata.name} exited with code {ended.exit_code}: {ended.message or ''}")
-
-
-def _say(line: str) -> None:
-    print(f"launch: {line.rstrip()}", file=sys.stderr, flush=True)

@@ -4,13 +4,14 @@ PyYAML and the Kubernetes client are imported only where this platform is asked 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 if TYPE_CHECKING:
     from launch.kubernetes import Options
+    from launch.kubernetes_jobs import Api
 
 _OVERLAY = flags.DEFINE_string(
     "overlay",
@@ -21,7 +22,6 @@ _NODE_SELECTOR = flags.DEFINE_string("node_selector", None, "k8s: key=value,key=
 _TEXTS = [
     flags.DEFINE_string(name, None, f"k8s: {text}")
     for name, text in (
-        ("name", "of the job in the cluster, default warmstate"),
         ("namespace", "where the job goes, default that of the kubeconfig's context"),
         ("image", "made from k8s/Dockerfile, default the manifest's"),
         ("run_volume", "claim mounted at runs/; default warmstate-runs, which is made"),
@@ -29,9 +29,7 @@ _TEXTS = [
         ("queue", "Kueue's local queue, which then decides when the job starts"),
     )
 ]
-_WAIT = flags.DEFINE_bool("wait", None, "k8s: return when the job has ended, with its exit code")
-_FOLLOW = flags.DEFINE_bool("follow", None, "k8s: --wait, and print what the chief prints")
-_FLAGS = (_OVERLAY, _NODE_SELECTOR, *_TEXTS, _WAIT, _FOLLOW)
+_FLAGS = (_OVERLAY, _NODE_SELECTOR, *_TEXTS)
 
 
 def given_flags() -> list[str]:
@@ -40,12 +38,20 @@ def given_flags() -> list[str]:
 
 
 def value_faults(
-    with_horovod: bool, gpus_per_worker: int = 0, max_restarts: int | None = None
+    with_horovod: bool,
+    name: str | None = None,
+    gpus_per_worker: int = 0,
+    max_restarts: int | None = None,
 ) -> list[str]:
     """Returns one line for each flag with which no job can be made."""
     from launch import kubernetes
 
     faults = []
+    if not kubernetes.MANIFESTS.is_dir():
+        faults.append(
+            f"--platform=k8s: there is no {kubernetes.MANIFESTS}; start it in a checkout, "
+            "which has the manifests"
+        )
     if kubernetes.parse_node_selector(_NODE_SELECTOR.value or "") is None:
         faults.append(f"--node_selector={_NODE_SELECTOR.value}: must be key=value,key=value")
     if with_horovod != (_overlay(with_horovod) == "mpijob"):
@@ -53,12 +59,13 @@ def value_faults(
             f"--overlay={_overlay(with_horovod)}: mpijob, and no other, goes with "
             "--distributor=horovod"
         )
-    options = options_of_flags(with_horovod, 1, gpus_per_worker, max_restarts)
+    options = options_of_flags(with_horovod, name, 1, gpus_per_worker, max_restarts)
     return faults + options.faults()
 
 
 def options_of_flags(
     with_horovod: bool,
+    name: str | None = None,
     workers: int = 1,
     gpus_per_worker: int = 0,
     max_restarts: int | None = None,
@@ -69,6 +76,7 @@ def options_of_flags(
 
     return kubernetes.Options(
         **{flag.name: flag.value for flag in _TEXTS if flag.value is not None},
+        **({} if name is None else {"name": name}),
         overlay=_overlay(with_horovod),
         node_selector=kubernetes.parse_node_selector(_NODE_SELECTOR.value or "") or {},
         workers=workers,
@@ -78,23 +86,62 @@ def options_of_flags(
     )
 
 
-def run(options: "Options", dry_run: bool) -> int:
+def run(options: "Options", dry_run: bool, wait: bool, follow: bool) -> int:
     """Creates the job, or prints its manifests; returns the exit code."""
-    from launch import kubernetes
+    from launch import kubernetes, kubernetes_jobs
 
     documents = kubernetes.render(options)
     if dry_run:
         print(kubernetes.to_yaml(documents), end="")
         return 0
+    (job,) = (each for each in documents if each["kind"] in kubernetes.JOB_KINDS)
+
+    def create(api: "Api") -> int:
+        code = kubernetes_jobs.submit(documents, api)
+        if code == 0 and (wait or follow):
+            code = kubernetes_jobs.wait(job, api, follow)
+        return code
+
+    return _with_api(options.namespace, create)
+
+
+def act(action: str, name: str, follow: bool) -> int:
+    """Does `action` (status, logs, cancel) with the job of that name; returns the exit code."""
+    from launch import kubernetes_jobs
+
+    doings = {
+        "status": kubernetes_jobs.status,
+        "logs": lambda name, api: kubernetes_jobs.logs(name, api, follow),
+        "cancel": kubernetes_jobs.cancel,
+    }
+    return _with_api(_namespace(), lambda api: doings[action](name, api))
+
+
+def _with_api(namespace: str, use: Callable[["Api"], int]) -> int:
+    """Returns what `use` does; 2 if there is no way to a cluster, 1 if the cluster refuses."""
+    from launch import kubernetes_jobs
+
     try:
-        api = kubernetes.Api(options.namespace)
+        from kubernetes.config import ConfigException
+
+        api = kubernetes_jobs.Api(namespace)
     except ImportError as error:
         print(f"launch: --platform=k8s: pip install 'warmstate[k8s]' ({error})", file=sys.stderr)
         return 2
-    code = kubernetes.submit(documents, api)
-    if code == 0 and (_WAIT.value or _FOLLOW.value):
-        code = kubernetes.wait(documents, api, bool(_FOLLOW.value))
-    return code
+    except ConfigException as error:
+        print(f"launch: --platform=k8s: KUBECONFIG names no cluster: {error}", file=sys.stderr)
+        return 2
+    try:
+        return use(api)
+    except api.errors as error:
+        reason = kubernetes_jobs.explanation(error)
+        print(f"launch: --platform=k8s: the API server: {reason}", file=sys.stderr)
+        return 1
+
+
+def _namespace() -> str:
+    (flag,) = (flag for flag in _TEXTS if flag.name == "namespace")
+    return flag.value or ""
 
 
 def _overlay(with_horovod: bool) -> str:

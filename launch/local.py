@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -31,6 +31,7 @@ THREAD_VARIABLES = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM
 _BLAME_SECONDS = 3.0  # from the first lost peer to the verdict that who still runs hangs
 _LOOK_SECONDS = 0.5  # between two calls of `asks_stop`
 _PRINTING = threading.Lock()
+_COPIES: list[BinaryIO] = []  # of what is printed
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 Worker = subprocess.Popen[bytes]
@@ -230,9 +231,22 @@ def say(*lines: str) -> bool:
         return all([_write(f"launch: {line}\n") for line in lines])
 
 
+@contextlib.contextmanager
+def lines_copied_to(file: BinaryIO) -> Iterator[None]:
+    """Writes all that is printed into `file` as well, until the block ends."""
+    _COPIES.append(file)
+    try:
+        yield
+    finally:
+        _COPIES.remove(file)
+
+
 def _write(text: str) -> bool:
     """Prints `text`; returns False if nobody reads it."""
     try:
+        for copy in _COPIES:
+            copy.write(text.encode())
+            copy.flush()
         sys.stdout.buffer.write(text.encode())
         sys.stdout.buffer.flush()
         return True

@@ -8,19 +8,26 @@ python -m launch.main --platform=slurm --workers=N [--gpus_per_worker=G] [--cpus
     [--partition=P] [--account=A] [--time_limit=T] [--max_restarts=K] [--dry_run] -- TRAINER_FLAGS
 python -m launch.main --platform=k8s --workers=N [--gpus_per_worker=G] [--overlay=indexed-job]
     [--image=I] [--namespace=S] [--queue=Q] [--follow] [...] [--dry_run] -- TRAINER_FLAGS
+python -m launch.main status|logs|cancel NAME [--platform=P] [--namespace=S] [--follow]
 
-What stands before `--` is the launcher's, what follows is each trainer's.
+What stands before `--` is the launcher's, what follows is each trainer's. NAME is what --name
+gave the job; on SLURM its number will do as well.
 """
 
 import math
+import re
+import shutil
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags
 
-from launch import elastic, horovod, kubernetes_command, local, slurm
+from launch import elastic, horovod, kubernetes_command, local, local_jobs, slurm, slurm_jobs
 
 PLATFORMS = ("local", "slurm", "k8s")
+ACTIONS = ("status", "logs", "cancel")
 DISTRIBUTORS = ("auto", "horovod")
 
 # Numbers are strings here, because absl stops at the first value that it cannot read and all faults
@@ -52,61 +59,120 @@ _AVAILABLE_WORKERS = flags.DEFINE_string(
     "rewriting, and where there is no file it may have --max_workers",
 )
 _GPUS_PER_WORKER = flags.DEFINE_string("gpus_per_worker", None, "slurm, k8s: GPUs for each worker")
+_NAME = flags.DEFINE_string(
+    "name",
+    None,
+    "of the job, for status, logs and cancel; slurm, k8s: default warmstate; local: default none, "
+    "with one the job is recorded in local-jobs/",
+)
+_WAIT = flags.DEFINE_bool(
+    "wait", None, "slurm, k8s: return when the job has ended, with its exit code"
+)
+_FOLLOW = flags.DEFINE_bool(
+    "follow", None, "slurm, k8s: --wait, print what the chief prints, and fetch the report"
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the commands, start nothing")
 _GRACE_SECONDS = flags.DEFINE_string(
     "grace_seconds", "5", "from TERM to KILL when workers are stopped, 0 or more"
 )
 
+_OF_A_START = (_WORKERS, _DISTRIBUTOR, _MAX_RESTARTS, _ELASTIC, _MIN_WORKERS, _MAX_WORKERS)
+_OF_A_START += (_AVAILABLE_WORKERS, _GPUS_PER_WORKER, _NAME, _WAIT, _DRY_RUN, _GRACE_SECONDS)
+
 
 def main(argv: list[str]) -> int:
-    """Starts the trainers with the flags `argv[1:]`; returns the exit code."""
-    with_horovod = _DISTRIBUTOR.value == "horovod"
-    chosen = ["--distributor=horovod"] if with_horovod else []
-    command = [sys.executable, "-u", "-m", "trainer.main", *chosen, *argv[1:]]
+    """Starts the trainers with the flags after `argv`'s "--", or does what it says with a job.
+
+    Args:
+      argv: as `parse_flags` returns it.
+
+    Returns the exit code.
+    """
+    _, first, *words = argv
+    if first in ACTIONS:
+        return _act(first, words[0])
+    if _PLATFORM.value == "k8s":
+        return _start_on_kubernetes(words)
+    chosen = ["--distributor=horovod"] if _with_horovod() else []
+    command = [sys.executable, "-u", "-m", "trainer.main", *chosen, *words]
     if _PLATFORM.value == "slurm":
         return _start_on_slurm(command)
+    return _start_here(command)
+
+
+def _act(action: str, name: str) -> int:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as of `logs NAME | head`
+    follow = bool(_FOLLOW.value)
     if _PLATFORM.value == "k8s":
-        return _start_on_kubernetes(argv[1:])
+        return kubernetes_command.act(action, name, follow)
+    jobs = slurm_jobs if _PLATFORM.value == "slurm" else local_jobs
+    if action == "logs":
+        return jobs.logs(name, follow)
+    return jobs.status(name) if action == "status" else jobs.cancel(name)
+
+
+def _start_here(command: Sequence[str]) -> int:
     limits = _limits() if _ELASTIC.value else None
     workers = (limits.start or limits.maximum) if limits else int(_WORKERS.value)
     if _DRY_RUN.value:
-        if with_horovod:
+        if _with_horovod():
             print("# These need the launcher's rendezvous server, for whose port stands 0.")
-        for index, line in enumerate(local.shell_commands(command, workers, with_horovod)):
+        for index, line in enumerate(local.shell_commands(command, workers, _with_horovod())):
             print(f"# worker {index}\n{line}")
         return 0
+    if _NAME.value is None:
+        return _run_here(command, workers, limits)
+    with local_jobs.recorded(_NAME.value, command, workers) as job:
+        job.exit_code = _run_here(command, workers, limits)
+    return job.exit_code
+
+
+def _run_here(command: Sequence[str], workers: int, limits: elastic.Limits | None) -> int:
     grace_seconds = float(_GRACE_SECONDS.value)
     if limits:
-        return elastic.run_elastic(command, limits, grace_seconds, with_horovod)
+        return elastic.run_elastic(command, limits, grace_seconds, _with_horovod())
     return local.run_local(
         command,
         workers,
         grace_seconds=grace_seconds,
         max_restarts=int(_MAX_RESTARTS.value),
-        with_horovod=with_horovod,
+        with_horovod=_with_horovod(),
     )
 
 
-def _start_on_slurm(command: list[str]) -> int:
+def _start_on_slurm(command: Sequence[str]) -> int:
     gpus = _GPUS_PER_WORKER.value
     job = slurm.job_of_flags(
-        int(_WORKERS.value), None if gpus is None else int(gpus), int(_MAX_RESTARTS.value)
+        name=_NAME.value,
+        workers=int(_WORKERS.value),
+        gpus_per_worker=None if gpus is None else int(gpus),
+        max_restarts=int(_MAX_RESTARTS.value),
     )
     if _DRY_RUN.value:
         print(slurm.script(command, job), end="")
         return 0
-    return slurm.submit(command, job)
+    code, number = slurm.submit(command, job)
+    if code == 0 and (_WAIT.value or _FOLLOW.value):
+        code = slurm_jobs.follow(number, quietly=not _FOLLOW.value)
+    return code
 
 
-def _start_on_kubernetes(trainer_flags: list[str]) -> int:
+def _start_on_kubernetes(trainer_flags: Sequence[str]) -> int:
     options = kubernetes_command.options_of_flags(
-        with_horovod=_DISTRIBUTOR.value == "horovod",
+        with_horovod=_with_horovod(),
+        name=_NAME.value,
         workers=int(_WORKERS.value),
         gpus_per_worker=int(_GPUS_PER_WORKER.value or 0),
         max_restarts=int(_MAX_RESTARTS.value) if _is_given("max_restarts") else None,
         trainer_flags=trainer_flags,
     )
-    return kubernetes_command.run(options, _DRY_RUN.value)
+    return kubernetes_command.run(
+        options, _DRY_RUN.value, wait=bool(_WAIT.value), follow=bool(_FOLLOW.value)
+    )
+
+
+def _with_horovod() -> bool:
+    return _DISTRIBUTOR.value == "horovod"
 
 
 def _limits() -> elastic.Limits:
@@ -125,25 +191,58 @@ def _is_given(flag: str) -> bool:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads the launcher's flags; returns the program's name and the trainer's flags.
+    """Reads the launcher's flags.
+
+    Returns the program's name, "--" and the trainer's flags; or its name, an action and a job's.
 
     Raises:
       SystemExit: with code 2, after one line a fault on stderr.
     """
     end = argv.index("--") if "--" in argv else len(argv)
-    faults = []
+    words, faults = [], []
     try:
         flags.FLAGS.set_gnu_getopt()
-        unknown = flags.FLAGS(argv[:end], known_only=True)[1:]
-        faults += [f"{word}: not a launcher flag; trainer flags come after --" for word in unknown]
+        words = flags.FLAGS(argv[:end], known_only=True)[1:]
     except (flags.Error, ValueError) as error:
         faults.append(str(error))
         flags.FLAGS.mark_as_parsed()
-    faults += _value_faults()
+    acts = bool(words) and words[0] in ACTIONS
+    if acts:
+        faults += _action_faults(words)
+    else:
+        faults += [f"{word}: not a launcher flag; trainer flags come after --" for word in words]
+        faults += _value_faults()
     if faults:
         print("\n".join(f"launch: {fault}" for fault in faults), file=sys.stderr)
         sys.exit(2)
-    return [argv[0], *argv[end + 1 :]]
+    return [argv[0], *words] if acts else [argv[0], "--", *argv[end + 1 :]]
+
+
+def _action_faults(words: Sequence[str]) -> list[str]:
+    action, platform = words[0], _PLATFORM.value
+    faults = []
+    if platform not in PLATFORMS:
+        faults.append(f"--platform={platform}: must be one of {', '.join(PLATFORMS)}")
+    elif platform == "local" and sys.platform != "linux":
+        faults.append(f"--platform=local: needs Linux, this is {sys.platform}")
+    elif platform == "slurm" and shutil.which("scontrol") is None:
+        faults.append("--platform=slurm: there is no scontrol here")
+    if len(words) != 2:
+        faults.append(f"{' '.join(words)}: must be {action} NAME, of one job")
+    elif not re.fullmatch(slurm.NAME, words[1]):
+        faults.append(f"{' '.join(words)}: no job can have that name")
+    if _FOLLOW.value is not None and action != "logs":
+        faults.append(f"--follow: {action} has no such flag")
+    if _is_given("namespace") and platform != "k8s":
+        faults.append(f"--namespace={flags.FLAGS.namespace}: needs --platform=k8s")
+    of_a_start = [f"--{f.name}={f.value}" for f in _OF_A_START if _is_given(f.name)]
+    of_a_start += [*slurm.given_flags(), *kubernetes_command.given_flags()]
+    faults += [
+        f"{flag}: {action} has no such flag"
+        for flag in of_a_start
+        if not flag.startswith("--namespace=")
+    ]
+    return faults
 
 
 def _value_faults() -> list[str]:
@@ -174,6 +273,14 @@ def _value_faults() -> list[str]:
         faults += [f"{flag}: needs --platform=slurm" for flag in slurm.given_flags()]
     if _PLATFORM.value != "k8s":
         faults += [f"{flag}: needs --platform=k8s" for flag in kubernetes_command.given_flags()]
+    if _PLATFORM.value == "local":
+        faults += [
+            f"--{flag.name}: needs --platform=slurm or --platform=k8s"
+            for flag in (_WAIT, _FOLLOW)
+            if flag.value is not None
+        ]
+        if _NAME.value is not None and not _DRY_RUN.value:
+            faults += local_jobs.faults(_NAME.value)
     if _PLATFORM.value == "local" and _GPUS_PER_WORKER.value is not None:
         faults.append(
             f"--gpus_per_worker={_GPUS_PER_WORKER.value}: needs --platform=slurm or --platform=k8s"
@@ -182,7 +289,7 @@ def _value_faults() -> list[str]:
 
 
 def _slurm_faults() -> list[str]:
-    faults = slurm.value_faults(will_submit=not _DRY_RUN.value) + _gpu_faults()
+    faults = slurm.value_faults(_NAME.value, will_submit=not _DRY_RUN.value) + _gpu_faults()
     if _ELASTIC.value:
         faults.append("--elastic: needs --platform=local")
     if _DISTRIBUTOR.value == "horovod":
@@ -196,7 +303,8 @@ def _slurm_faults() -> list[str]:
 def _kubernetes_faults() -> list[str]:
     gpus, restarts = _GPUS_PER_WORKER.value, _MAX_RESTARTS.value
     faults = _gpu_faults() + kubernetes_command.value_faults(
-        with_horovod=_DISTRIBUTOR.value == "horovod",
+        with_horovod=_with_horovod(),
+        name=_NAME.value,
         gpus_per_worker=int(gpus) if gpus and gpus.isdecimal() else 0,
         max_restarts=int(restarts) if _is_given("max_restarts") and restarts.isdecimal() else None,
     )

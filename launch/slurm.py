@@ -16,6 +16,7 @@ from absl import flags
 
 SAVE_SECONDS = 60  # before the time limit; SLURM may take up to 60 seconds more
 WAIT_SECONDS = 120  # for the others after the first worker's end, above the collective timeout
+NAME = r"[A-Za-z0-9][\w.-]*"
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # sbatch(1), --time
 
 _PARTITION = flags.DEFINE_string("partition", None, "slurm: where the job may run")
@@ -44,6 +45,7 @@ class Job:
 
     workers: int
     folder: Path
+    name: str = "warmstate"
     max_restarts: int = 0
     cpus_per_worker: int | None = None
     gpus_per_worker: int | None = None
@@ -67,30 +69,34 @@ def script(command: Sequence[str], job: Job) -> str:
     )
 
 
-def submit(command: Sequence[str], job: Job) -> int:
-    """Gives the script to `sbatch`, prints the job's number; returns sbatch's exit code."""
+def submit(command: Sequence[str], job: Job) -> tuple[int, str]:
+    """Gives the script to `sbatch`, prints the job's number; returns sbatch's code and that."""
     # SLURM makes no folder for a log, and ends a job that cannot write its own without a word.
     job.log_folder.mkdir(exist_ok=True)
     done = subprocess.run(
         ["sbatch", "--parsable"], input=script(command, job), text=True, stdout=subprocess.PIPE
     )
+    number = done.stdout.strip().split(";")[0]
     if done.returncode == 0:
-        number = done.stdout.strip().split(";")[0]
         print(
             f"job {number}\n"
             f"  state: squeue --job={number}\n"
             f"  lines: tail -F {shlex.quote(str(job.log_folder))}/{number}-worker-0.log\n"
-            f"  end:   scancel {number}"
+            f"  end:   scancel {number}",
+            flush=True,
         )
-    return done.returncode
+    return done.returncode, number
 
 
-def job_of_flags(workers: int, gpus_per_worker: int | None, max_restarts: int) -> Job:
+def job_of_flags(
+    name: str | None, workers: int, gpus_per_worker: int | None, max_restarts: int
+) -> Job:
     """Returns the job that the flags ask for; `value_faults` must have found nothing."""
     cpus = _CPUS_PER_WORKER.value
     return Job(
         workers=workers,
         folder=Path.cwd(),
+        **({} if name is None else {"name": name}),
         max_restarts=max_restarts,
         cpus_per_worker=None if cpus is None else int(cpus),
         gpus_per_worker=gpus_per_worker,
@@ -100,9 +106,11 @@ def job_of_flags(workers: int, gpus_per_worker: int | None, max_restarts: int) -
     )
 
 
-def value_faults(will_submit: bool) -> list[str]:
+def value_faults(name: str | None, will_submit: bool) -> list[str]:
     """Returns one line for each flag of this module, or place, with which no job can be made."""
     found = []
+    if name is not None and (name.isdecimal() or not re.fullmatch(NAME, name)):
+        found.append(f"--name={name}: must be letters, digits, . - and _, and not a number")
     cpus, limit = _CPUS_PER_WORKER.value, _TIME_LIMIT.value
     if cpus is not None and not re.fullmatch(r"[1-9]\d*", cpus):
         found.append(f"--cpus_per_worker={cpus}: must be a whole number, 1 or more")
@@ -134,7 +142,7 @@ def _options(job: Job) -> list[str]:
         "--time": job.time_limit,
     }
     return [
-        "--job-name=warmstate",
+        f"--job-name={job.name}",
         f"--ntasks={job.workers}",
         *(f"{name}={value}" for name, value in given.items() if value is not None),
         "--requeue",

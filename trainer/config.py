@@ -204,8 +204,9 @@ class Config:
                                 choices=("train", "validation", "test"))
 
     distributor: str = _flag("Distribution", "auto", "How workers run the step; auto = "
-                             "horovod or multi_worker where the environment names peers (as "
-                             "HOROVOD_SIZE, in TF_CONFIG), else one_device.",
+                             "horovod where HOROVOD_SIZE or OMPI_COMM_WORLD_SIZE name peers, "
+                             "multi_worker where TF_CONFIG, WARMSTATE_HOSTS, a TrainJob's "
+                             "PET_NNODES or SLURM's srun do, else one_device.",
                              choices=DISTRIBUTORS)
     sparse_reduce: str = _flag("Distribution", "auto", "How the gradient of an embedding table is "
                                "summed over workers: all of it, or the rows that are not zero; "

@@ -134,6 +134,8 @@ def run_stage(config: Config, cluster: Cluster) -> None:
         }
         reports.write(folder, report)
         html.write([folder], folder / "report.html")
+        if os.environ.get("WARMSTATE_PRINT_REPORT"):  # for who cannot read the run's folder
+            log(f"report.json: {json.dumps(report)}")
         table = reports.comparison_table(report) if config.stage == "all" else None
         log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.html'}")
 

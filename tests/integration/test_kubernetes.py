@@ -1,5 +1,6 @@
 """The rendered Indexed Job trains in two pods, whatever happens to them; see pod_runner.py."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -52,6 +53,10 @@ def test_two_pods_train_lose_one_and_end_with_the_same_bits(
     assert len(running.pods) == 4 and running.counted == 0
     assert any("resumed after step" in line for pod in running.pods[2:] for line in pod.lines)
     run = tmp_path / "job" / "runs" / "run"
+    printed = [line for pod in running.pods for line in pod.lines if line[:13] == "report.json: "]
+    assert [json.loads(line[13:]) for line in printed] == [
+        json.loads((run / "report.json").read_text())
+    ]
     assert metrics(run) == metrics(tmp_path / "two")
     assert encoder(run) == encoder(tmp_path / "two")
 

@@ -25,17 +25,22 @@ def cluster() -> Iterator[Mapping[str, str]]:
         yield environment
 
 
-def launch(cluster: Mapping[str, str], folder: Path, *flags: str) -> str:
-    """Submits two workers with logs in `folder`; returns the job's number."""
-    launcher = [sys.executable, "-m", "launch.main", "--platform=slurm", "--workers=2"]
-    done = subprocess.run(
-        [*launcher, "--cpus_per_worker=1", *flags],
+def run_launcher(
+    cluster: Mapping[str, str], folder: Path, *words: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.main", "--platform=slurm", *words],
         cwd=folder,
         env={**cluster, "PYTHONPATH": str(REPOSITORY)},
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=120,
     )
+
+
+def launch(cluster: Mapping[str, str], folder: Path, *flags: str) -> str:
+    """Submits two workers with logs in `folder`; returns the job's number."""
+    done = run_launcher(cluster, folder, "--workers=2", "--cpus_per_worker=1", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return re.match(r"job (\d+)\n", done.stdout)[1]
 
@@ -134,18 +139,74 @@ if "SLURM_RESTART_COUNT" not in os.environ:
 """
 
 
+def small_trainer(folder: Path, code: str) -> None:
+    """Puts a `trainer.main` into the job's folder, which it finds before the real one."""
+    (folder / "trainer").mkdir()
+    (folder / "trainer" / "__init__.py").touch()
+    (folder / "trainer" / "main.py").write_text(code)
+
+
+def wait_until_begun(folder: Path) -> None:
+    limit = time.monotonic() + 60
+    while logs(folder).count("begun") < 2:
+        assert time.monotonic() < limit, logs(folder)
+        time.sleep(0.05)
+
+
+def test_status_logs_and_cancel(cluster: Mapping[str, str], tmp_path: Path) -> None:
+    small_trainer(tmp_path, SAVING_TRAINER)
+    job = launch(cluster, tmp_path, "--name=reviews")
+    wait_until_begun(tmp_path)
+    shown = run_launcher(cluster, tmp_path, "status", "reviews")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith(f"{job} reviews: RUNNING\n")
+    log = tmp_path / "slurm-logs" / f"{job}-worker-0.log"
+    assert f"  nodes:    127.0.0.[2-3]\n  lines:    {log}\n" in shown.stdout
+    assert run_launcher(cluster, tmp_path, "logs", job).stdout == "begun\n"
+    assert run_launcher(cluster, tmp_path, "cancel", "reviews").returncode == 0
+    wait_for_end(cluster, job, 60)
+    shown = run_launcher(cluster, tmp_path, "status", "reviews")
+    assert shown.stdout.startswith(f"{job} reviews: CANCELLED\n")
+    again = run_launcher(cluster, tmp_path, "cancel", "reviews")
+    nobody = run_launcher(cluster, tmp_path, "status", "nobody")
+    for done in (again, nobody):
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("launch: SLURM has no job ")
+
+
+REPORTING_TRAINER = """
+import os
+import sys
+from pathlib import Path
+
+if "--bad" in sys.argv:
+    sys.exit(2)
+if os.environ["SLURM_PROCID"] == "0":
+    Path("runs").mkdir()
+    Path("runs/report.json").write_text("{}")
+    print("report: runs/report.html")
+"""
+
+
+def test_a_job_is_followed_to_its_report(cluster: Mapping[str, str], tmp_path: Path) -> None:
+    small_trainer(tmp_path, REPORTING_TRAINER)
+    done = run_launcher(cluster, tmp_path, "--workers=2", "--cpus_per_worker=1", "--follow")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("report: runs/report.html\n")
+    assert done.stderr.endswith(f"launch: report: {tmp_path}/runs/report.json\n")
+    flags = ("--workers=2", "--cpus_per_worker=1", "--wait", "--", "--bad")
+    done = run_launcher(cluster, tmp_path, *flags)
+    assert done.returncode == 2
+    assert done.stderr.endswith(" FAILED, code 2\n")
+
+
 @pytest.mark.slow
 def test_a_job_that_is_preempted_with_a_grace_time_starts_again_once(
     cluster: Mapping[str, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__init__.py").touch()
-    (tmp_path / "trainer" / "main.py").write_text(SAVING_TRAINER)
+    small_trainer(tmp_path, SAVING_TRAINER)
     job = launch(cluster, tmp_path)
-    limit = time.monotonic() + 60
-    while logs(tmp_path).count("begun") < 2:
-        assert time.monotonic() < limit, logs(tmp_path)
-        time.sleep(0.05)
+    wait_until_begun(tmp_path)
     urgent = ("sbatch", "--quiet", "--partition=urgent", "--ntasks=2", "--output=/dev/null")
     slurm(cluster, *urgent, "--wrap", "true")
     shown = wait_for_end(cluster, job, 120)

@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
-from launch import kubernetes
+from launch import kubernetes, kubernetes_jobs
 from launch.kubernetes import OVERLAYS, Options
 
 REPOSITORY = Path(__file__).parents[2]
@@ -348,10 +348,11 @@ def test_mpi_pods_have_the_settings_of_the_others() -> None:
     (job,) = pod_templates(by_name(kubernetes.render(Options()))["Job", "warmstate"])
     (trainer,) = job["spec"]["containers"]
     cpus = trainer["resources"]["limits"]["cpu"]
+    places = {f"WARMSTATE_{name}" for name in ("JOB", "SERVICE", "HOSTS", "PORT")}
     assert mpi == {
         each["name"]: each.get("value", cpus)
         for each in trainer["env"]
-        if not each["name"].startswith("WARMSTATE_")  # they would name a second place
+        if each["name"] not in places  # they would name a second place
     }
     assert worker["spec"]["containers"][0]["resources"] == trainer["resources"]
 
@@ -426,11 +427,26 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if "/log" in self.path:
-            return self._answer(200, "pretrain step 1/1\nreport: runs/run/report.json\n")
+            if not self.server.log:
+                return self._refuse(400, "the container is waiting to start")
+            return self._answer(200, self.server.log)
         if "/pods" in self.path:
+            self.server.asked.append(self.path)
             return self._answer(200, {"kind": "PodList", "items": [self.server.pod]})
+        if f"/{self.server.plural}/warmstate" not in self.path:
+            return self._refuse(404, "the server could not find the requested resource")
+        if self.server.refusal:
+            return self._refuse(403, self.server.refusal)
         condition = {"type": self.server.end, "status": "True", "message": "code 2 met FailJob"}
-        self._answer(200, {"kind": "Job", "status": {"conditions": [condition]}})
+        self._answer(200, {"spec": {}, "status": {"conditions": [condition]}})
+
+    def do_DELETE(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.deleted.append(self.path)
+        self._answer(200, {"kind": "Status", "status": "Success"})
+
+    def _refuse(self, code: int, message: str) -> None:
+        self._answer(code, {"kind": "Status", "code": code, "message": message})
 
     def _answer(self, code: int, answer: Document | str) -> None:
         data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
@@ -449,9 +465,11 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def api_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Yields a stand-in for an API server, which the kubeconfig names."""
-    pytest.importorskip("kubernetes")
+    pytest.importorskip("kubernetes.config")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.created, server.there, server.end = [], (), "Complete"
+    server.asked, server.deleted, server.plural, server.refusal = [], [], "jobs", ""
+    server.log = 'pretrain step 1/1\nreport.json: {"steps": 1}\n\nreport: runs/run/report.json\n'
     ended = {"exitCode": 2, "reason": "Error", "message": "error: --units=0: must be above 0"}
     statuses = [{"name": "trainer", "state": {"terminated": ended}}]
     for status in statuses:
@@ -471,6 +489,9 @@ def api_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
     }
     (tmp_path / "kubeconfig").write_text(json.dumps(config | {"apiVersion": "v1"}))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    # Which the client reads when it is imported.
+    location = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
+    monkeypatch.setattr(location, str(tmp_path / "kubeconfig"))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -479,20 +500,26 @@ def api_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
     thread.join()
 
 
-def launch(*flags: str) -> subprocess.CompletedProcess[str]:
+def launch(*words: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    size = () if words and words[0] in ("status", "logs", "cancel") else ("--workers=2",)
     return subprocess.run(
-        [sys.executable, "-m", "launch.main", "--platform=k8s", "--workers=2", *flags],
-        cwd=REPOSITORY,
+        [sys.executable, "-m", "launch.main", "--platform=k8s", *size, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=60,
     )
 
 
-def test_a_job_is_created_with_strict_validation_and_followed(api_server: Any) -> None:
-    done = launch("--follow", "--", "--stage=all")
+def test_a_job_is_created_with_strict_validation_and_followed(
+    api_server: Any, tmp_path: Path
+) -> None:
+    done = launch("--follow", "--", "--stage=all", folder=tmp_path)
     assert (done.returncode, done.stderr.count("created")) == (0, 4), done.stderr
-    assert done.stdout.endswith("report: runs/run/report.json\n")
+    assert done.stdout == "pretrain step 1/1\n\nreport: runs/run/report.json\n"
+    assert "launch: report: warmstate-report.json\n" in done.stderr
+    assert json.loads((tmp_path / "warmstate-report.json").read_text()) == {"steps": 1}
     kinds = [kind for _, kind in api_server.created]
     assert kinds[-1] == "Job"  # what it refers to comes first
     assert sorted(kinds[:-1]) == ["PersistentVolumeClaim"] * 2 + ["Service"]
@@ -531,3 +558,77 @@ def test_custom_kinds_go_where_their_controllers_look(api_server: Any, overlay: 
     if overlay == "trainjob":
         assert f"/apis/{group}/clustertrainingruntimes" in paths
     assert all("fieldValidation=Strict" in path for path, _ in api_server.created)
+
+
+KINDS = {
+    "jobs": ("Job", "Complete", "batch/v1", "batch.kubernetes.io"),
+    "jobsets": ("JobSet", "Completed", "jobset.x-k8s.io/v1alpha2", "jobset.sigs.k8s.io"),
+    "mpijobs": ("MPIJob", "Succeeded", "kubeflow.org/v2beta1", "training.kubeflow.org"),
+    "trainjobs": ("TrainJob", "Complete", "trainer.kubeflow.org/v1alpha1", "jobset.sigs.k8s.io"),
+}
+
+
+@pytest.mark.parametrize("plural", KINDS)
+def test_a_job_is_found_whatever_its_kind(
+    api_server: Any, plural: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind, api_server.end, group, of_pods = KINDS[plural]
+    api_server.plural = plural
+    api = kubernetes_jobs.Api("")
+    assert kubernetes_jobs.status("warmstate", api) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{kind} warmstate: complete",
+        "  warmstate-0-abcde: Failed, exit code 2",
+    ]
+    assert f"labelSelector={of_pods}" in api_server.asked[-1]
+    printed = "pretrain step 1/1\n\nreport: runs/run/report.json\n"
+    assert kubernetes_jobs.logs("warmstate", api, should_follow=False) == 0
+    assert capsys.readouterr().out == printed
+    assert list(tmp_path.glob("*.json")) == []
+    assert kubernetes_jobs.logs("warmstate", api, should_follow=True) == 0
+    assert capsys.readouterr().out == printed
+    assert [file.name for file in tmp_path.glob("*.json")] == ["warmstate-report.json"]
+    assert kubernetes_jobs.cancel("warmstate", api) == 0
+    job, *others = [path.partition("?") for path in api_server.deleted]
+    assert job[0] == f"/apis/{group}/namespaces/team/{plural}/warmstate"
+    assert job[2] == "propagationPolicy=Background"
+    # The Service that the launcher made goes too.
+    services = ["/api/v1/namespaces/team/services/warmstate"] * (kind == "Job")
+    assert [path for path, _, _ in others] == services
+
+
+def test_a_job_that_is_not_there(api_server: Any, capsys) -> None:
+    api = kubernetes_jobs.Api("other")
+    assert kubernetes_jobs.status("nobody", api) == 1
+    assert kubernetes_jobs.logs("nobody", api, should_follow=True) == 1
+    assert kubernetes_jobs.cancel("nobody", api) == 1
+    line = "launch: the namespace other has no TrainJob, JobSet, MPIJob, Job named nobody\n"
+    assert capsys.readouterr() == ("", line * 3)
+    assert api_server.deleted == []
+
+
+def test_lines_that_cannot_be_read_do_not_end_the_waiting(api_server: Any, capsys) -> None:
+    api_server.log, api_server.end = "", "Failed"
+    assert kubernetes_jobs.logs("warmstate", kubernetes_jobs.Api(""), should_follow=True) == 1
+    printed = capsys.readouterr()
+    reason = "the container is waiting to start"
+    assert printed.out == ""
+    assert f"warmstate-0-abcde: its lines cannot be read: {reason}\n" in printed.err
+    assert "Job warmstate failed: code 2 met FailJob" in printed.err
+
+
+def test_what_the_server_refuses_is_one_line(api_server: Any) -> None:
+    api_server.refusal = "jobs.batch is forbidden: User u cannot get it"
+    done = launch("status", "warmstate")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"launch: --platform=k8s: the API server: {api_server.refusal}\n"
+
+
+def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("kubernetes")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
+    done = launch("status", "warmstate")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("launch: --platform=k8s: KUBECONFIG names no cluster: ")
+    assert done.stderr.count("\n") == 1

@@ -58,6 +58,34 @@ def test_all_faults_at_once():
     ]
 
 
+def test_all_faults_of_an_action_at_once():
+    result = launch("status", "a/b", "--follow", "--workers=2", "--namespace=n", "--queue=q")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        "launch: status a/b: no job can have that name",
+        "launch: --follow: status has no such flag",
+        "launch: --namespace=n: needs --platform=k8s",
+        "launch: --workers=2: status has no such flag",
+        "launch: --queue=q: status has no such flag",
+    ]
+    (line,) = launch("cancel").stderr.splitlines()
+    assert line == "launch: cancel: must be cancel NAME, of one job"
+    (line,) = launch("logs", "a", "b", "--platform=k8s").stderr.splitlines()
+    assert line == "launch: logs a b: must be logs NAME, of one job"
+    (line,) = launch("logs", "a", "--platform=mars").stderr.splitlines()
+    assert line == "launch: --platform=mars: must be one of local, slurm, k8s"
+
+
+def test_what_means_nothing_here_is_refused():
+    result = launch("--wait", "--follow", "--name=../a")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "launch: --wait: needs --platform=slurm or --platform=k8s",
+        "launch: --follow: needs --platform=slurm or --platform=k8s",
+        "launch: --name=../a: must be letters, digits, . - and _",
+    ]
+
+
 @pytest.mark.parametrize("flag", ["--dry_run=maybe", "--workers=two", "--grace_seconds=-1"])
 def test_one_fault_is_one_line(flag):
     result = launch(flag)
