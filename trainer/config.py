@@ -12,9 +12,13 @@ from typing import Any
 from absl import flags
 
 from data_pipelines.errors import InputError
+from data_pipelines.rows import kind_and_path
 from trainer.distribution.cluster import Cluster, distributor_faults
 
-STAGES = ("all", "pretrain", "finetune", "evaluate")
+TRAINING_STAGES = ("all", "pretrain", "finetune", "evaluate")
+# They need a classifier bundle and nothing else: no data, no run's folder, no other workers.
+USING_STAGES = ("predict", "export", "serve")
+STAGES = (*TRAINING_STAGES, *USING_STAGES)
 DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker", "horovod")
 OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
@@ -199,9 +203,18 @@ class Config:
                                   "share of a global batch, one after the other: less memory, the "
                                   "same result.", at_least=1)
 
-    classifier: str = _flag("Evaluation", "", "Classifier bundle to evaluate (a folder).")
+    classifier: str = _flag("Evaluation", "", "Classifier bundle to evaluate or use (a folder).")
     evaluate_split: str = _flag("Evaluation", "test", "Split of the store to evaluate on.",
                                 choices=("train", "validation", "test"))
+
+    input: str = _flag("Prediction", "", "What to predict, if no texts are on the command line: "
+                       "[KIND:]FILES, KIND text, csv, tsv or jsonl, or by the ending; - (and the "
+                       "default) is standard input.")
+    output: str = _flag("Prediction", "", "Where predictions go, written as --input is; default: "
+                        "standard output. Of --stage=export: the folder of the exported model.")
+    text_key: str = _flag("Prediction", "", "Column or key of the text in --input; empty = text.")
+    explain: bool = _flag("Prediction", False, "Whether to show what each word adds to the answer, "
+                          "by leaving it out: a text is read as often as it has words.")
 
     distributor: str = _flag("Distribution", "auto", "How workers run the step; auto = "
                              "horovod where HOROVOD_SIZE or OMPI_COMM_WORLD_SIZE name peers, "
@@ -277,6 +290,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
             item.metadata["help"],
             flag_values=flag_values,
             serializer=flags.ArgumentSerializer(),
+            boolean=item.type is bool,
         )
 
 
@@ -293,26 +307,33 @@ def help_text() -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+def parse(
+    argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> tuple[list[str], list[str]]:
     """Parses the command line into `flag_values`.
 
     Returns:
-      Faults: unknown flags, with the nearest known ones, and words that are no flags.
+      Faults: unknown flags, with the nearest known ones, and words that are no flags where none
+        belong.
+      The words, which are texts in --stage=predict; all that stand behind `--` are.
     """
+    flag_values.set_gnu_getopt()  # flags may stand behind a text
     try:
         rest = flag_values(list(argv), known_only=True)[1:]
     except flags.Error as error:
-        return [str(error)]
+        return [str(error)], []
+    end = rest.index("--") if "--" in rest else len(rest)
+    unknown = [word for word in rest[:end] if word.startswith("-")]
+    words = [word for word in rest[:end] if not word.startswith("-")] + rest[end + 1 :]
     faults = []
-    for word in rest:
-        if not word.startswith("-"):
-            faults.append(f"{word!r} is not a flag; flags are written --name=value")
-            continue
+    for word in unknown:
         name = word.lstrip("-").split("=")[0]
         near = difflib.get_close_matches(name, list(flag_values), n=2)
         hint = f"; did you mean {' or '.join('--' + n for n in near)}?" if near else ""
         faults.append(f"--{name} is not a flag of this program{hint}")
-    return faults
+    if flag_values["stage"].value != "predict":
+        faults += [f"{word!r} is not a flag; flags are written --name=value" for word in words]
+    return faults, words
 
 
 def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
@@ -323,12 +344,16 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
 def faults_of(config: Config, cluster: Cluster) -> list[str]:
     """Returns every fault of the configuration that needs no data to be seen, one line each."""
     faults = [fault for item in dataclasses.fields(config) for fault in _value_faults(config, item)]
-    if not config.run_dir:
+    if config.stage in USING_STAGES:
+        pass
+    elif not config.run_dir:
         faults.append("--run_dir is not set: name the folder that the run may write")
     else:
         faults += _folder_faults("--run_dir", config.run_dir)
     if any(isinstance(value, _Unusable) for value in vars(config).values()):
         return faults  # what compares two values needs both
+    if config.stage in USING_STAGES:
+        return faults + _using_faults(config, cluster)
     faults += distributor_faults(config.distributor, cluster)
     for name in ("pretrain_batch_size", "finetune_batch_size"):
         if getattr(config, name) < cluster.size:
@@ -444,6 +469,20 @@ def _stage_faults(config: Config) -> list[str]:
         faults.append("--stage=all trains an encoder of its own: leave --encoder out")
     if config.stage == "evaluate" and not config.classifier:
         faults.append("--stage=evaluate needs --classifier: a bundle that --stage=finetune wrote")
+    return faults
+
+
+def _using_faults(config: Config, cluster: Cluster) -> list[str]:
+    """Returns what is wrong with a stage that uses a trained model."""
+    stage, faults = config.stage, []
+    if cluster.size > 1:
+        faults.append(f"--stage={stage} is for one process; the environment names {cluster.size}")
+    if not config.classifier:
+        faults.append(f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote")
+    if stage == "export" and not config.output:
+        faults.append("--stage=export needs --output: the folder that the model is written to")
+    if config.explain and kind_and_path(config.output)[0] in ("csv", "tsv"):
+        faults.append(f"--explain with --output={config.output}: choose text or jsonl")
     return faults
 
 

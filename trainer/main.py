@@ -12,6 +12,7 @@ On several workers: python -m launch.main --platform=local --workers=2 -- FLAGS
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         print(f"{__doc__}\n{configuration.help_text()}")
         print("\n--flagfile=FILE reads flags from FILE; flags after it override it.")
         sys.exit(0)
-    faults = configuration.parse(argv)
+    faults, words = configuration.parse(argv)
     try:
         cluster = clusters.resolve(os.environ)
         faults += configuration.faults_of(configuration.from_flags(), cluster)
@@ -52,7 +53,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if faults:
         _print_faults("\n".join(faults))
         sys.exit(CONFIGURATION_EXIT_CODE)
-    return [argv[0]]
+    return [argv[0], *words]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,7 +61,10 @@ def main(argv: Sequence[str]) -> None:
     config = configuration.from_flags()
     cluster = clusters.resolve(os.environ)
     try:
-        run_stage(config, cluster)
+        if config.stage in configuration.USING_STAGES:
+            use_classifier(config, argv[1:])
+        else:
+            run_stage(config, cluster)
     except InputError as error:
         _print_faults(str(error))
         if cluster.size > 1:
@@ -69,6 +73,24 @@ def main(argv: Sequence[str]) -> None:
     except Preempted as stop:
         print(stop, flush=True)
         sys.exit(PREEMPTED_EXIT_CODE)
+
+
+def use_classifier(config: Config, texts: Sequence[str]) -> None:
+    """Runs a stage that needs a trained classifier and no data, on the CPU.
+
+    Raises:
+      InputError: the classifier, or what it is to be used on, is not as it must be.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # One text gains nothing from a GPU, and what is exported here is to run without one.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    import_quietly()
+    from trainer.stages import predict
+
+    try:
+        predict.predict(config, texts)
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_stage(config: Config, cluster: Cluster) -> None:

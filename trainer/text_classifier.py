@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -11,6 +11,18 @@ from data_pipelines.errors import InputError
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from trainer import bundle
 from trainer.models.classifier import Classifier
+
+
+class Prediction(NamedTuple):
+    """What a classifier says of a text.
+
+    Attributes:
+      label: name of the most probable class.
+      probabilities: by class name, in the order of the classes, to six decimals.
+    """
+
+    label: str
+    probabilities: dict[str, float]
 
 
 class TextClassifier(tf.Module):
@@ -45,23 +57,33 @@ class TextClassifier(tf.Module):
         input_signature=[tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)],
         autograph=False,
     )
-    def of_tokens(self, tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-        """Returns the probability of each class: float32 [batch, classes].
+    def logits(self, tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+        """Returns a logit for each class, of two classes too: float32 [batch, classes].
 
         Args:
           tokens: int32 [batch, time], right-padded.
           lengths: int32 [batch].
         """
         logits = self.classifier.logits(tokens, lengths, training=False)
-        if logits.shape[-1] == 1:  # a logit's negative is the other class's
-            return tf.sigmoid(tf.concat([-logits, logits], axis=1))
-        return tf.nn.softmax(logits)
+        if self.classifier.num_classes == 2:  # softmax of these is the sigmoid of the one
+            return tf.concat([-logits / 2, logits / 2], axis=1)
+        return logits
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
     def of_texts(self, texts: tf.Tensor) -> tf.Tensor:
         """Returns the probability of each class: float32 [texts, classes]."""
         ids = self.token_ids(texts)
-        return self.of_tokens(ids.to_tensor(), tf.cast(ids.row_lengths(), tf.int32))
+        return tf.nn.softmax(self.logits(ids.to_tensor(), tf.cast(ids.row_lengths(), tf.int32)))
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """Returns the predictions in the texts' order; texts of like length are read together."""
+        return [self.prediction(row) for row in self.probabilities(texts)]
+
+    def prediction(self, probabilities: np.ndarray) -> Prediction:
+        """Returns what the probabilities [classes] of one text say."""
+        values = [round(float(p), 6) for p in probabilities]
+        label = self.class_names[int(np.argmax(probabilities))]
+        return Prediction(label, dict(zip(self.class_names, values, strict=True)))
 
     def probabilities(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Returns the probability of each class: float32 [texts, classes], in the texts' order.
@@ -80,7 +102,7 @@ class TextClassifier(tf.Module):
             tokens = np.zeros((len(rows), lengths[rows[-1]]), np.int32)
             for place, row in enumerate(rows):
                 tokens[place, : lengths[row]] = flat[splits[row] : splits[row + 1]]
-            found[rows] = self.of_tokens(tokens, lengths[rows]).numpy()
+            found[rows] = tf.nn.softmax(self.logits(tokens, lengths[rows])).numpy()
         return found
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_pipelines.errors import InputError
@@ -112,13 +112,9 @@ class Table:
 
     def _document(self, record: Record, origin: str) -> tuple[str, str, str | None]:
         """Returns id ("" without an id key), text and label (None where none is wanted)."""
-        if record.fault:
-            raise _Unusable(record.fault)
-        text = record.values.get(self._text_key)
-        if not isinstance(text, str):
-            raise _Unusable(f"{self._text_key!r} is {_kind_of(text)}, not text")
-        if fault := text_fault(text):
+        if fault := record_fault(record, self._text_key):
             raise _Unusable(fault)
+        text = record.values[self._text_key]
         id_ = self._word(record, self._id_key) if self._id_key else ""
         if not self._label_key or origin == "unsupervised":
             return id_, text, None
@@ -198,34 +194,7 @@ class Table:
 
     def _records(self, part: Range) -> Iterator[Record]:
         """Yields a range's records, without the line of column names."""
-        if self._kind == "csv":
-            columns = self._columns[part.path]
-            for record in read_csv(part):
-                if record.offset:
-                    fault = record.fault or _count_fault(record.row, columns)
-                    values = {} if fault else dict(zip(columns, record.row, strict=True))
-                    yield Record(record.offset, record.index, values, fault)
-            return
-        for line in read_lines(part):
-            if self._kind == "tsv" and line.offset == 0:
-                continue
-            if line.data is None:
-                yield Record(line.offset, line.index, {}, TOO_LONG)
-                continue
-            values, fault = self._parse(decode(strip_ending(line.data)), part.path)
-            yield Record(line.offset, line.index, values, fault)
-
-    def _parse(self, text: str, path: str) -> tuple[Mapping[str, Any], str]:
-        """Returns what a line holds, and why it holds nothing."""
-        if self._kind == "text":
-            return {"text": text}, ""
-        if not text or text.isspace():
-            return {}, "an empty line"
-        if self._kind == "jsonl":
-            return _parse_json(text)
-        row = text.split("\t")
-        fault = _count_fault(row, self._columns[path])
-        return {} if fault else dict(zip(self._columns[path], row, strict=True)), fault
+        return read_records(self._kind, part, self._columns.get(part.path, []))
 
     def _read_columns(self, origins: dict[str, list[str]]) -> dict[str, list[str]]:
         """Returns each file's columns, or the keys of its first record; [] where it has none."""
@@ -233,12 +202,11 @@ class Table:
             return {}
         paths = [path for paths in origins.values() for path in paths]
         columns = {path: self._read_columns_of(path) for path in paths}
-        faults = []
-        for path, keys in columns.items():
-            if not keys and self._kind != "jsonl":
-                faults.append(f"{path}: its first line does not name the columns")
-            if len(set(keys)) != len(keys):
-                faults.append(f"{path} names a column twice: {', '.join(keys)}")
+        faults = [
+            fault
+            for path, keys in columns.items()
+            if (keys or self._kind != "jsonl") and (fault := _columns_fault(path, keys))
+        ]
         if faults:
             raise InputError("\n".join(faults))
         return columns
@@ -251,7 +219,7 @@ class Table:
         if self._kind == "tsv":
             line = next(read_lines(whole), None)
             return decode(strip_ending(line.data or b"")).split("\t") if line else []
-        return next((list(r.values) for r in self._records(whole) if not r.fault), [])
+        return next((list(r.values) for r in read_records("jsonl", whole, []) if not r.fault), [])
 
     def _find_label_key(self, origins: dict[str, list[str]], options: SourceOptions) -> str:
         """Returns the label's column: the one that was asked for, "label", or "" for none."""
@@ -287,6 +255,74 @@ class Table:
 
 class _Unusable(Exception):
     """Why a record is not a document."""
+
+
+def record_fault(record: Record, text_key: str) -> str:
+    """Returns why a record's text is not a document, or ""."""
+    if record.fault:
+        return record.fault
+    text = record.values.get(text_key)
+    if not isinstance(text, str):
+        return f"{text_key!r} is {_kind_of(text)}, not text"
+    return text_fault(text)
+
+
+def read_records(kind: str, part: Range, columns: Sequence[str]) -> Iterator[Record]:
+    """Yields a range's records, without a table's line of column names.
+
+    Args:
+        kind: "text", "csv", "tsv" or "jsonl".
+        part: starts with a record.
+        columns: of a table; [] for those that its first line names, where the range has it.
+
+    Raises:
+        InputError: the file cannot be read to the end of the range, or names no columns, or one
+            twice.
+    """
+    if kind == "csv":
+        for record in read_csv(part):
+            if record.offset == 0:
+                columns = columns or _checked_columns(part.path, record.row)
+                continue
+            fault = record.fault or _count_fault(record.row, columns)
+            values = {} if fault else dict(zip(columns, record.row, strict=True))
+            yield Record(record.offset, record.index, values, fault)
+        return
+    for line in read_lines(part):
+        text = None if line.data is None else decode(strip_ending(line.data))
+        if kind == "tsv" and line.offset == 0:
+            columns = columns or _checked_columns(part.path, (text or "").split("\t"))
+        elif text is None:
+            yield Record(line.offset, line.index, {}, TOO_LONG)
+        else:
+            yield Record(line.offset, line.index, *_parse(kind, text, columns))
+
+
+def _parse(kind: str, text: str, columns: Sequence[str]) -> tuple[Mapping[str, Any], str]:
+    """Returns what a line holds, and why it holds nothing."""
+    if kind == "text":
+        return {"text": text}, ""
+    if not text or text.isspace():
+        return {}, "an empty line"
+    if kind == "jsonl":
+        return _parse_json(text)
+    row = text.split("\t")
+    fault = _count_fault(row, columns)
+    return {} if fault else dict(zip(columns, row, strict=True)), fault
+
+
+def _checked_columns(path: str, columns: list[str]) -> list[str]:
+    if fault := _columns_fault(path, columns):
+        raise InputError(fault)
+    return columns
+
+
+def _columns_fault(path: str, columns: list[str]) -> str:
+    if not columns or columns == [""]:
+        return f"{path}: its first line does not name the columns"
+    if len(set(columns)) != len(columns):
+        return f"{path} names a column twice: {', '.join(columns)}"
+    return ""
 
 
 def _grouped(ranges: Iterable[Range], part_bytes: int) -> Iterator[list[Range]]:

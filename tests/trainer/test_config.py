@@ -15,7 +15,7 @@ ONE = Cluster(rank=0, size=1)
 def faults(*argv: str, cluster: Cluster = ONE) -> list[str]:
     values = flags.FlagValues()
     configuration.define_flags(values)
-    found = configuration.parse(["program", *argv], values)
+    found, _ = configuration.parse(["program", *argv], values)
     return found + configuration.faults_of(configuration.from_flags(values), cluster)
 
 
@@ -93,7 +93,7 @@ def test_flagfile_values_can_be_overridden(tmp_path: Path) -> None:
     values = flags.FlagValues()
     configuration.define_flags(values)
     argv = ["program", f"--flagfile={tmp_path}/a.cfg", "--units=9"]
-    assert configuration.parse(argv, values) == []
+    assert configuration.parse(argv, values) == ([], [])
     config = configuration.from_flags(values)
     assert (config.units, config.seed) == (9, 3)
 

@@ -1,0 +1,76 @@
+"""Rows of text as they come, for what labels them: one pass, nothing kept, standard input too.
+
+Rows are read by the rules of the sources `text:`, `csv:`, `tsv:` and `jsonl:`, but not divided
+into splits, and without labels.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from data_pipelines import files
+from data_pipelines.errors import InputError
+from data_pipelines.sources.lines import Range, first_line
+from data_pipelines.sources.tables import read_records, record_fault
+
+KINDS = ("text", "csv", "tsv", "jsonl")
+STANDARD_INPUT = "/dev/stdin"
+
+
+class Row(NamedTuple):
+    """A line of text or a record of a table.
+
+    Attributes:
+        where: the file and the line, e.g. "reviews.csv, line 17".
+        text: the document, "" if there is a fault.
+        values: what the row holds by column or key; a line of text has "text".
+        fault: why it holds no document, or "".
+    """
+
+    where: str
+    text: str
+    values: Mapping[str, Any]
+    fault: str
+
+
+def kind_and_path(spec: str) -> tuple[str, str]:
+    """Splits `[KIND:]PATH`; without KIND it follows from the ending, and is text for any other."""
+    kind, colon, path = spec.partition(":")
+    if colon and kind in KINDS:
+        return kind, path
+    name = spec.removesuffix(".gz").removesuffix(".zst")
+    return next((kind for kind in KINDS[1:] if name.endswith(f".{kind}")), "text"), spec
+
+
+def read_rows(spec: str, text_key: str = "text") -> Iterator[Row]:
+    """Yields rows in order.
+
+    Args:
+        spec: `[KIND:]FILES`; FILES is a pattern, or "-" for standard input.
+        text_key: column or key of the text; not for lines of text.
+
+    Raises:
+        InputError: no file matches, one cannot be read to its end, or has no column of this name.
+    """
+    kind, pattern = kind_and_path(spec)
+    paths = [STANDARD_INPUT] if pattern == "-" else files.find_files(pattern)
+    if not paths:
+        raise InputError(f"--input={spec}: no file matches {pattern}")
+    for path in paths:
+        yield from _rows_of(kind, path, "text" if kind == "text" else text_key)
+
+
+def _rows_of(kind: str, path: str, text_key: str) -> Iterator[Row]:
+    whole = Range(path, 0, None, 1)
+    name = "standard input" if path == STANDARD_INPUT else path
+    looked = kind in ("text", "jsonl")
+    for record in read_records(kind, whole, []):
+        if not looked and not record.fault:
+            looked = True
+            if text_key not in record.values:
+                raise InputError(
+                    f"{name} has no column {text_key!r} (--text_key); it has "
+                    f"{', '.join(record.values)}"
+                )
+        fault = record_fault(record, text_key)
+        text = "" if fault else record.values[text_key]
+        yield Row(f"{name}, line {first_line(whole) + record.index}", text, record.values, fault)
