@@ -154,7 +154,8 @@ def make_task(vocab_size: int):
     from trainer import loop, seeds
     from trainer.models.encoder import Encoder
     from trainer.models.sequence_autoencoder import SequenceAutoencoder
-    from trainer.stages.pretrain import autoencoder_variables
+    from trainer.models.text_model import Noise
+    from trainer.stages.pretrain import trained_variables
 
     model = SequenceAutoencoder(Encoder(vocab_size, UNITS, UNITS, seed=0))
     model.build()
@@ -165,11 +166,13 @@ def make_task(vocab_size: int):
             rows["lengths"],
             rows["weights"],
             training=True,
-            num_sampled=SAMPLED,
-            softmax_seed=seeds.fold(0, seeds.SOFTMAX_CANDIDATES, step),
+            noise=Noise(
+                num_sampled=SAMPLED,
+                softmax_seed=seeds.fold(0, seeds.SOFTMAX_CANDIDATES, step),
+            ),
         )
 
-    return loop.Task("pretrain", autoencoder_variables(model), loss_sum, evaluate=dict)
+    return loop.Task("pretrain", trained_variables(model), loss_sum, evaluate=dict)
 
 
 def random_batches(vocab_size: int, rank: int):

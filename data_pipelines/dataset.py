@@ -59,9 +59,9 @@ def make_dataset(
         `weights` float32 [rows], 1 for an example and 0 for filler;
         `row_starts` int32 [num_local_shards + 1]: shard i's rows are row_starts[i:i + 2];
         `step` int64 [];
-        with a plan that is `carried` also `carries` float32 [rows]: 1 where the row continues the
-        same row of the step before, 0 where it starts anew. A row with nothing left at an epoch's
-        end is filler in its place.
+        with a plan that is `carried` also `carries` float32 [rows]: 1 where the row continues an
+        example from the same row of the step before, 0 where it begins with a new example. A row
+        with nothing left at an epoch's end is filler in its place.
 
     Raises:
         ValueError: the plan is not of this view, or there are no such shards.
@@ -142,7 +142,9 @@ def read_packed(
     arrays["lengths"][real] = stops - starts
     arrays["labels"][real] = NO_LABEL
     arrays["weights"][real] = 1
-    arrays["carries"] = real.astype(np.float32) * plan.continues(step)
+    inside_example = parts.start[np.searchsorted(parts.row, np.arange(len(starts)))] > 0
+    arrays["carries"] = np.zeros(len(rows), np.float32)
+    arrays["carries"][real] = inside_example & plan.continues(step)
     return arrays
 
 

@@ -20,6 +20,7 @@ TRAINING_STAGES = ("all", "pretrain", "finetune", "evaluate")
 USING_STAGES = ("predict", "export", "serve")
 STAGES = (*TRAINING_STAGES, *USING_STAGES)
 DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker", "horovod")
+OBJECTIVES = ("sequence_autoencoder", "language_model")
 OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
 POOLINGS = ("last", "concat")
@@ -112,6 +113,9 @@ class Config:
     hidden_units: int = _flag("Model", 30, "ReLU units between the LSTM and the logit.",
                               at_least=1)
 
+    pretrain_objective: str = _flag("Pretraining", "sequence_autoencoder", "What is learned: to "
+                                    "write a text again after reading it, or to predict each next "
+                                    "word.", choices=OBJECTIVES)
     pretrain_steps: int = _flag("Pretraining", 2_000, "Steps.", at_least=1)
     pretrain_batch_size: int = _flag("Pretraining", 64, "Pieces in a global batch.",
                                      at_least=1)
@@ -121,7 +125,9 @@ class Config:
                                            "of --pretrain_batch_size; 0 = off.", at_least=0)
     pretrain_packing: str = _flag("Pretraining", "none", "none = a row is a document or a piece of "
                                   "one; concat = documents are joined, end tokens between, and cut "
-                                  "into rows of --pretrain_max_tokens.", choices=("none", "concat"))
+                                  "into rows of --pretrain_max_tokens; stream = the same, and rows "
+                                  "go on from the state in which those of the step before ended "
+                                  "(language model).", choices=("none", "concat", "stream"))
     pretrain_learning_rate: float = _flag("Pretraining", 1e-3, "Adam's.", above=0)
     pretrain_schedule: str = _flag("Pretraining", "exponential", "How the learning rate goes on: "
                                    "falls by --pretrain_learning_rate_decay; or rises, and falls "
@@ -136,8 +142,8 @@ class Config:
                                             "and minus.", above=0)
     pretrain_dropout: float = _flag("Pretraining", 0.0, "Of embeddings and outputs.",
                                     at_least=0, below=1)
-    pretrain_word_dropout: float = _flag("Pretraining", 0.0, "Of the words that the decoder is "
-                                         "given while it writes; 1 = it sees only the state.",
+    pretrain_word_dropout: float = _flag("Pretraining", 0.0, "Of the words that the LSTM is given "
+                                         "while it predicts the next; 1 = it sees only the state.",
                                          at_least=0, at_most=1)
     pretrain_subsampling: float = _flag("Pretraining", 0.0, "Frequency above which words are left "
                                         "out of the loss at random, the more frequent the more "
@@ -372,10 +378,16 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
             f"--pretrain_tokens_per_batch={tokens} must be at least --pretrain_max_tokens="
             f"{config.pretrain_max_tokens}, the longest row; 0 counts rows instead"
         )
-    if tokens and config.pretrain_packing == "concat":
+    packing = config.pretrain_packing
+    if tokens and packing != "none":
         faults.append(
-            f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing=concat: its rows have "
-            "one length; set --pretrain_batch_size instead"
+            f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing={packing}: its rows "
+            "have one length; set --pretrain_batch_size instead"
+        )
+    if packing == "stream" and config.pretrain_objective != "language_model":
+        faults.append(
+            f"--pretrain_packing=stream with --pretrain_objective={config.pretrain_objective}: "
+            "only a language model carries its state from row to row; use concat or none"
         )
     if config.profile_steps and step_range(config.profile_steps) is None:
         faults.append(

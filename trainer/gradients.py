@@ -6,8 +6,9 @@ import tensorflow as tf
 
 Gradient = tf.Tensor | tf.IndexedSlices
 # rows (tokens, lengths, labels, weights), slice -> the summed loss and its weight; the slice is a
-# number that random draws depend on.
-LossSum = Callable[[dict, int | tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+# number that random draws depend on. Where rows have `carried`, it returns that of each row too, as
+# it is at the row's end.
+LossSum = Callable[[dict, int | tf.Tensor], tuple[tf.Tensor, ...]]
 
 
 def loss_and_gradients(
@@ -16,8 +17,10 @@ def loss_and_gradients(
     rows: dict[str, tf.Tensor],
     shard: int | tf.Tensor,
     parts: int = 1,
-) -> tuple[tf.Tensor, tf.Tensor, list[Gradient]]:
+) -> tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]:
     """Returns the summed loss of `rows`, its weight, and the loss's gradients, inside a step.
+
+    The last result is what rows carry on, [rows, ...]; a list of none where they carry nothing.
 
     Args:
       rows: tensors of which the first axis is the examples.
@@ -25,10 +28,10 @@ def loss_and_gradients(
         that of one slice, up to rounding, but for random draws.
     """
 
-    def of_slice(some: dict, number: int | tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list]:
+    def of_slice(some: dict, number: int | tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list, list]:
         with tf.GradientTape() as tape:
-            loss, weight = loss_sum(some, number)
-        return loss, weight, tape.gradient(loss, variables)
+            loss, weight, *carried = loss_sum(some, number)
+        return loss, weight, tape.gradient(loss, variables), carried
 
     if parts == 1:
         return of_slice(rows, shard)
@@ -36,23 +39,35 @@ def loss_and_gradients(
     count = tf.shape(rows["lengths"])[0]
     sparse: list[bool] = []
 
-    def add_part(part: tf.Tensor, loss: tf.Tensor, weight: tf.Tensor, sums: list, touched: list):
+    def add_part(
+        part: tf.Tensor,
+        loss: tf.Tensor,
+        weight: tf.Tensor,
+        sums: list,
+        touched: list,
+        carried: list,
+    ) -> tuple:
         start, stop = count * part // parts, count * (part + 1) // parts
         some = {name: tensor[start:stop] for name, tensor in rows.items()}
-        part_loss, part_weight, gradients = of_slice(some, shard * parts + part)
+        part_loss, part_weight, gradients, handed_on = of_slice(some, shard * parts + part)
         sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
         sums = [total + dense(gradient) for total, gradient in zip(sums, gradients, strict=True)]
         touched = [
             array.write(part, tf.cast(gradient.indices, tf.int64)) if is_sparse else array
             for array, gradient, is_sparse in zip(touched, gradients, sparse, strict=True)
         ]
-        return part + 1, loss + part_loss, weight + part_weight, sums, touched
+        carried = [a.write(part, rows) for a, rows in zip(carried, handed_on, strict=True)]
+        return part + 1, loss + part_loss, weight + part_weight, sums, touched, carried
 
     dtype = variables[0].dtype
     touched = [
         tf.TensorArray(tf.int64, parts, infer_shape=False, element_shape=[None]) for _ in variables
     ]
-    _, loss, weight, sums, touched = tf.while_loop(
+    carried = []
+    if (start := rows.get("carried")) is not None:
+        shape = [None, *start.shape[1:]]
+        carried = [tf.TensorArray(start.dtype, parts, infer_shape=False, element_shape=shape)]
+    _, loss, weight, sums, touched, carried = tf.while_loop(
         lambda part, *_: part < parts,
         add_part,
         (
@@ -61,6 +76,7 @@ def loss_and_gradients(
             tf.zeros([], dtype),
             [tf.zeros_like(v) for v in variables],
             touched,
+            carried,
         ),
         parallel_iterations=1,
     )
@@ -71,6 +87,7 @@ def loss_and_gradients(
             only_rows(total, array.concat()) if is_sparse else total
             for total, array, is_sparse in zip(sums, touched, sparse, strict=True)
         ],
+        [array.concat() for array in carried],
     )
 
 

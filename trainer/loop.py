@@ -41,8 +41,9 @@ from trainer.schedules import Schedule
 from trainer.tables import Tables, find_tables, rule_of
 
 # rows (tokens, lengths, labels, weights), step, slice -> the summed loss and its weight; the slice
-# of the global batch is a number that random draws depend on
-LossSum = Callable[[dict, tf.Tensor, int | tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+# of the global batch is a number that random draws depend on. A task that carries state is given
+# that of each row too, as `carried`, and returns it, as it is at the rows' ends, as a third tensor.
+LossSum = Callable[[dict, tf.Tensor, int | tf.Tensor], tuple[tf.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Task:
         the last ones.
       ranked_by: the metric, lower is better, by which `keep_best` ranks where there is no
         `select_by`.
+      carried: [global batch, numbers], the state in which each row of the step before ended, for
+        batches whose rows continue those of the step before. None: nothing is carried.
     """
 
     name: str
@@ -68,6 +71,13 @@ class Task:
     rates: Mapping[str, Rate] = field(default_factory=dict)
     select_by: str = ""
     ranked_by: str = ""
+    carried: keras.Variable | None = None
+
+    @property
+    def state(self) -> dict[str, keras.Variable]:
+        """Returns what a step changes, but for the optimizer's variables."""
+        carried = {} if self.carried is None else {"carried": self.carried}
+        return {**self.variables, **carried}
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ def train(
         settings.folder / "checkpoints",
         distributor,
         {
-            **task.variables,
+            **task.state,
             **optimizer_variables(optimizer),
             **(averages.variables if averages else {}),
         },
@@ -282,11 +292,16 @@ def make_train_step(
     variables = list(task.variables.values())
     tensors = [variable.value for variable in variables]
 
-    def shard_gradients(batch: dict) -> tuple[tf.Tensor, tf.Tensor, list[Gradient]]:
+    def shard_gradients(
+        batch: dict,
+    ) -> tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]:
+        rows = local_rows(distributor, batch)
+        if task.carried is not None:
+            rows["carried"] = carried_rows(distributor, task.carried.value)
         return loss_and_gradients(
             lambda rows, part: task.loss_sum(rows, batch["step"], part),
             tensors,
-            local_rows(distributor, batch),
+            rows,
             distributor.local_shard() + distributor.rank * distributor.num_local_shards,
             settings.accumulate_steps,
         )
@@ -315,16 +330,17 @@ def make_train_step(
     with distributor.scope():
         tables = Tables(optimizer, variables, found, by_rows, rules)
 
-    def reduced(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor]]:
+    def reduced(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor], list[tf.Tensor]]:
         rows = local_rows(distributor, batch)
         with tables.read_up_to_date():
-            loss_sum, weight, gradients = shard_gradients(batch)
+            loss_sum, weight, gradients, carried = shard_gradients(batch)
+        carried = [in_global_batch(distributor, part, task.carried.shape) for part in carried]
         tokens = tf.reduce_sum(
             tf.cast(rows["lengths"] * tf.cast(rows["weights"] > 0, tf.int32), weight.dtype)
         )
         # Of their own, before the gradients: they are known before the backward pass begins.
-        loss_sum, weight, tokens, stop = distributor.all_reduce_sum(
-            [loss_sum, weight, tokens, tf.cast(stop, weight.dtype)]
+        loss_sum, weight, tokens, stop, *carried = distributor.all_reduce_sum(
+            [loss_sum, weight, tokens, tf.cast(stop, weight.dtype), *carried]
         )
         gradients = [divided(gradient, weight) for gradient in gradients]
         with tf.name_scope("collective"):
@@ -337,21 +353,27 @@ def make_train_step(
         )
         norm = tf.sqrt(2 * tf.reduce_sum(halves))
         gradients, _ = tf.clip_by_global_norm(gradients, settings.clip_norm, use_norm=norm)
-        return Outcome(loss_sum / weight, tokens, stop, tf.sqrt(2 * halves)), gradients
+        outcome = Outcome(loss_sum / weight, tokens, stop, tf.sqrt(2 * halves))
+        return outcome, gradients, carried
 
-    def reduce_and_apply(batch: dict, stop: tf.Tensor) -> Outcome:
-        outcome, gradients = reduced(batch, stop)
+    def reduce_and_apply(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor]]:
+        outcome, gradients, carried = reduced(batch, stop)
         with tf.name_scope("optimizer"):
             optimizer.apply(gradients, variables)
+        return outcome, carried
+
+    def carry(carried: list[tf.Tensor]) -> None:
+        for value in carried:
+            task.carried.assign(value)
+
+    def step_and_carry(batch: dict, stop: tf.Tensor) -> Outcome:
+        outcome, carried = distributor.run(reduce_and_apply, batch, stop)
+        carry(carried)
         return outcome
 
     signature = [first.element_spec, tf.TensorSpec([], tf.float32)]
     if settings.on_nonfinite == "stop":
-        whole = tf.function(
-            lambda batch, stop: distributor.run(reduce_and_apply, batch, stop),
-            input_signature=signature,
-            autograph=False,
-        )
+        whole = tf.function(step_and_carry, input_signature=signature, autograph=False)
         return whole, tables
 
     reduce = tf.function(
@@ -365,9 +387,10 @@ def make_train_step(
     )
 
     def train_step(batch: dict, stop: tf.Tensor) -> Outcome:
-        outcome, gradients = reduce(batch, stop)
+        outcome, gradients, carried = reduce(batch, stop)
         if outcome.is_finite():
             apply(gradients)
+            carry(carried)
         return outcome
 
     return train_step, tables
@@ -421,6 +444,26 @@ def make_several_steps(
         ]
 
     return several_steps
+
+
+def carried_rows(distributor: Distributor, carried: tf.Tensor) -> tf.Tensor:
+    """Returns, inside a step, this shard's rows of what the global batch carries."""
+    start, stop = shard_range(distributor, carried.shape[0])
+    return carried[start:stop]
+
+
+def in_global_batch(distributor: Distributor, rows: tf.Tensor, shape: tuple[int, int]) -> tf.Tensor:
+    """Returns this shard's rows in their places, all else 0: the sum over shards has them all."""
+    start, stop = shard_range(distributor, shape[0])
+    return tf.ensure_shape(tf.pad(rows, [[start, shape[0] - stop], [0, 0]]), shape)
+
+
+def shard_range(distributor: Distributor, num_rows: int) -> tuple[int | tf.Tensor, int | tf.Tensor]:
+    """Returns, inside a step, this shard's slice [start, stop) of `num_rows` rows."""
+    shard = distributor.local_shard() + distributor.rank * distributor.num_local_shards
+    shards = num_shards(distributor)
+    # As `data_pipelines.batch_plan.shard_rows`; the shard may be a tensor.
+    return num_rows * shard // shards, num_rows * (shard + 1) // shards
 
 
 class Progress:
@@ -587,7 +630,7 @@ class Progress:
     def save(self, step: int) -> None:
         """Writes a checkpoint, of weights that all workers agree on if that is asked for."""
         if self._settings.check_divergence:
-            held = bundle.values(self._task.variables)
+            held = bundle.values(self._task.state)
             check_equal(self._distributor, held, f"after step {step}")
         notes = {**self._notes, "seconds": self._notes["seconds"] + self._elapsed_here()}
         evaluated = self._settings.keep_best and self._notes["evaluated_step"] == step

@@ -1,6 +1,7 @@
 """The main job's promises, on real text and real processes."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -49,6 +50,51 @@ def test_a_batch_in_parts_is_the_same_batch(small_store: Path, tmp_path: Path) -
     whole, in_parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
     assert list(in_parts) == list(range(1, 16))
     np.testing.assert_allclose(list(in_parts.values()), list(whole.values()), rtol=1e-5)
+
+
+LANGUAGE_MODEL = ("--pretrain_objective=language_model", "--pretrain_dropout=0")
+# Rows so long that an epoch ends, and documents begin rows, within the steps of a test.
+STREAM = (*LANGUAGE_MODEL, "--pretrain_packing=stream", "--pretrain_max_tokens=250")
+
+
+@pytest.mark.parametrize(
+    ("workers", "flags"),
+    [
+        (3, (*STREAM, "--check_divergence=true")),
+        (2, (*STREAM, "--accumulate_steps=3", "--on_nonfinite=skip")),
+        (2, (*LANGUAGE_MODEL, "--tied_softmax=true", "--sampled_softmax=0")),
+    ],
+)
+def test_a_language_model_does_not_depend_on_the_workers(
+    small_store: Path, tmp_path: Path, workers: int, flags: tuple[str, ...]
+) -> None:
+    flags = ("--stage=pretrain", f"--store={small_store}", "--pretrain_steps=24", *flags)
+    train(1, *flags, f"--run_dir={tmp_path}/one")
+    train(workers, *flags, f"--run_dir={tmp_path}/several")
+    one, several = metrics(tmp_path / "one"), metrics(tmp_path / "several")
+    assert list(one) == list(several) == list(range(1, 25))
+    np.testing.assert_allclose(list(several.values()), list(one.values()), rtol=1e-5)
+    assert np.mean(list(one.values())[-5:]) < np.mean(list(one.values())[:5]) - 0.05
+    tensors = [final_state(tmp_path / name) for name in ("one", "several")]
+    assert ("carried" in tensors[0]) == ("--pretrain_packing=stream" in flags)
+    for name in tensors[0]:
+        np.testing.assert_allclose(tensors[1][name], tensors[0][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_carried_state_resumes_with_the_same_bits_and_on_other_workers(
+    small_store: Path, tmp_path: Path
+) -> None:
+    flags = ("--stage=pretrain", f"--store={small_store}", *STREAM, "--pretrain_steps=40")
+    train(1, *flags, f"--run_dir={tmp_path}/whole")
+    cut = (*flags, f"--run_dir={tmp_path}/cut")
+    assert train_until("step 15/40", signal.SIGKILL, 1, *cut) == -signal.SIGKILL
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    assert "resumed after step 10" in train(1, *cut)
+    assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
+    assert np.abs(final_state(tmp_path / "cut")["carried"]).min(axis=1).min() > 0
+    train(2, *flags, f"--run_dir={tmp_path}/other")
+    whole, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "other")
+    np.testing.assert_allclose(list(resumed.values()), list(whole.values()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("flag", ["--pretrain_packing=concat", "--pretrain_tokens_per_batch=240"])

@@ -67,6 +67,12 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert "set --pretrain_batch_size instead" in found
     (found,) = faults(folder, "--label_gain=linear", "--pooling=concat")
     assert found.startswith("--label_gain=linear with --pooling=concat: ")
+    (found,) = faults(folder, "--pretrain_packing=stream")
+    assert "only a language model carries its state" in found
+    stream = ["--pretrain_packing=stream", "--pretrain_objective=language_model"]
+    assert faults(folder, *stream) == []
+    (found,) = faults(folder, *stream, budget)
+    assert "with --pretrain_packing=stream: its rows have one length" in found
     (found,) = faults(folder, "--tied_softmax=perhaps")
     assert found == "--tied_softmax=perhaps is not true or false"
     (found,) = faults(folder, "--stage=evaluate")

@@ -30,7 +30,7 @@ def test_in_parts_the_gradients_are_those_of_the_whole(parts: int) -> None:
 
     @tf.function
     def run(count: int) -> tuple:
-        loss, weight, gradients = loss_and_gradients(loss_sum, variables, rows, 0, count)
+        loss, weight, gradients, _ = loss_and_gradients(loss_sum, variables, rows, 0, count)
         assert isinstance(gradients[0], tf.IndexedSlices)
         return loss, weight, [dense(g) for g in gradients]
 
@@ -46,7 +46,7 @@ def test_each_part_draws_as_the_shard_that_it_would_be() -> None:
 
     variable = tf.Variable(1.0)
     seen: list = []
-    loss, _, _ = tf.function(loss_and_gradients)(
+    loss, _, _, _ = tf.function(loss_and_gradients)(
         loss_sum, [variable], {"lengths": tf.ones([6], tf.int32)}, 2, 3
     )
     assert loss == 6 + 7 + 8
@@ -63,3 +63,17 @@ def test_distinct_rows_are_the_same_gradient() -> None:
     np.testing.assert_array_equal(dense(distinct), dense(slices))
     np.testing.assert_array_equal(dense(slices)[:, 0], [8, 2, 0, 5, 0])
     np.testing.assert_array_equal(dense(divided(slices, tf.constant(2.0)))[:, 0], [4, 1, 0, 2.5, 0])
+
+
+@pytest.mark.parametrize("parts", [2, 5, 8])
+def test_what_rows_carry_is_put_together_from_the_parts(parts: int) -> None:
+    variable = tf.Variable(2.0)
+    rows = {"lengths": tf.ones([5], tf.int32), "carried": tf.reshape(tf.range(10.0), [5, 2])}
+
+    def loss_sum(some: dict, shard: int | tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return tf.reduce_sum(some["carried"]) * variable, variable, some["carried"] + 1
+
+    for count in (1, parts):
+        loss, _, _, carried = tf.function(loss_and_gradients)(loss_sum, [variable], rows, 0, count)
+        assert loss == 90
+        np.testing.assert_array_equal(carried, [rows["carried"] + 1])

@@ -8,16 +8,17 @@ import tensorflow as tf
 from trainer.distribution.distributor import Distributor
 from trainer.preemption import Preempted, StopRequest
 
-PER_ROW = ("tokens", "lengths", "labels", "weights")
+PER_ROW = ("tokens", "lengths", "labels", "weights", "carries")
 
 
 def local_rows(distributor: Distributor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """Returns, inside a step, this shard's rows of the process's batch."""
+    rows = {name: batch[name] for name in PER_ROW if name in batch}
     if distributor.num_local_shards == 1:
-        return {name: batch[name] for name in PER_ROW}
+        return rows
     shard = distributor.local_shard()
     start, stop = batch["row_starts"][shard], batch["row_starts"][shard + 1]
-    return {name: batch[name][start:stop] for name in PER_ROW}
+    return {name: values[start:stop] for name, values in rows.items()}
 
 
 def sum_over_batches(

@@ -1,4 +1,4 @@
-"""--stage=pretrain: unlabelled text -> a sequence autoencoder -> an encoder bundle."""
+"""--stage=pretrain: unlabelled text -> an autoencoder or a language model -> an encoder bundle."""
 
 import dataclasses
 import math
@@ -6,35 +6,46 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from data_pipelines.batch_plan import BatchPlan, PackedPlan
+from data_pipelines.errors import InputError
 from data_pipelines.split_view import SplitView
 from trainer import bundle, loop, seeds, states
 from trainer.config import Config
+from trainer.distribution.distributor import num_shards
 from trainer.distribution.steps import sum_over_batches
 from trainer.models.encoder import Encoder
+from trainer.models.language_model import LanguageModel
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
+from trainer.models.text_model import Noise, TextModel
 from trainer.stages.run import Run
 
+OBJECTIVES = {"sequence_autoencoder": SequenceAutoencoder, "language_model": LanguageModel}
 PRETRAINING_SPLITS = ("train", "unsupervised")
 
 
 def pretrain(run: Run, folder: Path) -> dict[str, Any]:
-    """Trains the autoencoder in `folder` and writes the bundle `folder`/encoder.
+    """Trains the model of the objective in `folder` and writes the bundle `folder`/encoder.
 
     Returns:
       For the report: steps, tokens_per_second, seconds, and the validation metrics.
+
+    Raises:
+      InputError: rows are to be carried on, and there are fewer than model replicas.
     """
     config = run.config
     splits = [name for name in PRETRAINING_SPLITS if name in run.store.splits]
     view, plan = rows_and_order(run, *splits)
     with run.distributor.scope():
-        model = SequenceAutoencoder(
+        model = OBJECTIVES[config.pretrain_objective](
             make_encoder(config, run.store.vocab_size, config.pretrain_embedding_scale),
             tied=config.tied_softmax,
         )
         model.build()
+        carried = carried_state(run, model)
     validation = run.some_documents(
         corpus(run, "validation"),
         config.pretrain_evaluate_documents,
@@ -48,10 +59,11 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     result = loop.train(
         loop.Task(
             name="pretrain",
-            variables=autoencoder_variables(model),
+            variables=trained_variables(model),
             loss_sum=loss_sum(model, config),
             evaluate=perplexity(run, model, validation),
             ranked_by="nats_per_token",
+            carried=carried,
         ),
         run.settings("pretrain", folder, plan.steps_per_epoch),
         run.distributor,
@@ -87,10 +99,14 @@ def rows_and_order(run: Run, *splits: str) -> tuple[SplitView, BatchPlan | Packe
     """Returns the text of `splits` in rows of at most --pretrain_max_tokens, and its order."""
     config = run.config
     max_tokens, batch_size = config.pretrain_max_tokens, config.pretrain_batch_size
-    if config.pretrain_packing == "concat":
+    if config.pretrain_packing != "none":
         view = run.store.split(*splits)
         return view, PackedPlan(
-            view, max_tokens=max_tokens, global_batch=batch_size, seed=config.seed
+            view,
+            max_tokens=max_tokens,
+            global_batch=batch_size,
+            seed=config.seed,
+            carried=config.pretrain_packing == "stream",
         )
     view = corpus(run, *splits)
     tokens_per_batch = config.pretrain_tokens_per_batch
@@ -113,7 +129,25 @@ def make_encoder(config: Config, vocab_size: int, embedding_scale: float = 0.05)
     return encoder
 
 
-def autoencoder_variables(model: SequenceAutoencoder) -> dict:
+def carried_state(run: Run, model: TextModel) -> keras.Variable | None:
+    """Returns what --pretrain_packing=stream carries for each row of the global batch, or None.
+
+    Every process holds it for all rows: it is small beside the gradients that the step sums, and
+    a run may then resume on any number of workers. Call it in the scope.
+    """
+    config, shards = run.config, num_shards(run.distributor)
+    if config.pretrain_packing != "stream":
+        return None
+    if config.pretrain_batch_size < shards:
+        raise InputError(
+            f"--pretrain_batch_size={config.pretrain_batch_size} with --pretrain_packing=stream: "
+            f"each of the {shards} model replicas needs a row"
+        )
+    shape = (config.pretrain_batch_size, model.carried_size)
+    return keras.Variable(np.zeros(shape, np.float32), trainable=False, name="carried")
+
+
+def trained_variables(model: TextModel) -> dict:
     """Returns what pretraining trains, the learned initial state among it."""
     return {
         **bundle.encoder_variables(model.encoder),
@@ -123,15 +157,11 @@ def autoencoder_variables(model: SequenceAutoencoder) -> dict:
     }
 
 
-def loss_sum(model: SequenceAutoencoder, config: Config) -> loop.LossSum:
+def loss_sum(model: TextModel, config: Config) -> loop.LossSum:
     """Returns the training loss: sampled softmax, dropout."""
 
-    def of_rows(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return model.loss_sum(
-            rows["tokens"],
-            rows["lengths"],
-            rows["weights"],
-            training=True,
+    def of_rows(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        noise = Noise(
             dropout_rate=config.pretrain_dropout,
             embedding_seed=seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard),
             output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
@@ -142,14 +172,22 @@ def loss_sum(model: SequenceAutoencoder, config: Config) -> loop.LossSum:
             num_sampled=config.sampled_softmax,
             softmax_seed=seeds.fold(config.seed, seeds.SOFTMAX_CANDIDATES, step),
         )
+        text = (rows["tokens"], rows["lengths"], rows["weights"])
+        if "carried" in rows:
+            state = (rows["carried"], rows["carries"])
+            return model.loss_sum_carried(*text, *state, training=True, noise=noise)
+        return model.loss_sum(*text, training=True, noise=noise)
 
     return of_rows
 
 
 def perplexity(
-    run: Run, model: SequenceAutoencoder, batches: tf.data.Dataset
+    run: Run, model: TextModel, batches: tf.data.Dataset
 ) -> Callable[[], dict[str, float]]:
-    """Returns a collective that gives the exact nats a token and the perplexity over `batches`."""
+    """Returns a collective that gives the exact nats a token and the perplexity over `batches`.
+
+    Every document or piece starts from the encoder's initial state, whatever training carries on.
+    """
 
     def sums(rows: dict) -> tuple[tf.Tensor, tf.Tensor]:
         return model.loss_sum(rows["tokens"], rows["lengths"], rows["weights"], training=False)
@@ -175,6 +213,7 @@ def save_encoder(
         "model": bundle.encoder_model(encoder),
         "tokenizer": run.store.tokenizer_config,
         "vocab_sha256": run.store.vocab_sha256,
+        "objective": run.config.pretrain_objective,
         "trained_on": run.store.note or run.store.manifest["source"],
         "metrics": metrics,
         "config": dataclasses.asdict(run.config),

@@ -4,7 +4,8 @@ import pytest
 import tensorflow as tf
 
 from trainer.models.encoder import Encoder
-from trainer.models.sequence_autoencoder import SequenceAutoencoder, drop_words, kept_words
+from trainer.models.sequence_autoencoder import SequenceAutoencoder
+from trainer.models.text_model import Noise, drop_words, kept_words
 
 VOCAB_SIZE, DIM, UNITS = 30, 4, 6
 
@@ -113,8 +114,8 @@ def test_dropout_is_a_function_of_its_seed(model: SequenceAutoencoder) -> None:
     def with_seed(number: int) -> float:
         seed = tf.constant([number, 1])
         weights = np.ones(2, np.float32)
-        arguments = {"dropout_rate": 0.5, "embedding_seed": seed, "output_seed": seed + 7}
-        return float(model.loss_sum(tokens, lengths, weights, training=True, **arguments)[0])
+        noise = Noise(dropout_rate=0.5, embedding_seed=seed, output_seed=seed + 7)
+        return float(model.loss_sum(tokens, lengths, weights, training=True, noise=noise)[0])
 
     assert with_seed(1) == with_seed(1) != with_seed(2)
 
@@ -124,8 +125,8 @@ def test_word_dropout_hides_words_from_the_decoder_alone(model: SequenceAutoenco
     weights = np.ones(2, np.float32)
 
     def with_rate(rate: float) -> float:
-        arguments = {"word_dropout_rate": rate, "word_seed": tf.constant([1, 2])}
-        return float(model.loss_sum(tokens, lengths, weights, training=True, **arguments)[0])
+        noise = Noise(word_dropout_rate=rate, word_seed=tf.constant([1, 2]))
+        return float(model.loss_sum(tokens, lengths, weights, training=True, noise=noise)[0])
 
     assert with_rate(0.0) == loss(model, tokens, lengths)[0]
     assert with_rate(0.5) != with_rate(0.0) != with_rate(1.0)
@@ -158,7 +159,7 @@ def test_words_that_are_left_out_do_not_count() -> None:
     whole, all_tokens = model.loss_sum(**arguments, training=True)
     seed = tf.constant([1, 2])
     loss, counted = model.loss_sum(
-        **arguments, training=True, subsampling=1e-2, subsampling_seed=seed
+        **arguments, training=True, noise=Noise(subsampling=1e-2, subsampling_seed=seed)
     )
     kept = kept_words(tokens, 50, 1e-2, seed).numpy() & (np.arange(8) < lengths.numpy()[:, None])
     assert counted == kept.sum() and all_tokens == 14 and loss < whole

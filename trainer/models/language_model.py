@@ -1,0 +1,91 @@
+"""The recurrent language model (Dai & Le 2015, section 2: LM-LSTM): it predicts the next word.
+
+The first word of a row is predicted from the state that the row starts from, word i + 1 from the
+output after reading word i. So the state that a document starts from is the one that a classifier
+starts from, before it reads the same first word, and what must be carried from one piece of a
+text to the next is the LSTM's state and nothing else.
+"""
+
+import tensorflow as tf
+
+from trainer.models.encoder import States, dropout, token_mask
+from trainer.models.text_model import EXACT, Noise, TextModel, drop_words
+
+
+class LanguageModel(TextModel):
+    """An encoder and the softmax over the vocabulary that predicts each next word."""
+
+    @property
+    def carried_size(self) -> int:
+        """Numbers of state that a row hands on to the row that continues it."""
+        return sum(part.shape[-1] for part in tf.nest.flatten(self.encoder.start(1)))
+
+    def loss_sum(
+        self,
+        tokens: tf.Tensor,
+        lengths: tf.Tensor,
+        weights: tf.Tensor,
+        training: bool,
+        noise: Noise = EXACT,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the loss of rows that each start from the encoder's initial state.
+
+        See `TextModel.loss_sum`.
+        """
+        start = self.encoder.start(tf.shape(tokens)[0])
+        loss, count, _ = self._loss_from(start, tokens, lengths, weights, training, noise)
+        return loss, count
+
+    def loss_sum_carried(
+        self,
+        tokens: tf.Tensor,
+        lengths: tf.Tensor,
+        weights: tf.Tensor,
+        carried: tf.Tensor,
+        carries: tf.Tensor,
+        training: bool,
+        noise: Noise = EXACT,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns the loss of rows that continue others: truncated backpropagation through time.
+
+        Args:
+          tokens, lengths, weights, training, noise: see `TextModel.loss_sum`.
+          carried: [batch, carried_size], the state in which each row goes on; no gradient passes
+            through it.
+          carries: float32 [batch], 0 where a row starts from the encoder's initial state instead.
+
+        Returns:
+          (loss, number of tokens, [batch, carried_size] as it is after each row's last token).
+        """
+        initial = self.encoder.start(tf.shape(tokens)[0])
+        parts = tf.nest.flatten(initial)
+        sizes = [part.shape[-1] for part in parts]
+        handed_on = tf.split(tf.stop_gradient(carried), sizes, axis=1)
+        parts = [
+            tf.where(carries[:, None] > 0, tf.cast(old, new.dtype), new)
+            for old, new in zip(handed_on, parts, strict=True)
+        ]
+        start = tf.nest.pack_sequence_as(initial, parts)
+        loss, count, final = self._loss_from(start, tokens, lengths, weights, training, noise)
+        handed_on = tf.concat(tf.nest.flatten(final), axis=1)
+        return loss, count, tf.cast(handed_on, carried.dtype)
+
+    def _loss_from(
+        self,
+        start: States,
+        tokens: tf.Tensor,
+        lengths: tf.Tensor,
+        weights: tf.Tensor,
+        training: bool,
+        noise: Noise,
+    ) -> tuple[tf.Tensor, tf.Tensor, States]:
+        mask = token_mask(tokens, lengths)
+        embedded = dropout(self.encoder.embed(tokens), noise.dropout_rate, noise.embedding_seed)
+        embedded = drop_words(embedded, noise.word_dropout_rate, noise.word_seed)
+        outputs, final = self.encoder.read(
+            embedded, mask, start, training, noise.dropout_rate, noise.output_seed
+        )
+        top_h, _ = start[-1]
+        predicting = tf.concat([top_h[:, None], outputs[:, :-1]], axis=1)
+        loss, count = self.prediction_loss(predicting, tokens, mask & (weights[:, None] > 0), noise)
+        return loss, count, final

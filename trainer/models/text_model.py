@@ -1,0 +1,139 @@
+"""What both pretraining objectives are made of: an encoder and a softmax over the vocabulary."""
+
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from trainer.models.encoder import Encoder, dropout
+from trainer.objectives import softmax
+
+
+class Noise(NamedTuple):
+    """What training draws at random. Without it a loss is exact. Seeds are int32 [2].
+
+    Attributes:
+      dropout_rate: of the embeddings and of the outputs of each layer.
+      word_dropout_rate: of the words that the LSTM is given while it predicts, not of those that
+        are predicted (Bowman et al. 2016, section 3.1): an autoencoder must then take more from
+        the state in which reading ended.
+      subsampling: 0, or the frequency above which words are left out of the loss, the more often
+        the more frequent they are; see `kept_words`.
+      num_sampled: candidates of the sampled softmax; 0 is the exact one.
+    """
+
+    dropout_rate: float = 0.0
+    embedding_seed: tf.Tensor | None = None
+    output_seed: tf.Tensor | None = None
+    word_dropout_rate: float = 0.0
+    word_seed: tf.Tensor | None = None
+    subsampling: float = 0.0
+    subsampling_seed: tf.Tensor | None = None
+    num_sampled: int = 0
+    softmax_seed: tf.Tensor | None = None
+
+
+EXACT = Noise()  # none
+
+
+class TextModel(keras.layers.Layer):
+    """An encoder, and the softmax with which its outputs predict words.
+
+    Attributes:
+      tied: whether the softmax compares a projection of the output with the embeddings (Press &
+        Wolf 2017; Inan et al. 2017), rather than the output with a matrix of its own.
+    """
+
+    def __init__(self, encoder: Encoder, tied: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.encoder = encoder
+        self.tied = tied
+
+    def build(self, input_shape: tuple | None = None) -> None:
+        """Makes the weights; the shape of the tokens does not matter."""
+        if not self.encoder.built:
+            self.encoder.build()
+        vocab_size, units = self.encoder.vocab_size, self.encoder.units
+        self.softmax_kernel = self.add_weight(
+            shape=(
+                units if self.tied else vocab_size,
+                self.encoder.embedding_dim if self.tied else units,
+            ),
+            initializer=keras.initializers.GlorotUniform(seed=self.encoder.seed + 3),
+            name="softmax_kernel",
+        )
+        self.softmax_bias = self.add_weight(
+            shape=(vocab_size,), initializer="zeros", name="softmax_bias"
+        )
+        # Start from Zipf's law: the sampled softmax then starts without variance.
+        self.softmax_bias.assign(
+            softmax.log_expected_count(tf.range(vocab_size), vocab_size, num_sampled=1)
+        )
+        self.built = True
+
+    def loss_sum(
+        self,
+        tokens: tf.Tensor,
+        lengths: tf.Tensor,
+        weights: tf.Tensor,
+        training: bool,
+        noise: Noise = EXACT,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the summed cross-entropy of the predicted tokens, in nats, and their number.
+
+        Args:
+          tokens: int32 [batch, time], right-padded.
+          lengths: int32 [batch].
+          weights: float32 [batch]; rows of weight 0 count nothing.
+          training: whether a gradient will be taken.
+        """
+        raise NotImplementedError
+
+    def prediction_loss(
+        self, outputs: tf.Tensor, tokens: tf.Tensor, counted: tf.Tensor, noise: Noise
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the summed cross-entropy of tokens given outputs, in nats, and their number.
+
+        Args:
+          outputs: [batch, time, units]; output i predicts token i.
+          tokens: int32 [batch, time].
+          counted: bool [batch, time], False where nothing is to be predicted.
+        """
+        if noise.subsampling:
+            vocab_size = self.encoder.vocab_size
+            counted &= kept_words(tokens, vocab_size, noise.subsampling, noise.subsampling_seed)
+        hidden = tf.boolean_mask(outputs, counted)  # [tokens, units]
+        hidden = dropout(hidden, noise.dropout_rate, noise.output_seed)
+        targets = tf.boolean_mask(tokens, counted)  # [tokens]
+        kernel, bias = self.softmax_kernel.value, self.softmax_bias.value
+        if self.tied:
+            hidden = tf.matmul(hidden, kernel)  # [tokens, embedding_dim]
+            kernel = self.encoder.embeddings.value
+        with tf.name_scope("softmax"):
+            if noise.num_sampled:
+                losses = softmax.sampled_cross_entropy(
+                    hidden, targets, kernel, bias, noise.num_sampled, noise.softmax_seed
+                )
+            else:
+                losses = softmax.cross_entropy(hidden, targets, kernel, bias)
+        return tf.reduce_sum(losses), tf.cast(tf.size(targets), tf.float32)
+
+
+def drop_words(embedded: tf.Tensor, rate: float, seed: tf.Tensor | None) -> tf.Tensor:
+    """Returns `embedded`, [batch, time, dim], with a fraction `rate` of its words zeroed."""
+    if not rate:
+        return embedded
+    kept = tf.random.stateless_uniform(tf.shape(embedded)[:2], seed) >= rate
+    return embedded * tf.cast(kept, embedded.dtype)[:, :, None]
+
+
+def kept_words(tokens: tf.Tensor, vocab_size: int, threshold: float, seed: tf.Tensor) -> tf.Tensor:
+    """Returns bool [batch, time]: which words stay when frequent ones are left out at random.
+
+    A word of frequency f stays with probability sqrt(threshold / f) + threshold / f, as in the
+    program of Mikolov et al. 2013 (section 2.3 has nearly the same). Frequencies are those of the
+    log-uniform law, which ids sorted by falling frequency nearly follow.
+    """
+    frequency = tf.exp(softmax.log_expected_count(tokens, vocab_size, num_sampled=1))
+    ratio = threshold / frequency
+    return tf.random.stateless_uniform(tf.shape(tokens), seed) < tf.sqrt(ratio) + ratio
