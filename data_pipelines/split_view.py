@@ -105,6 +105,10 @@ class SplitView(ABC):
         """
         return _Pieces(self, max_tokens)
 
+    def reversed(self) -> "SplitView":
+        """Returns a view in which every document's words come in reverse, its end token last."""
+        return _Reversed(self)
+
     def gather(
         self, indices: np.ndarray, max_tokens: int, pad_to: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -214,6 +218,60 @@ class _Sample(SplitView):
 
     def _locate(self, indices: np.ndarray) -> Located:
         return self._base._locate(self._order(indices))
+
+
+class _Reversed(SplitView):
+    """The documents of another view, last word first: what is cut is cut before."""
+
+    def __init__(self, base: SplitView) -> None:
+        super().__init__(base._shards)
+        self._base = base
+
+    def __len__(self) -> int:
+        """Returns the number of documents."""
+        return len(self._base)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, end tokens included."""
+        return self._base.num_tokens
+
+    def _locate(self, indices: np.ndarray) -> Located:
+        return self._base._locate(indices)
+
+    def sample(self, documents: int, seed: int) -> "SplitView":
+        return self._base.sample(documents, seed).reversed()
+
+    def pieces(self, max_tokens: int) -> "SplitView":
+        return self._base.pieces(max_tokens).reversed()
+
+    def reversed(self) -> "SplitView":
+        return self._base
+
+    def gather(
+        self, indices: np.ndarray, max_tokens: int, pad_to: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        tokens, lengths = self._base.gather(indices, max_tokens, pad_to)
+        places = np.arange(tokens.shape[1])
+        words = lengths[:, None] - 1
+        source = np.where(places < words, words - 1 - places, places)
+        return np.take_along_axis(tokens, source, axis=1), lengths
+
+    def gather_parts(
+        self, indices: np.ndarray, starts: np.ndarray, stops: np.ndarray
+    ) -> np.ndarray:
+        words = self.lengths_of(indices) - 1
+        if np.any((starts < 0) | (stops < starts) | (stops > words + 1)):
+            raise IndexError("a part that its document does not have")
+        first, last = words - np.minimum(stops, words), words - np.minimum(starts, words)
+        forward = self._base.gather_parts(indices, first, last)
+        tokens = np.full(int((stops - starts).sum()), END_ID, np.int32)
+        counts = last - first
+        begins = np.cumsum(counts) - counts
+        number = np.arange(len(forward)) - np.repeat(begins, counts)  # of a word in its part
+        places = np.repeat(np.cumsum(stops - starts) - (stops - starts), counts) + number
+        tokens[places] = forward[np.repeat(begins + counts - 1, counts) - number]
+        return tokens
 
 
 class _Pieces(SplitView):

@@ -116,6 +116,11 @@ class Config:
     pretrain_objective: str = _flag("Pretraining", "sequence_autoencoder", "What is learned: to "
                                     "write a text again after reading it, or to predict each next "
                                     "word.", choices=OBJECTIVES)
+    pretrain_direction: str = _flag("Pretraining", "forward", "Whether documents are read as they "
+                                    "are or last word first: the second encoder of a "
+                                    "bidirectional classifier.", choices=("forward", "backward"))
+    pretrain_documents: int = _flag("Pretraining", 0, "Documents to pretrain on, chosen by the "
+                                    "seed; 0 = all.", at_least=0)
     pretrain_steps: int = _flag("Pretraining", 2_000, "Steps.", at_least=1)
     pretrain_batch_size: int = _flag("Pretraining", 64, "Pieces in a global batch.",
                                      at_least=1)

@@ -128,18 +128,20 @@ def test_pieces_of_a_document_are_of_equal_length(tmp_path: Path, write_store: M
 
 
 @settings(max_examples=40, deadline=None)
-@given(stores_of_documents, st.integers(1, 3), st.booleans(), st.data())
+@given(stores_of_documents, st.integers(1, 3), st.booleans(), st.booleans(), st.data())
 def test_parts_are_slices_of_the_documents(
     tmp_path_factory: pytest.TempPathFactory,
     write_store: MakeStore,
     documents: list[list[int]],
     shards: int,
     cut: bool,
+    backward: bool,
     data: st.DataObject,
 ) -> None:
     folder = tmp_path_factory.mktemp("stores") / "store"
     view = write_store(folder, documents, shards, 100).split("train")
     view = view.pieces(4) if cut else view
+    view = view.reversed() if backward else view
     texts = everything(view)
     rows = data.draw(st.lists(st.integers(0, len(texts) - 1), max_size=9))
     starts = [data.draw(st.integers(0, len(texts[row]))) for row in rows]
@@ -152,8 +154,34 @@ def test_parts_are_slices_of_the_documents(
     assert view.gather_parts(*arrays).tolist() == sum(expected, [])
 
 
-def test_parts_outside_a_document_are_refused(store: TokenStore) -> None:
+@settings(max_examples=30, deadline=None)
+@given(stores_of_documents, st.integers(1, 40))
+def test_reversed_documents_are_cut_first_and_end_with_their_end(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_store: MakeStore,
+    documents: list[list[int]],
+    max_tokens: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("stores") / "store"
+    view = write_store(folder, documents, 2, 100).split("train")
+    rows = np.arange(len(view))
+    tokens, lengths = view.reversed().gather(rows, max_tokens, pad_to=45)
+    forward, same = view.gather(rows, max_tokens, pad_to=45)
+    assert tokens.shape == forward.shape and lengths.tolist() == same.tolist()
+    for backward, text, length in zip(tokens, forward, lengths, strict=True):
+        assert backward.tolist() == [*text[: length - 1][::-1], END_ID, *text[length:]]
+    backward = view.reversed()
+    assert backward.num_tokens == view.num_tokens and len(backward) == len(view)
+    assert everything(backward.reversed()) == everything(view)
+    assert everything(backward.pieces(3)) == everything(view.pieces(3).reversed())
+    assert everything(backward.sample(1, 7)) == everything(view.sample(1, 7).reversed())
+    assert backward.labels_of(rows).tolist() == view.labels_of(rows).tolist()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_parts_outside_a_document_are_refused(store: TokenStore, backward: bool) -> None:
     view = store.split("train")
+    view = view.reversed() if backward else view
     for index, start, stop in ((0, 0, 5), (0, -1, 2), (0, 3, 2), (5, 0, 1)):
         with pytest.raises(IndexError):
             view.gather_parts(*(np.array([x]) for x in (index, start, stop)))

@@ -52,6 +52,7 @@ def test_a_batch_in_parts_is_the_same_batch(small_store: Path, tmp_path: Path) -
     np.testing.assert_allclose(list(in_parts.values()), list(whole.values()), rtol=1e-5)
 
 
+BACKWARD = "--pretrain_direction=backward"
 LANGUAGE_MODEL = ("--pretrain_objective=language_model", "--pretrain_dropout=0")
 # Rows so long that an epoch ends, and documents begin rows, within the steps of a test.
 STREAM = (*LANGUAGE_MODEL, "--pretrain_packing=stream", "--pretrain_max_tokens=250")
@@ -61,8 +62,16 @@ STREAM = (*LANGUAGE_MODEL, "--pretrain_packing=stream", "--pretrain_max_tokens=2
     ("workers", "flags"),
     [
         (3, (*STREAM, "--check_divergence=true")),
-        (2, (*STREAM, "--accumulate_steps=3", "--on_nonfinite=skip")),
-        (2, (*LANGUAGE_MODEL, "--tied_softmax=true", "--sampled_softmax=0")),
+        pytest.param(
+            2,
+            (*STREAM, "--accumulate_steps=3", "--on_nonfinite=skip", BACKWARD),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2,
+            (*LANGUAGE_MODEL, "--tied_softmax=true", "--sampled_softmax=0", BACKWARD),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_language_model_does_not_depend_on_the_workers(
@@ -77,6 +86,9 @@ def test_a_language_model_does_not_depend_on_the_workers(
     assert np.mean(list(one.values())[-5:]) < np.mean(list(one.values())[:5]) - 0.05
     tensors = [final_state(tmp_path / name) for name in ("one", "several")]
     assert ("carried" in tensors[0]) == ("--pretrain_packing=stream" in flags)
+    info = json.loads((tmp_path / "several" / "encoder" / "encoder.json").read_text())
+    assert info["objective"] == "language_model"
+    assert info["direction"] == ("backward" if BACKWARD in flags else "forward")
     for name in tensors[0]:
         np.testing.assert_allclose(tensors[1][name], tensors[0][name], rtol=1e-3, atol=1e-4)
 

@@ -34,11 +34,13 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
       For the report: steps, tokens_per_second, seconds, and the validation metrics.
 
     Raises:
-      InputError: rows are to be carried on, and there are fewer than model replicas.
+      InputError: there are fewer documents than --pretrain_documents, or fewer rows to carry on
+        than model replicas.
     """
     config = run.config
     splits = [name for name in PRETRAINING_SPLITS if name in run.store.splits]
-    view, plan = rows_and_order(run, *splits)
+    documents = corpus(run, *splits)
+    view, plan = rows_and_order(run, documents)
     with run.distributor.scope():
         model = OBJECTIVES[config.pretrain_objective](
             make_encoder(config, run.store.vocab_size, config.pretrain_embedding_scale),
@@ -47,7 +49,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         model.build()
         carried = carried_state(run, model)
     validation = run.some_documents(
-        corpus(run, "validation"),
+        in_pieces(run, directed(run, run.store.split("validation"))),
         config.pretrain_evaluate_documents,
         config.pretrain_batch_size,
         config.pretrain_max_tokens,
@@ -73,7 +75,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     )
     run.log("pretrain: averaging the final state over the corpus")
     averaged = run.some_documents(
-        corpus(run, *splits),
+        in_pieces(run, documents),
         config.mean_state_documents,
         config.pretrain_batch_size,
         config.pretrain_max_tokens,
@@ -91,24 +93,40 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def corpus(run: Run, *splits: str) -> SplitView:
-    """Returns the text of `splits`, in pieces of at most --pretrain_max_tokens."""
-    return run.store.split(*splits).pieces(run.config.pretrain_max_tokens)
+    """Returns the documents of `splits`, or the part of them that --pretrain_documents asks for."""
+    view = run.store.split(*splits)
+    wanted = run.config.pretrain_documents
+    if wanted > len(view):
+        raise InputError(
+            f"--pretrain_documents={wanted} is more than the {len(view)} documents that the store "
+            "has for pretraining; 0 takes all"
+        )
+    return directed(run, view.sample(wanted, run.config.seed) if wanted else view)
 
 
-def rows_and_order(run: Run, *splits: str) -> tuple[SplitView, BatchPlan | PackedPlan]:
-    """Returns the text of `splits` in rows of at most --pretrain_max_tokens, and its order."""
+def directed(run: Run, view: SplitView) -> SplitView:
+    """Returns the documents in the direction in which --pretrain_direction reads them."""
+    return view.reversed() if run.config.pretrain_direction == "backward" else view
+
+
+def in_pieces(run: Run, documents: SplitView) -> SplitView:
+    """Returns the documents in pieces of at most --pretrain_max_tokens."""
+    return documents.pieces(run.config.pretrain_max_tokens)
+
+
+def rows_and_order(run: Run, documents: SplitView) -> tuple[SplitView, BatchPlan | PackedPlan]:
+    """Returns the documents in rows of at most --pretrain_max_tokens, and their order."""
     config = run.config
     max_tokens, batch_size = config.pretrain_max_tokens, config.pretrain_batch_size
     if config.pretrain_packing != "none":
-        view = run.store.split(*splits)
-        return view, PackedPlan(
-            view,
+        return documents, PackedPlan(
+            documents,
             max_tokens=max_tokens,
             global_batch=batch_size,
             seed=config.seed,
             carried=config.pretrain_packing == "stream",
         )
-    view = corpus(run, *splits)
+    view = in_pieces(run, documents)
     tokens_per_batch = config.pretrain_tokens_per_batch
     return view, run.plan(view, batch_size, max_tokens, tokens_per_batch=tokens_per_batch)
 
@@ -214,6 +232,7 @@ def save_encoder(
         "tokenizer": run.store.tokenizer_config,
         "vocab_sha256": run.store.vocab_sha256,
         "objective": run.config.pretrain_objective,
+        "direction": run.config.pretrain_direction,
         "trained_on": run.store.note or run.store.manifest["source"],
         "metrics": metrics,
         "config": dataclasses.asdict(run.config),
