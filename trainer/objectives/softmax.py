@@ -7,21 +7,24 @@ the estimate of the normaliser is unbiased, also where frequent words are drawn 
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from trainer.tables import read_rows
 
-CHUNK_TOKENS = 1024
+# Logits held at a time: 64 MiB of float32.
+CHUNK_LOGITS = 1 << 24
 
 
 def cross_entropy(
     hidden: tf.Tensor, targets: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
 ) -> tf.Tensor:
-    """Returns the exact cross-entropy, in nats: float32 [tokens].
+    """Returns the exact cross-entropy, in nats: [tokens], of the type of `hidden`.
 
-    Computed CHUNK_TOKENS at a time, so that evaluation never holds [tokens, vocab_size]. A
-    gradient through it does hold that.
+    [tokens, vocab_size] is never held, but CHUNK_LOGITS of it at a time, and the gradient computes
+    them again: four products of that size in place of three. Differentiable once.
 
     Args:
       hidden: [tokens, units].
@@ -30,22 +33,102 @@ def cross_entropy(
       bias: [vocab_size].
     """
 
-    def chunk_losses(chunk: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        chunk_hidden, chunk_targets = chunk
-        logits = tf.matmul(chunk_hidden, kernel, transpose_b=True) + bias  # [chunk, vocab]
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(chunk_targets, logits)
+    targets = tf.convert_to_tensor(targets)
 
-    tokens = tf.size(targets)
-    padding = -tokens % CHUNK_TOKENS
-    hidden = tf.reshape(tf.pad(hidden, [[0, padding], [0, 0]]), [-1, CHUNK_TOKENS, hidden.shape[1]])
-    targets = tf.reshape(tf.pad(targets, [[0, padding]]), [-1, CHUNK_TOKENS])
-    losses = tf.map_fn(
-        chunk_losses,
-        (hidden, targets),
-        parallel_iterations=1,
-        fn_output_signature=tf.TensorSpec([CHUNK_TOKENS], hidden.dtype),
+    @tf.custom_gradient
+    def run(hidden: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> Any:
+        losses, normalisers = _losses(hidden, targets, kernel, bias)
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            return _gradients(upstream, hidden, targets, kernel, bias, normalisers)
+
+        return losses, gradient
+
+    return run(*map(tf.convert_to_tensor, (hidden, kernel, bias)))
+
+
+def _losses(
+    hidden: tf.Tensor, targets: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the losses and the logs of the softmax's normalisers: [tokens] each."""
+
+    def chunk(start: tf.Tensor, stop: tf.Tensor, arrays: list[tf.TensorArray], number: tf.Tensor):
+        logits = tf.matmul(hidden[start:stop], kernel, transpose_b=True) + bias  # [chunk, vocab]
+        normalisers = tf.reduce_logsumexp(logits, axis=1)
+        losses = normalisers - tf.gather(logits, targets[start:stop], axis=1, batch_dims=1)
+        values = (losses, normalisers)
+        return [a.write(number, value) for a, value in zip(arrays, values, strict=True)]
+
+    arrays = [_array(hidden, kernel, []) for _ in range(2)]
+    losses, normalisers = _over_chunks(hidden, kernel, chunk, arrays)
+    return losses.concat(), normalisers.concat()
+
+
+def _gradients(
+    upstream: tf.Tensor,
+    hidden: tf.Tensor,
+    targets: tf.Tensor,
+    kernel: tf.Tensor,
+    bias: tf.Tensor,
+    normalisers: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the gradients by hidden, kernel and bias.
+
+    That by the logits is the probabilities, chunk by chunk, less one at each target.
+    """
+
+    def chunk(start: tf.Tensor, stop: tf.Tensor, sums: list, number: tf.Tensor) -> list:
+        d_hidden, d_kernel, d_bias = sums
+        some = hidden[start:stop]
+        logits = tf.matmul(some, kernel, transpose_b=True) + bias  # [chunk, vocab]
+        d_logits = tf.exp(logits - normalisers[start:stop, None]) * upstream[start:stop, None]
+        return [
+            d_hidden.write(number, tf.matmul(d_logits, kernel)),
+            d_kernel + tf.matmul(d_logits, some, transpose_a=True),
+            d_bias + tf.reduce_sum(d_logits, axis=0),
+        ]
+
+    width = [hidden.shape[1]]
+    sums = [_array(hidden, kernel, width), tf.zeros_like(kernel), tf.zeros_like(bias)]
+    d_hidden, d_kernel, d_bias = _over_chunks(hidden, kernel, chunk, sums)
+    vocab_size = kernel.shape[0]
+    weighted = upstream[:, None]
+    return (
+        d_hidden.concat() - weighted * tf.gather(kernel, targets),
+        d_kernel - tf.math.unsorted_segment_sum(weighted * hidden, targets, vocab_size),
+        d_bias - tf.math.unsorted_segment_sum(upstream, targets, vocab_size),
     )
-    return tf.reshape(losses, [-1])[:tokens]
+
+
+def _over_chunks(
+    hidden: tf.Tensor, kernel: tf.Tensor, chunk: Callable[..., list], values: list
+) -> list:
+    """Returns what chunk(start, stop, values, number) makes of `values` over all tokens."""
+    size, tokens = _chunk_tokens(kernel), tf.shape(hidden)[0]
+
+    def step(number: tf.Tensor, values: list) -> tuple[tf.Tensor, list]:
+        start = number * size
+        return number + 1, chunk(start, tf.minimum(start + size, tokens), values, number)
+
+    count = _num_chunks(hidden, kernel)
+    _, values = tf.while_loop(
+        lambda number, values: number < count, step, (0, values), parallel_iterations=1
+    )
+    return values
+
+
+def _array(hidden: tf.Tensor, kernel: tf.Tensor, shape: list[int]) -> tf.TensorArray:
+    return tf.TensorArray(
+        hidden.dtype, _num_chunks(hidden, kernel), infer_shape=False, element_shape=[None, *shape]
+    )
+
+
+def _chunk_tokens(kernel: tf.Tensor) -> int:
+    return max(1, CHUNK_LOGITS // kernel.shape[0])
+
+
+def _num_chunks(hidden: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    return tf.maximum(1, -(-tf.shape(hidden)[0] // _chunk_tokens(kernel)))
 
 
 def sampled_cross_entropy(

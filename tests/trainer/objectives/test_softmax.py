@@ -1,7 +1,15 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from trainer.objectives import softmax
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def problem(tokens: int = 37, units: int = 5, vocab_size: int = 50, seed: int = 0) -> tuple:
@@ -20,15 +28,107 @@ def exact(hidden: np.ndarray, targets: np.ndarray, kernel: np.ndarray, bias: np.
 
 
 def test_exact_cross_entropy_is_numpys(monkeypatch) -> None:
-    for chunk in (8, 37, 1024):  # uneven, exact, larger than all
-        monkeypatch.setattr(softmax, "CHUNK_TOKENS", chunk)
+    for tokens in (8, 37, 1024):  # uneven, exact, larger than all
+        monkeypatch.setattr(softmax, "CHUNK_LOGITS", 50 * tokens)
         losses = softmax.cross_entropy(*map(tf.constant, problem()))
         np.testing.assert_allclose(losses, exact(*problem()), rtol=1e-5)
 
 
 def test_no_tokens_have_no_loss() -> None:
+    hidden, targets, kernel, bias = map(tf.constant, problem())
+    with tf.GradientTape() as tape:
+        tape.watch([hidden, kernel, bias])
+        losses = softmax.cross_entropy(hidden[:0], targets[:0], kernel, bias)
+    assert losses.shape == (0,)
+    for gradient in tape.gradient(losses, [hidden, kernel, bias]):
+        assert not gradient.numpy().any()
+
+
+def plain_cross_entropy(hidden, targets, kernel, bias) -> tf.Tensor:
+    logits = tf.matmul(hidden, kernel, transpose_b=True) + bias
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-13)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_chunks_have_the_loss_and_the_gradients_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, tolerance: float, compiled: bool
+) -> None:
     hidden, targets, kernel, bias = problem()
-    assert softmax.cross_entropy(hidden[:0], targets[:0], kernel, bias).shape == (0,)
+    tensors = [tf.cast(x, dtype) for x in (hidden, kernel, bias)]
+    upstream = tf.cast(np.random.default_rng(1).normal(size=len(targets)), dtype)
+
+    def results(loss) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            h, k, b = tensors
+            losses = loss(h, targets, k, b)
+        return [losses, *tape.gradient(losses, tensors, output_gradients=upstream)]
+
+    expected = results(plain_cross_entropy)
+    for tokens in (1, 8, 37, 100):
+        monkeypatch.setattr(softmax, "CHUNK_LOGITS", 50 * tokens)
+        run = tf.function(results) if compiled else results
+        for found, wanted in zip(run(softmax.cross_entropy), expected, strict=True):
+            scale = np.abs(wanted).max()
+            np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_a_table_that_is_read_and_compared_with_gets_both_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(softmax, "CHUNK_LOGITS", 50 * 8)
+    _, targets, table, bias = map(tf.constant, problem())
+
+    def gradient(loss) -> np.ndarray:
+        with tf.GradientTape() as tape:
+            tape.watch(table)
+            hidden = tf.tanh(tf.nn.embedding_lookup(table, targets[::-1]))
+            losses = loss(hidden, targets, table, bias)
+        return tf.convert_to_tensor(tape.gradient(losses, table)).numpy()
+
+    expected = gradient(plain_cross_entropy)
+    np.testing.assert_allclose(gradient(softmax.cross_entropy), expected, rtol=1e-5, atol=1e-6)
+
+
+PEAK_MEMORY = """
+import json, resource
+from data_pipelines.quiet_tensorflow import import_quietly
+import_quietly()
+import tensorflow as tf
+from trainer.objectives import softmax
+from tests.trainer.objectives.test_softmax import plain_cross_entropy
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def step(loss, tokens):
+    tensors = [tf.random.normal(s) for s in ([tokens, 32], [30_000, 32], [30_000])]
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        losses = loss(tensors[0], tf.zeros([tokens], tf.int32), *tensors[1:])
+    return tape.gradient(losses, tensors)
+
+run = tf.function(step)
+for loss in (softmax.cross_entropy, plain_cross_entropy):
+    run(loss, 8)
+peaks = [peak_mib()]
+for loss in (softmax.cross_entropy, plain_cross_entropy):
+    run(loss, 3200)
+    peaks.append(peak_mib())
+print(json.dumps(peaks))
+"""
+
+
+def test_chunks_take_a_fraction_of_the_memory() -> None:
+    # The logits of a batch of 64 x 50 words, out of 30,000, are 366 MiB.
+    done = subprocess.run([sys.executable, "-c", PEAK_MEMORY], cwd=REPOSITORY, text=True,
+                          capture_output=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, chunked, plain = json.loads(done.stdout.splitlines()[-1])
+    print(f"peak above {before:.0f} MiB: {chunked - before:.0f} MiB, plain {plain - before:.0f}")
+    assert plain - before > 366
+    assert chunked - before < 220
 
 
 def test_candidates_follow_their_distribution() -> None:
