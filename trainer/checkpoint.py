@@ -146,10 +146,15 @@ class Checkpointer:
                     f"--resume=never: {self._folder} cannot be removed: {error.strerror}"
                 ) from None
 
-    def restore(self) -> tuple[int, dict[str, Any], dict[str, np.ndarray]] | None:
+    def restore(
+        self, before: int | None = None
+    ) -> tuple[int, dict[str, Any], dict[str, np.ndarray]] | None:
         """Sets the variables to the newest good checkpoint; a collective.
 
         Damaged ones that are newer are renamed to NAME.damaged.
+
+        Args:
+          before: of those of an earlier step only, and nothing is renamed.
 
         Returns:
           (step, notes, arrays) as they were saved, arrays in the chief only; None where there is
@@ -162,7 +167,7 @@ class Checkpointer:
         state, tensors, error = None, {}, ""
         if is_chief(self._distributor):
             try:
-                state, tensors = self._read_newest() or (None, {})
+                state, tensors = self._read_newest(before) or (None, {})
             except InputError as found:
                 error = str(found)
             except OSError as found:
@@ -235,15 +240,19 @@ class Checkpointer:
         found = [path for path in self._folder.iterdir() if NAME.fullmatch(path.name)]
         return sorted(found, key=_step_of)
 
-    def _read_newest(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    def _read_newest(
+        self, before: int | None
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         faults: dict[Path, str] = {}
         for folder in reversed(self._folders()):
+            if before is not None and _step_of(folder) >= before:
+                continue
             try:
                 state, tensors = read(folder)
             except DamagedError as error:
                 faults[folder] = str(error)
                 continue
-            for damaged, fault in faults.items():
+            for damaged, fault in faults.items() if before is None else ():
                 self._set_aside(damaged, fault)
             self._check_fits(folder, tensors)
             return state, tensors

@@ -15,7 +15,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.rows import kind_and_path
 from trainer.distribution.cluster import Cluster, distributor_faults
 
-TRAINING_STAGES = ("all", "pretrain", "finetune", "evaluate")
+TRAINING_STAGES = ("all", "pretrain", "finetune", "evaluate", "replay")
 # They need a classifier bundle and nothing else: no data, no run's folder, no other workers.
 USING_STAGES = ("predict", "export", "serve")
 STAGES = (*TRAINING_STAGES, *USING_STAGES)
@@ -53,6 +53,8 @@ class Config:
                        "and from scratch, and compare.", choices=STAGES)
     run_dir: str = _flag("Run", "", "Folder that the run writes: checkpoints, metrics.jsonl, "
                          "bundles, report.json.")
+    step: int = _flag("Run", 0, "With --stage=replay: the step of the run in --run_dir that is run "
+                      "again, to look at it.", at_least=0)
     resume: str = _flag("Run", "auto", "auto = go on from the newest checkpoint in --run_dir; "
                         "never = start again.", choices=("auto", "never"))
     seed: int = _flag("Run", 0, "Of the weights, the data order, dropout and sampling.",
@@ -359,7 +361,7 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         pass
     elif not config.run_dir:
         faults.append("--run_dir is not set: name the folder that the run may write")
-    else:
+    elif config.stage != "replay":
         faults += _folder_faults("--run_dir", config.run_dir)
     if any(isinstance(value, _Unusable) for value in vars(config).values()):
         return faults  # what compares two values needs both
@@ -486,6 +488,11 @@ def _stage_faults(config: Config) -> list[str]:
         faults.append("--stage=all trains an encoder of its own: leave --encoder out")
     if config.stage == "evaluate" and not config.classifier:
         faults.append("--stage=evaluate needs --classifier: a bundle that --stage=finetune wrote")
+    if (config.stage == "replay") != (config.step > 0):
+        faults.append(
+            f"--step={config.step} with --stage={config.stage}: replay needs a step, counted from "
+            "1, and nothing else takes one"
+        )
     return faults
 
 

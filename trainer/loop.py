@@ -35,6 +35,7 @@ from trainer.gradients import Gradient, divided, loss_and_gradients
 from trainer.health import NonFiniteError, StallWatchdog, describe_nonfinite
 from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
 from trainer.preemption import Preempted, StopRequest
+from trainer.replay import Replayed, replay
 from trainer.reporting.profile import Profiler
 from trainer.reporting.status import Metrics, describe, format_seconds
 from trainer.schedules import Schedule
@@ -107,6 +108,7 @@ class Settings:
     ema: float = 0.0
     steps_per_call: int = 1
     profile_steps: tuple[int, int] = (0, 0)
+    replay_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def train(
 
     Raises:
       Preempted: TERM came to any worker; the state is saved.
+      Replayed: `settings.replay_step` is set: that step was run again, and nothing written.
       NonFiniteError: the loss or a gradient is not finite, and may not be skipped.
       InputError: a checkpoint cannot be read, or written and `settings.checkpoint_errors` is stop.
       DivergenceError: `settings.check_divergence`, and workers hold different weights.
@@ -172,6 +175,24 @@ def train(
     progress = Progress(task, settings, distributor, checkpoints, metrics, log, examples, averages)
     profile_first, profile_last = settings.profile_steps if is_chief(distributor) else (0, 0)
     profiler = Profiler(profile_first, profile_last, settings.folder / "profile", log)
+    if settings.replay_step:
+
+        def step_again(batch: dict, step: int) -> Outcome:
+            outcome = train_step(batch, tf.constant(0.0))
+            if averages or is_evaluated(step, settings):
+                tables.settle(distributor)
+            return outcome
+
+        def restore() -> tuple | None:
+            restored = checkpoints.restore(before=settings.replay_step)
+            tables.after_restore(distributor)
+            if restored and is_evaluated(restored[0], settings):
+                tables.settle(distributor)
+            return restored
+
+        log = log if is_chief(distributor) else lambda line: None
+        names = list(task.variables)
+        raise Replayed(replay(settings.replay_step, names, restore, batches, step_again, log))
     if not settings.resume:
         checkpoints.forget()
     start = progress.resume()
@@ -249,6 +270,11 @@ def steps_until_due(settings: Settings, step: int) -> int:
     first, last = settings.profile_steps
     stops = [settings.steps, first - 1, last, *(step - step % p + p for p in periods)]
     return min(stop for stop in stops if stop > step) - step
+
+
+def is_evaluated(step: int, settings: Settings) -> bool:
+    """Returns whether the state after `step` is one that is evaluated."""
+    return step > 0 and (step % settings.evaluate_every_steps == 0 or step == settings.steps)
 
 
 class Outcome(NamedTuple):
@@ -496,6 +522,7 @@ class Progress:
             "step": 0,
             "skipped_steps": 0,
             "evaluated_step": 0,
+            "shards": 0,
         }
         self._best: dict[str, np.ndarray] = {}
         self._value = math.inf  # of the last evaluation
@@ -546,7 +573,8 @@ class Progress:
         name, settings = self._task.name, self._settings
         norms = dict(zip(self._task.variables, outcome.norms.numpy().tolist(), strict=True))
         said = describe_nonfinite(step, float(outcome.loss), norms, self._examples(step - 1))
-        advice = f"try a lower --{name}_learning_rate or --clip_norm"
+        advice = f"{self._replay_command(step)} shows the step; try a lower "
+        advice += f"--{name}_learning_rate or --clip_norm"
         if settings.on_nonfinite == "stop":
             raise NonFiniteError(
                 f"{name}: {said}; {advice}, or leave such steps out with --on_nonfinite=skip"
@@ -561,6 +589,12 @@ class Progress:
         if is_chief(self._distributor):
             self._write_metrics(step, skipped_steps=skipped)
             self._log(f"{name}: {said}; left out, {skipped} of {settings.max_skipped_steps}")
+
+    def _replay_command(self, step: int) -> str:
+        size = self._distributor.size
+        program = f"launch.main --workers={size} --" if size > 1 else "trainer.main"
+        folder = self._settings.folder
+        return f"`python -m {program} --stage=replay --run_dir={folder} --step={step}`"
 
     def _write_metrics(self, step: int, **values: float) -> None:
         try:
@@ -592,9 +626,7 @@ class Progress:
 
     def evaluation_is_due(self, step: int) -> bool:
         """Returns whether the state after `step` is to be evaluated, and is not yet."""
-        settings = self._settings
-        due = step > 0 and (step % settings.evaluate_every_steps == 0 or step == settings.steps)
-        return due and self._notes["evaluated_step"] < step
+        return is_evaluated(step, self._settings) and self._notes["evaluated_step"] < step
 
     def evaluate(self, step: int) -> bool:
         """Evaluates the weights, or their averages, and remembers them if they are the best yet.
@@ -632,7 +664,11 @@ class Progress:
         if self._settings.check_divergence:
             held = bundle.values(self._task.state)
             check_equal(self._distributor, held, f"after step {step}")
-        notes = {**self._notes, "seconds": self._notes["seconds"] + self._elapsed_here()}
+        notes = {
+            **self._notes,
+            "seconds": self._notes["seconds"] + self._elapsed_here(),
+            "shards": num_shards(self._distributor),
+        }
         evaluated = self._settings.keep_best and self._notes["evaluated_step"] == step
         self._checkpoints.save(step, notes, self._best, self._value if evaluated else None)
 

@@ -5,6 +5,7 @@
       --encoder=runs/a/encoder --initial_state=learned
   python -m trainer.main --stage=evaluate --run_dir=runs/c --store=runs/store \\
       --classifier=runs/b/classifier
+  python -m trainer.main --stage=replay --run_dir=runs/a --step=120
 
 On several workers: python -m launch.main --platform=local --workers=2 -- FLAGS
 """
@@ -33,6 +34,7 @@ from trainer.distribution import cluster as clusters
 from trainer.distribution.cluster import Cluster
 from trainer.preemption import EXIT_CODE as PREEMPTED_EXIT_CODE
 from trainer.preemption import Preempted
+from trainer.stages import replay
 
 CONFIGURATION_EXIT_CODE = 2
 LOST_WORKER_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed later
@@ -97,6 +99,9 @@ def run_stage(config: Config, cluster: Cluster) -> None:
     """Prepares the data, makes the distributor, runs the stage, writes the report."""
     began = time.perf_counter()
     chief = cluster.rank == 0
+    if config.stage == "replay":
+        config = replay.config_of_run(config)
+    writes = not config.step
     folder = Path(config.run_dir)
 
     def log(line: str) -> None:
@@ -110,17 +115,20 @@ def run_stage(config: Config, cluster: Cluster) -> None:
     from trainer.distribution import distributor as distributors
     from trainer.distribution.failures import lost_peer
     from trainer.preemption import StopRequest
+    from trainer.replay import Replayed, describe
     from trainer.reporting import html
     from trainer.reporting import report as reports
     from trainer.stages.run import Run
 
     if chief:
         check_bundles(config)
+    if chief and writes:
         check_resumable(config, folder)
     store = open_store(config, cluster)
     check_store(config, store)
     if chief:
         check_vocabulary(config, store.vocab_sha256)
+    if chief and writes:
         remember_config(config, folder)
     if store.note:
         log(f"data: {store.note}")
@@ -136,6 +144,9 @@ def run_stage(config: Config, cluster: Cluster) -> None:
         result = stage_report(run)
     except (InputError, Preempted):
         raise
+    except Replayed as done:
+        log("\n".join(["", *describe(done.args[0], distributors.num_shards(distributor))]))
+        return
     except Exception as error:
         reason = lost_peer(error)
         if reason is None and cluster.size == 1:

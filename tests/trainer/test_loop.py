@@ -1,6 +1,7 @@
 """The loop's behaviour around steps that are not finite, checkpoints that fail, and TERM."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainer.distribution.distributor import make_distributor
 from trainer.distribution.steps import sum_over_batches
 from trainer.health import NonFiniteError
 from trainer.preemption import Preempted
+from trainer.replay import Replayed
 from trainer.schedules import Schedule
 
 STEPS = 8
@@ -255,6 +257,27 @@ def test_a_run_with_averages_resumes_with_the_same_bits(one: Any, tmp_path: Path
     for name in whole.values:
         assert whole.values[name].tobytes() == cut.values[name].tobytes()
         assert whole.values[name].tobytes() == state(tmp_path / "cut", STEPS)[f"average/{name}"]
+
+
+def test_a_step_that_is_replayed_has_the_same_numbers_and_leaves_the_run_alone(
+    distributor: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(NonFiniteError, match="--stage=replay --run_dir=.* --step=6` shows"):
+        train(distributor, tmp_path, at=(5,), log_every_steps=1, keep_checkpoints=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for step, start in ((6, 4), (3, 0)):  # of the checkpoints only that of step 4 is left
+        with pytest.raises(Replayed) as done:
+            train(distributor, tmp_path, at=(5,), keep_checkpoints=1, replay_step=step)
+        replayed = done.value.args[0]
+        assert (replayed["step"], replayed["start_step"]) == (step, start)
+        assert set(replayed["gradient_norms"]) == {"w", "v"}
+        np.testing.assert_equal(replayed["loss"], losses.get(step, math.nan))
+        np.testing.assert_allclose(
+            replayed["global_norm"], np.linalg.norm(list(replayed["gradient_norms"].values()))
+        )
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
 @pytest.mark.parametrize("errors", ["stop", "warn"])

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from data_pipelines.batch_plan import BatchPlan, PackedPlan
 from data_pipelines.dataset import make_dataset
 from data_pipelines.split_view import SplitView
 from data_pipelines.token_store import TokenStore
+from data_pipelines.tokenizers import load_tokenizer
 from trainer import config as configuration
 from trainer import loop
 from trainer.config import Config
@@ -63,7 +65,7 @@ class Run:
 
     def batches(self, view: SplitView, plan: BatchPlan | PackedPlan) -> "Batches":
         """Returns what reads `view` in the plan's order."""
-        return Batches(view, plan, self.distributor)
+        return Batches(view, plan, self.distributor, self.store)
 
     def some_documents(
         self, view: SplitView, documents: int, batch_size: int, max_tokens: int
@@ -115,6 +117,7 @@ class Run:
             stall_seconds=config.stall_seconds,
             steps_per_call=config.steps_per_call,
             profile_steps=configuration.step_range(config.profile_steps) or (0, 0),
+            replay_step=config.step,
         )
 
 
@@ -125,6 +128,7 @@ class Batches:
     view: SplitView
     plan: BatchPlan | PackedPlan
     distributor: Distributor
+    store: TokenStore
 
     def __call__(self, start_step: int, stop_step: int) -> tf.data.Dataset:
         local = self.distributor.num_local_shards
@@ -146,3 +150,18 @@ class Batches:
         real = starts < stops
         parts = self.plan.parts(self.plan.epoch_of(step), starts[real], stops[real])
         return list(dict.fromkeys(parts.example.tolist()))
+
+    def texts(self, step: int) -> dict[int, str]:
+        """Returns the text that the global batch of `step`, from 0, has of its examples.
+
+        It is the tokens' text, not the source's; of rows that join documents, whole documents.
+        """
+        tokenizer = load_tokenizer(self.store.vocab_path, self.store.tokenizer_config)
+        examples = np.array(self.examples(step), np.int64)
+        joined = not isinstance(self.plan, BatchPlan)
+        longest = int(self.view.lengths_of(examples).max(initial=1))
+        tokens, lengths = self.view.gather(examples, longest if joined else self.plan.max_tokens)
+        return {
+            example: tokenizer.decode(row[:length].tolist())
+            for example, row, length in zip(examples.tolist(), tokens, lengths, strict=True)
+        }
