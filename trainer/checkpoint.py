@@ -15,6 +15,7 @@ import contextlib
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ class Checkpointer:
     Args:
       keep: how many of the newest checkpoints are kept.
       keep_best: how many of those with the lowest `value` are kept besides.
+
+    Attributes:
+      saved: when the last one was written here, by time.monotonic(); None before.
       errors: "stop" or "warn": what happens when one cannot be written.
     """
 
@@ -74,6 +78,7 @@ class Checkpointer:
         self._keep_best = keep_best
         self._thread: threading.Thread | None = None
         self._error = ""
+        self.saved: float | None = None
 
     def save(
         self,
@@ -203,6 +208,7 @@ class Checkpointer:
         try:
             files = {"state.safetensors": tensor_bytes(tensors), "state.json": sealed(state)}
             write_folder(beside, self._folder / f"step-{step:08d}", files)
+            self.saved = time.monotonic()
             self._remove_old()
         except OSError as error:
             self.report(self._what_to_do(step, error))

@@ -82,6 +82,10 @@ class Config:
     stall_seconds: float = _flag("Run", 0.0, "After so long without a step or an evaluation, print "
                                  "every thread's stack and exit with 1; 0 = never. The first step "
                                  "takes longest.", at_least=0)
+    status_port: int = _flag("Run", 0, "Port on which the first worker answers /healthz and "
+                             "Prometheus's /metrics; 0 = none.", at_least=0, at_most=65535)
+    status_host: str = _flag("Run", "127.0.0.1", "Address that --status_port listens on; 0.0.0.0 = "
+                             "all of this machine's, for whoever can reach it.")
 
     steps_per_call: int = _flag("Run", 1, "Steps that run as one call, without waiting for each: "
                                 "faster where a step takes milliseconds. The results are the "
@@ -258,7 +262,7 @@ FREE_ON_RESUME = {
     "encoder", "classifier", "evaluate_split", "distributor", "collective_timeout_seconds",
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
     "max_skipped_steps", "stall_seconds", "preemption_signal", "grace_seconds",
-    "keep_best",
+    "keep_best", "status_port", "status_host",
 }  # fmt: skip
 
 

@@ -38,9 +38,11 @@ from trainer.preemption import Preempted, StopRequest
 from trainer.replay import Replayed, replay
 from trainer.reporting.profile import Profiler
 from trainer.reporting.status import Metrics, describe, format_seconds
+from trainer.reporting.status_server import Vitals
 from trainer.schedules import Schedule
 from trainer.tables import Tables, find_tables, rule_of
 
+HEARTBEAT_SECONDS = 60.0  # metrics.jsonl and the log have a line at least so often, between steps
 # rows (tokens, lengths, labels, weights), step, slice -> the summed loss and its weight; the slice
 # of the global batch is a number that random draws depend on. A task that carries state is given
 # that of each row too, as `carried`, and returns it, as it is at the rows' ends, as a third tensor.
@@ -135,12 +137,14 @@ def train(
     batches: Callable[[int, int], tf.data.Dataset],
     stop_request: StopRequest,
     log: Callable[[str], None],
+    vitals: Vitals | None = None,
 ) -> Result:
     """Trains until `settings.steps`, from the newest checkpoint where there is one.
 
     Args:
       batches: (start_step, stop_step) -> this process's slices of those global batches. Where it
         has a method `examples(step)`, that says for an error which examples a batch is made of.
+      vitals: where it is noted how the run is, for others to see.
 
     Raises:
       Preempted: TERM came to any worker; the state is saved.
@@ -172,7 +176,10 @@ def train(
     )
     metrics = Metrics(settings.folder / "metrics.jsonl", task.name)
     examples = getattr(batches, "examples", lambda step: [])
-    progress = Progress(task, settings, distributor, checkpoints, metrics, log, examples, averages)
+    vitals = vitals or Vitals()
+    progress = Progress(
+        task, settings, distributor, checkpoints, metrics, log, examples, averages, vitals
+    )
     profile_first, profile_last = settings.profile_steps if is_chief(distributor) else (0, 0)
     profiler = Profiler(profile_first, profile_last, settings.folder / "profile", log)
     if settings.replay_step:
@@ -209,6 +216,7 @@ def train(
                     raise Preempted(f"{task.name}: stopped by TERM after step {start}; state saved")
                 tables.before_save()
                 progress.save(start)
+            vitals.begin(task.name, start, settings.steps)
             step, iterator = start, iter(batches(start, settings.steps))
             while step < settings.steps:
                 count = min(settings.steps_per_call, steps_until_due(settings, step))
@@ -242,6 +250,7 @@ def train(
                     tables.settle(distributor)
                     preempted = not progress.evaluate(step)
                     watchdog.beat()
+                    vitals.beat = time.monotonic()
                 if (
                     step % settings.checkpoint_every_steps == 0
                     or (evaluates and settings.keep_best)
@@ -257,6 +266,7 @@ def train(
     finally:
         profiler.close()
         checkpoints.close()
+        vitals.stage = ""
     return progress.finish()
 
 
@@ -505,6 +515,7 @@ class Progress:
         log: Callable[[str], None],
         examples: Callable[[int], list[int]],
         averages: Averages | None,
+        vitals: Vitals,
     ):
         self._task = task
         self._settings = settings
@@ -514,6 +525,7 @@ class Progress:
         self._log = log
         self._examples = examples
         self._averages = averages
+        self._vitals = vitals
         self._notes = {
             "seconds": 0.0,
             "tokens": 0.0,
@@ -529,6 +541,7 @@ class Progress:
         self._since_report = {"loss": [], "tokens": 0.0, "seconds": 0.0}
         self._began = time.perf_counter()
         self._steps_here = 0
+        self._line_time = time.monotonic()  # of the last line of metrics.jsonl
 
     def resume(self) -> int:
         """Restores the newest checkpoint; returns the step that it was taken after, or 0."""
@@ -559,6 +572,12 @@ class Progress:
             self._since_report["loss"].append(loss)
         else:
             self._skip(step, outcome)
+        vitals, now = self._vitals, time.monotonic()
+        vitals.step, vitals.loss, vitals.beat = step, loss, now
+        vitals.saved = self._checkpoints.saved
+        if is_chief(self._distributor) and now - self._line_time > HEARTBEAT_SECONDS:
+            self._write_metrics(step, heartbeat=True)
+            self._log(f"{self._task.name} step {step}/{self._settings.steps} · goes on")
         recent = self._since_report
         self._steps_here += 1
         if seconds is None:
@@ -597,6 +616,7 @@ class Progress:
         return f"`python -m {program} --stage=replay --run_dir={folder} --step={step}`"
 
     def _write_metrics(self, step: int, **values: float) -> None:
+        self._line_time = time.monotonic()
         try:
             self._metrics.write(step, **values)
         except OSError as error:
@@ -617,6 +637,7 @@ class Progress:
         rate = recent["tokens"] / recent["seconds"] if recent["seconds"] else 0.0
         remaining = self._elapsed_here() / self._steps_here * (settings.steps - step)
         self._write_metrics(step, **loss, tokens_per_second=round(rate, 1))
+        self._vitals.tokens_per_second = rate
         self._log(
             f"{self._task.name} step {step}/{settings.steps}"
             f" · epoch {step / settings.steps_per_epoch:.2f}"

@@ -118,12 +118,16 @@ def run_stage(config: Config, cluster: Cluster) -> None:
     from trainer.replay import Replayed, describe
     from trainer.reporting import html
     from trainer.reporting import report as reports
+    from trainer.reporting.status_server import Vitals, serve
     from trainer.stages.run import Run
 
     if chief:
         check_bundles(config)
     if chief and writes:
         check_resumable(config, folder)
+    vitals = Vitals(stall_seconds=config.stall_seconds)
+    if chief and config.status_port:
+        serve(config.status_host, config.status_port, vitals)
     store = open_store(config, cluster)
     check_store(config, store)
     if chief:
@@ -140,7 +144,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
             config.distributor, cluster, config.collective_timeout_seconds
         )
         stop_request = StopRequest(("TERM", config.preemption_signal), config.grace_seconds)
-        run = Run(config, distributor, store, stop_request, log)
+        run = Run(config, distributor, store, stop_request, log, vitals)
         result = stage_report(run)
     except (InputError, Preempted):
         raise

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from trainer.distribution.steps import sum_over_batches
 from trainer.health import NonFiniteError
 from trainer.preemption import Preempted
 from trainer.replay import Replayed
+from trainer.reporting.status_server import Vitals, serve
 from trainer.schedules import Schedule
 
 STEPS = 8
@@ -80,6 +82,7 @@ def train(
     evaluate: Callable[[], dict] = dict,
     stop_request: Any = None,
     select_by: str = "",
+    vitals: Vitals | None = None,
     **changes: Any,
 ) -> SimpleNamespace:
     """Trains a small model; returns its variables' values and the lines of the log."""
@@ -101,7 +104,9 @@ def train(
         "pretrain", variables, loss_sum, evaluate, select_by=select_by, ranked_by="metric"
     )
     request = stop_request or SimpleNamespace(received=False)
-    loop.train(task, settings(folder, **changes), distributor, Batches(), request, lines.append)
+    loop.train(
+        task, settings(folder, **changes), distributor, Batches(), request, lines.append, vitals
+    )
     return SimpleNamespace(
         values={name: variable.numpy() for name, variable in variables.items()}, lines=lines
     )
@@ -278,6 +283,37 @@ def test_a_step_that_is_replayed_has_the_same_numbers_and_leaves_the_run_alone(
             replayed["global_norm"], np.linalg.norm(list(replayed["gradient_norms"].values()))
         )
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_a_run_says_over_http_how_far_it_is(one: Any, tmp_path: Path) -> None:
+    vitals, said = Vitals(), []
+    port = serve("127.0.0.1", 0, vitals)
+
+    def evaluate() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            said.append(answer.read().decode())
+        return {"metric": 1.0}
+
+    train(one, tmp_path, evaluate=evaluate, vitals=vitals)
+    for step, text in zip((4, 8), said, strict=True):
+        values = dict(line.split(" ") for line in text.splitlines() if not line.startswith("#"))
+        assert values['warmstate_step{stage="pretrain"}'] == str(step)
+        assert values['warmstate_steps{stage="pretrain"}'] == "8"
+        assert float(values['warmstate_loss{stage="pretrain"}']) > 0
+        assert float(values['warmstate_tokens_per_second{stage="pretrain"}']) > 0
+        assert 0 <= float(values['warmstate_seconds_since_last_step{stage="pretrain"}']) < 60
+    # By then, for the save after step 4 waited for it, the one of step 2 is written.
+    assert 0 <= float(values['warmstate_checkpoint_age_seconds{stage="pretrain"}']) < 60
+
+
+def test_a_run_without_lines_gives_a_sign_of_life(
+    one: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "HEARTBEAT_SECONDS", 0.0)
+    done = train(one, tmp_path, log_every_steps=5)
+    assert "pretrain step 2/8 · goes on" in done.lines
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("heartbeat")] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("errors", ["stop", "warn"])

@@ -65,6 +65,7 @@ def finetune(
         run.batches(view, plan),
         run.stop_request,
         run.log,
+        run.vitals,
     )
     report |= {
         "labelled_documents": len(view),

@@ -72,6 +72,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         run.batches(view, plan),
         run.stop_request,
         run.log,
+        run.vitals,
     )
     run.log("pretrain: averaging the final state over the corpus")
     averaged = run.some_documents(

@@ -1,7 +1,7 @@
 """What every stage is given: the configuration, the workers, the data, and a voice."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from trainer import loop
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor, is_chief, num_shards
 from trainer.preemption import StopRequest
+from trainer.reporting.status_server import Vitals
 from trainer.schedules import Schedule
 
 
@@ -30,6 +31,7 @@ class Run:
     store: TokenStore
     stop_request: StopRequest
     log: Callable[[str], None]
+    vitals: Vitals = field(default_factory=Vitals)
 
     @property
     def folder(self) -> Path:

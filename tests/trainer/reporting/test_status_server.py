@@ -1,0 +1,72 @@
+import http.client
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from data_pipelines.errors import InputError
+from trainer.reporting.status_server import Vitals, serve
+
+
+def get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_before_training_it_is_well_and_knows_no_loss() -> None:
+    port = serve("127.0.0.1", 0, Vitals(stall_seconds=1e-9))
+    assert get(port, "/healthz") == (200, "ok\n")
+    code, text = get(port, "/metrics")
+    assert code == 200 and 'warmstate_loss{stage=""} NaN\n' in text
+    assert "checkpoint_age" not in text
+    for line in text.splitlines():
+        assert re.fullmatch(
+            r'# (HELP|TYPE) warmstate_\w+ .+|warmstate_\w+{stage=""} (NaN|[-+.e\d]+)', line
+        )
+    assert get(port, "/healthz", "HEAD") == (200, "")
+    assert get(port, "/other")[0] == 404
+    assert get(port, "/healthz", "POST")[0] == 501
+
+
+def test_a_stall_is_unhealthy_only_while_a_stage_trains() -> None:
+    vitals = Vitals(stall_seconds=100)
+    port = serve("127.0.0.1", 0, vitals)
+    vitals.begin("pretrain", 3, 10)
+    assert get(port, "/healthz") == (200, "ok\n")
+    vitals.beat = time.monotonic() - 101
+    code, text = get(port, "/healthz")
+    assert code == 503 and text.startswith("no step for 101 s")
+    vitals.stage = ""  # as at the end of training
+    assert get(port, "/healthz")[0] == 200
+
+
+def test_a_client_that_talks_nonsense_does_no_harm(capfd: pytest.CaptureFixture) -> None:
+    port = serve("127.0.0.1", 0, Vitals())
+    for nonsense in (b"\0\xff\r\n\r\n", b"GET " + b"/" * 70_000 + b" HTTP/1.1\r\n\r\n", b""):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(nonsense)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", "/healthz")
+    assert connection.getresponse().status == 200
+    connection.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_it_listens_on_loopback_alone() -> None:
+    port = serve("127.0.0.1", 0, Vitals())
+    with socket.socket() as other:  # the port of any other address is free
+        other.bind(("127.0.0.2", port))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "203.0.113.7", "no host"])
+def test_what_cannot_be_listened_on_names_the_flag(host: str) -> None:
+    port = serve("127.0.0.1", 0, Vitals())
+    with pytest.raises(InputError, match=f"--status_port={port}: cannot listen on {host}"):
+        serve(host, port, Vitals())

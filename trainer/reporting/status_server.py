@@ -1,0 +1,140 @@
+"""--status_port: a run that says over HTTP how it is, for probes and Prometheus.
+
+/healthz   200, or 503 after --stall_seconds without a step or an evaluation
+/metrics   Prometheus's text format
+"""
+
+import http.server
+import math
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+
+from data_pipelines.errors import InputError
+
+
+@dataclass
+class Vitals:
+    """What the loop notes and the server tells; times are of time.monotonic().
+
+    Attributes:
+      stage: "" before and between stages.
+      step: done so far in this stage, of `steps`.
+      loss: of the last step.
+      tokens_per_second: of the last status line.
+      beat: when the last step or evaluation ended, or training began.
+      saved: when the last checkpoint of this sitting was written.
+      stall_seconds: --stall_seconds, 0 for no limit.
+    """
+
+    stage: str = ""
+    step: int = 0
+    steps: int = 0
+    loss: float = math.nan
+    tokens_per_second: float = math.nan
+    beat: float = field(default_factory=time.monotonic)
+    saved: float | None = None
+    stall_seconds: float = 0.0
+
+    def begin(self, stage: str, step: int, steps: int) -> None:
+        """Notes that a stage begins to train after `step`."""
+        self.stage, self.step, self.steps = stage, step, steps
+        self.loss = self.tokens_per_second = math.nan
+        self.saved = None
+        self.beat = time.monotonic()
+
+    def stalled_seconds(self) -> float | None:
+        """Returns for how long there was no step, if that is too long, else None."""
+        since = time.monotonic() - self.beat
+        return since if self.stage and 0 < self.stall_seconds < since else None
+
+
+def prometheus_text(vitals: Vitals) -> str:
+    """Returns the metrics in Prometheus's text format, version 0.0.4."""
+    now = time.monotonic()
+    rows = [
+        ("step", "Steps done in this stage.", vitals.step),
+        ("steps", "Steps that this stage is to do.", vitals.steps),
+        ("loss", "Training loss of the last step.", vitals.loss),
+        ("tokens_per_second", "Of all workers, at the last status line.", vitals.tokens_per_second),
+        ("seconds_since_last_step", "Since a step or an evaluation ended.", now - vitals.beat),
+    ]
+    if vitals.saved is not None:
+        rows.append(
+            ("checkpoint_age_seconds", "Since a checkpoint was written.", now - vitals.saved)
+        )
+    return "".join(
+        f"# HELP warmstate_{name} {text}\n# TYPE warmstate_{name} gauge\n"
+        f'warmstate_{name}{{stage="{vitals.stage}"}} {_number(value)}\n'
+        for name, text, value in rows
+    )
+
+
+def _number(value: float) -> str:
+    return "NaN" if math.isnan(value) else repr(value).replace("inf", "Inf")
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def __init__(self, host: str, port: int, vitals: Vitals):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.vitals = vitals
+        super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)  # HTTPServer's would ask the DNS for a name
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing: a client that goes away is no matter of the run."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    timeout = 10  # seconds, for a client that asks for nothing
+    server: _Server
+
+    def do_GET(self) -> None:
+        code, kind, text = self._answer()
+        body = text.encode()
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def version_string(self) -> str:
+        return "warmstate"
+
+    def log_message(self, format: str, *values: object) -> None:
+        """Keeps the run's log its own."""
+
+    def _answer(self) -> tuple[int, str, str]:
+        if self.path == "/metrics":
+            text = prometheus_text(self.server.vitals)
+            return 200, "text/plain; version=0.0.4; charset=utf-8", text
+        if self.path != "/healthz":
+            return 404, "text/plain", "there is /healthz and /metrics\n"
+        stalled = self.server.vitals.stalled_seconds()
+        if stalled is None:
+            return 200, "text/plain", "ok\n"
+        return 503, "text/plain", f"no step for {stalled:.0f} s\n"
+
+
+def serve(host: str, port: int, vitals: Vitals) -> int:
+    """Answers in threads that end with the process; returns the port, for 0 is any free one.
+
+    Raises:
+      InputError: the port is taken, or the host is none of this machine's.
+    """
+    try:
+        server = _Server(host, port, vitals)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"--status_port={port}: cannot listen on {host}, port {port}: {why}: choose another "
+            "--status_port or --status_host, or 0 for none"
+        ) from None
+    threading.Thread(target=server.serve_forever, name="status", daemon=True).start()
+    return server.socket.getsockname()[1]
