@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.seal import with_seal
 from data_pipelines.token_store import FORMAT, LABEL_DTYPE, OFFSET_DTYPE, VERSION, token_dtype
 
 
@@ -117,7 +118,7 @@ def finish_store(
         "token_dtype": token_dtype(facts["vocab_size"]).name,
         "splits": splits,
     }
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(with_seal(manifest), indent=1, ensure_ascii=False) + "\n"
     write_file(building / "manifest.json", [text.encode()])
     wanted = {"vocab.txt", "manifest.json"} | {
         f"{entry['name']}.{kind}"

@@ -1,7 +1,7 @@
 """Tokenized documents on disk: a manifest, a vocabulary and memory-mapped shards.
 
 A store is a folder of
-  manifest.json                   what is in it, with sizes and checksums
+  manifest.json                   what is in it, with sizes and checksums, its own among them
   vocab.txt                       one token a line; line number - 1 is the id
   SPLIT-00000-of-00002.tokens     ids one after the other, little-endian uint16 or uint32; each
                                   document ends with the end token
@@ -21,6 +21,7 @@ import numpy as np
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID, RESERVED
+from data_pipelines.seal import seal_fault
 from data_pipelines.split_view import (
     LABEL_DTYPE,
     OFFSET_DTYPE,
@@ -30,11 +31,12 @@ from data_pipelines.split_view import (
 )
 
 FORMAT = "warmstate-token-store"
-VERSION = 1
+VERSION = 2  # 1 had no checksum of the manifest
 NO_LABEL = -1
 KINDS = ("tokens", "offsets", "labels")
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 VERIFY_BYTES = 1 << 22
+MAX_MANIFEST_BYTES = 1 << 28  # some 400,000 shards
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -267,8 +269,11 @@ def _end_tokens_fault(paths: dict[str, Path], dtype: np.dtype) -> str | None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path} is a link or no file; a store's files lie in its own folder")
+        if status.st_size > MAX_MANIFEST_BYTES:
+            raise InputError(f"{path} has {status.st_size} bytes, more than {MAX_MANIFEST_BYTES}")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder} is not a token store: it has no manifest.json") from None
@@ -281,6 +286,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has version {manifest.get('version')}; this program reads version {VERSION}: "
             "prepare the store again"
         )
+    if fault := seal_fault(manifest):
+        raise InputError(f"{path} {fault}: prepare the store again")
     try:
         _check_manifest(manifest)
     except (KeyError, ValueError) as error:

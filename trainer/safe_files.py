@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors.numpy
 
+from data_pipelines.seal import seal_fault, with_seal
 from data_pipelines.store_writer import flush_folder
 
 # The names that safetensors gives to the types of NumPy's that we write.
@@ -33,7 +34,6 @@ DTYPES = {
 }  # fmt: skip
 MAX_HEADER_BYTES = 1 << 20  # some 10,000 tensors
 MAX_JSON_BYTES = 1 << 22
-SEAL = "sha256_of_the_rest"
 
 
 class DamagedError(Exception):
@@ -88,8 +88,7 @@ def remove(path: Path) -> None:
 
 def sealed(values: Mapping[str, Any]) -> bytes:
     """Returns `values` as JSON, with a checksum of its own, which `read_sealed` verifies."""
-    values = json.loads(json.dumps(dict(values)))  # as it will be read: tuples are lists then
-    return (json.dumps(values | {SEAL: _seal(values)}, indent=2) + "\n").encode()
+    return (json.dumps(with_seal(values), indent=2) + "\n").encode()
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -104,22 +103,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if len(data) > MAX_JSON_BYTES:
         raise DamagedError(f"{path} has more than {MAX_JSON_BYTES} bytes")
     values = _json_object(path, data)
-    found = values.pop(SEAL, None)
-    if found is None:
-        raise DamagedError(
-            f"{path} has no {SEAL!r}: it is damaged, or written by an older version of this program"
-        )
-    try:
-        matches = found == _seal(values)
-    except RecursionError:
-        matches = False
-    if not matches:
-        raise DamagedError(f"{path} is damaged: its {SEAL} does not match")
+    if fault := seal_fault(values):
+        raise DamagedError(f"{path} {fault}")
     return values
-
-
-def _seal(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def tensor_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:

@@ -21,6 +21,7 @@ from data_pipelines import prepare, prepare_parts
 from data_pipelines.errors import InputError
 from data_pipelines.prepare import PrepareConfig, build_store, ensure_store
 from data_pipelines.prepare_parts import parts_of
+from data_pipelines.seal import SEAL, with_seal
 from data_pipelines.sources import Source, SourceOptions, open_source
 from data_pipelines.sources.tables import Table
 from data_pipelines.split_view import SplitView
@@ -270,7 +271,9 @@ def test_a_store_of_another_tokenizer_is_refused(
         ensure_store(other, tmp_path / "store")
     # As it was before there was a choice.
     path = tmp_path / "store" / "manifest.json"
-    path.write_text(path.read_text().replace('"tokenizer": "word",', ""))
+    manifest = json.loads(path.read_text())
+    del manifest["prepare_config"]["tokenizer"], manifest[SEAL]
+    path.write_text(json.dumps(with_seal(manifest)))
     ensure_store(config, tmp_path / "store")
     with pytest.raises(InputError, match="its tokenizer is word, not character"):
         ensure_store(other, tmp_path / "store")

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 
 from data_pipelines.reserved_ids import END_ID
+from data_pipelines.seal import with_seal
 from data_pipelines.split_view import SplitView
-from data_pipelines.token_store import TokenStore
+from data_pipelines.token_store import VERSION, TokenStore
 
 MakeStore = Callable[..., TokenStore]
 
@@ -271,7 +272,7 @@ def write_sparse_store(folder: Path) -> None:
     split = {name: SHARDS * shards[0][name] for name in ("examples", "tokens")}
     manifest = {
         "format": "warmstate-token-store",
-        "version": 1,
+        "version": VERSION,
         "source": "",
         "note": "",
         "num_classes": 2,
@@ -284,4 +285,4 @@ def write_sparse_store(folder: Path) -> None:
         "splits": {"train": {**split, "shards": shards}},
     }
     (folder / "vocab.txt").touch()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(with_seal(manifest)))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID
+from data_pipelines.seal import SEAL, with_seal
 from data_pipelines.token_store import TokenStore, token_dtype
 
 MakeStore = Callable[..., TokenStore]
@@ -88,7 +89,13 @@ def overwrite(store: TokenStore, name: str, place: int, value: int) -> None:
         if shard["name"] == path.stem:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             shard["files"][path.suffix[1:]]["sha256"] = digest
-    (store.folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(store.folder, manifest)
+
+
+def write_sealed(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest whose own checksum is right."""
+    manifest.pop(SEAL, None)
+    (folder / "manifest.json").write_text(json.dumps(with_seal(manifest)))
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 1), (2, 4), (2, 2**62)])
@@ -166,7 +173,7 @@ def test_verify_names_every_damaged_file(store: TokenStore) -> None:
     ("path", "value"),
     [
         (["format"], "other"),
-        (["version"], 2),
+        (["version"], 3),
         (["vocab_size"], "6"),
         (["vocab_size"], 70_000),
         (["splits", "train", "tokens"], 14),
@@ -192,8 +199,27 @@ def test_damaged_manifest_is_named(store: TokenStore, path: list, value: object)
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    (store.folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(store.folder, manifest)
     with pytest.raises(InputError, match="manifest.json"):
+        TokenStore(store.folder)
+
+
+def test_a_manifest_has_a_checksum_of_its_own(store: TokenStore) -> None:
+    path = store.folder / "manifest.json"
+    path.write_text(path.read_text().replace("made by a test", "made by a text"))
+    with pytest.raises(InputError, match=f"{SEAL} does not match: prepare the store again"):
+        TokenStore(store.folder)
+    manifest = json.loads(path.read_text())
+    del manifest[SEAL]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"has no '{SEAL}'"):
+        TokenStore(store.folder)
+
+
+def test_a_manifest_that_is_too_large_is_not_read(store: TokenStore) -> None:
+    with (store.folder / "manifest.json").open("r+b") as file:
+        file.truncate(10 << 30)  # takes no room
+    with pytest.raises(InputError, match="has 10737418240 bytes, more than"):
         TokenStore(store.folder)
 
 
@@ -227,7 +253,10 @@ def change_manifest(folder: Path, data: st.DataObject) -> None:
         del place[key]
     else:
         place[key] = data.draw(json_values)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if data.draw(st.booleans()):
+        write_sealed(folder, manifest)
+    else:
+        (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def change_file(folder: Path, data: st.DataObject) -> None:

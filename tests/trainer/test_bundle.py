@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
+from data_pipelines.seal import SEAL
 from trainer import bundle, safe_files, states
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
@@ -85,7 +86,7 @@ def test_saving_again_replaces_it(saved: Path, vocab: Path) -> None:
 def test_what_a_stranger_writes_is_named_with_its_flag(saved: Path, values, says: str) -> None:
     path = saved / "encoder.json"
     info = json.loads(path.read_text()) | values
-    del info[safe_files.SEAL]
+    del info[SEAL]
     path.write_bytes(safe_files.sealed(info))  # its own checksum is right
     with pytest.raises(InputError) as error:
         bundle.load(saved, "encoder", "--encoder")
