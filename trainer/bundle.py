@@ -24,11 +24,12 @@ from trainer.models.encoder import Encoder
 from trainer.safe_files import (
     DamagedError,
     file_sha256,
+    flat_bytes,
     read_sealed,
     read_tensors,
     sealed,
     specs,
-    tensor_bytes,
+    tensor_parts,
     write_folder,
 )
 from trainer.states import LearnedState
@@ -172,9 +173,9 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
     """Returns the SHA-256 (hex) of the tensors: names, dtypes, shapes and bytes."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
+        array = np.asarray(tensors[name], order="C")
         sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        sha.update(array.tobytes())
+        sha.update(flat_bytes(array))
     return sha.hexdigest()
 
 
@@ -200,9 +201,9 @@ def save(
         "vocab_file_sha256": hashlib.sha256(vocab).hexdigest(),
     }
     files = {
-        f"{name}.safetensors": tensor_bytes(tensors),
-        f"{name}.json": sealed(info),
-        "vocab.txt": vocab,
+        f"{name}.safetensors": tensor_parts(tensors),
+        f"{name}.json": [sealed(info)],
+        "vocab.txt": [vocab],
     }
     try:
         write_folder(folder.with_name(folder.name + ".new"), folder, files)

@@ -6,7 +6,7 @@
 Only the chief reads and writes; the others get the state by broadcast, so they need not share
 its file system. The data order is a function of the step and needs no state.
 
-The chief writes in a thread of its own, from a copy, so that the steps go on meanwhile. How a
+The chief writes in a thread of its own, so that the steps go on meanwhile. How a
 write ended is known at the next save, or at the end; all workers learn it there, and go on or stop
 together.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer import bundle
@@ -38,7 +39,7 @@ from trainer.safe_files import (
     remove,
     sealed,
     specs,
-    tensor_bytes,
+    tensor_parts,
     write_folder,
 )
 
@@ -102,8 +103,10 @@ class Checkpointer:
         self.wait()
         if not is_chief(self._distributor):
             return
-        # `values` copies: steps that follow change the variables in their place.
-        tensors = bundle.values(self._variables) | {f"+{k}": v for k, v in (arrays or {}).items()}
+        # What is read stays as it is: TensorFlow gives a variable that a step changes new memory
+        # while the old one is held. To copy it here would delay the step.
+        tensors = {name: tf.convert_to_tensor(v.value) for name, v in self._variables.items()}
+        tensors |= {f"+{name}": array for name, array in (arrays or {}).items()}
         self._thread = threading.Thread(
             target=self._write, args=(step, dict(notes), tensors, value), name=f"checkpoint {step}"
         )
@@ -192,9 +195,10 @@ class Checkpointer:
         self,
         step: int,
         notes: dict[str, Any],
-        tensors: dict[str, np.ndarray],
+        read: dict[str, tf.Tensor | np.ndarray],
         value: float | None,
     ) -> None:
+        tensors = {name: np.asarray(tensor) for name, tensor in read.items()}
         beside = self._folder / "unfinished"
         state = {
             "format": FORMAT,
@@ -206,7 +210,7 @@ class Checkpointer:
             "value": value,
         }
         try:
-            files = {"state.safetensors": tensor_bytes(tensors), "state.json": sealed(state)}
+            files = {"state.safetensors": tensor_parts(tensors), "state.json": [sealed(state)]}
             write_folder(beside, self._folder / f"step-{step:08d}", files)
             self.saved = time.monotonic()
             self._remove_old()

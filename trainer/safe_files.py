@@ -15,13 +15,12 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import safetensors.numpy
 
 from data_pipelines.seal import seal_fault, with_seal
 from data_pipelines.store_writer import flush_folder
@@ -32,6 +31,8 @@ DTYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
 }  # fmt: skip
+DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+Buffer = bytes | np.ndarray
 MAX_HEADER_BYTES = 1 << 20  # some 10,000 tensors
 MAX_JSON_BYTES = 1 << 22
 
@@ -40,24 +41,25 @@ class DamagedError(Exception):
     """A file is not there, cannot be read, or does not hold what it must; says which and why."""
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a new file and flushes it to the disk."""
+def write_durably(path: Path, parts: Sequence[Buffer]) -> None:
+    """Writes a new file, of parts one after the other, and flushes it to the disk."""
     with path.open("xb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_folder(new: Path, folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files, by name, to `new`, and renames it to `folder`, which may exist; side by side.
+def write_folder(new: Path, folder: Path, files: Mapping[str, Sequence[Buffer]]) -> None:
+    """Writes files, name -> parts, to `new`, and renames it to `folder`, which may exist.
 
     If the power fails between the two renames of a folder that existed, its new and its old form
     are still there, as NAME.new and NAME.old, and a resumed run writes it again.
     """
     remove(new)  # what a killed writer left
     new.mkdir(parents=True)
-    for name, data in files.items():
-        write_durably(new / name, data)
+    for name, parts in files.items():
+        write_durably(new / name, parts)
     flush_folder(new)
     old = folder.with_name(folder.name + ".old")
     remove(old)
@@ -108,9 +110,29 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return values
 
 
-def tensor_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Returns the tensors in the format of safetensors."""
-    return safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()})
+def tensor_parts(tensors: Mapping[str, np.ndarray]) -> list[Buffer]:
+    """Returns the parts of a file of tensors in the format of safetensors; no bytes are copied.
+
+    They are sorted by the size of their type, so that each is aligned to it.
+    """
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header, end = {}, 0
+    for name in names:
+        start, end = end, end + arrays[name].nbytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[arrays[name].dtype],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *(flat_bytes(arrays[name]) for name in names)]
+
+
+def flat_bytes(array: np.ndarray) -> np.ndarray:
+    """Returns the bytes of an array in C order, uint8 [bytes], without a copy of them."""
+    return array.reshape(-1).view(np.uint8)
 
 
 def specs(tensors: Mapping[str, np.ndarray]) -> dict[str, list]:

@@ -1,11 +1,13 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer import checkpoint
@@ -88,18 +90,39 @@ def test_the_best_are_kept_besides_the_newest(tmp_path: Path) -> None:
     assert setup.checkpoints.restore()[0] == 8
 
 
+def dense_step(variable: keras.Variable) -> None:
+    optimizer = keras.optimizers.Adam(1.0)
+    optimizer.build([variable])
+    step = tf.function(lambda: optimizer.apply([tf.ones((2, 3))], [variable]))
+    step()
+
+
+def sparse_step(variable: keras.Variable) -> None:
+    optimizer = keras.optimizers.Adam(1.0)
+    optimizer.build([variable])
+    gradient = tf.IndexedSlices(tf.ones((1, 3)), tf.constant([1]), tf.constant([2, 3]))
+    step = tf.function(lambda: optimizer.apply([gradient], [variable]))
+    step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda v: v.assign(np.full((2, 3), 9, np.float32)), dense_step, sparse_step,
+     lambda v: v.value.scatter_update(tf.IndexedSlices(tf.ones((1, 3)), tf.constant([1])))],
+)  # fmt: skip
 def test_what_is_written_is_the_state_at_the_call(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, change: Callable
 ) -> None:
-    may_write, write = threading.Event(), checkpoint.tensor_bytes
+    may_write, write = threading.Event(), setup.checkpoints._write
 
-    def write_later(tensors: dict) -> bytes:
+    def write_later(*args: object) -> None:
         assert may_write.wait(30)
-        return write(tensors)
+        write(*args)
 
-    monkeypatch.setattr(checkpoint, "tensor_bytes", write_later)
+    monkeypatch.setattr(setup.checkpoints, "_write", write_later)
     setup.checkpoints.save(1, {})  # returns while the thread waits
-    setup.variables["weights"].assign(np.full((2, 3), 9, np.float32))
+    change(setup.variables["weights"])
+    assert setup.variables["weights"].numpy().ravel().tolist() != [0, 1, 2, 3, 4, 5]
     may_write.set()
     assert setup.checkpoints.wait()
     setup.checkpoints.restore()

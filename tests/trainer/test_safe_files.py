@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,19 +35,21 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
 
 def test_tensors_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    safe_files.write_durably(path, safe_files.tensor_bytes(TENSORS))
+    safe_files.write_durably(path, safe_files.tensor_parts(TENSORS))
     read = safe_files.read_tensors(path, json.loads(json.dumps(safe_files.specs(TENSORS))))
     assert read.keys() == TENSORS.keys()
     for name, array in TENSORS.items():
         assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
         assert read[name].tobytes() == array.tobytes()
+    for name, array in safetensors.numpy.load_file(path).items():  # others read it as well
+        assert (array.dtype, array.tobytes()) == (TENSORS[name].dtype, TENSORS[name].tobytes())
     with pytest.raises(FileExistsError):
-        safe_files.write_durably(path, b"")
+        safe_files.write_durably(path, [b""])
 
 
 def test_tensors_in_another_order_of_their_bytes_are_written_in_order(tmp_path: Path) -> None:
     turned = {"a": TENSORS["a"].T, "part": np.arange(10.0)[::3]}
-    (tmp_path / "x").write_bytes(safe_files.tensor_bytes(turned))
+    (tmp_path / "x").write_bytes(b"".join(map(bytes, safe_files.tensor_parts(turned))))
     read = safe_files.read_tensors(tmp_path / "x", safe_files.specs(turned))
     assert all(np.array_equal(read[name], turned[name]) for name in turned)
 
