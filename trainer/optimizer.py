@@ -35,12 +35,12 @@ def make_optimizer(name: str, schedule: Schedule) -> keras.optimizers.Optimizer:
 
 
 def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
-    """Returns the optimizer's variables by name, its count of steps included."""
-    # Without the optimizer's own name: Keras numbers the optimizers that a process makes.
-    names = [v.path.removeprefix(f"{optimizer.name}/") for v in optimizer.variables]
+    """Returns the optimizer's variables by number and kind, its count of steps included."""
+    # Keras numbers the optimizers and layers that a process makes, so their names depend on what
+    # else it made: what --stage=all saved, its stages alone would not know.
     return {
-        f"optimizer/{i:03d} {name}": v
-        for i, (name, v) in enumerate(zip(names, optimizer.variables, strict=True))
+        f"optimizer/{i:03d} {v.path.rsplit('_', 1)[-1].rsplit('/', 1)[-1]}": v
+        for i, v in enumerate(optimizer.variables)
     }
 
 
