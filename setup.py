@@ -11,8 +11,12 @@ setup(
     ),
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["data_pipelines*", "launch*", "trainer*"]),
-    package_data={"trainer": ["configs/*.cfg", "reporting/page.css", "reporting/page.js"]},
+    packages=find_packages(include=["data_pipelines*", "launch*", "trainer*", "warmstate*"]),
+    package_data={
+        "trainer": ["configs/*.cfg", "reporting/page.css", "reporting/page.js"],
+        "warmstate": ["py.typed"],
+    },
+    entry_points={"console_scripts": ["warmstate = warmstate.command:main"]},
     install_requires=[
         "absl-py",
         "importlib_resources",  # tensorflow-datasets imports it without declaring it

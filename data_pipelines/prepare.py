@@ -508,7 +508,7 @@ def _shard_tasks(
     ]
 
 
-def _define_flags() -> None:
+def define_flags() -> None:
     # In a function, because a program that imports this module has flags of the same names.
     flags.DEFINE_string("out", None, "The folder to write the token store to.")
     flags.DEFINE_string("source", "", "Where the text comes from: see docs/data-sources.md.")
@@ -577,5 +577,5 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # text needs no GPU
-    _define_flags()
+    define_flags()
     app.run(_main, flags_parser=_parse_flags)

@@ -14,6 +14,7 @@ What stands before `--` is the launcher's, what follows is each trainer's. NAME 
 gave the job; on SLURM its number will do as well.
 """
 
+import difflib
 import math
 import re
 import shutil
@@ -210,7 +211,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     if acts:
         faults += _action_faults(words)
     else:
-        faults += [f"{word}: not a launcher flag; trainer flags come after --" for word in words]
+        faults += [_unknown_fault(word) for word in words]
         faults += _value_faults()
     if faults:
         print("\n".join(f"launch: {fault}" for fault in faults), file=sys.stderr)
@@ -243,6 +244,12 @@ def _action_faults(words: Sequence[str]) -> list[str]:
         if not flag.startswith("--namespace=")
     ]
     return faults
+
+
+def _unknown_fault(word: str) -> str:
+    near = difflib.get_close_matches(word.lstrip("-").split("=")[0], list(flags.FLAGS), n=1)
+    hint = f"; did you mean --{near[0]}?" if near else ""
+    return f"{word}: not a launcher flag{hint}; trainer flags come after --"
 
 
 def _value_faults() -> list[str]:

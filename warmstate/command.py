@@ -1,0 +1,209 @@
+"""The console script `warmstate`: one name for all programs.
+
+A command is a module that runs as `python -m MODULE` does, in this process and with the same
+flags; help and shell completion are made of those flags, without TensorFlow.
+"""
+
+import difflib
+import importlib.metadata
+import runpy
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from warmstate.flag_tables import launch_flags, prepare_flags, trainer_flags
+
+USAGE_EXIT_CODE = 2
+INDENT = " " * 6
+WRAPPED = {"subsequent_indent": INDENT, "break_long_words": False, "break_on_hyphens": False}
+HELP = ("--help", "-help", "--helpshort", "--helpfull", "-h")
+
+
+class Command(NamedTuple):
+    """What `warmstate NAME` runs.
+
+    Attributes:
+      group: heading in the help.
+      summary: one line for the help.
+      module: runs as `python -m` does.
+      stage: the trainer's --stage, "" for other programs.
+      examples: without the leading `warmstate`.
+    """
+
+    group: str
+    summary: str
+    module: str
+    stage: str = ""
+    examples: tuple[str, ...] = ()
+
+
+TRAINER = "trainer.main"
+COMMANDS = {
+    "prepare": Command(
+        "Training",
+        "text -> a token store on disk",
+        "data_pipelines.prepare",
+        examples=(
+            "prepare --source=movie_reviews --out=runs/store",
+            "prepare --source='csv:reviews.csv' --label_key=stars --out=runs/store",
+        ),
+    ),
+    "pretrain": Command(
+        "Training",
+        "unlabelled text -> an encoder with its weights and learned states",
+        TRAINER,
+        "pretrain",
+        ("pretrain --run_dir=runs/a --store=runs/store",),
+    ),
+    "finetune": Command(
+        "Training",
+        "an encoder and labelled text -> a classifier",
+        TRAINER,
+        "finetune",
+        (
+            "finetune --run_dir=runs/b --store=runs/store --encoder=runs/a/encoder",
+            "finetune --run_dir=runs/c --store=runs/store --init_weights=random "
+            "--initial_state=zero",
+        ),
+    ),
+    "evaluate": Command(
+        "Training",
+        "a classifier and a labelled split -> its error",
+        TRAINER,
+        "evaluate",
+        ("evaluate --run_dir=runs/d --store=runs/store --classifier=runs/b/classifier",),
+    ),
+    "all": Command(
+        "Training",
+        "pretrain, fine-tune from the encoder and from scratch, and compare",
+        TRAINER,
+        "all",
+        ("all --flagfile=trainer/configs/demo.cfg --run_dir=runs/mine --seed=1",),
+    ),
+    "predict": Command(
+        "Using a classifier",
+        "texts -> labels and probabilities",
+        TRAINER,
+        "predict",
+        (
+            "predict --classifier=runs/b/classifier 'A fine film.' --explain",
+            "predict --classifier=runs/b/classifier --input=in.csv --output=out.jsonl",
+        ),
+    ),
+    "export": Command(
+        "Using a classifier",
+        "a classifier -> a SavedModel that takes raw text",
+        TRAINER,
+        "export",
+        ("export --classifier=runs/b/classifier --output=exported/1",),
+    ),
+    "serve": Command(
+        "Using a classifier",
+        "answers over HTTP, with a page to try sentences",
+        TRAINER,
+        "serve",
+        ("serve --classifier=runs/b/classifier --port=8000",),
+    ),
+    "launch": Command(
+        "Many workers",
+        "starts trainers on this machine, on SLURM or on Kubernetes",
+        "launch.main",
+        examples=(
+            "launch --workers=2 -- --stage=pretrain --run_dir=runs/a --store=runs/store",
+            "launch --platform=k8s --workers=4 --gpus_per_worker=1 --dry_run -- "
+            "--flagfile=trainer/configs/demo.cfg",
+        ),
+    ),
+    "doctor": Command(
+        "This machine",
+        "what it has, and what is wrong with it",
+        "warmstate.doctor",
+        examples=("doctor",),
+    ),
+    "completion": Command(
+        "This machine",
+        "prints the completion of bash, zsh or fish",
+        "warmstate.completion",
+        examples=('completion bash  # eval "$(warmstate completion bash)" in ~/.bashrc',),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that `argv` names (default: the process's own); returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    if not words or words[0] in HELP:
+        print(overview())
+        return 0 if words else USAGE_EXIT_CODE
+    if words[0] == "--version":
+        print(f"warmstate {importlib.metadata.version('warmstate')}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"error: {name!r} is not a command of warmstate{hint}", file=sys.stderr)
+        print("`warmstate --help` lists the commands", file=sys.stderr)
+        return USAGE_EXIT_CODE
+    command = COMMANDS[name]
+    end = rest.index("--") if "--" in rest else len(rest)
+    if set(rest[:end]) & set(HELP):
+        print(help_of(name))
+        return 0
+    # Last, because a flagfile may name another stage; but before what is no flag.
+    stage = [f"--stage={command.stage}"] if command.stage else []
+    sys.argv = [f"warmstate {name}", *rest[:end], *stage, *rest[end:]]
+    runpy.run_module(command.module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+def overview() -> str:
+    """Returns the help of `warmstate` itself."""
+    lines = [
+        "warmstate: pretrain a recurrent encoder, hand over its weights and states, fine-tune an "
+        "LSTM.",
+        "",
+        "Usage: warmstate COMMAND [--flag=value ...]",
+    ]
+    group = ""
+    for name, command in COMMANDS.items():
+        if command.group != group:
+            group = command.group
+            lines += ["", f"{group}:"]
+        lines.append(f"  {name:<11} {command.summary}")
+    lines += ["", "Examples:"]
+    lines += [f"  warmstate {c.examples[0]}" for c in COMMANDS.values() if c.examples]
+    lines += [
+        "",
+        "`warmstate COMMAND --help` lists a command's flags. --flagfile=FILE reads flags from "
+        "FILE;",
+        "flags after it override it.",
+    ]
+    return "\n".join(lines)
+
+
+def help_of(name: str) -> str:
+    """Returns the help of a command: examples, then its flags by group."""
+    command = COMMANDS[name]
+    lines = [f"warmstate {name}: {command.summary}", "", "Examples:"]
+    lines += [f"  warmstate {example}" for example in command.examples]
+    group = ""
+    for flag in flags_of(name):
+        if flag.group != group:
+            group = flag.group
+            lines += ["", f"{group}:"]
+        values = "|".join(flag.choices) or flag.kind
+        lines.append(f"  --{flag.name}={values}  {flag.default}".rstrip())
+        lines += textwrap.wrap(" ".join(flag.help.split()), 94, initial_indent=INDENT, **WRAPPED)
+    return "\n".join(lines)
+
+
+def flags_of(name: str) -> list:
+    """Returns a command's flags, in the order of its help."""
+    command = COMMANDS[name]
+    if command.stage:
+        return trainer_flags(command.stage)
+    return {"prepare": prepare_flags, "launch": launch_flags}.get(name, list)()

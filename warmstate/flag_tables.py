@@ -1,0 +1,99 @@
+"""The flags of each program as a table, for help and completion; imports no TensorFlow."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+FLAGFILE = "flagfile"
+# Groups of the trainer's flags that a stage has a use for.
+_EVERY_RUN = ("Run", "Data", "Model", "Optimization", "Distribution")
+STAGE_GROUPS = {
+    "all": (*_EVERY_RUN, "Pretraining", "Fine-tuning", "Evaluation"),
+    "pretrain": (*_EVERY_RUN, "Pretraining"),
+    "finetune": (*_EVERY_RUN, "Fine-tuning"),
+    "evaluate": ("Run", "Data", "Evaluation", "Distribution"),
+    "predict": ("Evaluation", "Prediction"),
+    "export": ("Evaluation", "Prediction"),
+    "serve": ("Evaluation", "Serving"),
+}
+# Of those, what a stage has no use for.
+STAGE_NOT = {
+    "predict": ("evaluate_split",),
+    "export": ("evaluate_split", "input", "text_key", "explain"),
+    "serve": ("evaluate_split",),
+}
+
+
+class FlagRow(NamedTuple):
+    """A flag.
+
+    Attributes:
+      kind: of its value: int, float, str or bool.
+      default: as the help shows it.
+      choices: the values that it may have, if they are few.
+    """
+
+    group: str
+    name: str
+    kind: str
+    default: str
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+def trainer_flags(stage: str) -> list[FlagRow]:
+    """Returns the trainer's flags that `stage` has a use for."""
+    from trainer.config import Config
+
+    left_out = {"stage", *STAGE_NOT.get(stage, ())}
+    return [
+        FlagRow(
+            item.metadata["group"],
+            item.name,
+            item.type.__name__,
+            f"(default: {item.default!r})",
+            item.metadata["help"],
+            item.metadata["choices"] or (("true", "false") if item.type is bool else ()),
+        )
+        for item in dataclasses.fields(Config)
+        if item.metadata["group"] in STAGE_GROUPS[stage] and item.name not in left_out
+    ]
+
+
+def prepare_flags() -> list[FlagRow]:
+    """Returns the flags of `data_pipelines.prepare`."""
+    from data_pipelines import prepare
+
+    prepare.define_flags()
+    return _absl_flags("Flags", "data_pipelines.prepare")
+
+
+def launch_flags() -> list[FlagRow]:
+    """Returns the launcher's flags."""
+    from launch import main as _  # noqa: F401
+
+    groups = {
+        "launch.main": "Flags",
+        "launch.slurm": "With --platform=slurm",
+        "launch.kubernetes_command": "With --platform=k8s",
+    }
+    return [row for module, group in groups.items() for row in _absl_flags(group, module)]
+
+
+def _absl_flags(group: str, module: str) -> list[FlagRow]:
+    from absl import flags
+
+    return [
+        FlagRow(
+            group,
+            flag.name,
+            "bool" if flag.boolean else flag.flag_type().replace("string", "str"),
+            _default(flag.default),
+            flag.help,
+            ("true", "false") if flag.boolean else (),
+        )
+        for flag in flags.FLAGS.flags_by_module_dict()[module]
+    ]
+
+
+def _default(value: Any) -> str:
+    return "" if value is None else f"(default: {value!r})"
