@@ -87,10 +87,13 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
     # One text gains nothing from a GPU, and what is exported here is to run without one.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     import_quietly()
-    from trainer.stages import predict
+    from trainer.stages import export, predict
 
     try:
-        predict.predict(config, texts)
+        if config.stage == "export":
+            print(export.export(Path(config.classifier), Path(config.output)))
+        else:
+            predict.predict(config, texts)
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -6,13 +6,14 @@ flags; help and shell completion are made of those flags, without TensorFlow.
 
 import difflib
 import importlib.metadata
+import os
 import runpy
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from warmstate.flag_tables import launch_flags, prepare_flags, trainer_flags
+from warmstate.flag_tables import launch_flags, prepare_flags, report_flags, trainer_flags
 
 USAGE_EXIT_CODE = 2
 INDENT = " " * 6
@@ -105,6 +106,12 @@ COMMANDS = {
         "serve",
         ("serve --classifier=runs/b/classifier --port=8000",),
     ),
+    "report": Command(
+        "Looking at runs",
+        "report.html of a run, finished or not, or of several, compared",
+        "trainer.reporting.html",
+        examples=("report runs/a runs/b --out=report.html",),
+    ),
     "launch": Command(
         "Many workers",
         "starts trainers on this machine, on SLURM or on Kubernetes",
@@ -135,6 +142,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
+    try:
+        return _run(words)
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in HELP:
         print(overview())
         return 0 if words else USAGE_EXIT_CODE
@@ -206,4 +221,5 @@ def flags_of(name: str) -> list:
     command = COMMANDS[name]
     if command.stage:
         return trainer_flags(command.stage)
-    return {"prepare": prepare_flags, "launch": launch_flags}.get(name, list)()
+    tables = {"prepare": prepare_flags, "launch": launch_flags, "report": report_flags}
+    return tables.get(name, list)()

@@ -79,6 +79,13 @@ def launch_flags() -> list[FlagRow]:
     return [row for module, group in groups.items() for row in _absl_flags(group, module)]
 
 
+def report_flags() -> list[FlagRow]:
+    """Returns the flags of `trainer.reporting.html`, whose other words are folders of runs."""
+    return [
+        FlagRow("Flags", "out", "str", "", "File to write; default: report.html in the first run.")
+    ]
+
+
 def _absl_flags(group: str, module: str) -> list[FlagRow]:
     from absl import flags
 
