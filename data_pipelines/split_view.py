@@ -81,6 +81,20 @@ class SplitView(ABC):
         """
         return self._shards.labels(self._locate(self._checked(indices)).document)
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """Returns how often each id is in all documents, the end token's among them: int64 [ids].
+
+        Args:
+            vocab_size: ids are 0 .. vocab_size - 1.
+        """
+        counts = np.zeros(vocab_size, np.int64)
+        for start in range(0, len(self), BLOCK_DOCUMENTS):
+            documents = np.arange(start, min(start + BLOCK_DOCUMENTS, len(self)))
+            lengths = self.lengths_of(documents)
+            tokens = self.gather_parts(documents, np.zeros_like(lengths), lengths)
+            counts += np.bincount(tokens, minlength=vocab_size)
+        return counts
+
     def sample(self, documents: int, seed: int) -> "SplitView":
         """Returns a view of `documents` of these, chosen by `seed`, in a random order.
 

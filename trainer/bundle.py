@@ -83,9 +83,10 @@ def encoder_model(encoder: Encoder) -> dict[str, int]:
     return {size: getattr(encoder, size) for size in MODEL_SIZES["encoder"]}
 
 
-def new_encoder(model: Mapping[str, Any]) -> Encoder:
+def new_encoder(model: Mapping[str, Any], normalised: bool = False) -> Encoder:
     """Returns a built encoder of the sizes that a bundle's "model" says; `assign` comes next."""
-    encoder = Encoder(**{size: model[size] for size in MODEL_SIZES["encoder"]}, seed=0)
+    sizes = {size: model[size] for size in MODEL_SIZES["encoder"]}
+    encoder = Encoder(**sizes, seed=0, normalised=normalised)
     encoder.build()
     return encoder
 
@@ -120,21 +121,40 @@ def state_tensors(name: str, states: Sequence[LearnedState]) -> dict[str, np.nda
 
 def new_classifier(model: Mapping[str, Any]) -> Classifier:
     """Returns a built classifier of the sizes that a bundle's "model" says; `assign` comes next."""
-    encoders = [new_encoder(model) for _ in range(1 + model["reads_first"])]
-    classifier = Classifier(
-        encoders[0],
-        num_classes=model["num_classes"],
-        hidden_units=model["hidden_units"],
-        reader=encoders[1] if model["reads_first"] else None,
-        pooling=model["pooling"],
-    )
+
+    def direction(backward: Classifier | None) -> Classifier:
+        return Classifier(
+            new_encoder(model, model["normalised"]),
+            num_classes=model["num_classes"],
+            hidden_units=model["hidden_units"],
+            reader=new_encoder(model) if model["reads_first"] else None,
+            pooling=model["pooling"],
+            backward=backward,
+        )
+
+    classifier = direction(direction(None) if model["bidirectional"] else None)
     classifier.build()
     return classifier
+
+
+def classifier_model(classifier: Classifier) -> dict[str, Any]:
+    """Returns what `new_classifier` needs, as a bundle's "model" holds it."""
+    return {
+        **encoder_model(classifier.encoder),
+        "hidden_units": classifier.hidden.units,
+        "num_classes": classifier.num_classes,
+        "reads_first": classifier.reader is not None,
+        "pooling": classifier.pooling,
+        "normalised": classifier.encoder.normalised,
+        "bidirectional": classifier.backward is not None,
+    }
 
 
 def classifier_variables(classifier: Classifier) -> dict[str, keras.Variable]:
     """Returns the classifier's weights under their names in a bundle."""
     variables = encoder_variables(classifier.encoder)
+    if classifier.encoder.normalised:
+        variables["frequencies"] = classifier.encoder.frequencies
     variables |= initial_state_variables(classifier.encoder)
     for name, layer in (("hidden", classifier.hidden), ("output", classifier.output_layer)):
         variables[f"{name}/kernel"] = layer.kernel
@@ -142,6 +162,9 @@ def classifier_variables(classifier: Classifier) -> dict[str, keras.Variable]:
     if classifier.reader is not None:
         reader = encoder_variables(classifier.reader) | initial_state_variables(classifier.reader)
         variables.update({f"reader/{name}": variable for name, variable in reader.items()})
+    if classifier.backward is not None:
+        backward = classifier_variables(classifier.backward)
+        variables.update({f"backward/{name}": variable for name, variable in backward.items()})
     return variables
 
 
@@ -252,8 +275,9 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
     for size in MODEL_SIZES[name]:
         if type(model.get(size)) is not int or not 0 < model[size] < 2**31:
             return f"the model's {size!r} is {model.get(size)!r:.99}"
-    if name == "classifier" and type(model.get("reads_first")) is not bool:
-        return f"the model's 'reads_first' is {model.get('reads_first')!r:.99}"
+    for fact in ("reads_first", "normalised", "bidirectional") if name == "classifier" else ():
+        if type(model.get(fact)) is not bool:
+            return f"the model's {fact!r} is {model.get(fact)!r:.99}"
     if name == "classifier" and model.get("pooling") not in (*POOLINGS,):
         return f"the model's 'pooling' is {model.get('pooling')!r:.99}"
     if name == "classifier" and not 0 < info["max_tokens"] < 2**31:
@@ -305,6 +329,8 @@ def _large_tensors(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
         yield "hidden/kernel", POOLINGS[model["pooling"]] * units * model["hidden_units"]
         yield "output/kernel", model["hidden_units"] * outputs
+        if model["normalised"]:
+            yield "frequencies", model["vocab_size"]
     for layer in range(model["num_layers"]):
         yield f"lstm/{layer}/kernel", 4 * units * (units if layer else model["embedding_dim"])
         yield f"lstm/{layer}/recurrent_kernel", 4 * units * units

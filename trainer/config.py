@@ -212,6 +212,17 @@ class Config:
                                     at_least=0, below=1)
     finetune_evaluate_every_steps: int = _flag("Fine-tuning", 250, "Steps between evaluations; "
                                                "the best weights are kept.", at_least=1)
+    adversarial_weight: float = _flag("Fine-tuning", 0.0, "Weight of the loss at embeddings that "
+                                      "are moved to where the label's loss grows fastest; "
+                                      "0 = off.", at_least=0)
+    virtual_adversarial_weight: float = _flag("Fine-tuning", 0.0, "Weight of the divergence from "
+                                              "the prediction at embeddings that are moved to "
+                                              "where it changes most; 0 = off.", at_least=0)
+    perturbation_norm: float = _flag("Fine-tuning", 5.0, "How far a document's normalised "
+                                     "embeddings are moved, all its words together.", above=0)
+    unlabelled_batch_size: int = _flag("Fine-tuning", 0, "Documents of the unsupervised split in "
+                                       "each step, for the virtual adversarial loss; 0 = only the "
+                                       "labelled ones.", at_least=0)
     optimizer: str = _flag("Optimization", "adam", "Of keras.optimizers; sgd has momentum 0.9.",
                            choices=OPTIMIZERS)
     clip_norm: float = _flag("Optimization", 1.0, "Largest global norm of a step's gradients.",
@@ -253,6 +264,11 @@ class Config:
     def needs_encoder(self) -> bool:
         """Whether fine-tuning reads an encoder bundle."""
         return self.init_weights == "encoder" or self.initial_state != "zero"
+
+    @property
+    def normalises_embeddings(self) -> bool:
+        """Whether fine-tuning reads normalised embeddings: where it moves them."""
+        return self.adversarial_weight > 0 or self.virtual_adversarial_weight > 0
 
 
 # What may differ between two sittings of the same run.
@@ -430,6 +446,11 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         faults.append(
             f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
             "predicted from that word's output; use --pooling=last"
+        )
+    if config.unlabelled_batch_size and not config.virtual_adversarial_weight:
+        faults.append(
+            f"--unlabelled_batch_size={config.unlabelled_batch_size} needs "
+            "--virtual_adversarial_weight: no other loss reads documents without labels"
         )
     return faults + _stage_faults(config)
 

@@ -11,6 +11,7 @@ OUTPUT_DROPOUT = 2
 SOFTMAX_CANDIDATES = 3
 WORD_DROPOUT = 4
 SUBSAMPLING = 5
+VIRTUAL_ADVERSARIAL_DIRECTION = 6
 
 
 def fold(seed: int, purpose: int, step: tf.Tensor, shard: int | tf.Tensor = 0) -> tf.Tensor:

@@ -286,3 +286,9 @@ def write_sparse_store(folder: Path) -> None:
     }
     (folder / "vocab.txt").touch()
     (folder / "manifest.json").write_text(json.dumps(with_seal(manifest)))
+
+
+def test_tokens_are_counted_over_all_documents(store: TokenStore) -> None:
+    view = store.split("train", "unsupervised")
+    expected = np.bincount(sum(everything(view), []), minlength=9)
+    np.testing.assert_array_equal(view.token_counts(9), expected)

@@ -73,8 +73,7 @@ def make_bundle(folder: Path, name: str) -> None:
     if name == "classifier":
         classifier = Classifier(encoder, 2, hidden_units=5)
         classifier.build()
-        info["model"] |= {"hidden_units": 5, "num_classes": 2, "reads_first": False}
-        info["model"]["pooling"] = "last"
+        info["model"] = bundle.classifier_model(classifier)
         info["max_tokens"] = 10
         tensors = bundle.values(bundle.classifier_variables(classifier))
     bundle.save(folder / name, name, tensors, info, vocab)

@@ -37,13 +37,7 @@ def make_classifier_bundle(
         logits = classifier.logits(*some, training=False)  # and to every class as often
         classifier.output_layer.bias.assign_sub(np.median(logits, axis=0))
         info = {
-            "model": {
-                **bundle.encoder_model(encoders[0]),
-                "hidden_units": 30,
-                "num_classes": len(class_names),
-                "reads_first": reads_first,
-                "pooling": classifier.pooling,
-            },
+            "model": bundle.classifier_model(classifier),
             "max_tokens": max_tokens,
             "tokenizer": store.tokenizer_config,
             "vocab_sha256": store.vocab_sha256,

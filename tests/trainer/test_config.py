@@ -73,6 +73,8 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert faults(folder, *stream) == []
     (found,) = faults(folder, *stream, budget)
     assert "with --pretrain_packing=stream: its rows have one length" in found
+    (found,) = faults(folder, "--unlabelled_batch_size=8")
+    assert "needs --virtual_adversarial_weight" in found
     (found,) = faults(folder, "--tied_softmax=perhaps")
     assert found == "--tied_softmax=perhaps is not true or false"
     (found,) = faults(folder, "--stage=evaluate")

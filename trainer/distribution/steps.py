@@ -8,7 +8,7 @@ import tensorflow as tf
 from trainer.distribution.distributor import Distributor
 from trainer.preemption import Preempted, StopRequest
 
-PER_ROW = ("tokens", "lengths", "labels", "weights", "carries")
+PER_ROW = ("tokens", "lengths", "labels", "weights", "carries", "global_counts")
 
 
 def local_rows(distributor: Distributor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:

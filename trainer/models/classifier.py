@@ -23,6 +23,8 @@ class Classifier(keras.layers.Layer):
         start from the states in which its own ended (`--initial_state=encode`).
       pooling: what the head reads: "last", the last output; or "concat", the last output and the
         mean and the maximum of all.
+      backward: None, or a classifier that reads the words in reverse order: the logits are then
+        the means of both's (Miyato et al. 2017, section 4.1).
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class Classifier(keras.layers.Layer):
         hidden_units: int = 30,
         reader: Encoder | None = None,
         pooling: str = "last",
+        backward: "Classifier | None" = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.encoder = encoder
         self.reader = reader
         self.pooling = pooling
+        self.backward = backward
         self.num_classes = num_classes
         seed = encoder.seed
         self.hidden = keras.layers.Dense(
@@ -61,6 +65,8 @@ class Classifier(keras.layers.Layer):
         self.output_layer.build((None, self.hidden.units))
         if self.reader is not None:
             self.reader.trainable = False
+        if self.backward is not None and not self.backward.built:
+            self.backward.build()
         self.built = True
 
     def logits(
@@ -82,22 +88,45 @@ class Classifier(keras.layers.Layer):
             reads.
           embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
         """
-        embedded = dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)
-        states = self.start(tokens, lengths)
-        return self.read(embedded, lengths, states, training, dropout_rate, output_seed)
+        embedded = self.embed(tokens, lengths, dropout_rate, embedding_seed)
+        start = self.start(tokens, lengths)
+        return self.read(embedded, lengths, start, training, dropout_rate, output_seed)
 
-    def start(self, tokens: tf.Tensor, lengths: tf.Tensor) -> States:
-        """Returns the states from which the LSTMs read these documents."""
+    def embed(
+        self,
+        tokens: tf.Tensor,
+        lengths: tf.Tensor,
+        dropout_rate: float = 0.0,
+        embedding_seed: tf.Tensor | None = None,
+    ) -> list[tf.Tensor]:
+        """Returns what each direction reads, [batch, time, embedding_dim]: this, then `backward`.
+
+        Arguments as for `logits`.
+        """
+        embedded = [dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)]
+        if self.backward is None:
+            return embedded
+        seed = of_backward(embedding_seed)
+        return embedded + self.backward.embed(
+            reversed_words(tokens, lengths), lengths, dropout_rate, seed
+        )
+
+    def start(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[States]:
+        """Returns the states from which each direction's LSTMs read these documents."""
         if self.reader is None:
-            return self.encoder.start(tf.shape(tokens)[0])
-        _, states = self.reader(tokens, lengths)
-        return tf.nest.map_structure(tf.stop_gradient, states)
+            states = self.encoder.start(tf.shape(tokens)[0])
+        else:
+            _, states = self.reader(tokens, lengths)
+            states = tf.nest.map_structure(tf.stop_gradient, states)
+        if self.backward is None:
+            return [states]
+        return [states, *self.backward.start(reversed_words(tokens, lengths), lengths)]
 
     def read(
         self,
-        embedded: tf.Tensor,
+        embedded: list[tf.Tensor],
         lengths: tf.Tensor,
-        states: States,
+        start: list[States],
         training: bool,
         dropout_rate: float = 0.0,
         output_seed: tf.Tensor | None = None,
@@ -106,22 +135,43 @@ class Classifier(keras.layers.Layer):
         """Returns the logits of documents of which the words are embedded already.
 
         Args:
-          embedded: [batch, time, embedding_dim].
+          embedded, start: from the methods of these names.
           lengths, training, dropout_rate, output_seed: as for `logits`.
-          states: from `start`.
           every_step: whether to predict after every word, for `pooling` "last": the logits are
             then [batch, time, ...], and those of step `lengths` - 1 are what is returned if not.
         """
-        mask = tf.sequence_mask(lengths, tf.shape(embedded)[1])
+        mask = tf.sequence_mask(lengths, tf.shape(embedded[0])[1])
         outputs, states = self.encoder.read(
-            embedded, mask, states, training, dropout_rate, output_seed
+            embedded[0], mask, start[0], training, dropout_rate, output_seed
         )
         last_h, _ = states[-1]
         if every_step:
             read = outputs
         else:
             read = last_h if self.pooling == "last" else last_mean_maximum(outputs, last_h, mask)
-        return self.output_layer(self.hidden(dropout(read, dropout_rate, output_seed)))
+        logits = self.output_layer(self.hidden(dropout(read, dropout_rate, output_seed)))
+        if self.backward is None:
+            return logits
+        others = self.backward.read(
+            embedded[1:],
+            lengths,
+            start[1:],
+            training,
+            dropout_rate,
+            of_backward(output_seed),
+            every_step,
+        )
+        return (logits + others) / 2
+
+
+def reversed_words(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+    """Returns each row's words in reverse order; the end token stays last: int32 [batch, time]."""
+    return tf.reverse_sequence(tokens, lengths - 1, seq_axis=1)
+
+
+def of_backward(seed: tf.Tensor | None) -> tf.Tensor | None:
+    """Returns another seed, for what `backward` draws."""
+    return None if seed is None else tf.random.experimental.stateless_fold_in(seed, 1)
 
 
 def last_mean_maximum(outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:

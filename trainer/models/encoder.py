@@ -9,6 +9,7 @@ from trainer.tables import read_rows
 
 # For each layer of a stack, the lowest first: [h, c], each [batch, units].
 States = list[list[tf.Tensor]]
+SMALLEST_VARIANCE = 1e-6
 # Seeds that an initializer takes are the encoder's plus less than this.
 _SEEDS_PER_LAYER = 1000
 
@@ -52,6 +53,9 @@ class Encoder(keras.layers.Layer):
 
     Attributes:
       embeddings: [vocab_size, embedding_dim].
+      normalised: whether words are read with embeddings of which each number has mean 0 and
+        variance 1 over the words of a text (Miyato et al. 2017, equation 1).
+      frequencies: [vocab_size], only where normalised: of the words in a text; they add up to 1.
       lstms: the stack, the lowest layer first; each reads the outputs of the one below.
       embedding_scale: new embeddings are uniform in its bounds, plus and minus.
       memory_steps: how long cells start out remembering, at the most; see ChronoBias.
@@ -68,6 +72,7 @@ class Encoder(keras.layers.Layer):
         memory_steps: int = 100,
         embedding_scale: float = 0.05,
         num_layers: int = 1,
+        normalised: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -78,6 +83,7 @@ class Encoder(keras.layers.Layer):
         self.memory_steps = memory_steps
         self.embedding_scale = embedding_scale
         self.num_layers = num_layers
+        self.normalised = normalised
         self.lstms = [self._make_lstm(layer) for layer in range(num_layers)]
 
     def _make_lstm(self, layer: int) -> WarmLSTM:
@@ -104,6 +110,13 @@ class Encoder(keras.layers.Layer):
             ),
             name="embeddings",
         )
+        if self.normalised:
+            self.frequencies = self.add_weight(
+                shape=(self.vocab_size,),
+                initializer=keras.initializers.Constant(1 / self.vocab_size),
+                trainable=False,
+                name="frequencies",
+            )
         self.initial_states = []
         for layer, lstm in enumerate(self.lstms):
             h, c = (
@@ -118,7 +131,30 @@ class Encoder(keras.layers.Layer):
 
     def embed(self, tokens: tf.Tensor) -> tf.Tensor:
         """Returns the tokens' embeddings: [batch, time, embedding_dim]."""
-        return read_rows(self.embeddings.value, tokens)
+        if not self.normalised:
+            return read_rows(self.embeddings.value, tokens)
+        mean, deviation = self.moments()
+        return (tf.gather(self.embeddings.value, tokens) - mean) / deviation
+
+    def moments(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the mean and standard deviation of a text's embeddings: [embedding_dim] each."""
+        table = tf.convert_to_tensor(self.embeddings)
+        weights = tf.convert_to_tensor(self.frequencies)[:, None]
+        mean = tf.reduce_sum(weights * table, axis=0)
+        variance = tf.reduce_sum(weights * tf.square(table - mean), axis=0)
+        return mean, tf.sqrt(variance + SMALLEST_VARIANCE)
+
+    def absorb_normalisation(self) -> None:
+        """Changes the lowest LSTM's weights so that it reads as it did before `normalised`.
+
+        For weights that were trained on the embeddings as they are: x W + b is
+        (x - mean) / deviation W' + b' with W' = deviation W and b' = b + mean W.
+        """
+        mean, deviation = (value.numpy() for value in self.moments())
+        cell = self.lstms[0].cell
+        kernel = cell.kernel.numpy()
+        cell.bias.assign(cell.bias.numpy() + mean @ kernel)
+        cell.kernel.assign(deviation[:, None] * kernel)
 
     def start(self, batch_size: tf.Tensor) -> States:
         """Returns the initial state for a batch: for each layer [h, c], each [batch, units]."""
@@ -179,4 +215,5 @@ class Encoder(keras.layers.Layer):
             "memory_steps": self.memory_steps,
             "embedding_scale": self.embedding_scale,
             "num_layers": self.num_layers,
+            "normalised": self.normalised,
         }

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from data_pipelines.split_view import SplitView
@@ -15,9 +16,10 @@ from trainer.distribution.divergence import check_equal
 from trainer.models.classifier import Classifier
 from trainer.optimizer import Rate
 from trainer.stages.evaluate import error_and_loss
+from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.finetune_loss import loss_sum
-from trainer.stages.pretrain import make_encoder
-from trainer.stages.run import Run
+from trainer.stages.pretrain import PRETRAINING_SPLITS, make_encoder
+from trainer.stages.run import Batches, Run
 
 
 def finetune(
@@ -39,6 +41,8 @@ def finetune(
     plan = run.plan(view, config.finetune_batch_size, config.finetune_max_tokens)
     name = folder.name
     classifier = make_classifier(run, with_reader=initial_state == "encode")
+    if classifier.encoder.normalised:
+        classifier.encoder.frequencies.assign(word_frequencies(run))
     report: dict[str, Any] = {"init_weights": init_weights, "initial_state": initial_state}
     if encoder_folder is not None:
         report["broadcast"] = warm_start(
@@ -51,6 +55,7 @@ def finetune(
         f"{name}: {len(view):,} labelled documents, {plan.steps_per_epoch:,} steps an epoch, "
         f"{config.finetune_steps:,} steps to do; weights: {init_weights}, state: {initial_state}"
     )
+    batches = FinetuneBatches(run.batches(view, plan), unlabelled_documents(run))
     result = loop.train(
         loop.Task(
             name="finetune",
@@ -62,7 +67,7 @@ def finetune(
         ),
         run.settings("finetune", folder, plan.steps_per_epoch),
         run.distributor,
-        run.batches(view, plan),
+        batches,
         run.stop_request,
         run.log,
         run.vitals,
@@ -87,12 +92,34 @@ def labelled_documents(run: Run) -> SplitView:
     return view.sample(wanted, run.config.seed) if wanted else view
 
 
+def unlabelled_documents(run: Run) -> Batches | None:
+    """Returns what reads --unlabelled_batch_size documents a step, None where that is 0."""
+    batch_size, split = run.config.unlabelled_batch_size, "unsupervised"
+    if not batch_size:
+        return None
+    view = run.store.split(split)
+    return run.batches(view, run.plan(view, batch_size, run.config.finetune_max_tokens))
+
+
+def word_frequencies(run: Run) -> np.ndarray:
+    """Returns how often each word is in the text for training: float32 [vocab_size], sum 1.
+
+    A collective; only the chief counts.
+    """
+    counted = None
+    if run.is_chief:
+        splits = [name for name in PRETRAINING_SPLITS if name in run.store.splits]
+        counts = run.store.split(*splits).token_counts(run.store.vocab_size)
+        counted = {"frequencies": (counts / counts.sum()).astype(np.float32)}
+    return broadcast_arrays(run.distributor, counted)["frequencies"]
+
+
 def make_classifier(run: Run, with_reader: bool) -> Classifier:
     """Returns a new classifier, its weights drawn from the run's seed."""
     config, vocab_size = run.config, run.store.vocab_size
     with run.distributor.scope():
         classifier = Classifier(
-            make_encoder(config, vocab_size),
+            make_encoder(config, vocab_size, normalised=config.normalises_embeddings),
             num_classes=run.store.num_classes,
             hidden_units=config.hidden_units,
             reader=make_encoder(config, vocab_size) if with_reader else None,
@@ -127,6 +154,8 @@ def warm_start(
     if init_weights == "encoder":
         variables = bundle.encoder_variables(classifier.encoder)
         bundle.assign(variables, received.tensors)
+        if classifier.encoder.normalised:
+            classifier.encoder.absorb_normalisation()
         held |= bundle.values(variables)
     if initial_state in bundle.STATES:
         states.apply(classifier.encoder, received.state(initial_state))
@@ -155,7 +184,7 @@ def trained_variables(classifier: Classifier, initial_state: str) -> dict:
     return {
         name: variable
         for name, variable in bundle.classifier_variables(classifier).items()
-        if not name.startswith(("reader/", *fixed))
+        if not name.startswith(("reader/", "frequencies", *fixed))
     }
 
 
@@ -170,13 +199,7 @@ def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:
 def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict) -> None:
     """Writes the classifier bundle."""
     info = {
-        "model": {
-            **bundle.encoder_model(classifier.encoder),
-            "hidden_units": classifier.hidden.units,
-            "num_classes": classifier.num_classes,
-            "reads_first": classifier.reader is not None,
-            "pooling": classifier.pooling,
-        },
+        "model": bundle.classifier_model(classifier),
         "max_tokens": run.config.finetune_max_tokens,
         "tokenizer": run.store.tokenizer_config,
         "vocab_sha256": run.store.vocab_sha256,

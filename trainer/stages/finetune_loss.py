@@ -5,31 +5,81 @@ import tensorflow as tf
 from trainer import loop, seeds
 from trainer.config import Config
 from trainer.models.classifier import Classifier, losses_and_errors
-from trainer.models.encoder import dropout
+from trainer.objectives.adversarial import (
+    adversarial_move,
+    divergence,
+    random_direction,
+    virtual_adversarial_move,
+)
 from trainer.objectives.label_gain import linear_weights
 
 
 def loss_sum(config: Config, classifier: Classifier) -> loop.LossSum:
-    """Returns the training loss, with dropout."""
-    every_step = config.label_gain == "linear"
+    """Returns the training loss, with dropout: a mean over the global batch's labelled documents.
+
+    Its terms are weighted by flags, and each is a mean over what it reads: the virtual adversarial
+    one over all documents, labelled or not.
+    """
 
     def of_rows(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        tokens, lengths = rows["tokens"], rows["lengths"]
-        logits = classifier.read(
-            dropout(
-                classifier.encoder.embed(tokens),
-                config.finetune_dropout,
-                seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard),
-            ),
+        tokens, lengths, labels = rows["tokens"], rows["lengths"], rows["labels"]
+        labelled = rows["weights"] * tf.cast(labels >= 0, tf.float32)
+        labels = tf.maximum(labels, 0)
+        start = classifier.start(tokens, lengths)
+        output_seed = seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard)
+
+        def read(embedded: list[tf.Tensor]) -> tf.Tensor:
+            # Always with the same outputs dropped: they differ by what is read alone.
+            return classifier.read(
+                embedded,
+                lengths,
+                start,
+                training=True,
+                dropout_rate=config.finetune_dropout,
+                output_seed=output_seed,
+                every_step=config.label_gain == "linear",
+            )
+
+        def label_loss(logits: tf.Tensor) -> tf.Tensor:
+            losses = label_losses(logits, labels, lengths, config.label_smoothing)
+            return tf.reduce_sum(losses * labelled)
+
+        def moved(embedded: list[tf.Tensor], moves: list[tf.Tensor]) -> tf.Tensor:
+            return read([e + move for e, move in zip(embedded, moves, strict=True)])
+
+        embedded = classifier.embed(
+            tokens,
             lengths,
-            classifier.start(tokens, lengths),
-            training=True,
-            dropout_rate=config.finetune_dropout,
-            output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
-            every_step=every_step,
+            config.finetune_dropout,
+            seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard),
         )
-        losses = label_losses(logits, rows["labels"], lengths, config.label_smoothing)
-        return tf.reduce_sum(losses * rows["weights"]), tf.reduce_sum(rows["weights"])
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(embedded)
+            logits = read(embedded)
+            loss = label_loss(logits)
+        total = loss
+        if config.adversarial_weight:
+            moves = adversarial_move(loss, tape, embedded, lengths, config.perturbation_norm)
+            total += config.adversarial_weight * label_loss(moved(embedded, moves))
+        if config.virtual_adversarial_weight:
+            seed = seeds.fold(config.seed, seeds.VIRTUAL_ADVERSARIAL_DIRECTION, step)
+            moves = virtual_adversarial_move(
+                at_end(logits, lengths),
+                lambda embedded: at_end(read(embedded), lengths),
+                embedded,
+                [random_direction(e, tokens, seed + i) for i, e in enumerate(embedded)],
+                lengths,
+                config.perturbation_norm,
+            )
+            changes = divergence(
+                tf.stop_gradient(at_end(logits, lengths)),
+                at_end(moved(embedded, moves), lengths),
+            )
+            # The sum is divided by the labelled documents, but this term is a mean over all.
+            labelled_part = rows["global_counts"][:, 0] / rows["global_counts"][:, 1]
+            changed = tf.reduce_sum(changes * rows["weights"] * labelled_part)
+            total += config.virtual_adversarial_weight * changed
+        return total, tf.reduce_sum(labelled)
 
     return of_rows
 
@@ -50,3 +100,8 @@ def label_losses(
     time = tf.shape(logits)[1]
     losses, _ = losses_and_errors(logits, tf.repeat(labels[:, None], time, axis=1), smoothing)
     return tf.reduce_sum(losses * linear_weights(lengths, time), axis=1)
+
+
+def at_end(logits: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+    """Returns the documents' logits, [batch, ...], of theirs or of those of all their steps."""
+    return logits if logits.shape.rank == 2 else tf.gather(logits, lengths - 1, batch_dims=1)

@@ -132,7 +132,9 @@ def rows_and_order(run: Run, documents: SplitView) -> tuple[SplitView, BatchPlan
     return view, run.plan(view, batch_size, max_tokens, tokens_per_batch=tokens_per_batch)
 
 
-def make_encoder(config: Config, vocab_size: int, embedding_scale: float = 0.05) -> Encoder:
+def make_encoder(
+    config: Config, vocab_size: int, embedding_scale: float = 0.05, normalised: bool = False
+) -> Encoder:
     """Returns a new encoder, its weights drawn from the run's seed; call it in the scope."""
     encoder = Encoder(
         vocab_size,
@@ -142,6 +144,7 @@ def make_encoder(config: Config, vocab_size: int, embedding_scale: float = 0.05)
         memory_steps=config.memory_steps,
         embedding_scale=embedding_scale,
         num_layers=config.num_layers,
+        normalised=normalised,
         name="encoder",
     )
     encoder.build()

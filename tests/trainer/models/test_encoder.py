@@ -71,3 +71,27 @@ def test_dropout_between_layers_is_a_function_of_its_seed_and_of_the_layer() -> 
 def test_no_dropout_is_the_same_tensor() -> None:
     x = np.ones(3)
     assert dropout(x, 0.0, None) is x
+
+
+def test_normalised_embeddings_have_mean_0_and_variance_1_over_a_text() -> None:
+    encoder = Encoder(6, 3, 4, seed=0, normalised=True)
+    encoder.build()
+    counts = np.array([0, 1, 4, 3, 0, 2])
+    encoder.frequencies.assign(counts / counts.sum())
+    encoder.embeddings.assign(np.random.default_rng(0).normal(3, 2, (6, 3)))
+    text = np.repeat(np.arange(6), counts)[None]
+    embedded = encoder.embed(text).numpy()[0]
+    np.testing.assert_allclose(embedded.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(embedded.std(0), 1, rtol=1e-5)
+    assert encoder.frequencies not in encoder.trainable_variables
+
+
+def test_weights_of_plain_embeddings_read_the_same_from_normalised_ones() -> None:
+    plain, normalised = (Encoder(6, 3, 4, seed=0, normalised=how) for how in (False, True))
+    for encoder in (plain, normalised):
+        encoder.build()
+        encoder.embeddings.assign(np.random.default_rng(0).normal(3, 2, (6, 3)))
+    normalised.absorb_normalisation()
+    tokens, lengths = np.array([[3, 5, 1, 2], [4, 2, 0, 0]]), np.array([4, 2])
+    expected, found = (encoder(tokens, lengths)[0] for encoder in (plain, normalised))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,79 @@
+"""The batches of fine-tuning: labelled documents and, for virtual adversarial training, others."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from data_pipelines.token_store import NO_LABEL
+from trainer.stages.run import Batches
+
+
+@dataclass(frozen=True)
+class FinetuneBatches:
+    """(start_step, stop_step) -> this process's slices of those global batches.
+
+    Elements are those of `data_pipelines.dataset.make_dataset`, and `global_counts`. The unlabelled
+    rows of each shard come after its labelled ones, with labels of -1.
+
+    Attributes:
+      unlabelled: None, or what is read beside the labelled documents, in an order of its own.
+    """
+
+    labelled: Batches
+    unlabelled: Batches | None = None
+
+    def __call__(self, start_step: int, stop_step: int) -> tf.data.Dataset:
+        dataset = self.labelled(start_step, stop_step)
+        if self.unlabelled is not None:
+            pairs = tf.data.Dataset.zip(dataset, self.unlabelled(start_step, stop_step))
+            dataset = pairs.map(joined)
+        return dataset.map(self._with_counts)
+
+    def examples(self, step: int) -> list[int]:
+        """Returns which labelled documents the global batch of `step`, from 0, is made of."""
+        return self.labelled.examples(step)
+
+    def global_counts(self, step: int) -> np.ndarray:
+        """Returns float32 [3]: what the global batch of `step`, from 0, has in all its shards.
+
+        These are the labelled documents, all documents, and the labelled documents' tokens.
+        """
+        view, plan = self.labelled.view, self.labelled.plan
+        indices = plan.indices(step)
+        tokens = np.minimum(view.lengths_of(indices), plan.max_tokens).sum()
+        others = 0 if self.unlabelled is None else len(self.unlabelled.plan.indices(step))
+        return np.array([len(indices), len(indices) + others, tokens], np.float32)
+
+    def _with_counts(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        counts = tf.numpy_function(self.global_counts, [batch["step"]], tf.float32, stateful=False)
+        counts = tf.tile(tf.reshape(counts, [1, 3]), [tf.size(batch["lengths"]), 1])
+        return {**batch, "global_counts": counts}
+
+
+def joined(labelled: dict[str, tf.Tensor], unlabelled: dict[str, tf.Tensor]) -> dict:
+    """Returns one element of two of the same step: each shard's rows, labelled ones first."""
+    time = tf.maximum(tf.shape(labelled["tokens"])[1], tf.shape(unlabelled["tokens"])[1])
+    parts = [
+        labelled,
+        {**unlabelled, "labels": tf.fill(tf.shape(unlabelled["labels"]), NO_LABEL)},
+    ]
+    for part in parts:
+        padding = time - tf.shape(part["tokens"])[1]
+        part["tokens"] = tf.pad(part["tokens"], [[0, 0], [0, padding]])
+
+    def rows(name: str) -> tf.Tensor:
+        shards = range(labelled["row_starts"].shape[0] - 1)
+        starts = [part["row_starts"] for part in parts]
+        slices = [
+            part[name][start[shard] : start[shard + 1]]
+            for shard in shards
+            for part, start in zip(parts, starts, strict=True)
+        ]
+        return tf.concat(slices, axis=0)
+
+    return {
+        **{name: rows(name) for name in ("tokens", "lengths", "labels", "weights")},
+        "row_starts": labelled["row_starts"] + unlabelled["row_starts"],
+        "step": labelled["step"],
+    }
