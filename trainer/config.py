@@ -21,6 +21,7 @@ USING_STAGES = ("predict", "export", "serve")
 STAGES = (*TRAINING_STAGES, *USING_STAGES)
 DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker", "horovod")
 OBJECTIVES = ("sequence_autoencoder", "language_model")
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
 POOLINGS = ("last", "concat")
@@ -112,6 +113,10 @@ class Config:
 
     embedding_dim: int = _flag("Model", 128, "Size of a word's embedding.", at_least=1)
     units: int = _flag("Model", 256, "LSTM cells.", at_least=1)
+    precision: str = _flag("Model", "float32", "Keras's dtype policy of the LSTMs: in the mixed "
+                           "ones their products are in half precision; weights, states inside "
+                           "the layer and losses stay float32. mixed_float16 scales the loss.",
+                           choices=PRECISIONS)
     num_layers: int = _flag("Model", 1, "LSTMs, each reading the outputs of the one below.",
                             at_least=1)
     memory_steps: int = _flag("Model", 100, "How many steps a new LSTM's cells start out "
@@ -425,6 +430,11 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         faults.append(
             f"--steps_per_call={config.steps_per_call} with --on_nonfinite=skip: whether a step is "
             "left out is decided after each; set --steps_per_call=1 or --on_nonfinite=stop"
+        )
+    if config.steps_per_call > 1 and config.precision == "mixed_float16":
+        faults.append(
+            f"--steps_per_call={config.steps_per_call} with --precision=mixed_float16: a step that "
+            "overflows is tried again; set --steps_per_call=1 or --precision=mixed_bfloat16"
         )
     if config.steps_per_call > 1 and config.finetune_ema:
         faults.append(

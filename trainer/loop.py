@@ -33,6 +33,7 @@ from trainer.distribution.reduction import choose_rows, reduce_gradients
 from trainer.distribution.steps import local_rows
 from trainer.gradients import Gradient, divided, loss_and_gradients
 from trainer.health import NonFiniteError, StallWatchdog, describe_nonfinite
+from trainer.loss_scale import LossScale
 from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
 from trainer.preemption import Preempted, StopRequest
 from trainer.replay import Replayed, replay
@@ -111,6 +112,7 @@ class Settings:
     steps_per_call: int = 1
     profile_steps: tuple[int, int] = (0, 0)
     replay_step: int = 0
+    scale_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,11 @@ def train(
         optimizer.build(list(task.variables.values()))
     reduce_inside_step_only(optimizer)
     set_rates(optimizer, task.variables, task.rates)
-    train_step, tables = make_train_step(task, optimizer, distributor, settings, batches)
+    with distributor.scope():
+        loss_scale = LossScale() if settings.scale_loss else None
+    train_step, tables = make_train_step(
+        task, optimizer, distributor, settings, batches, loss_scale
+    )
     several_steps = make_several_steps(train_step)
     averages = Averages(task.variables, settings.ema, distributor) if settings.ema else None
     checkpoints = Checkpointer(
@@ -168,6 +174,7 @@ def train(
             **task.state,
             **optimizer_variables(optimizer),
             **(averages.variables if averages else {}),
+            **(loss_scale.variables if loss_scale else {}),
         },
         log,
         settings.keep_checkpoints,
@@ -313,12 +320,14 @@ def make_train_step(
     distributor: Distributor,
     settings: Settings,
     batches: Callable[[int, int], tf.data.Dataset],
+    loss_scale: LossScale | None = None,
 ) -> tuple[Callable[[dict, tf.Tensor], Outcome], Tables]:
     """Returns (batch, stop asked for here) -> the step's outcome; and the tables that it trains.
 
     Where `settings.on_nonfinite` is "skip", a step that is not finite changes no variable. Its
     gradients then pass from one function to a second: Keras cannot apply them inside a tf.cond
     under a strategy. Where it is "stop" they are applied, and the variables no longer of use.
+    With a loss scale, a step of which only the gradients are not finite is tried again.
 
     Args:
       optimizer: built for the task's variables; it has the tables' variables after this.
@@ -328,6 +337,10 @@ def make_train_step(
     variables = list(task.variables.values())
     tensors = [variable.value for variable in variables]
 
+    def loss_sum(rows: dict, step: tf.Tensor, part: int | tf.Tensor) -> tuple[tf.Tensor, ...]:
+        loss, *others = task.loss_sum(rows, step, part)
+        return (loss if loss_scale is None else loss * loss_scale.factor(), *others)
+
     def shard_gradients(
         batch: dict,
     ) -> tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]:
@@ -335,7 +348,7 @@ def make_train_step(
         if task.carried is not None:
             rows["carried"] = carried_rows(distributor, task.carried.value)
         return loss_and_gradients(
-            lambda rows, part: task.loss_sum(rows, batch["step"], part),
+            lambda rows, part: loss_sum(rows, batch["step"], part),
             tensors,
             rows,
             distributor.local_shard() + distributor.rank * distributor.num_local_shards,
@@ -369,16 +382,19 @@ def make_train_step(
     def reduced(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor], list[tf.Tensor]]:
         rows = local_rows(distributor, batch)
         with tables.read_up_to_date():
-            loss_sum, weight, gradients, carried = shard_gradients(batch)
+            loss, weight, gradients, carried = shard_gradients(batch)
         carried = [in_global_batch(distributor, part, task.carried.shape) for part in carried]
         tokens = tf.reduce_sum(
             tf.cast(rows["lengths"] * tf.cast(rows["weights"] > 0, tf.int32), weight.dtype)
         )
         # Of their own, before the gradients: they are known before the backward pass begins.
-        loss_sum, weight, tokens, stop, *carried = distributor.all_reduce_sum(
-            [loss_sum, weight, tokens, tf.cast(stop, weight.dtype), *carried]
+        loss, weight, tokens, stop, *carried = distributor.all_reduce_sum(
+            [loss, weight, tokens, tf.cast(stop, weight.dtype), *carried]
         )
-        gradients = [divided(gradient, weight) for gradient in gradients]
+        if loss_scale is not None:
+            loss /= loss_scale.factor()
+        divisor = weight if loss_scale is None else weight * loss_scale.factor()
+        gradients = [divided(gradient, divisor) for gradient in gradients]
         with tf.name_scope("collective"):
             gradients = reduce_gradients(
                 distributor, gradients, as_rows, settings.compress, by_rows
@@ -389,7 +405,7 @@ def make_train_step(
         )
         norm = tf.sqrt(2 * tf.reduce_sum(halves))
         gradients, _ = tf.clip_by_global_norm(gradients, settings.clip_norm, use_norm=norm)
-        outcome = Outcome(loss_sum / weight, tokens, stop, tf.sqrt(2 * halves))
+        outcome = Outcome(loss / weight, tokens, stop, tf.sqrt(2 * halves))
         return outcome, gradients, carried
 
     def reduce_and_apply(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor]]:
@@ -408,7 +424,7 @@ def make_train_step(
         return outcome
 
     signature = [first.element_spec, tf.TensorSpec([], tf.float32)]
-    if settings.on_nonfinite == "stop":
+    if settings.on_nonfinite == "stop" and loss_scale is None:
         whole = tf.function(step_and_carry, input_signature=signature, autograph=False)
         return whole, tables
 
@@ -424,9 +440,15 @@ def make_train_step(
 
     def train_step(batch: dict, stop: tf.Tensor) -> Outcome:
         outcome, gradients, carried = reduce(batch, stop)
+        while loss_scale and np.isfinite(outcome.loss) and not outcome.is_finite():
+            if not loss_scale.shrink():
+                break
+            outcome, gradients, carried = reduce(batch, stop)
         if outcome.is_finite():
             apply(gradients)
             carry(carried)
+            if loss_scale:
+                loss_scale.grow()
         return outcome
 
     return train_step, tables

@@ -59,6 +59,7 @@ class Encoder(keras.layers.Layer):
       lstms: the stack, the lowest layer first; each reads the outputs of the one below.
       embedding_scale: new embeddings are uniform in its bounds, plus and minus.
       memory_steps: how long cells start out remembering, at the most; see ChronoBias.
+      precision: Keras's dtype policy of the LSTMs; what they are given and give is float32.
       initial_states: for each layer (h, c), each [units]: the state that reading starts from
         unless one is given.
     """
@@ -73,6 +74,7 @@ class Encoder(keras.layers.Layer):
         embedding_scale: float = 0.05,
         num_layers: int = 1,
         normalised: bool = False,
+        precision: str = "float32",
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -84,6 +86,7 @@ class Encoder(keras.layers.Layer):
         self.embedding_scale = embedding_scale
         self.num_layers = num_layers
         self.normalised = normalised
+        self.precision = precision
         self.lstms = [self._make_lstm(layer) for layer in range(num_layers)]
 
     def _make_lstm(self, layer: int) -> WarmLSTM:
@@ -98,6 +101,7 @@ class Encoder(keras.layers.Layer):
             bias_initializer=ChronoBias(self.memory_steps, seed=seed + 6),
             unit_forget_bias=False,
             seed=seed,
+            dtype=self.precision,
             name=f"lstm_{layer}",
         )
 
@@ -193,8 +197,8 @@ class Encoder(keras.layers.Layer):
                 seed = tf.random.experimental.stateless_fold_in(dropout_seed, layer)
                 outputs = dropout(outputs, dropout_rate, seed)
             outputs, *state = lstm(outputs, mask=mask, initial_state=state, training=training)
-            final.append(state)
-        return outputs, final
+            final.append([tf.cast(part, self.embeddings.dtype) for part in state])
+        return tf.cast(outputs, self.embeddings.dtype), final
 
     def call(self, tokens: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, States]:
         """Reads `tokens` from the encoder's own initial state, without training.
@@ -216,4 +220,5 @@ class Encoder(keras.layers.Layer):
             "embedding_scale": self.embedding_scale,
             "num_layers": self.num_layers,
             "normalised": self.normalised,
+            "precision": self.precision,
         }

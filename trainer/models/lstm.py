@@ -6,6 +6,10 @@ that TensorFlow hands out without copying. The forward loop does one product a s
 [input; 1; state]; the backward loop only sends dh and dc through the recurrent matrix, and one
 product after it gives all weight gradients.
 
+In half precision (a layer of dtype policy mixed_bfloat16 or mixed_float16) the products are in it;
+states, gates and what they keep are float32 inside the loops: a cell state adds up small numbers
+over hundreds of steps.
+
 Equations: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, as in Keras.
 """
 
@@ -311,18 +315,19 @@ def _forward(
     # Sizes come as integers: the shapes of tensors may be unknown in a function compiled once.
     steps = tf.shape(inputs)[1]
     weights, columns = _products(inputs, kernel, recurrent, bias, mask, units)
+    dtype, loop_dtype = inputs.dtype, _loop_dtype(inputs.dtype)
     masked = None if mask is None else columns[:, -1:, :]  # [time, 1, batch]
 
-    def array() -> tf.TensorArray:
-        return tf.TensorArray(inputs.dtype, steps, clear_after_read=False)
+    def array(dtype: tf.DType) -> tf.TensorArray:
+        return tf.TensorArray(dtype, steps, clear_after_read=False)
 
     # `saved` and `hs` are empty tuples where nothing is to be kept.
-    saved = tuple(array() for _ in _Saved._fields) if keep else ()
-    hs = (array(),) if return_sequences else ()
+    saved = (array(dtype), *(array(loop_dtype) for _ in _Saved._fields[1:])) if keep else ()
+    hs = (array(dtype),) if return_sequences else ()
 
     def step(t: tf.Tensor, h: tf.Tensor, c: tf.Tensor, saved: tuple, hs: tuple) -> tuple:
-        product = tf.concat([columns[t], h], 0)
-        z = tf.matmul(weights, product)  # [4 * units, batch]
+        product = tf.concat([columns[t], tf.cast(h, dtype)], 0)
+        z = tf.cast(tf.matmul(weights, product), loop_dtype)  # [4 * units, batch]
         input_forget = tf.sigmoid(z[: 2 * units])
         candidate = tf.tanh(z[2 * units : 3 * units])
         output = tf.sigmoid(z[3 * units :])
@@ -330,22 +335,27 @@ def _forward(
         squashed = tf.tanh(new_c)
         new_h = output * squashed
         if masked is not None:
-            new_h += masked[t] * h  # there the output gate is 0
+            new_h += tf.cast(masked[t], loop_dtype) * h  # there the output gate is 0
         values = (product, input_forget, candidate, output, c, squashed)
         saved = tuple(a.write(t, v) for a, v in zip(saved, values, strict=False))
-        hs = tuple(a.write(t, new_h) for a in hs)
+        hs = tuple(a.write(t, tf.cast(new_h, dtype)) for a in hs)
         return t + 1, new_h, new_c, saved, hs
 
     _, h, c, saved, hs = tf.while_loop(
         lambda t, *_: t < steps,
         step,
-        (0, tf.transpose(h), tf.transpose(c), saved, hs),
+        (0, *(tf.cast(tf.transpose(state), loop_dtype) for state in (h, c)), saved, hs),
         shape_invariants=_invariants(units, (saved, hs)),
         parallel_iterations=1,
     )
-    h, c = tf.transpose(h), tf.transpose(c)
+    h, c = (tf.cast(tf.transpose(state), dtype) for state in (h, c))
     outputs = tf.transpose(hs[0].stack(), (2, 0, 1)) if hs else h[:, tf.newaxis]
     return (outputs, h, c), _Saved(*(a.flow for a in saved)) if keep else None
+
+
+def _loop_dtype(dtype: tf.DType) -> tf.DType:
+    """Returns the type of states and gates inside the loops, for inputs of `dtype`."""
+    return tf.float32 if dtype.size < 4 else dtype
 
 
 def _invariants(units: int, arrays: tuple) -> tuple:
@@ -397,18 +407,19 @@ def _backward(
     rows = width + (1 if mask is None else 2) + units
     kept_sizes = (2 * units, units, units, units, units)
     steps = tf.raw_ops.TensorListLength(input_handle=saved.columns)
+    dtype, loop_dtype = dh.dtype, _loop_dtype(dh.dtype)
     d_outputs = tf.transpose(d_outputs, (1, 2, 0))  # [time or 1, units, batch]
-    dh = tf.transpose(dh)
+    dh, dc = (tf.cast(tf.transpose(state), loop_dtype) for state in (dh, dc))
     if not return_sequences:
-        dh += d_outputs[0]
-    masked = None if mask is None else tf.cast(~tf.transpose(mask), dh.dtype)[:, tf.newaxis]
+        dh += tf.cast(d_outputs[0], loop_dtype)
+    masked = None if mask is None else tf.cast(~tf.transpose(mask), loop_dtype)[:, tf.newaxis]
 
     def step(t: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor, dzs: tf.TensorArray) -> tuple:
         if return_sequences:
-            dh += d_outputs[t]
+            dh += tf.cast(d_outputs[t], loop_dtype)
         input_forget, candidate, output, previous_c, squashed = (
             tf.raw_ops.TensorListGetItem(
-                input_handle=values, index=t, element_shape=(size, -1), element_dtype=dh.dtype
+                input_handle=values, index=t, element_shape=(size, -1), element_dtype=loop_dtype
             )
             for values, size in zip(saved[1:], kept_sizes, strict=True)
         )
@@ -423,31 +434,32 @@ def _backward(
             ],
             0,
         )  # [4 * units, batch]
-        previous_dh = tf.matmul(recurrent, dz)
+        dz = tf.cast(dz, dtype)
+        previous_dh = tf.cast(tf.matmul(recurrent, dz), loop_dtype)
         if masked is not None:
             previous_dh += masked[t] * dh
         return t - 1, previous_dh, dc * f, dzs.write(t, dz)
 
-    dzs = tf.TensorArray(dh.dtype, steps)
+    dzs = tf.TensorArray(dtype, steps)
     _, dh, dc, dzs = tf.while_loop(
         lambda t, *_: t >= 0,
         step,
-        (steps - 1, dh, tf.transpose(dc), dzs),
+        (steps - 1, dh, dc, dzs),
         shape_invariants=_invariants(units, (dzs,)),
         parallel_iterations=1,
     )
     dz = tf.transpose(dzs.stack(), (0, 2, 1))  # [time, batch, 4 * units]
     flat_dz = tf.reshape(dz, (-1, 4 * units))
     columns = tf.raw_ops.TensorListStack(
-        input_handle=saved.columns, element_shape=(rows, -1), element_dtype=dh.dtype
+        input_handle=saved.columns, element_shape=(rows, -1), element_dtype=dtype
     )
     flat_columns = tf.reshape(tf.transpose(columns, (1, 0, 2)), (rows, -1))
     d_weights = tf.matmul(flat_columns, flat_dz)
     d_inputs = tf.transpose(tf.tensordot(dz, kernel, [[2], [1]]), (1, 0, 2))
     return (
         d_inputs,
-        tf.transpose(dh),
-        tf.transpose(dc),
+        tf.cast(tf.transpose(dh), dtype),
+        tf.cast(tf.transpose(dc), dtype),
         d_weights[:width],
         d_weights[-units:],
         d_weights[width],

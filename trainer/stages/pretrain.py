@@ -145,6 +145,7 @@ def make_encoder(
         embedding_scale=embedding_scale,
         num_layers=config.num_layers,
         normalised=normalised,
+        precision=config.precision,
         name="encoder",
     )
     encoder.build()

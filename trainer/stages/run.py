@@ -118,6 +118,7 @@ class Run:
             max_skipped_steps=config.max_skipped_steps,
             stall_seconds=config.stall_seconds,
             steps_per_call=config.steps_per_call,
+            scale_loss=config.precision == "mixed_float16",
             profile_steps=configuration.step_range(config.profile_steps) or (0, 0),
             replay_step=config.step,
         )

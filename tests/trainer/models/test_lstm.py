@@ -395,3 +395,29 @@ def test_reset_state_needs_a_built_stateful_layer() -> None:
         WarmLSTM(UNITS, name="plain").reset_state(state)
     with pytest.raises(ValueError, match="unbuilt: .* before the layer was built"):
         WarmLSTM(UNITS, stateful=True, name="unbuilt").reset_state(state)
+
+
+@pytest.mark.parametrize(
+    ("policy", "tolerance"), [("mixed_bfloat16", 1e-2), ("mixed_float16", 2e-3)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_precision_is_near_float32(policy: str, tolerance: float, masked: bool) -> None:
+    random = np.random.default_rng(0)
+    inputs = tf.constant(random.normal(size=(6, 150, 5)), tf.float32)
+    mask = tf.sequence_mask([150, 1, 149, 80, 3, 120], 150) if masked else None
+    results = []
+    for dtype in ("float32", policy):
+        keras.utils.set_random_seed(0)
+        layer = WarmLSTM(16, return_sequences=True, return_state=True, dtype=dtype)
+        layer.build(inputs.shape)
+        with tf.GradientTape() as tape:
+            outputs = layer(inputs, mask=mask, training=True)
+            assert {t.dtype.name for t in outputs} == {layer.compute_dtype}
+            loss = sum(tf.reduce_sum(tf.cast(t, tf.float32) ** 2) for t in outputs)
+        variables = [v.value for v in layer.trainable_variables]
+        assert {v.dtype for v in variables} == {tf.float32}
+        gradients = tape.gradient(loss, variables)
+        results.append([tf.cast(t, tf.float32) for t in [*outputs, *gradients]])
+    for exact, half in zip(*results, strict=True):
+        assert tf.norm(exact - half) < tolerance * tf.norm(exact)
+        assert tf.reduce_any(exact != half)
