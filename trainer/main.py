@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -147,6 +147,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
             config.distributor, cluster, config.collective_timeout_seconds
         )
         stop_request = StopRequest(("TERM", config.preemption_signal), config.grace_seconds)
+        config = with_precision(config, distributor, log)
         run = Run(config, distributor, store, stop_request, log, vitals)
         result = stage_report(run)
     except (InputError, Preempted):
@@ -313,6 +314,20 @@ def check_resumable(config: Config, folder: Path) -> None:
             for line in configuration.differences(config, saved)
         ]
     )
+
+
+def with_precision(config: Config, distributor: Any, log: Callable[[str], None]) -> Config:
+    """Returns the configuration with a choice in place of --precision=auto; a collective."""
+    if config.precision != "auto":
+        return config
+    from trainer import precision
+    from trainer.distribution.distributor import num_shards
+
+    rows = max(1, config.pretrain_batch_size // num_shards(distributor))
+    sizes = (rows, config.embedding_dim, config.units)
+    resume = config.resume == "auto"
+    chosen = precision.choose(distributor, Path(config.run_dir), sizes, resume, log)
+    return dataclasses.replace(config, precision=chosen)
 
 
 def remember_config(config: Config, folder: Path) -> None:

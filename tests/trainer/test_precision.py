@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+
+from trainer import precision
+from trainer.distribution.tf_distribute import one_device
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.5, "mixed_bfloat16"), (0.95, "float32")])
+def test_it_must_be_clearly_faster_and_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, chosen: str
+) -> None:
+    lines: list[str] = []
+    sizes = (4, 3, 5)
+
+    def choose(bfloat16_seconds: float, resume: bool) -> str:
+        times = {"float32": 1.0, "mixed_bfloat16": bfloat16_seconds}
+        monkeypatch.setattr(precision, "measure", lambda *sizes: times)
+        return precision.choose(one_device(), tmp_path, sizes, resume, lines.append)
+
+    assert choose(seconds, resume=True) == chosen
+    assert f"precision: {chosen}; with bfloat16 the LSTM is {1 / seconds:.2f} times" in lines[0]
+    other = 1.45 - seconds  # the machine has changed its mind
+    assert choose(other, resume=True) == chosen
+    assert choose(other, resume=False) != chosen
+    assert len(lines) == 2
+
+
+def test_both_are_measured() -> None:
+    times = precision.measure(2, 3, 4)
+    assert set(times) == set(precision.CHOICES) and min(times.values()) > 0
