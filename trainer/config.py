@@ -124,6 +124,9 @@ class Config:
                               "remembering, at the most.", at_least=1)
     hidden_units: int = _flag("Model", 30, "ReLU units between the LSTM and the logit.",
                               at_least=1)
+    init_embeddings: str = _flag("Model", "", "File of word vectors, in word2vec's or GloVe's text "
+                                 "format, that new embeddings start from; of words that it does "
+                                 "not have they are random.")
 
     pretrain_objective: str = _flag("Pretraining", "sequence_autoencoder", "What is learned: to "
                                     "write a text again after reading it, or to predict each next "
@@ -457,6 +460,14 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         faults.append(
             f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
             "predicted from that word's output; use --pooling=last"
+        )
+    vectors = config.init_embeddings
+    if vectors and "://" not in vectors and not Path(vectors).is_file():
+        faults.append(f"--init_embeddings={vectors} is not a file")
+    if vectors and config.stage == "finetune" and config.init_weights == "encoder":
+        faults.append(
+            f"--init_embeddings={vectors} with --init_weights=encoder: the encoder has embeddings; "
+            "set --init_weights=random, or leave one out"
         )
     if config.unlabelled_batch_size and not config.virtual_adversarial_weight:
         faults.append(

@@ -75,6 +75,11 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert "with --pretrain_packing=stream: its rows have one length" in found
     (found,) = faults(folder, "--unlabelled_batch_size=8")
     assert "needs --virtual_adversarial_weight" in found
+    (found,) = faults(folder, "--init_embeddings=no.txt")
+    assert found == "--init_embeddings=no.txt is not a file"
+    vectors = f"--init_embeddings={__file__}"
+    (found,) = faults(folder, "--stage=finetune", "--encoder=a", vectors)
+    assert "with --init_weights=encoder: the encoder has embeddings" in found
     (found,) = faults(folder, "--tied_softmax=perhaps")
     assert found == "--tied_softmax=perhaps is not true or false"
     (found,) = faults(folder, "--stage=evaluate")

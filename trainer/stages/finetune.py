@@ -18,6 +18,7 @@ from trainer.optimizer import Rate
 from trainer.stages.evaluate import error_and_loss
 from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.finetune_loss import loss_sum
+from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.pretrain import PRETRAINING_SPLITS, make_encoder
 from trainer.stages.run import Batches, Run
 
@@ -44,6 +45,8 @@ def finetune(
     if classifier.encoder.normalised:
         classifier.encoder.frequencies.assign(word_frequencies(run))
     report: dict[str, Any] = {"init_weights": init_weights, "initial_state": initial_state}
+    if config.init_embeddings and init_weights == "random":
+        report["init_embeddings"] = init_embeddings(run, classifier.encoder)
     if encoder_folder is not None:
         report["broadcast"] = warm_start(
             run, classifier, encoder_folder, init_weights, initial_state

@@ -21,6 +21,7 @@ from trainer.models.encoder import Encoder
 from trainer.models.language_model import LanguageModel
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
 from trainer.models.text_model import Noise, TextModel
+from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.run import Run
 
 OBJECTIVES = {"sequence_autoencoder": SequenceAutoencoder, "language_model": LanguageModel}
@@ -48,6 +49,9 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         )
         model.build()
         carried = carried_state(run, model)
+    initial = {}
+    if config.init_embeddings:
+        initial["init_embeddings"] = init_embeddings(run, model.encoder)
     validation = run.some_documents(
         in_pieces(run, directed(run, run.store.split("validation"))),
         config.pretrain_evaluate_documents,
@@ -82,7 +86,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         config.pretrain_max_tokens,
     )
     mean = states.mean(run.distributor, model.encoder, averaged, run.stop_request)
-    report = {
+    report = initial | {
         "steps": config.pretrain_steps,
         "seconds": round(result.seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1),

@@ -1,0 +1,43 @@
+"""--init_embeddings: word vectors that others trained, as the embeddings that training starts from.
+
+The paper's word2vec row (Dai & Le 2015, table 2): all else is drawn at random.
+"""
+
+from data_pipelines.errors import InputError
+from data_pipelines.reserved_ids import FIRST_ID
+from data_pipelines.tokenizers.vocabulary import read_lines
+from data_pipelines.word_vectors import read_word_vectors
+from trainer.distribution.distributor import broadcast_arrays
+from trainer.models.encoder import Encoder
+from trainer.stages.run import Run
+
+
+def init_embeddings(run: Run, encoder: Encoder) -> dict[str, int]:
+    """Sets the embeddings of the words that the file has; the others stay as they are.
+
+    A collective; only the chief reads the file.
+
+    Returns:
+      For the report: how many of the vocabulary's words were found, and how many it has.
+
+    Raises:
+      InputError: the file is not readable, or has none of the words; in the chief only.
+    """
+    path, found = run.config.init_embeddings, None
+    words = encoder.vocab_size - FIRST_ID
+    if run.is_chief:
+        places, vectors = read_word_vectors(
+            path, read_lines(run.store.vocab_path), encoder.embedding_dim
+        )
+        if not len(places):
+            raise InputError(
+                f"--init_embeddings={path} has none of the {words:,} words of the vocabulary, "
+                f"{run.store.vocab_path}"
+            )
+        found = {"ids": places + FIRST_ID, "vectors": vectors}
+    found = broadcast_arrays(run.distributor, found)
+    table = encoder.embeddings.numpy()
+    table[found["ids"]] = found["vectors"]
+    encoder.embeddings.assign(table)
+    run.log(f"embeddings of {len(found['ids']):,} of {words:,} words are from {path}")
+    return {"words_found": len(found["ids"]), "words": words}
