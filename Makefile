@@ -8,7 +8,7 @@ HOROVOD ?= 1
 HOROVOD_INSTALLED := $(VENV)/.horovod
 TESTED := $(INSTALLED) $(if $(filter 0,$(HOROVOD)),,$(HOROVOD_INSTALLED))
 
-.PHONY: help venv horovod demo test test-all test-k8s bench-distribution bench bench-gpu bench-venv lint format clean
+.PHONY: help venv horovod demo test test-all test-k8s ablation bench-distribution bench bench-gpu bench-venv lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ test-all: $(TESTED) ## every test
 
 test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTATE_K8S_IMAGE=...
 	$(BIN)/python -m pytest tests/integration/test_kubernetes_cluster.py
+
+ablation: $(INSTALLED) ## does the learned state help, apart from the weights: docs/learned-states.md
+	$(BIN)/python -m benchmarks.ablation --run_dir=runs/ablation --flagfile=trainer/configs/ablation.cfg
 
 bench-distribution: $(TESTED) ## measures the collectives and writes docs/distribution.md
 	$(BIN)/python -m benchmarks.distribution

@@ -1,0 +1,208 @@
+"""Does the learned state help, apart from the weights? Runs it and writes docs/learned-states.md.
+
+    python -m benchmarks.ablation      (make ablation)
+
+Each classifier starts from one of four states, with the encoder's weights or random ones, after
+each objective of pretraining, over several seeds; a seed chooses the weights, the order of the data
+and the labelled documents, so that states are compared within a seed. What is done is not done
+again: a run that was interrupted goes on.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+from absl import app, flags
+
+from benchmarks.machine import facts
+from data_pipelines.token_store import TokenStore
+from trainer import config as configuration
+from trainer.config import Config
+from trainer.distribution import cluster
+from trainer.distribution.distributor import make_distributor
+from trainer.main import open_store
+from trainer.preemption import StopRequest
+from trainer.stages.evaluate import evaluate
+from trainer.stages.finetune import finetune
+from trainer.stages.pretrain import pretrain
+from trainer.stages.run import Run
+
+FLAGS = flags.FLAGS
+OBJECTIVES = {"sequence_autoencoder": "sequence autoencoder", "language_model": "language model"}
+WEIGHTS = ("encoder", "random")
+STATES = configuration.INITIAL_STATES
+TEMPLATE = Path(__file__).with_name("ablation.template.md")
+# Twice the standard error of a mean of few seeds is little: 4.3 is Student's t for three of them.
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+def cells() -> Iterator[tuple[str, str, str]]:
+    """Yields (objective, weights, state) of each classifier of a seed.
+
+    From random weights and zeros nothing comes from an encoder: that one is made once, under "".
+    """
+    yield "", "random", "zero"
+    for objective in OBJECTIVES:
+        for weights in WEIGHTS:
+            for state in STATES:
+                if (weights, state) != ("random", "zero"):
+                    yield objective, weights, state
+
+
+def test_error(base: Config, store: TokenStore, seed: int, cell: tuple[str, str, str]) -> float:
+    """Returns the test error, percent, of one classifier; trains what is not there yet."""
+    objective, weights, state = cell
+    root = Path(base.run_dir)
+    encoder = root / f"pretrain-{objective}-{seed}"
+    folder = root / f"finetune-{'-'.join(filter(None, cell))}-{seed}"
+    done = folder / "test.json"
+    if done.exists():
+        return json.loads(done.read_text())["error_percent"]
+    config = replace(base, seed=seed, pretrain_objective=objective or "sequence_autoencoder")
+    keras.backend.clear_session()
+    distributor = make_distributor(
+        "one_device", cluster.resolve({}), config.collective_timeout_seconds
+    )
+    stop = StopRequest(("TERM",), config.grace_seconds)
+    run = Run(config, distributor, store, stop, lambda line: print(line, flush=True))
+    if objective and not (encoder / "encoder" / "encoder.json").exists():
+        pretrain(run, encoder)
+    from_encoder = encoder / "encoder" if objective else None
+    finetune(run, folder, from_encoder, weights, state)
+    error = evaluate(run, folder / "classifier", "test", folder)["error_percent"]
+    done.write_text(json.dumps({"error_percent": error}) + "\n")
+    print(f"{folder.name}: test error {error:.2f} %", flush=True)
+    return error
+
+
+def differences(errors: dict[str, list[float]], objective: str, weights: str) -> dict[str, Any]:
+    """Returns, by state, the difference to zeros in the same seeds."""
+    zero = errors[name_of(objective, weights, "zero")]
+    return {
+        state: difference(errors[name_of(objective, weights, state)], zero) for state in STATES[1:]
+    }
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Returns the mean difference of pairs, in points, and half its 95 % interval."""
+    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
+    half = T_95[len(pairs)] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return {"points": statistics.mean(pairs), "plus_minus": half}
+
+
+def says(found: dict[str, float]) -> str:
+    """Returns what a difference of errors comes to."""
+    if abs(found["points"]) <= found["plus_minus"]:
+        return "no difference that these seeds can show"
+    return "fewer errors" if found["points"] < 0 else "more errors"
+
+
+def interval(found: dict[str, float]) -> str:
+    """Returns "points (low to high)"."""
+    low, high = (found["points"] + sign * found["plus_minus"] for sign in (-1, 1))
+    return f"{found['points']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def reading(result: dict[str, Any]) -> str:
+    """Returns what the figures say of weights and of states, in words."""
+    lines = [
+        f"- The weights of the {title}, from zeros: {interval(result['weights'][objective])} "
+        f"points against random weights from zeros, {says(result['weights'][objective])}."
+        for objective, title in OBJECTIVES.items()
+    ]
+    with_weights = [
+        found
+        for objective in OBJECTIVES
+        for found in result["differences"][f"{objective}/encoder"].values()
+    ]
+    better = sum(says(found) == "fewer errors" for found in with_weights)
+    worse = sum(says(found) == "more errors" for found in with_weights)
+    largest = max(abs(found["points"]) for found in with_weights)
+    lines.append(
+        f"- The state on top of the weights: of {len(with_weights)} comparisons {better} show "
+        f"fewer errors, {worse} more, the others none that these seeds can show; the largest mean "
+        f"difference is {largest:.2f} points."
+    )
+    return "\n".join(lines)
+
+
+def name_of(objective: str, weights: str, state: str) -> str:
+    """Returns the name of a cell in the results."""
+    if (weights, state) == ("random", "zero"):
+        objective = ""
+    return "/".join(filter(None, (objective, weights, state)))
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns the page."""
+    errors = result["test_error_percent"]
+    lines = [f"| objective | weights | {' | '.join(STATES)} |", "|---" * (2 + len(STATES)) + "|"]
+    for objective, title in OBJECTIVES.items():
+        for weights in WEIGHTS:
+            row = [errors[name_of(objective, weights, state)] for state in STATES]
+            lines.append(f"| {title} | {weights} | {' | '.join(map(mean_and_spread, row))} |")
+    readings = []
+    for objective, title in OBJECTIVES.items():
+        for weights in WEIGHTS:
+            for state, found in result["differences"][f"{objective}/{weights}"].items():
+                readings.append(
+                    f"| {title} | {weights} | {state} | {interval(found)} | {says(found)} |"
+                )
+    machine = result["machine"]
+    return TEMPLATE.read_text().format(
+        table="\n".join(lines),
+        differences="\n".join(readings),
+        reading=reading(result),
+        seeds=len(result["seeds"]),
+        labels=result["labelled_documents"],
+        documents=f"{result['test_documents']:,}",
+        machine=f"{machine['cpu']}, {machine['cores']} cores, TensorFlow {machine['tensorflow']}",
+    )
+
+
+def mean_and_spread(errors: Sequence[float]) -> str:
+    """Returns "mean ± standard deviation" over the seeds."""
+    return f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
+
+
+def main(argv: list[str]) -> None:
+    """Trains what is missing, writes the JSON and the page."""
+    base = configuration.from_flags()
+    store = open_store(base, cluster.resolve({}))
+    seeds = list(range(FLAGS.seeds))
+    errors: dict[str, list[float]] = {}
+    for seed in seeds:
+        for cell in cells():
+            errors.setdefault(name_of(*cell), []).append(test_error(base, store, seed, cell))
+    result = {
+        "seeds": seeds,
+        "labelled_documents": base.finetune_documents,
+        "test_documents": len(store.split("test")),
+        "test_error_percent": errors,
+        "differences": {
+            f"{objective}/{weights}": differences(errors, objective, weights)
+            for objective in OBJECTIVES
+            for weights in WEIGHTS
+        },
+        "weights": {
+            objective: difference(errors[f"{objective}/encoder/zero"], errors["random/zero"])
+            for objective in OBJECTIVES
+        },
+        "machine": facts(),
+    }
+    Path(FLAGS.out).write_text(json.dumps(result, indent=1) + "\n")
+    Path(FLAGS.page).write_text(render(result))
+    print(f"wrote {FLAGS.out} and {FLAGS.page}")
+
+
+if __name__ == "__main__":
+    configuration.define_flags()
+    flags.DEFINE_integer("seeds", 3, "How many seeds.", lower_bound=2, upper_bound=10)
+    flags.DEFINE_string("out", "benchmarks/results/learned_states.json", "JSON that is written.")
+    flags.DEFINE_string("page", "docs/learned-states.md", "Page that is written.")
+    app.run(main)
