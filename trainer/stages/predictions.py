@@ -22,7 +22,7 @@ from trainer.distribution.steps import gather_rows
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.models.encoder import token_mask
 from trainer.reporting.statistics import probabilities
-from trainer.safe_files import sealed, specs, tensor_bytes, write_folder
+from trainer.safe_files import sealed, specs, tensor_parts, write_folder
 from trainer.stages.run import Run
 
 STATE_DOCUMENTS = 512
@@ -242,8 +242,8 @@ def save(
         "tensors": specs(tensors),
     }
     files = {
-        "predictions.safetensors": tensor_bytes(tensors),
-        "predictions.json": sealed(values),
+        "predictions.safetensors": tensor_parts(tensors),
+        "predictions.json": [sealed(values)],
     }
     try:
         write_folder(folder.with_name(folder.name + ".new"), folder, files)
