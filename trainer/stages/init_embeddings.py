@@ -4,8 +4,7 @@ The paper's word2vec row (Dai & Le 2015, table 2): all else is drawn at random.
 """
 
 from data_pipelines.errors import InputError
-from data_pipelines.tokenizers.vocabulary import FIRST_ID
-from data_pipelines.tokenizers.vocabulary import read_lines
+from data_pipelines.tokenizers.vocabulary import FIRST_ID, read_lines
 from data_pipelines.word_vectors import read_word_vectors
 from trainer.distribution.distributor import broadcast_arrays
 from trainer.models.encoder import Encoder
