@@ -61,7 +61,7 @@ class OurTrainStep(TrainStep):
         from trainer.models.sequence_autoencoder import SequenceAutoencoder
         from trainer.optimizer import make_optimizer
         from trainer.schedules import Schedule
-        from trainer.stages.pretrain import autoencoder_variables, loss_sum, make_encoder
+        from trainer.stages.pretrain import loss_sum, make_encoder, trained_variables
 
         self._batches = read_batches(path)
         config = Config(vocab_size=vocab, embedding_dim=dim, units=units, sampled_softmax=sampled)
@@ -69,7 +69,7 @@ class OurTrainStep(TrainStep):
         with distributor.scope():
             model = SequenceAutoencoder(make_encoder(config, vocab))
             model.build()
-            variables = autoencoder_variables(model)
+            variables = trained_variables(model)
             optimizer = make_optimizer("adam", Schedule("constant", rate=1e-3))
             optimizer.build(list(variables.values()))
         reduce_inside_step_only(optimizer)

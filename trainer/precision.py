@@ -11,7 +11,7 @@ from trainer.models.lstm import WarmLSTM
 from trainer.safe_files import replace_text
 
 CHOICES = ("float32", "mixed_bfloat16")
-STEPS = 20
+STEPS = 60
 REPEATS = 5
 # By how much it must be faster: half precision is not for nothing.
 MARGIN = 1.1
