@@ -221,6 +221,9 @@ class Config:
                                     at_least=0, below=1)
     finetune_evaluate_every_steps: int = _flag("Fine-tuning", 250, "Steps between evaluations; "
                                                "the best weights are kept.", at_least=1)
+    joint_weight: float = _flag("Fine-tuning", 0.0, "Weight of the loss of --pretrain_objective on "
+                                "the labelled documents, in nats a token, which the encoder is "
+                                "trained for as well; 0 = off.", at_least=0)
     adversarial_weight: float = _flag("Fine-tuning", 0.0, "Weight of the loss at embeddings that "
                                       "are moved to where the label's loss grows fastest; "
                                       "0 = off.", at_least=0)

@@ -267,7 +267,8 @@ def check_store(config: Config, store: TokenStore) -> None:
     kind = store.tokenizer_config["type"]
     if config.tokenizer not in ("word", kind):
         faults.append(f"--tokenizer={config.tokenizer}, but the store's is {kind}")
-    if config.stage in ("all", "pretrain") and config.sampled_softmax >= store.vocab_size:
+    uses_softmax = config.stage in ("all", "pretrain") or config.joint_weight > 0
+    if uses_softmax and config.sampled_softmax >= store.vocab_size:
         faults.append(
             f"--sampled_softmax={config.sampled_softmax} must be below the store's vocabulary of "
             f"{store.vocab_size}; 0 is the exact softmax"

@@ -14,12 +14,13 @@ from trainer.config import Config
 from trainer.distribution.distributor import broadcast_arrays, gather_objects
 from trainer.distribution.divergence import check_equal
 from trainer.models.classifier import Classifier
+from trainer.models.text_model import TextModel
 from trainer.optimizer import Rate
 from trainer.stages.evaluate import error_and_loss
 from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.finetune_loss import loss_sum
 from trainer.stages.init_embeddings import init_embeddings
-from trainer.stages.pretrain import PRETRAINING_SPLITS, make_encoder
+from trainer.stages.pretrain import OBJECTIVES, PRETRAINING_SPLITS, make_encoder
 from trainer.stages.run import Batches, Run
 
 
@@ -58,12 +59,13 @@ def finetune(
         f"{name}: {len(view):,} labelled documents, {plan.steps_per_epoch:,} steps an epoch, "
         f"{config.finetune_steps:,} steps to do; weights: {init_weights}, state: {initial_state}"
     )
+    objective = joint_objective(run, classifier) if config.joint_weight else None
     batches = FinetuneBatches(run.batches(view, plan), unlabelled_documents(run))
     result = loop.train(
         loop.Task(
             name="finetune",
-            variables=trained_variables(classifier, initial_state),
-            loss_sum=loss_sum(config, classifier),
+            variables=trained_variables(classifier, initial_state) | softmax_variables(objective),
+            loss_sum=loss_sum(config, classifier, objective),
             evaluate=error_and_loss(run, classifier, validation),
             rates=encoder_rates(config, classifier) if init_weights == "encoder" else {},
             select_by="error_percent",
@@ -188,6 +190,25 @@ def trained_variables(classifier: Classifier, initial_state: str) -> dict:
         name: variable
         for name, variable in bundle.classifier_variables(classifier).items()
         if not name.startswith(("reader/", "frequencies", *fixed))
+    }
+
+
+def joint_objective(run: Run, classifier: Classifier) -> TextModel:
+    """Returns the model of --pretrain_objective on the classifier's encoder, its softmax new."""
+    config = run.config
+    with run.distributor.scope():
+        model = OBJECTIVES[config.pretrain_objective](classifier.encoder, tied=config.tied_softmax)
+        model.build()
+    return model
+
+
+def softmax_variables(objective: TextModel | None) -> dict:
+    """Returns what fine-tuning trains of the objective beside the encoder; no bundle holds it."""
+    if objective is None:
+        return {}
+    return {
+        "objective/softmax/kernel": objective.softmax_kernel,
+        "objective/softmax/bias": objective.softmax_bias,
     }
 
 

@@ -5,6 +5,7 @@ import tensorflow as tf
 from trainer import loop, seeds
 from trainer.config import Config
 from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.text_model import TextModel
 from trainer.objectives.adversarial import (
     adversarial_move,
     divergence,
@@ -12,14 +13,22 @@ from trainer.objectives.adversarial import (
     virtual_adversarial_move,
 )
 from trainer.objectives.label_gain import linear_weights
+from trainer.stages import pretrain
 
 
-def loss_sum(config: Config, classifier: Classifier) -> loop.LossSum:
+def loss_sum(
+    config: Config, classifier: Classifier, objective: TextModel | None = None
+) -> loop.LossSum:
     """Returns the training loss, with dropout: a mean over the global batch's labelled documents.
 
     Its terms are weighted by flags, and each is a mean over what it reads: the virtual adversarial
-    one over all documents, labelled or not.
+    one over all documents, labelled or not; that of joint training (Dai & Le 2015, section 4.1)
+    over the labelled documents' tokens.
+
+    Args:
+      objective: of joint training, on the classifier's encoder; None where there is none.
     """
+    objective_loss = objective and pretrain.loss_sum(objective, config)
 
     def of_rows(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         tokens, lengths, labels = rows["tokens"], rows["lengths"], rows["labels"]
@@ -79,6 +88,12 @@ def loss_sum(config: Config, classifier: Classifier) -> loop.LossSum:
             labelled_part = rows["global_counts"][:, 0] / rows["global_counts"][:, 1]
             changed = tf.reduce_sum(changes * rows["weights"] * labelled_part)
             total += config.virtual_adversarial_weight * changed
+        if objective_loss:
+            nats, _ = objective_loss({**rows, "weights": labelled}, step, shard)
+            # Documents a token of the global batch: the same in all rows, of which there may be 0.
+            ratio = rows["global_counts"][:, 0] / rows["global_counts"][:, 2]
+            ratio = tf.math.divide_no_nan(tf.reduce_sum(ratio), tf.cast(tf.size(ratio), tf.float32))
+            total += config.joint_weight * nats * ratio
         return total, tf.reduce_sum(labelled)
 
     return of_rows

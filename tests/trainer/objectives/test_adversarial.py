@@ -1,108 +1,26 @@
 """The losses and their gradients against NumPy, which knows gradients as differences only."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.numpy_classifier import LABELS, LENGTHS, TOKENS, WEIGHTS, Reference, differences, make
 from trainer import seeds
 from trainer.config import Config
-from trainer.models.classifier import Classifier
-from trainer.models.encoder import Encoder
 from trainer.objectives import adversarial
 from trainer.stages.finetune_loss import loss_sum
 
-VOCAB_SIZE, DIM, UNITS, NORM = 12, 3, 4, 0.7
-TOKENS = np.array([[5, 9, 2, 0, 0], [7, 7, 8, 3, 2], [4, 11, 6, 2, 0], [2, 0, 0, 0, 0]], np.int32)
-LENGTHS = np.array([3, 5, 4, 1], np.int32)
-LABELS = np.array([1, 0, -1, 1], np.int32)
-WEIGHTS = np.array([1, 1, 1, 0], np.float32)  # the last row is filler
+NORM, STEP, SHARD = 0.7, 3, 0
 MOVABLE = np.arange(5)[None] < LENGTHS[:, None] - 1
-STEP, SHARD = 3, 0
 
 
-def make(num_classes: int) -> Classifier:
-    encoder = Encoder(VOCAB_SIZE, DIM, UNITS, seed=1, embedding_scale=1.0, normalised=True)
-    classifier = Classifier(encoder, num_classes, hidden_units=5)
-    classifier.build()
-    random = np.random.default_rng(0)
-    encoder.frequencies.assign(random.dirichlet(np.ones(VOCAB_SIZE)))
-    classifier.hidden.bias.assign(random.normal(size=5))
-    for variable in encoder.initial_states[0]:
-        variable.assign(random.normal(size=UNITS))
-    return classifier
-
-
-class Reference:
-    """The classifier in NumPy, float64."""
-
-    def __init__(self, classifier: Classifier):
-        encoder, cell = classifier.encoder, classifier.encoder.lstms[0].cell
-        variables = {
-            "table": encoder.embeddings,
-            "frequencies": encoder.frequencies,
-            "kernel": cell.kernel,
-            "recurrent": cell.recurrent_kernel,
-            "bias": cell.bias,
-            "h": encoder.initial_states[0][0],
-            "c": encoder.initial_states[0][1],
-            "hidden": classifier.hidden.kernel,
-            "hidden_bias": classifier.hidden.bias,
-            "output": classifier.output_layer.kernel,
-            "output_bias": classifier.output_layer.bias,
-        }
-        self.variables = variables
-        self.values = {name: v.numpy().astype(np.float64) for name, v in variables.items()}
-
-    def embed(self) -> np.ndarray:
-        table, weights = self.values["table"], self.values["frequencies"][:, None]
-        mean = (weights * table).sum(0)
-        deviation = np.sqrt((weights * (table - mean) ** 2).sum(0) + 1e-6)
-        return ((table - mean) / deviation)[TOKENS]
-
-    def log_probabilities(self, embedded: np.ndarray) -> np.ndarray:
-        v, found = self.values, []
-        for row, length in zip(embedded, LENGTHS, strict=True):
-            h, c = v["h"], v["c"]
-            for word in row[:length]:
-                i, f, g, o = np.split(word @ v["kernel"] + h @ v["recurrent"] + v["bias"], 4)
-                c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-                h = sigmoid(o) * np.tanh(c)
-            hidden = np.maximum(h @ v["hidden"] + v["hidden_bias"], 0)
-            logits = hidden @ v["output"] + v["output_bias"]
-            logits = np.array([0, *logits]) if len(logits) == 1 else logits
-            found.append(logits - np.log(np.exp(logits).sum()))
-        return np.stack(found)
-
-    def label_losses(self, embedded: np.ndarray) -> np.ndarray:
-        picked = self.log_probabilities(embedded)[np.arange(4), np.maximum(LABELS, 0)]
-        return -picked * WEIGHTS * (LABELS >= 0)
-
-    def divergences(self, log_p: np.ndarray, embedded: np.ndarray) -> np.ndarray:
-        return (np.exp(log_p) * (log_p - self.log_probabilities(embedded))).sum(1)
-
-    def loss(self, moves: np.ndarray, virtual: np.ndarray, log_p: np.ndarray) -> float:
-        """Returns the whole loss for moves, and a prediction, that are constants."""
-        embedded = self.embed()
-        labelled = self.label_losses(embedded) + 0.5 * self.label_losses(embedded + moves)
-        # A mean over all three documents, of which two are labelled.
-        changed = (self.divergences(log_p, embedded + virtual) * WEIGHTS).sum() / 3
-        return labelled.sum() + 2 * 0.25 * changed
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def differences(function: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
-    """Returns the gradient of `function` by central differences."""
-    found = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        step = np.zeros_like(at)
-        step[index] = 1e-5
-        found[index] = (function(at + step) - function(at - step)) / 2e-5
-    return found
+def loss(reference: Reference, moves: np.ndarray, virtual: np.ndarray, log_p: np.ndarray) -> float:
+    """Returns the whole loss for moves, and a prediction, that are constants."""
+    embedded = reference.embed()
+    labelled = reference.label_losses(embedded) + 0.5 * reference.label_losses(embedded + moves)
+    # A mean over all three documents, of which two are labelled.
+    changed = (reference.divergences(log_p, embedded + virtual) * WEIGHTS).sum() / 3
+    return labelled.sum() + 2 * 0.25 * changed
 
 
 def scaled(direction: np.ndarray, norm: float) -> np.ndarray:
@@ -146,12 +64,12 @@ def test_losses_and_gradients_are_those_of_numpy(num_classes: int) -> None:
         total, weight = tf.function(loss_sum(config, classifier))(rows, tf.constant(STEP), SHARD)
     gradients = tape.gradient(total, [reference.variables[name].value for name in names])
     assert float(weight) == 2
-    np.testing.assert_allclose(total, reference.loss(moves, virtual, log_p), rtol=1e-4)
+    np.testing.assert_allclose(total, loss(reference, moves, virtual, log_p), rtol=1e-4)
 
     def whole(name: str, value: np.ndarray) -> float:
         kept = reference.values[name]
         reference.values[name] = value
-        found = reference.loss(moves, virtual, log_p)
+        found = loss(reference, moves, virtual, log_p)
         reference.values[name] = kept
         return found
 

@@ -1,0 +1,66 @@
+"""Joint training against NumPy: the label's loss, and the objective's a token."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.numpy_classifier import LABELS, LENGTHS, TOKENS, WEIGHTS, Reference, differences, make
+from trainer.config import Config
+from trainer.models.text_model import TextModel
+from trainer.stages.finetune_loss import loss_sum
+from trainer.stages.pretrain import OBJECTIVES
+
+LABELLED = WEIGHTS * (LABELS >= 0)
+NUM_LABELLED, NUM_TOKENS = 2, int((LENGTHS * LABELLED).sum())
+
+
+def objective_loss(reference: Reference, objective: TextModel) -> float:
+    """Returns the objective's loss of the labelled documents, in nats a token."""
+    kernel = objective.softmax_kernel.numpy().astype(np.float64)
+    bias = objective.softmax_bias.numpy().astype(np.float64)
+    embedded, total = reference.embed(), 0.0
+    for row, tokens, length in zip(embedded, TOKENS, LENGTHS * LABELLED.astype(int), strict=True):
+        first, state = reference.values["h"], None
+        if type(objective).__name__ == "SequenceAutoencoder":
+            _, state = reference.read(row[:length])
+            first = state[0]
+        written, _ = reference.read(row[: max(length - 1, 0)], state)
+        for output, token in zip([first, *written][:length], tokens, strict=False):
+            logits = kernel @ output + bias
+            total += np.log(np.exp(logits).sum()) - logits[token]
+    return total / NUM_TOKENS
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_joint_loss_and_its_gradient_are_those_of_numpy(name: str) -> None:
+    classifier = make(num_classes=2)
+    objective = OBJECTIVES[name](classifier.encoder)
+    objective.build()
+    rows = {
+        "tokens": tf.constant(TOKENS),
+        "lengths": tf.constant(LENGTHS),
+        "labels": tf.constant(LABELS),
+        "weights": tf.constant(WEIGHTS),
+        "global_counts": tf.constant([[NUM_LABELLED, 3, NUM_TOKENS]] * 4, tf.float32),
+    }
+    config = Config(joint_weight=0.5, finetune_dropout=0.0, sampled_softmax=0)
+    loss = tf.function(loss_sum(config, classifier, objective))
+    reference = Reference(classifier)
+    recurrent = reference.variables["recurrent"].value
+    with tf.GradientTape() as tape:
+        total, weight = loss(rows, tf.constant(0), 0)
+        mean = total / weight
+    gradient = tape.gradient(mean, recurrent)
+
+    def expected(value: np.ndarray) -> float:
+        reference.values["recurrent"] = value
+        labels = reference.label_losses(reference.embed()).sum() / NUM_LABELLED
+        return labels + 0.5 * objective_loss(reference, objective)
+
+    value = recurrent.numpy().astype(np.float64)
+    np.testing.assert_allclose(mean, expected(value), rtol=1e-5)
+    by_differences = differences(expected, value)
+    assert np.abs(gradient - by_differences).max() < 1e-3 * np.abs(by_differences).max()
+    # A slice without rows, as a part of a small batch may be, adds nothing.
+    nothing, none = loss({k: v[:0] for k, v in rows.items()}, tf.constant(0), 0)
+    assert float(nothing) == float(none) == 0
