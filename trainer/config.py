@@ -181,6 +181,9 @@ class Config:
                                       "mean final state is taken.", at_least=1)
 
     encoder: str = _flag("Fine-tuning", "", "Encoder bundle to start from (a folder).")
+    backward_encoder: str = _flag("Fine-tuning", "", "Encoder bundle, of "
+                                  "--pretrain_direction=backward, of a second direction: the "
+                                  "logits of both are averaged.")
     init_weights: str = _flag("Fine-tuning", "encoder", "Where the LSTM's and the embeddings' "
                               "weights come from.", choices=("encoder", "random"))
     initial_state: str = _flag("Fine-tuning", "learned", "What state the LSTM starts from; "
@@ -287,7 +290,8 @@ class Config:
 FREE_ON_RESUME = {
     "steps_per_call", "profile_steps",
     "stage", "run_dir", "resume", "log_every_steps", "checkpoint_every_steps", "store", "data_dir",
-    "encoder", "classifier", "evaluate_split", "distributor", "collective_timeout_seconds",
+    "encoder", "backward_encoder", "classifier", "evaluate_split", "distributor",
+    "collective_timeout_seconds",
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
     "max_skipped_steps", "stall_seconds", "preemption_signal", "grace_seconds",
     "keep_best", "status_port", "status_host",
@@ -534,8 +538,14 @@ def _stage_faults(config: Config) -> list[str]:
             f"{why} needs an encoder: set --encoder to a bundle that --stage=pretrain wrote, or "
             "train from scratch with --init_weights=random --initial_state=zero"
         )
-    if config.stage == "all" and config.encoder:
-        faults.append("--stage=all trains an encoder of its own: leave --encoder out")
+    for name in ("encoder", "backward_encoder"):
+        if config.stage == "all" and getattr(config, name):
+            faults.append(f"--stage=all trains an encoder of its own: leave --{name} out")
+    if config.stage == "finetune" and config.backward_encoder and not config.needs_encoder:
+        faults.append(
+            f"--backward_encoder={config.backward_encoder} is not read with --init_weights=random "
+            "--initial_state=zero: leave it out, or take weights or a state from encoders"
+        )
     if config.stage == "evaluate" and not config.classifier:
         faults.append("--stage=evaluate needs --classifier: a bundle that --stage=finetune wrote")
     if (config.stage == "replay") != (config.step > 0):

@@ -236,20 +236,35 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
     return store
 
 
+def encoders_of(config: Config) -> list[tuple[str, str, str]]:
+    """Returns flag, folder and direction of the encoder bundles that fine-tuning reads."""
+    if config.stage != "finetune" or not config.needs_encoder:
+        return []
+    found = [("--encoder", config.encoder, "forward")]
+    if config.backward_encoder:
+        found.append(("--backward_encoder", config.backward_encoder, "backward"))
+    return found
+
+
 def check_bundles(config: Config) -> None:
     """Raises InputError if a bundle that a flag names is not usable."""
     from trainer import bundle
 
-    if config.stage == "finetune" and config.needs_encoder:
-        model = bundle.read_info(Path(config.encoder), "encoder", "--encoder")["model"]
-        configuration.raise_if(
-            [
-                f"--{name}={getattr(config, name)}, but the encoder in --encoder={config.encoder} "
-                f"has {model[name]}; set --{name}={model[name]}"
-                for name in ("embedding_dim", "units", "num_layers")
-                if getattr(config, name) != model[name]
-            ]
-        )
+    for flag, folder, direction in encoders_of(config):
+        info = bundle.read_info(Path(folder), "encoder", flag)
+        model, faults = info["model"], []
+        if info.get("direction", "forward") != direction:
+            faults.append(
+                f"{flag}={folder} reads {info['direction']}: --encoder needs one that reads "
+                "forward, --backward_encoder one of --pretrain_direction=backward"
+            )
+        faults += [
+            f"--{name}={getattr(config, name)}, but the encoder in {flag}={folder} "
+            f"has {model[name]}; set --{name}={model[name]}"
+            for name in ("embedding_dim", "units", "num_layers")
+            if getattr(config, name) != model[name]
+        ]
+        configuration.raise_if(faults)
     if config.stage == "evaluate":
         bundle.read_info(Path(config.classifier), "classifier", "--classifier")
 
@@ -280,9 +295,7 @@ def check_vocabulary(config: Config, vocab_sha256: str) -> None:
     """Raises InputError if a bundle that a flag names was made with another vocabulary."""
     from trainer import bundle
 
-    named = []
-    if config.stage == "finetune" and config.needs_encoder:
-        named.append(("encoder", "--encoder", config.encoder))
+    named = [("encoder", flag, folder) for flag, folder, _ in encoders_of(config)]
     if config.stage == "evaluate":
         named.append(("classifier", "--classifier", config.classifier))
     for name, flag, folder in named:

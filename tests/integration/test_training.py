@@ -213,6 +213,25 @@ def test_stages_one_by_one_with_every_initial_state(
     assert evaluations["test"]["documents"] == 60
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["learned", "encode"])
+def test_two_directions(small_store: Path, tmp_path: Path, encoder: Path, state: str) -> None:
+    store = f"--store={small_store}"
+    backward = ("--stage=pretrain", "--pretrain_direction=backward", store, *STEPS)
+    train(1, *backward, f"--run_dir={tmp_path}/backward")
+    fine = ("--stage=finetune", store, f"--run_dir={tmp_path}/fine", f"--initial_state={state}")
+    theirs = tmp_path / "backward" / "encoder"
+    done = run(1, *fine, f"--encoder={theirs}", *STEPS)
+    assert done.returncode == 2 and "/encoder reads backward: --encoder needs" in done.stderr
+    train(2, *fine, f"--encoder={encoder}", f"--backward_encoder={theirs}", *STEPS)
+    report = json.loads((tmp_path / "fine" / "report.json").read_text())["finetune"]
+    assert len(set(report["broadcast"]["digests"])) == 1
+    flags = ("--stage=evaluate", store, "--evaluate_split=validation")
+    train(1, *flags, f"--run_dir={tmp_path}/e", f"--classifier={tmp_path}/fine/classifier")
+    evaluated = json.loads((tmp_path / "e" / "report.json").read_text())["validation"]
+    assert evaluated == pytest.approx(report["validation"], rel=1e-4)
+
+
 def test_the_whole_job_on_two_workers(small_store: Path, tmp_path: Path) -> None:
     flags = (f"--store={small_store}", f"--run_dir={tmp_path}", "--num_layers=3", *STEPS)
     printed = train(2, *flags)

@@ -80,6 +80,12 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     vectors = f"--init_embeddings={__file__}"
     (found,) = faults(folder, "--stage=finetune", "--encoder=a", vectors)
     assert "with --init_weights=encoder: the encoder has embeddings" in found
+    backward = ("--stage=finetune", "--encoder=a", "--backward_encoder=b")
+    assert faults(folder, *backward) == []
+    (found,) = faults(folder, *backward, "--init_weights=random", "--initial_state=zero")
+    assert found.startswith("--backward_encoder=b is not read with --init_weights=random ")
+    (found,) = faults(folder, "--backward_encoder=b")
+    assert "leave --backward_encoder out" in found
     (found,) = faults(folder, "--tied_softmax=perhaps")
     assert found == "--tied_softmax=perhaps is not true or false"
     (found,) = faults(folder, "--stage=evaluate")

@@ -23,6 +23,9 @@ from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.pretrain import OBJECTIVES, PRETRAINING_SPLITS, make_encoder
 from trainer.stages.run import Batches, Run
 
+# Initializers take the run's seed plus less than this, for each layer of a stack anew.
+BACKWARD_SEED = 500
+
 
 def finetune(
     run: Run, folder: Path, encoder_folder: Path | None, init_weights: str, initial_state: str
@@ -42,12 +45,16 @@ def finetune(
     view = labelled_documents(run)
     plan = run.plan(view, config.finetune_batch_size, config.finetune_max_tokens)
     name = folder.name
-    classifier = make_classifier(run, with_reader=initial_state == "encode")
+    bidirectional = bool(config.backward_encoder) and encoder_folder is not None
+    classifier = make_classifier(run, initial_state == "encode", bidirectional)
     if classifier.encoder.normalised:
-        classifier.encoder.frequencies.assign(word_frequencies(run))
+        frequencies = word_frequencies(run)
+        for direction in directions(classifier):
+            direction.encoder.frequencies.assign(frequencies)
     report: dict[str, Any] = {"init_weights": init_weights, "initial_state": initial_state}
     if config.init_embeddings and init_weights == "random":
-        report["init_embeddings"] = init_embeddings(run, classifier.encoder)
+        for direction in directions(classifier):
+            report["init_embeddings"] = init_embeddings(run, direction.encoder)
     if encoder_folder is not None:
         report["broadcast"] = warm_start(
             run, classifier, encoder_folder, init_weights, initial_state
@@ -119,19 +126,33 @@ def word_frequencies(run: Run) -> np.ndarray:
     return broadcast_arrays(run.distributor, counted)["frequencies"]
 
 
-def make_classifier(run: Run, with_reader: bool) -> Classifier:
+def make_classifier(run: Run, with_reader: bool, bidirectional: bool = False) -> Classifier:
     """Returns a new classifier, its weights drawn from the run's seed."""
-    config, vocab_size = run.config, run.store.vocab_size
-    with run.distributor.scope():
-        classifier = Classifier(
+    vocab_size = run.store.vocab_size
+
+    def direction(config: Config, backward: Classifier | None = None) -> Classifier:
+        return Classifier(
             make_encoder(config, vocab_size, normalised=config.normalises_embeddings),
             num_classes=run.store.num_classes,
             hidden_units=config.hidden_units,
             reader=make_encoder(config, vocab_size) if with_reader else None,
             pooling=config.pooling,
+            backward=backward,
         )
+
+    with run.distributor.scope():
+        backward = None
+        if bidirectional:
+            other = dataclasses.replace(run.config, seed=run.config.seed + BACKWARD_SEED)
+            backward = direction(other)
+        classifier = direction(run.config, backward)
         classifier.build()
     return classifier
+
+
+def directions(classifier: Classifier) -> list[Classifier]:
+    """Returns the classifier, and the one of its second direction if it has one."""
+    return [classifier] if classifier.backward is None else [classifier, classifier.backward]
 
 
 def warm_start(
@@ -141,20 +162,49 @@ def warm_start(
     init_weights: str,
     initial_state: str,
 ) -> dict[str, Any]:
-    """Gives every worker the encoder's weights and states; only the chief reads them.
+    """Gives every worker the encoders' weights and states; only the chief reads them.
+
+    Where the classifier has a second direction, that one's are from --backward_encoder.
 
     Returns:
       digests (SHA-256 of what each worker's variables then hold, by rank), bytes, seconds.
 
     Raises:
-      InputError: the bundle does not fit the model.
+      InputError: a bundle does not fit the model.
       DivergenceError: workers hold different bytes.
     """
     began = time.perf_counter()
-    loaded = bundle.load(encoder_folder, "encoder", "--encoder") if run.is_chief else None
+    received, size = _received(run, encoder_folder, "--encoder")
+    held = _take_over(classifier, received, init_weights, initial_state)
+    if classifier.backward is not None:
+        folder = Path(run.config.backward_encoder)
+        received, more = _received(run, folder, "--backward_encoder")
+        size += more
+        theirs = _take_over(classifier.backward, received, init_weights, initial_state)
+        held |= {f"backward/{name}": value for name, value in theirs.items()}
+    digests = gather_objects(run.distributor, bundle.digest(held))
+    if len(set(digests)) > 1:
+        check_equal(run.distributor, held, "after the broadcast")  # raises, and says what differs
+    seconds = time.perf_counter() - began
+    run.log(
+        f"finetune: broadcast {size / 1e6:.1f} MB to {len(digests)} workers in "
+        f"{seconds:.2f} s; all hold {digests[0][:16]}"
+    )
+    return {"digests": digests, "bytes": size, "seconds": round(seconds, 3)}
+
+
+def _received(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:
+    """Returns the encoder bundle that the chief reads, in every process, and its bytes."""
+    loaded = bundle.load(folder, "encoder", flag) if run.is_chief else None
     info = gather_objects(run.distributor, loaded and {"model": loaded.info["model"]})[0]
     tensors = broadcast_arrays(run.distributor, loaded and loaded.tensors)
-    received = bundle.Bundle(tensors, info)
+    return bundle.Bundle(tensors, info), sum(array.nbytes for array in tensors.values())
+
+
+def _take_over(
+    classifier: Classifier, received: bundle.Bundle, init_weights: str, initial_state: str
+) -> dict[str, np.ndarray]:
+    """Sets one direction's variables from its encoder's bundle; returns what they then hold."""
     held = {}
     if init_weights == "encoder":
         variables = bundle.encoder_variables(classifier.encoder)
@@ -171,16 +221,7 @@ def warm_start(
         states.apply(classifier.reader, received.state("learned"))
         variables |= bundle.initial_state_variables(classifier.reader)
         held |= {f"reader/{name}": value for name, value in bundle.values(variables).items()}
-    digests = gather_objects(run.distributor, bundle.digest(held))
-    if len(set(digests)) > 1:
-        check_equal(run.distributor, held, "after the broadcast")  # raises, and says what differs
-    size_bytes = sum(array.nbytes for array in received.tensors.values())
-    seconds = time.perf_counter() - began
-    run.log(
-        f"finetune: broadcast {size_bytes / 1e6:.1f} MB to {len(digests)} workers in "
-        f"{seconds:.2f} s; all hold {digests[0][:16]}"
-    )
-    return {"digests": digests, "bytes": size_bytes, "seconds": round(seconds, 3)}
+    return held
 
 
 def trained_variables(classifier: Classifier, initial_state: str) -> dict:
@@ -189,7 +230,7 @@ def trained_variables(classifier: Classifier, initial_state: str) -> dict:
     return {
         name: variable
         for name, variable in bundle.classifier_variables(classifier).items()
-        if not name.startswith(("reader/", "frequencies", *fixed))
+        if not name.removeprefix("backward/").startswith(("reader/", "frequencies", *fixed))
     }
 
 
@@ -217,7 +258,10 @@ def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:
     if config.encoder_rate == 1 and config.encoder_frozen_steps == 0:
         return {}
     rate = Rate(config.encoder_rate, config.encoder_frozen_steps)
-    return {name: rate for name in bundle.encoder_variables(classifier.encoder)}
+    names = list(bundle.encoder_variables(classifier.encoder))
+    if classifier.backward is not None:
+        names += [f"backward/{name}" for name in names]
+    return dict.fromkeys(names, rate)
 
 
 def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict) -> None:

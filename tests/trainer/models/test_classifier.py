@@ -89,6 +89,24 @@ def test_a_reader_sets_the_state_and_is_not_trained(num_layers: int) -> None:
     assert all(gradient is None for gradient in tape.gradient(logits, reader))
 
 
+@pytest.mark.parametrize("with_reader", [False, True])
+def test_two_directions_average_their_logits(with_reader: bool) -> None:
+    forward, backward = make(with_reader=with_reader), make(with_reader=with_reader)
+    for variable in backward.weights:
+        variable.assign(np.random.default_rng(3).normal(size=variable.shape))
+    both = Classifier(forward.encoder, 2, reader=forward.reader, backward=backward)
+    both.build()
+    both.hidden, both.output_layer = forward.hidden, forward.output_layer
+    reverse = np.array([[9, 5, 2, 0], [8, 7, 7, 2]], np.int32)  # of TOKENS, the end token last
+    expected = forward.logits(TOKENS, LENGTHS, training=False)
+    expected += backward.logits(reverse, LENGTHS, training=False)
+    found = both.logits(TOKENS, LENGTHS, training=False)
+    np.testing.assert_allclose(found, expected / 2, rtol=1e-5)
+    seeds = {"embedding_seed": tf.constant([1, 2]), "output_seed": tf.constant([3, 4])}
+    dropped = both.logits(TOKENS, LENGTHS, training=True, dropout_rate=0.5, **seeds)
+    assert np.abs(dropped - found).max() > 1e-3
+
+
 def test_losses_and_errors_of_two_classes() -> None:
     logits = tf.constant([[2.0], [-1.0], [0.5]])
     losses, errors = losses_and_errors(logits, tf.constant([1, 1, 0]))

@@ -83,7 +83,7 @@ def test_normalised_embeddings_have_mean_0_and_variance_1_over_a_text() -> None:
     embedded = encoder.embed(text).numpy()[0]
     np.testing.assert_allclose(embedded.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(embedded.std(0), 1, rtol=1e-5)
-    assert encoder.frequencies not in encoder.trainable_variables
+    assert all(variable is not encoder.frequencies for variable in encoder.trainable_variables)
 
 
 def test_weights_of_plain_embeddings_read_the_same_from_normalised_ones() -> None:

@@ -39,7 +39,7 @@ def test_the_loss_is_that_of_all_prefixes() -> None:
         classifier.build()
         classifier.encoder.initial_states[0][0].assign(np.linspace(-1, 1, 6))
         logits = classifier.read(
-            classifier.encoder.embed(TOKENS),
+            classifier.embed(TOKENS, LENGTHS),
             LENGTHS,
             classifier.start(TOKENS, LENGTHS),
             training=True,
