@@ -8,7 +8,8 @@ HOROVOD ?= 1
 HOROVOD_INSTALLED := $(VENV)/.horovod
 TESTED := $(INSTALLED) $(if $(filter 0,$(HOROVOD)),,$(HOROVOD_INSTALLED))
 
-.PHONY: help venv horovod demo test test-all test-k8s ablation bench-distribution bench bench-gpu bench-venv lint format clean
+# Every target with a line of help is a command, not a file.
+.PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +63,9 @@ bench: $(INSTALLED) ## speed, measured beside Keras and PyTorch: docs/performanc
 
 bench-gpu: $(INSTALLED) ## the same on a GPU
 	$(BIN)/python -m benchmarks.all --gpu
+
+soak: $(INSTALLED) ## a run of MINUTES=60 at the demo's size that loses a worker every 2 minutes, and one that does not
+	$(BIN)/python -m tests.integration.soak --minutes=$(or $(MINUTES),60)
 
 lint: $(INSTALLED) ## ruff
 	$(BIN)/ruff check .
