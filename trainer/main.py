@@ -90,7 +90,11 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
     from trainer.stages import export, predict
 
     try:
-        if config.stage == "export":
+        if config.stage == "serve":
+            from trainer.stages import serve  # its packages are an extra
+
+            serve.serve(config)
+        elif config.stage == "export":
             print(export.export(Path(config.classifier), Path(config.output)))
         else:
             predict.predict(config, texts)
