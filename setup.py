@@ -50,6 +50,9 @@ setup(
             "websocket-client",  # speaks to Chromium
             "zstandard",
         ],
+        "mlflow": ["mlflow-skinny"],  # --track=mlflow
+        "tensorboard": ["tensorboard"],  # --track=tensorboard
+        "wandb": ["wandb"],  # --track=wandb
         "zstd": ["zstandard"],  # reads .zst files
     },
 )

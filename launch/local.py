@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from launch import horovod
+from launch import horovod, screen
 
 CONFIGURATION_EXIT_CODE = 2
 LOST_PEER_EXIT_CODE = 75  # EX_TEMPFAIL: of a trainer whose peer is gone
@@ -32,6 +32,7 @@ _BLAME_SECONDS = 3.0  # from the first lost peer to the verdict that who still r
 _LOOK_SECONDS = 0.5  # between two calls of `asks_stop`
 _PRINTING = threading.Lock()
 _COPIES: list[BinaryIO] = []  # of what is printed
+_SCREEN = screen.Screen()
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 Worker = subprocess.Popen[bytes]
@@ -123,7 +124,10 @@ def run_together(
         stack.callback(_end, processes)
         rendezvous = horovod.Rendezvous(workers) if with_horovod else None
         port = rendezvous.port if rendezvous else None
+        columns = screen.columns()
         for additions in worker_environments(workers, os.environ, port):
+            if columns and not processes:  # the first speaks for all
+                additions |= {screen.COLUMNS_VARIABLE: str(columns)}
             processes.append(_start(command, additions, mask))
         if rendezvous:
             stack.enter_context(rendezvous.serving())
@@ -136,6 +140,8 @@ def run_together(
         ending = _Supervision(processes, grace_seconds, look).wait(watched)
     for printer in printers:
         printer.join()
+    with _PRINTING:
+        _put(_SCREEN.live(""))
     return ending
 
 
@@ -211,10 +217,18 @@ def _start(command: Sequence[str], additions: dict[str, str], mask: set[int]) ->
 
 
 def _print_lines(pipe: BinaryIO, prefix: str) -> None:
-    """Prints each line whole; each state of a line that `\\r` redraws is a line of its own."""
+    """Prints each line whole; each state of a line that `\\r` redraws is a line of its own.
+
+    But the states of a live line (see screen.py) are shown in one place.
+    """
     with io.TextIOWrapper(pipe, encoding="utf-8", errors="replace", newline="") as lines:
         for line in lines:
-            if line != "\r":  # it starts a redrawn line, shows nothing itself
+            if (text := screen.live_text(line)) is not None:
+                with _PRINTING:
+                    _put(_SCREEN.live(text))
+                continue
+            line = line.replace(screen.ERASE, "")  # of the live line before
+            if line not in ("", "\r"):  # it starts a redrawn line, shows nothing itself
                 with _PRINTING:
                     _write(prefix + line.rstrip("\r\n") + "\n")
 
@@ -242,11 +256,16 @@ def lines_copied_to(file: BinaryIO) -> Iterator[None]:
 
 
 def _write(text: str) -> bool:
-    """Prints `text`; returns False if nobody reads it."""
+    """Prints whole lines; returns False if nobody reads them."""
+    for copy in _COPIES:
+        copy.write(text.encode())
+        copy.flush()
+    return _put(_SCREEN.line(text))
+
+
+def _put(text: str) -> bool:
+    """Writes `text` to standard output; returns False if nobody reads it."""
     try:
-        for copy in _COPIES:
-            copy.write(text.encode())
-            copy.flush()
         sys.stdout.buffer.write(text.encode())
         sys.stdout.buffer.flush()
         return True

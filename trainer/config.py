@@ -15,6 +15,7 @@ from absl import flags
 from data_pipelines.errors import InputError
 from data_pipelines.rows import kind_and_path
 from trainer.distribution.cluster import Cluster, distributor_faults
+from trainer.reporting import trackers
 
 TRAINING_STAGES = ("all", "pretrain", "finetune", "evaluate", "replay")
 # They need a classifier bundle and nothing else: no data, no run's folder, no other workers.
@@ -61,6 +62,8 @@ class Config:
                         "never = start again.", choices=("auto", "never"))
     seed: int = _flag("Run", 0, "Of the weights, the data order, dropout and sampling.",
                       at_least=0, below=2**31)
+    track: str = _flag("Run", "", "Where metrics go besides metrics.jsonl: tensorboard, mlflow, "
+                       "wandb; several with commas.")
     log_every_steps: int = _flag("Run", 10, "Steps between status lines.", at_least=1)
     checkpoint_every_steps: int = _flag("Run", 200, "Steps between checkpoints.", at_least=1)
     keep_checkpoints: int = _flag("Run", 2, "How many of the newest checkpoints are kept.",
@@ -300,7 +303,7 @@ FREE_ON_RESUME = {
     "collective_timeout_seconds",
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
     "max_skipped_steps", "stall_seconds", "preemption_signal", "grace_seconds",
-    "keep_best", "status_port", "status_host",
+    "keep_best", "status_port", "status_host", "track",
 }  # fmt: skip
 
 
@@ -409,6 +412,7 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         return faults  # what compares two values needs both
     if config.stage in USING_STAGES:
         return faults + _using_faults(config, cluster)
+    faults += trackers.faults_of(config.track)
     faults += distributor_faults(config.distributor, cluster)
     for name in ("pretrain_batch_size", "finetune_batch_size"):
         if getattr(config, name) < cluster.size:

@@ -8,7 +8,7 @@ global norm after that.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,9 +37,11 @@ from trainer.loss_scale import LossScale
 from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
 from trainer.preemption import Preempted, StopRequest
 from trainer.replay import Replayed, replay
+from trainer.reporting.live import LiveStatus
 from trainer.reporting.profile import Profiler
 from trainer.reporting.status import Metrics, describe, format_seconds
 from trainer.reporting.status_server import Vitals
+from trainer.reporting.trackers import Tracker
 from trainer.schedules import Schedule
 from trainer.tables import Tables, find_tables, rule_of
 
@@ -108,6 +110,7 @@ class Settings:
     on_nonfinite: str = "stop"
     max_skipped_steps: int = 10
     stall_seconds: float = 0.0
+    trackers: Sequence[Tracker] = ()
     ema: float = 0.0
     steps_per_call: int = 1
     profile_steps: tuple[int, int] = (0, 0)
@@ -181,7 +184,7 @@ def train(
         settings.checkpoint_errors,
         settings.keep_best,
     )
-    metrics = Metrics(settings.folder / "metrics.jsonl", task.name)
+    metrics = Metrics(settings.folder / "metrics.jsonl", task.name, settings.trackers)
     examples = getattr(batches, "examples", lambda step: [])
     vitals = vitals or Vitals()
     progress = Progress(
@@ -228,10 +231,13 @@ def train(
             while step < settings.steps:
                 count = min(settings.steps_per_call, steps_until_due(settings, step))
                 profiler.before(step + 1)
+                wait_seconds = None
                 stop = tf.constant(float(stop_request.received))
                 if settings.steps_per_call == 1:
+                    began = time.perf_counter()
                     with tf.profiler.experimental.Trace("input_wait"):
                         batch = next(iterator)
+                    wait_seconds = time.perf_counter() - began
                     began = time.perf_counter()
                     outcome = train_step(batch, stop)
                     outcome.loss.numpy()  # waits for a step that is still being computed
@@ -246,7 +252,7 @@ def train(
                 seconds = (time.perf_counter() - began) / len(outcomes) if step > start else None
                 for outcome in outcomes:
                     step += 1
-                    progress.count(step, outcome, seconds)
+                    progress.count(step, outcome, seconds, wait_seconds)
                 profiler.after(step)
                 watchdog.beat()
                 if step % settings.log_every_steps == 0 or step == settings.steps:
@@ -312,6 +318,11 @@ class Outcome(NamedTuple):
     def is_finite(self) -> bool:
         """Returns whether the loss and the gradients are finite."""
         return bool(np.isfinite(self.loss.numpy()) and np.isfinite(self.norms.numpy()).all())
+
+
+def new_totals() -> dict[str, Any]:
+    """Returns what `Progress` adds up between two status lines."""
+    return {"loss": [], "tokens": 0.0, "seconds": 0.0, "wait_seconds": 0.0}
 
 
 def make_train_step(
@@ -560,7 +571,8 @@ class Progress:
         }
         self._best: dict[str, np.ndarray] = {}
         self._value = math.inf  # of the last evaluation
-        self._since_report = {"loss": [], "tokens": 0.0, "seconds": 0.0}
+        self._since_report = new_totals()
+        self._live = LiveStatus(log, task.name, settings.steps, settings.steps_per_epoch)
         self._began = time.perf_counter()
         self._steps_here = 0
         self._line_time = time.monotonic()  # of the last line of metrics.jsonl
@@ -583,8 +595,14 @@ class Progress:
             self._log(f"{self._task.name}: resumed after step {step}")
         return step
 
-    def count(self, step: int, outcome: Outcome, seconds: float | None) -> None:
-        """Takes in one step; its time is None where it is not to be counted.
+    def count(
+        self, step: int, outcome: Outcome, seconds: float | None, wait_seconds: float | None
+    ) -> None:
+        """Takes in one step.
+
+        Args:
+          seconds: that it took; None where it is not to be counted.
+          wait_seconds: that its batch was waited for; None where that is not known.
 
         Raises:
           NonFiniteError: it is not finite, and may not be skipped.
@@ -606,8 +624,13 @@ class Progress:
             return
         for totals, key in ((recent, "seconds"), (self._notes, "step_seconds")):
             totals[key] += seconds
+        recent["wait_seconds"] += wait_seconds or 0.0
         for totals in (recent, self._notes):
             totals["tokens"] += tokens
+        self._live.count(step, loss, tokens, seconds, wait_seconds, self._remaining_seconds(step))
+
+    def _remaining_seconds(self, step: int) -> float:
+        return self._elapsed_here() / self._steps_here * (self._settings.steps - step)
 
     def _skip(self, step: int, outcome: Outcome) -> None:
         """Counts a step that is not finite and says so, or raises NonFiniteError."""
@@ -651,15 +674,22 @@ class Progress:
     def report(self, step: int) -> None:
         """Says how far the run is."""
         recent, settings = self._since_report, self._settings
-        self._since_report = {"loss": [], "tokens": 0.0, "seconds": 0.0}
+        self._since_report = new_totals()
         if not is_chief(self._distributor):
             return
         # There is none where all these steps were left out.
         loss = {"loss": float(np.mean(recent["loss"]))} if recent["loss"] else {}
         rate = recent["tokens"] / recent["seconds"] if recent["seconds"] else 0.0
-        remaining = self._elapsed_here() / self._steps_here * (settings.steps - step)
-        self._write_metrics(step, **loss, tokens_per_second=round(rate, 1))
+        waited = (
+            100 * recent["wait_seconds"] / max(recent["seconds"] + recent["wait_seconds"], 1e-9)
+        )
+        self._write_metrics(
+            step, **loss, tokens_per_second=round(rate, 1), input_wait_percent=round(waited, 1)
+        )
         self._vitals.tokens_per_second = rate
+        if self._live.is_on:
+            return
+        remaining = self._remaining_seconds(step)
         self._log(
             f"{self._task.name} step {step}/{settings.steps}"
             f" · epoch {step / settings.steps_per_epoch:.2f}"
@@ -681,6 +711,7 @@ class Progress:
             return self._evaluate(step)
 
     def _evaluate(self, step: int) -> bool:
+        self._live.note("evaluating")
         try:
             values = self._task.evaluate()
         except Preempted:

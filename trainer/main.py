@@ -34,6 +34,7 @@ from trainer.distribution import cluster as clusters
 from trainer.distribution.cluster import Cluster
 from trainer.preemption import EXIT_CODE as PREEMPTED_EXIT_CODE
 from trainer.preemption import Preempted
+from trainer.reporting.console import Console
 from trainer.stages import replay
 
 CONFIGURATION_EXIT_CODE = 2
@@ -111,10 +112,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
     writes = not config.step
     folder = Path(config.run_dir)
 
-    def log(line: str) -> None:
-        if chief:
-            print(line, flush=True)
-
+    log = Console(sys.stdout, os.environ, is_silent=not chief)
     # Imported here: flags are checked, and the help is printed, without TensorFlow.
     import_quietly()
     import tensorflow as tf
@@ -126,6 +124,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
     from trainer.reporting import html
     from trainer.reporting import report as reports
     from trainer.reporting.status_server import Vitals, serve
+    from trainer.reporting.trackers import make_trackers
     from trainer.stages.run import Run
 
     if chief:
@@ -152,8 +151,12 @@ def run_stage(config: Config, cluster: Cluster) -> None:
         )
         stop_request = StopRequest(("TERM", config.preemption_signal), config.grace_seconds)
         config = with_precision(config, distributor, log)
-        run = Run(config, distributor, store, stop_request, log, vitals)
-        result = stage_report(run)
+        trackers = make_trackers(config.track) if chief else []
+        for tracker in trackers:
+            tracker.begin(folder, dataclasses.asdict(config))
+        run = Run(config, distributor, store, stop_request, log, vitals, trackers)
+        with log:
+            result = stage_report(run)
     except (InputError, Preempted):
         raise
     except Replayed as done:
@@ -181,6 +184,8 @@ def run_stage(config: Config, cluster: Cluster) -> None:
         html.write([folder], folder / "report.html")
         if os.environ.get("WARMSTATE_PRINT_REPORT"):  # for who cannot read the run's folder
             log(f"report.json: {json.dumps(report)}")
+        for tracker in trackers:
+            tracker.end(report)
         table = reports.comparison_table(report) if config.stage == "all" else None
         log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.html'}")
 

@@ -3,10 +3,11 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.reporting.trackers import Tracker, tell
 from trainer.safe_files import replace_text
 
 
@@ -23,9 +24,10 @@ def format_seconds(seconds: float) -> str:
 class Metrics:
     """Appends to a metrics.jsonl: one JSON object a line, each with a stage, a step and a time."""
 
-    def __init__(self, path: Path, stage: str):
+    def __init__(self, path: Path, stage: str, trackers: Sequence[Tracker] = ()):
         self._path = path
         self._stage = stage
+        self._trackers = trackers
 
     def forget_after(self, step: int, evaluated: bool = True) -> None:
         """Drops the lines of this file that a run resumed at `step` is going to write again.
@@ -47,6 +49,7 @@ class Metrics:
         line = {"stage": self._stage, "step": step, "unix_time": round(time.time(), 3), **values}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        tell(self._trackers, self._path.parent, self._stage, line)
 
 
 def _step_of(line: str) -> float:

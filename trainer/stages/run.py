@@ -1,6 +1,6 @@
 """What every stage is given: the configuration, the workers, the data, and a voice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trainer.config import Config
 from trainer.distribution.distributor import Distributor, is_chief, num_shards
 from trainer.preemption import StopRequest
 from trainer.reporting.status_server import Vitals
+from trainer.reporting.trackers import Tracker
 from trainer.schedules import Schedule
 
 
@@ -32,6 +33,7 @@ class Run:
     stop_request: StopRequest
     log: Callable[[str], None]
     vitals: Vitals = field(default_factory=Vitals)
+    trackers: Sequence[Tracker] = ()
 
     @property
     def folder(self) -> Path:
@@ -121,6 +123,7 @@ class Run:
             scale_loss=config.precision == "mixed_float16",
             profile_steps=configuration.step_range(config.profile_steps) or (0, 0),
             replay_step=config.step,
+            trackers=self.trackers,
         )
 
 

@@ -1,0 +1,187 @@
+"""Where a run's figures go besides metrics.jsonl: TensorBoard, MLflow, Weights & Biases.
+
+A tracker is told when a run begins, each line of metrics, and when it ends. What it is not told it
+can read from the run's folder, as `TensorBoard` does. Only the chief has trackers.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+# --track's names -> the package that each needs, which is also the extra that brings it.
+PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
+PROJECTED_WORDS = 5_000
+
+
+class Tracker(Protocol):
+    """What is told of a run's course."""
+
+    def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """The run in `folder` begins, or goes on, with these flags."""
+
+    def scalars(self, part: str, step: int, values: Mapping[str, float]) -> None:
+        """Part "pretrain", "warm", "scratch" or "finetune" came to these values after `step`."""
+
+    def end(self, report: Mapping[str, Any]) -> None:
+        """The run has ended, and written its folder; `report` is report.json."""
+
+
+def faults_of(track: str) -> list[str]:
+    """Returns what is wrong with the value of --track, one line each."""
+    faults = []
+    for name in names_of(track):
+        if name not in PACKAGES:
+            faults.append(f"--track={track}: {name!r} is not one of {', '.join(PACKAGES)}")
+        elif importlib.util.find_spec(PACKAGES[name]) is None:
+            faults.append(
+                f"--track={track}: {name} is not installed: pip install 'warmstate[{name}]'"
+            )
+    return faults
+
+
+def names_of(track: str) -> list[str]:
+    """Returns the names in the value of --track."""
+    return [name.strip() for name in track.split(",") if name.strip()]
+
+
+def make_trackers(track: str) -> list[Tracker]:
+    """Returns the trackers that --track names."""
+    kinds = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
+    return [kinds[name]() for name in names_of(track)]
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard: scalars, flags, texts, embeddings. `tensorboard --logdir`."""
+
+    def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._writers: dict[str, Any] = {}
+        from tensorboard.plugins.hparams import api
+
+        with self._writer("run").as_default():
+            api.hparams({k: v for k, v in config.items() if isinstance(v, int | float | str)})
+
+    def _writer(self, part: str) -> Any:
+        import tensorflow as tf
+
+        if part not in self._writers:
+            folder = self._folder / "tensorboard" / part
+            self._writers[part] = tf.summary.create_file_writer(str(folder))
+        return self._writers[part]
+
+    def scalars(self, part: str, step: int, values: Mapping[str, float]) -> None:
+        import tensorflow as tf
+
+        with self._writer(part).as_default():
+            for name, value in values.items():
+                tf.summary.scalar(name, value, step=int(step))
+
+    def end(self, report: Mapping[str, Any]) -> None:
+        import tensorflow as tf
+
+        from trainer.reporting import run_folder
+
+        run = run_folder.read(self._folder)
+        with self._writer("run").as_default():
+            for name, value in report.get("test_error_percent", {}).items():
+                tf.summary.scalar(f"test_error_percent/{name}", value, step=0)
+            for part in run.parts.values():
+                examples = part.predictions.info["examples"] if part.predictions else []
+                for i, example in enumerate(examples):
+                    tf.summary.text(f"{part.name}/document {i + 1}", as_text(example), step=0)
+        write_projector(self._folder)
+        for writer in self._writers.values():
+            writer.close()
+
+
+def as_text(example: Mapping[str, Any]) -> str:
+    """Returns a document of predictions.json as the text that TensorBoard shows."""
+    words = "".join(example["pieces"])
+    return (
+        f"label {example['label']}, predicted {example['predicted']} "
+        f"at {100 * example['probability']:.1f} %\n\n    {words}"
+    )
+
+
+def write_projector(folder: Path) -> None:
+    """Writes the most frequent words' embeddings for TensorBoard's projector, where there are any.
+
+    Args:
+      folder: of the run; the encoder bundle is in it, or in its part "pretrain".
+    """
+    from data_pipelines.tokenizers import vocabulary
+    from trainer.safe_files import read_sealed, read_tensors
+
+    found = [f for f in (folder / "encoder", folder / "pretrain" / "encoder") if f.is_dir()]
+    if not found:
+        return
+    info = read_sealed(found[0] / "encoder.json")
+    table = read_tensors(found[0] / "encoder.safetensors", info["tensors"])["embeddings"]
+    lines = vocabulary.read_lines(found[0] / "vocab.txt")
+    words, rows = lines[:PROJECTED_WORDS], table[len(table) - len(lines) :][:PROJECTED_WORDS]
+    out = folder / "tensorboard" / "run"
+    out.mkdir(parents=True, exist_ok=True)
+    np.savetxt(out / "embeddings.tsv", rows, "%.5g", delimiter="\t")
+    (out / "words.tsv").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    (out / "projector_config.pbtxt").write_text(
+        'embeddings {\n  tensor_name: "embeddings"\n  tensor_path: "embeddings.tsv"\n'
+        '  metadata_path: "words.tsv"\n}\n'
+    )
+
+
+class MLflow:
+    """A run of MLflow, where $MLFLOW_TRACKING_URI says; its own default is a local store."""
+
+    def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._folder = folder
+        self._mlflow = mlflow
+        self._run = mlflow.start_run(run_name=folder.name)
+        mlflow.log_params(dict(config))
+
+    def scalars(self, part: str, step: int, values: Mapping[str, float]) -> None:
+        named = {f"{part}/{name}": value for name, value in values.items()}
+        self._mlflow.log_metrics(named, step=int(step))
+
+    def end(self, report: Mapping[str, Any]) -> None:
+        for name in ("report.json", "report.html"):
+            self._mlflow.log_artifact(str(self._folder / name))
+        self._mlflow.end_run()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, where $WANDB_PROJECT and $WANDB_MODE say (offline works)."""
+
+    def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(name=folder.name, dir=str(folder), config=dict(config))
+
+    def scalars(self, part: str, step: int, values: Mapping[str, float]) -> None:
+        # The stages count steps from 1 each, and W&B wants steps that rise: a step of its own.
+        self._run.log({f"{part}/{n}": v for n, v in values.items()} | {f"{part}/step": step})
+
+    def end(self, report: Mapping[str, Any]) -> None:
+        self._run.summary.update({"test_error_percent": report.get("test_error_percent", {})})
+        self._run.finish()
+
+
+def tell(trackers: Sequence[Tracker], folder: Path, stage: str, line: Mapping[str, Any]) -> None:
+    """Tells the trackers one line of a part's metrics.jsonl.
+
+    Args:
+      folder: of the part.
+      stage: "pretrain" or "finetune".
+    """
+    part = folder.name if folder.name in ("pretrain", "warm", "scratch") else stage
+    values = {
+        name: float(value)
+        for name, value in line.items()
+        if name not in ("stage", "step", "unix_time") and isinstance(value, int | float)
+    }
+    for tracker in trackers:
+        tracker.scalars(part, line["step"], values)
