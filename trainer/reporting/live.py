@@ -46,11 +46,12 @@ class LiveStatus:
     def __init__(
         self, console: Console | Callable[[str], None], name: str, steps: int, steps_per_epoch: int
     ):
-        self._console = console if isinstance(console, Console) and console.live else None
+        self._console = console if isinstance(console, Console) else None
+        self._draw = console.live if isinstance(console, Console) else None
         self._name = name
         self._steps = steps
         self._steps_per_epoch = steps_per_epoch
-        self._recent: deque[tuple[float, float, float, float]] = deque(maxlen=RECENT_STEPS)
+        self._recent: deque[tuple[float, float, float, float | None]] = deque(maxlen=RECENT_STEPS)
         self._step = 0
         self._eta = ""
         self._shown_at = -math.inf
@@ -58,10 +59,10 @@ class LiveStatus:
     @property
     def is_on(self) -> bool:
         """Whether there is a live line, in place of status lines at intervals."""
-        return self._console is not None
+        return self._draw is not None
 
     def count(
-        self, step: int, loss: float, tokens: float, seconds: float, wait_seconds: float,
+        self, step: int, loss: float, tokens: float, seconds: float, wait_seconds: float | None,
         remaining_seconds: float,
     ) -> None:  # fmt: skip
         """Takes in one step, and redraws the line if it is time.
@@ -69,10 +70,10 @@ class LiveStatus:
         Args:
           tokens: that the step read, in all workers.
           seconds: that it took.
-          wait_seconds: that this process waited for its batch before it.
+          wait_seconds: that this process waited for its batch before it; None if not known.
           remaining_seconds: to the end of the stage.
         """
-        if self._console is None:
+        if not self.is_on:
             return
         self._recent.append((loss, tokens, seconds, wait_seconds))
         self._step, self._eta = step, format_seconds(remaining_seconds)
@@ -83,14 +84,16 @@ class LiveStatus:
 
     def note(self, doing: str) -> None:
         """Says what the run does between steps."""
-        if self._console is not None:
+        if self.is_on:
             self._show(doing)
 
     def _show(self, doing: str) -> None:
+        if self._console is None or self._draw is None:
+            return
         finite = [loss for loss, *_ in self._recent if math.isfinite(loss)]
         tokens = sum(each[1] for each in self._recent)
         seconds = sum(each[2] for each in self._recent)
-        waited = sum(each[3] for each in self._recent)
+        waits = [each[3] for each in self._recent if each[3] is not None]
         parts = [doing] if doing else []
         if finite:
             parts.append(f"loss {sum(finite) / len(finite):.3f}")
@@ -99,8 +102,8 @@ class LiveStatus:
         if seconds:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
         parts.append(f"epoch {self._step / self._steps_per_epoch:.2f}")
-        if seconds:
-            parts.append(f"input wait {100 * waited / (seconds + waited):.0f} %")
+        if seconds and waits:
+            parts.append(f"input wait {100 * sum(waits) / (seconds + sum(waits)):.0f} %")
         head = f"{self._name} {self._step:,}/{self._steps:,}"
         line = fitted(head, parts, self._step / self._steps, self._console.columns - 1)
-        self._console.live(line)
+        self._draw(line)

@@ -471,7 +471,8 @@ def settings(runs: Sequence[RunFolder]) -> Markup:
     names = list(dict.fromkeys([*defaults, *(name for run in runs for name in run.config)]))
     if not any(run.config for run in runs):
         return Markup("")
-    changed, others = [], []
+    changed: list[list[str]] = []
+    others: list[list[str]] = []
     for name in names:
         values = [str(run.config.get(name, "-")) for run in runs]
         default = str(defaults.get(name, "-"))

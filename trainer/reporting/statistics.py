@@ -50,10 +50,8 @@ def unpaired_difference(first: Interval, second: Interval) -> Interval:
     return Interval(value, value - low, value + high)
 
 
-def mean_of_runs(values: list[float]) -> Interval | None:
-    """Returns the mean with Student's interval; None of fewer than two."""
-    if len(values) < 2:
-        return None
+def mean_of_runs(values: list[float]) -> Interval:
+    """Returns the mean of two values or more, with Student's interval."""
     degrees = len(values) - 1
     t = T95[degrees - 1] if degrees <= len(T95) else Z95
     half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
@@ -92,14 +90,14 @@ class Calibration(NamedTuple):
       edges: of the bins of confidence, [bins + 1].
       confidence: mean in each bin, NaN where it is empty, [bins].
       accuracy: share that is right in each bin, NaN where it is empty, [bins].
-      count: documents in each bin, [bins].
+      documents: in each bin, [bins].
       error: the expected calibration error: |accuracy - confidence|, averaged over documents.
     """
 
     edges: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
-    count: np.ndarray
+    documents: np.ndarray
     error: float
 
 

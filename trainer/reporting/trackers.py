@@ -49,7 +49,11 @@ def names_of(track: str) -> list[str]:
 
 def make_trackers(track: str) -> list[Tracker]:
     """Returns the trackers that --track names."""
-    kinds = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
+    kinds: dict[str, type[Tracker]] = {
+        "tensorboard": TensorBoard,
+        "mlflow": MLflow,
+        "wandb": WeightsAndBiases,
+    }
     return [kinds[name]() for name in names_of(track)]
 
 

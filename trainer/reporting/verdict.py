@@ -116,10 +116,10 @@ def aligned(
         return None
     orders = [np.argsort(each.tensors["document"], kind="stable") for each in (first, second)]
     for name in ("document", "label"):
-        ordered = [
+        first_sorted, second_sorted = (
             each.tensors[name][order] for each, order in zip((first, second), orders, strict=True)
-        ]
-        if not np.array_equal(*ordered):
+        )
+        if not np.array_equal(first_sorted, second_sorted):
             return None
     return first.is_wrong[orders[0]], second.is_wrong[orders[1]]
 
@@ -132,7 +132,7 @@ def differing_flags(runs: Sequence[RunFolder]) -> list[str]:
 
 def verdict(runs: Sequence[RunFolder], outcomes: Sequence[Outcome]) -> Verdict:
     """Returns the report's first lines."""
-    compared = [each for each in outcomes if each.difference]
+    compared = [(each, each.difference) for each in outcomes if each.difference]
     if len(compared) > 1:
         differing = [name for name in differing_flags(runs) if name != "seed"]
         if differing:
@@ -145,12 +145,12 @@ def verdict(runs: Sequence[RunFolder], outcomes: Sequence[Outcome]) -> Verdict:
             )
         return _of_seeds(compared)
     if len(compared) == 1:
-        return _of_pair(compared[0])
+        return _of_pair(*compared[0])
     return _of_one(outcomes)
 
 
-def _of_pair(found: Outcome) -> Verdict:
-    scratch, warm, gap = found.errors["scratch"], found.errors["warm"], found.difference
+def _of_pair(found: Outcome, gap: Interval) -> Verdict:
+    scratch, warm = found.errors["scratch"], found.errors["warm"]
     text = (
         f"Of {found.documents:,} {found.split} documents, the warm start gets {warm.value:.1f} % "
         f"wrong, training from scratch {scratch.value:.1f} %: {_points(gap)}."
@@ -162,10 +162,11 @@ def _of_pair(found: Outcome) -> Verdict:
     return Verdict(_title(gap), text, caution)
 
 
-def _of_seeds(compared: Sequence[Outcome]) -> Verdict:
-    gap = mean_of_runs([each.difference.value for each in compared])
+def _of_seeds(compared: Sequence[tuple[Outcome, Interval]]) -> Verdict:
+    """Returns the verdict of two runs or more."""
+    gap = mean_of_runs([difference.value for _, difference in compared])
     means = {
-        name: float(np.mean([each.errors[name].value for each in compared]))
+        name: float(np.mean([each.errors[name].value for each, _ in compared]))
         for name in ("scratch", "warm")
     }
     text = (

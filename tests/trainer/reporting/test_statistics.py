@@ -42,7 +42,6 @@ def test_the_mean_of_runs_has_students_interval() -> None:
     found = statistics.mean_of_runs([4.7, 2.3, 3.4])
     # By hand: mean 3.4667, deviation 1.2014, t(2) = 4.303.
     assert found == pytest.approx((3.4667, 0.4819, 6.4514), abs=1e-3)
-    assert statistics.mean_of_runs([1.0]) is None
 
 
 def test_probabilities_of_one_logit_and_of_several() -> None:
@@ -67,7 +66,7 @@ def test_calibration_of_a_classifier_that_is_right_as_often_as_it_says() -> None
     sure = np.tile([0.1, 0.9], (1000, 1))
     found = statistics.calibration(sure, np.arange(1000) % 2)
     assert found.error == pytest.approx(0.4)
-    assert found.count.tolist() == [0] * 8 + [1000, 0] or found.count.sum() == 1000
+    assert found.documents.sum() == found.documents.max() == 1000
     assert np.isnan(found.accuracy[0])
 
 

@@ -1,0 +1,65 @@
+"""What is said twice is said alike: versions, pins, licence, packaged files."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SETUP = (REPOSITORY / "setup.py").read_text()
+
+
+def pins() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_one_version() -> None:
+    (version,) = re.findall(r'version="([^"]+)"', SETUP)
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    headings = re.findall(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.M)
+    assert headings[:2] == ["Unreleased", version]
+
+
+def test_one_licence() -> None:
+    assert 'license="Apache-2.0"' in SETUP
+    text = (REPOSITORY / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["license"] == "Apache-2.0"
+
+
+def test_the_commit_hooks_run_the_pinned_ruff() -> None:
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
+    (ruff,) = [repo for repo in hooks["repos"] if "ruff" in repo["repo"]]
+    assert ruff["rev"] == f"v{pins()['ruff']}"
+
+
+def test_what_is_asked_for_is_pinned() -> None:
+    asked = set(re.findall(r'^            "([\w\-]+)[^"]*",', SETUP, re.M))
+    asked |= set(re.findall(r'^        "([\w\-]+)",', SETUP, re.M))
+    assert {"tensorflow", "pytest", "mypy"} <= asked
+    assert asked <= pins().keys(), asked - pins().keys()
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / ".github/workflows").glob("*.yml")))
+def test_workflows_only_run_targets_that_there_are(path: Path) -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    workflow = yaml.safe_load(path.read_text())
+    targets = [
+        step["run"].split()[1]
+        for job in workflow["jobs"].values()
+        for step in job["steps"]
+        if "run" in step
+    ]
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_make_targets_that_the_docs_name_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for page in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"):
+        for target in re.findall(r"^make ([\w-]+)", page.read_text(), re.M):
+            assert re.search(rf"^{target}:", makefile, re.M), (page.name, target)
