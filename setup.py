@@ -1,5 +1,7 @@
 """The distribution `warmstate`. What is installed is pinned in constraints.txt."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
@@ -13,7 +15,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         *find_packages(include=["data_pipelines*", "launch*", "trainer*", "warmstate*"]),
-        "launch.k8s",
+        *(["launch.k8s"] if Path("k8s/base").is_dir() else []),  # an image is built without
     ],
     package_dir={"launch.k8s": "k8s"},  # the manifests, which the launcher fills
     package_data={
