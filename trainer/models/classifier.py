@@ -166,7 +166,7 @@ class Classifier(keras.layers.Layer):
 
 def reversed_words(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
     """Returns each row's words in reverse order; the end token stays last: int32 [batch, time]."""
-    return tf.reverse_sequence(tokens, lengths - 1, seq_axis=1)
+    return tf.reverse_sequence(tokens, tf.maximum(lengths - 1, 0), seq_axis=1)
 
 
 def of_backward(seed: tf.Tensor | None) -> tf.Tensor | None:

@@ -23,17 +23,6 @@ def make(
     return classifier
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_padding_changes_nothing(pooling: str) -> None:
-    classifier = make(pooling=pooling)
-    expected = classifier.logits(TOKENS, LENGTHS, training=False)
-    assert expected.shape == (2, 1)
-    wider = np.pad(TOKENS, [(0, 0), (0, 5)])
-    np.testing.assert_allclose(
-        classifier.logits(wider, LENGTHS, training=False), expected, rtol=1e-6
-    )
-
-
 def test_concat_pooling_reads_the_last_the_mean_and_the_maximum_of_the_outputs() -> None:
     classifier = make(pooling="concat")
     read = []
@@ -51,13 +40,6 @@ def test_concat_pooling_reads_the_last_the_mean_and_the_maximum_of_the_outputs()
 
 def test_every_pooling_has_a_flag() -> None:
     assert tuple(POOLINGS) == config.POOLINGS
-
-
-def test_a_row_does_not_depend_on_the_others() -> None:
-    classifier = make()
-    both = classifier.logits(TOKENS, LENGTHS, training=False)
-    alone = classifier.logits(TOKENS[:1], LENGTHS[:1], training=False)
-    np.testing.assert_allclose(both[:1], alone, rtol=1e-5)
 
 
 def test_the_initial_state_matters_and_is_trained() -> None:
