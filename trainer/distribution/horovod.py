@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import ModuleType
@@ -98,6 +99,7 @@ def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistr
             f"{tf.__version__}: {str(error).splitlines()[0]}; `make horovod` builds it anew"
         ) from error
     bound_collectives(os.environ, collective_timeout_seconds)
+    check_own_name()
     wait_for_peers(os.environ, cluster)
     hvd.init()
     if hvd.size() != cluster.size:
@@ -107,6 +109,18 @@ def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistr
         )
     use_gpu_of(hvd.local_rank())
     return HorovodDistributor(hvd)
+
+
+def check_own_name() -> None:
+    """Raises InputError if this machine's name has no address: `hvd.init()` would crash."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise InputError(
+            f"--distributor=horovod needs an address of this machine's own name, {name}: "
+            f"{error.strerror}; add it to /etc/hosts"
+        ) from None
 
 
 def bound_collectives(environ: MutableMapping[str, str], timeout_seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Horovod's collectives between real processes, and how their waits are bounded."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -159,3 +160,10 @@ def test_each_process_takes_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch)
     gpus.clear()
     horovod.use_gpu_of(2)
     assert len(taken) == 1
+
+
+def test_a_machine_whose_name_has_no_address_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    horovod.check_own_name()
+    monkeypatch.setattr(socket, "gethostname", lambda: "nobody.invalid")
+    with pytest.raises(InputError, match="own name, nobody.invalid: .*; add it to /etc/hosts"):
+        horovod.check_own_name()
