@@ -62,6 +62,9 @@ bench: $(INSTALLED) ## speed, measured beside Keras and PyTorch: docs/performanc
 bench-gpu: $(INSTALLED) ## the same on a GPU
 	$(BIN)/python -m benchmarks.all --gpu
 
+fuzz: $(INSTALLED) ## each fuzz test for MINUTES=10, with new seeds
+	$(BIN)/python -m tests.fuzzing --minutes=$(or $(MINUTES),10)
+
 soak: $(INSTALLED) ## a run of MINUTES=60 at the demo's size that loses a worker every 2 minutes, and one that does not
 	$(BIN)/python -m tests.integration.soak --minutes=$(or $(MINUTES),60)
 

@@ -378,8 +378,10 @@ def parse(
     flag_values.set_gnu_getopt()  # flags may stand behind a text
     try:
         rest = flag_values(list(argv), known_only=True)[1:]
-    except flags.Error as error:
-        return [str(error)], []
+    except (flags.Error, UnicodeDecodeError, OSError) as error:
+        flag_values.mark_as_parsed()
+        why = "--flagfile: no UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+        return [why], []
     end = rest.index("--") if "--" in rest else len(rest)
     unknown = [word for word in rest[:end] if word.startswith("-")]
     words = [word for word in rest[:end] if not word.startswith("-")] + rest[end + 1 :]
@@ -402,7 +404,8 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
 def faults_of(config: Config, cluster: Cluster) -> list[str]:
     """Returns every fault of the configuration that needs no data to be seen, one line each."""
     faults = [fault for item in dataclasses.fields(config) for fault in _value_faults(config, item)]
-    if config.stage in USING_STAGES:
+    faults += _address_faults(config)
+    if config.stage in USING_STAGES or "://" in config.run_dir:
         pass
     elif not config.run_dir:
         faults.append("--run_dir is not set: name the folder that the run may write")
@@ -520,6 +523,17 @@ def _value_faults(config: Config, item: dataclasses.Field) -> list[str]:
         f"--{item.name}={value} must be {name.replace('_', ' ')} {bound}"
         for name, bound in bounds.items()
         if bound is not None and wrong[name](bound)
+    ]
+
+
+def _address_faults(config: Config) -> list[str]:
+    """Returns a fault for each folder that is an address; docs/decisions.md says why."""
+    return [
+        f"--{name}={getattr(config, name)} is an address: it must be a folder of a file system, on "
+        "which files are flushed and renamed; train in a local one or a volume, and copy bundles "
+        "and checkpoints with the store's own tool"
+        for name in ("run_dir", "store", "encoder", "classifier")
+        if "://" in getattr(config, name)
     ]
 
 

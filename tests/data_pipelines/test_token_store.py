@@ -9,12 +9,13 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID
 from data_pipelines.seal import SEAL, with_seal
 from data_pipelines.token_store import TokenStore, token_dtype
+from tests.fuzzing import FUZZ
 
 MakeStore = Callable[..., TokenStore]
 
@@ -288,7 +289,7 @@ def undamaged(tmp_path_factory: pytest.TempPathFactory, write_store: MakeStore) 
     return folder
 
 
-@settings(max_examples=300, deadline=None)
+@FUZZ
 @given(st.data())
 def test_no_damage_ends_in_anything_but_an_input_error(
     undamaged: Path, data: st.DataObject

@@ -1,10 +1,13 @@
 import dataclasses
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 from absl import flags
+from hypothesis import given
 
 from data_pipelines.errors import InputError
+from tests.fuzzing import FUZZ
 from trainer import config as configuration
 from trainer.config import Config
 from trainer.distribution.cluster import Cluster
@@ -107,6 +110,12 @@ def test_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "cannot be written" in faults("--run_dir=/proc/warmstate")[0]
 
 
+def test_addresses_are_no_folders() -> None:
+    found = faults("--run_dir=gs://bucket/run", "--store=s3://bucket/store")
+    assert len(found) == 2
+    assert all("is an address: it must be a folder" in line for line in found)
+
+
 def test_flagfile_values_can_be_overridden(tmp_path: Path) -> None:
     (tmp_path / "a.cfg").write_text("# a comment\n--units=7\n--seed=3\n")
     values = flags.FlagValues()
@@ -122,6 +131,47 @@ def test_every_shipped_flagfile_is_without_faults() -> None:
     assert files
     for file in files:
         assert faults(f"--flagfile={file}") == [], file
+
+
+NAMES = st.sampled_from([item.name for item in dataclasses.fields(Config)]) | st.text(max_size=8)
+VALUES = (
+    st.text(max_size=12)
+    | st.integers().map(str)
+    | st.floats().map(repr)
+    | st.sampled_from(["true", "all", "gs://a/b", "csv:a", "1:2", "-1", "9" * 400, ""])
+)
+WORDS = st.builds("--{}={}".format, NAMES, VALUES) | NAMES.map("--{}".format) | st.text(max_size=8)
+
+
+@FUZZ
+@given(
+    st.lists(WORDS, max_size=6), st.none() | st.binary(max_size=60) | st.lists(WORDS, max_size=3)
+)
+def test_any_words_and_flagfiles_give_only_the_named_errors(
+    tmp_path: Path, words: list[str], flagfile: bytes | list[str] | None
+) -> None:
+    # What a command line cannot hold.
+    argv = [word for word in words if "\0" not in word and _is_encodable(word)]
+    argv = [word for word in argv if not word.startswith(("--run_dir", "--flagfile"))]
+    if flagfile is not None:
+        path = tmp_path / "a.cfg"
+        text = (
+            flagfile
+            if isinstance(flagfile, bytes)
+            else "\n".join(flagfile).encode("utf-8", "surrogatepass")
+        )
+        path.write_bytes(text)
+        argv.append(f"--flagfile={path}")
+    for fault in faults(*argv, f"--run_dir={tmp_path}"):
+        assert isinstance(fault, str) and fault
+
+
+def _is_encodable(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def test_help_names_every_flag_under_its_group() -> None:

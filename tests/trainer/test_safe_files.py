@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.errors import InputError
+from tests.fuzzing import EDITS, FUZZ, edited
 from tests.integration import damage
 from trainer import bundle, checkpoint, safe_files
 from trainer.safe_files import DamagedError
@@ -176,25 +177,10 @@ def folder_for_hypothesis(tmp_path_factory: pytest.TempPathFactory, monkeypatch)
 
 
 # Fuzzing: bytes of a good file changed at random, or JSON values replaced and sealed again.
-EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(["set", "insert", "delete", "cut"]),
-        st.integers(0, 10_000),
-        st.binary(min_size=1, max_size=9),
-    ),
-    min_size=1,
-    max_size=4,
-)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
     max_leaves=5,
-)
-FUZZ_EXAMPLES = int(os.environ.get("WARMSTATE_FUZZ_EXAMPLES", "150"))
-FUZZ = settings(
-    max_examples=FUZZ_EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
 
@@ -204,21 +190,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     damage.make_checkpoints(folder)
     damage.make_bundle(folder, "classifier")
     return folder
-
-
-def edited(data: bytes, edits: list) -> bytes:
-    out = bytearray(data)
-    for how, place, piece in edits:
-        at = place % (len(out) + 1)
-        if how == "set":
-            out[at : at + len(piece)] = piece
-        elif how == "insert":
-            out[at:at] = piece
-        elif how == "delete":
-            del out[at : at + len(piece)]
-        else:
-            del out[at:]
-    return bytes(out)
 
 
 def read_both(folder: Path, expect_success: bool) -> None:

@@ -14,6 +14,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.sources import BadExample, Example, SourceOptions, open_source
 from data_pipelines.sources.tables import Table
 from data_pipelines.sources.text import text_fault
+from tests.fuzzing import EDITS, FUZZ, edited
 
 repeated = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -271,6 +272,31 @@ def test_any_text_comes_back_whatever_the_size_of_parts(
     assert source.parts("unsupervised") == again.parts("unsupervised")
     one = Table(kind, f"unsupervised={path}", options)
     assert read(one, "unsupervised") == read(source, "unsupervised")
+
+
+GOOD = {
+    "csv": b'id,text,label\r\n1,"a, ""b""\nc",pos\r\n2,d,neg\r\n3,"",pos\r\n',
+    "tsv": b"id\ttext\tlabel\n1\ta b\tpos\n2\t\xc3\xa4\tneg\n",
+    "jsonl": b'{"id": 1, "text": "a \\u00e4", "label": "pos"}\n{"text": "b", "label": "neg"}\n',
+}
+
+
+@FUZZ
+@given(kind=st.sampled_from(sorted(GOOD)), edits=EDITS, part_bytes=st.integers(1, 60))
+def test_changed_tables_give_only_the_named_errors(
+    tmp_path: Path, kind: str, edits: list, part_bytes: int
+) -> None:
+    for data in (edited(GOOD[kind], edits), b"".join(piece for _, _, piece in edits)):
+        path = tmp_path / "a"
+        path.write_bytes(data)
+        try:
+            source = Table(kind, f"unsupervised={path}", SourceOptions(), part_bytes)
+            for split in source.splits:
+                for part in source.parts(split):
+                    for example in source.examples(split, part):
+                        assert isinstance(example, Example | BadExample)
+        except InputError as error:
+            assert str(path) in str(error)
 
 
 def test_small_files_are_put_together(tmp_path: Path, read: Callable) -> None:
