@@ -225,8 +225,8 @@ def save(
     }
     files = {
         f"{name}.safetensors": tensor_parts(tensors),
-        f"{name}.json": [sealed(info)],
-        "vocab.txt": [vocab],
+        f"{name}.json": sealed(info),
+        "vocab.txt": vocab,
     }
     try:
         write_folder(folder.with_name(folder.name + ".new"), folder, files)

@@ -210,7 +210,7 @@ class Checkpointer:
             "value": value,
         }
         try:
-            files = {"state.safetensors": tensor_parts(tensors), "state.json": [sealed(state)]}
+            files = {"state.safetensors": tensor_parts(tensors), "state.json": sealed(state)}
             write_folder(beside, self._folder / f"step-{step:08d}", files)
             self.saved = time.monotonic()
             self._remove_old()

@@ -50,16 +50,16 @@ def write_durably(path: Path, parts: Sequence[Buffer]) -> None:
         os.fsync(file.fileno())
 
 
-def write_folder(new: Path, folder: Path, files: Mapping[str, Sequence[Buffer]]) -> None:
-    """Writes files, name -> parts, to `new`, and renames it to `folder`, which may exist.
+def write_folder(new: Path, folder: Path, files: Mapping[str, bytes | Sequence[Buffer]]) -> None:
+    """Writes files, name -> bytes or parts, to `new`, and renames it to `folder`, which may exist.
 
     If the power fails between the two renames of a folder that existed, its new and its old form
     are still there, as NAME.new and NAME.old, and a resumed run writes it again.
     """
     remove(new)  # what a killed writer left
     new.mkdir(parents=True)
-    for name, parts in files.items():
-        write_durably(new / name, parts)
+    for name, data in files.items():
+        write_durably(new / name, [data] if isinstance(data, bytes) else data)
     flush_folder(new)
     old = folder.with_name(folder.name + ".old")
     remove(old)
@@ -128,6 +128,11 @@ def tensor_parts(tensors: Mapping[str, np.ndarray]) -> list[Buffer]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little"), text, *(flat_bytes(arrays[name]) for name in names)]
+
+
+def tensor_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Returns a file of tensors in the format of safetensors."""
+    return b"".join(map(bytes, tensor_parts(tensors)))
 
 
 def flat_bytes(array: np.ndarray) -> np.ndarray:
