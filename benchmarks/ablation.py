@@ -201,6 +201,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    configuration.define_flags()
     flags.DEFINE_integer("seeds", 3, "How many seeds.", lower_bound=2, upper_bound=10)
     flags.DEFINE_string("out", "benchmarks/results/learned_states.json", "JSON that is written.")
     flags.DEFINE_string("page", "docs/learned-states.md", "Page that is written.")

@@ -103,8 +103,16 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run_stage(config: Config, cluster: Cluster) -> None:
-    """Prepares the data, makes the distributor, runs the stage, writes the report."""
+def run_stage(
+    config: Config,
+    cluster: Cluster,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Prepares the data, makes the distributor, runs the stage, writes the report.
+
+    Args:
+      say: takes the lines of a process alone, which are printed without it.
+    """
     began = time.perf_counter()
     chief = cluster.rank == 0
     if config.stage == "replay":
@@ -112,7 +120,8 @@ def run_stage(config: Config, cluster: Cluster) -> None:
     writes = not config.step
     folder = Path(config.run_dir)
 
-    log = Console(sys.stdout, os.environ, is_silent=not chief)
+    console = Console(sys.stdout, os.environ, is_silent=not chief)
+    log = say or console
     # Imported here: flags are checked, and the help is printed, without TensorFlow.
     import_quietly()
     import tensorflow as tf
@@ -155,7 +164,7 @@ def run_stage(config: Config, cluster: Cluster) -> None:
         for tracker in trackers:
             tracker.begin(folder, dataclasses.asdict(config))
         run = Run(config, distributor, store, stop_request, log, vitals, trackers)
-        with log:
+        with console:
             result = stage_report(run)
     except (InputError, Preempted):
         raise
@@ -387,7 +396,6 @@ def _exit_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-configuration.define_flags(flags.FLAGS)
-
 if __name__ == "__main__":
+    configuration.define_flags(flags.FLAGS)
     app.run(main, flags_parser=parse_flags)

@@ -1,1 +1,292 @@
-"""warmstate."""
+"""warmstate in Python: the stages as functions, in this process, and what they wrote as objects.
+
+    import warmstate
+
+    store = warmstate.prepare("runs/store", source="csv:reviews.csv")
+    encoder = warmstate.pretrain("runs/a", store, pretrain_steps=500)
+    classifier = warmstate.finetune("runs/b", store, encoder.folder, finetune_steps=200)
+    warmstate.predict(classifier.folder, ["A fine film."])
+
+Settings are the flags of the console script, by the same names. Input that is wrong raises
+`InputError`, all its faults in one message; nothing exits. Call the stages from the main thread of
+a process that is no part of a larger job; several workers are started by `warmstate launch`.
+
+`warmstate.states` makes, reads and applies learned states, for any Keras model.
+
+Importing this package imports no TensorFlow; the first call does.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data_pipelines.errors import InputError
+
+if TYPE_CHECKING:
+    from data_pipelines.token_store import TokenStore
+    from trainer import states as states
+    from trainer.config import Config
+    from trainer.text_classifier import Prediction, TextClassifier
+    from trainer.text_encoder import TextEncoder
+
+__all__ = [
+    *("InputError", "Trained"),
+    *("prepare", "pretrain", "finetune", "evaluate"),
+    *("load_encoder", "load_classifier", "predict", "states"),
+]
+
+Setting = int | float | bool | str
+Log = Callable[[str], None]
+
+
+class Trained(NamedTuple):
+    """What a stage of training left.
+
+    Attributes:
+      folder: the bundle, for `finetune` or `load_encoder`, `load_classifier` and `predict`.
+      report: what report.json says of the stage.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+
+
+def prepare(folder: str | Path, *, log: Log = print, **settings: Setting | None) -> "TokenStore":
+    """Makes a token store, or opens the one that `folder` holds.
+
+    Args:
+      folder: of the store.
+      log: takes lines of progress.
+      **settings: fields of `data_pipelines.prepare.PrepareConfig`; `source` or `unlabelled` and
+        `labelled` are needed.
+
+    Raises:
+      InputError: a setting is wrong, or the data is.
+    """
+    _import_quietly()
+    from data_pipelines.prepare import PrepareConfig, ensure_store
+
+    _check_names(settings, [field.name for field in dataclasses.fields(PrepareConfig)])
+    return ensure_store(PrepareConfig(**settings), folder, log)  # type: ignore[arg-type]
+
+
+def pretrain(
+    run_dir: str | Path,
+    store: "TokenStore | str | Path",
+    *,
+    log: Log = print,
+    **settings: Setting,
+) -> Trained:
+    """Trains an encoder on a store's text, or goes on where `run_dir` was left.
+
+    Args:
+      run_dir: folder that the run writes.
+      store: what `prepare` made, or its folder.
+      log: takes lines of progress.
+      **settings: the trainer's flags, e.g. `pretrain_steps=500, units=128`.
+
+    Returns:
+      The encoder's bundle, and steps, seconds, tokens_per_second, perplexity.
+
+    Raises:
+      InputError: a setting or the store is wrong.
+    """
+    report = _run("pretrain", run_dir, store, log, settings)
+    return Trained(Path(run_dir) / "encoder", report["pretrain"])
+
+
+def finetune(
+    run_dir: str | Path,
+    store: "TokenStore | str | Path",
+    encoder: str | Path | None = None,
+    *,
+    log: Log = print,
+    **settings: Setting,
+) -> Trained:
+    """Trains a classifier on a store's labelled text, or goes on where `run_dir` was left.
+
+    Args:
+      run_dir: folder that the run writes.
+      store: what `prepare` made, or its folder.
+      encoder: the bundle that weights and states come from; None: from scratch. The sizes of the
+        model are then the encoder's, unless settings say otherwise.
+      log: takes lines of progress.
+      **settings: the trainer's flags, e.g. `finetune_steps=200, initial_state="mean"`.
+
+    Returns:
+      The classifier's bundle, and steps, seconds, validation metrics, and digests by worker.
+
+    Raises:
+      InputError: a setting, the store or the encoder is wrong.
+    """
+    if encoder is None:
+        settings = {"init_weights": "random", "initial_state": "zero"} | settings
+    else:
+        settings = _sizes(Path(encoder)) | {"encoder": str(encoder)} | settings
+    report = _run("finetune", run_dir, store, log, settings)
+    return Trained(Path(run_dir) / "classifier", report["finetune"])
+
+
+def evaluate(
+    run_dir: str | Path,
+    store: "TokenStore | str | Path",
+    classifier: str | Path,
+    split: str = "test",
+    *,
+    log: Log = print,
+    **settings: Setting,
+) -> dict[str, Any]:
+    """Returns error_percent, loss (nats) and documents of a classifier on a labelled split.
+
+    Args:
+      run_dir: folder that the run writes.
+      store: what the classifier was trained on, or its folder.
+      classifier: the bundle.
+      split: "train", "validation" or "test".
+      log: takes lines of progress.
+      **settings: the trainer's flags.
+
+    Raises:
+      InputError: a setting, the store or the classifier is wrong.
+    """
+    settings = {"classifier": str(classifier), "evaluate_split": split} | settings
+    return _run("evaluate", run_dir, store, log, settings)[split]
+
+
+def load_encoder(folder: str | Path) -> "TextEncoder":
+    """Returns the encoder of a bundle with its tokenizer: raw text in, (h, c) of each layer out.
+
+    Raises:
+      InputError: there is no encoder bundle in `folder`, or it is damaged.
+    """
+    _import_quietly()
+    from trainer.text_encoder import load_encoder
+
+    return load_encoder(folder)
+
+
+def load_classifier(folder: str | Path) -> "TextClassifier":
+    """Returns the classifier of a bundle with its tokenizer: raw text in, probabilities out.
+
+    Raises:
+      InputError: there is no classifier bundle in `folder`, or it is damaged.
+    """
+    _import_quietly()
+    from trainer.text_classifier import load_classifier
+
+    return load_classifier(folder, flag="folder")
+
+
+def predict(classifier: "TextClassifier | str | Path", texts: Sequence[str]) -> "list[Prediction]":
+    """Returns the label and the probabilities of each text, in order.
+
+    Args:
+      classifier: what `load_classifier` returned, or a bundle's folder.
+      texts: any number; those of like length are read together.
+
+    Raises:
+      InputError: there is no classifier bundle in the folder, or it is damaged.
+    """
+    if isinstance(texts, str):
+        raise InputError("texts is one text: put it in a list")
+    model = load_classifier(classifier) if isinstance(classifier, str | Path) else classifier
+    return model.predict(texts)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "states":
+        _import_quietly()
+        return importlib.import_module("trainer.states")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _run(
+    stage: str,
+    run_dir: str | Path,
+    store: "TokenStore | str | Path",
+    log: Log,
+    settings: dict[str, Setting],
+) -> dict[str, Any]:
+    """Runs a stage in this process; returns its report."""
+    from data_pipelines.token_store import TokenStore
+    from trainer import main
+    from trainer.config import faults_of, raise_if
+    from trainer.distribution.cluster import Cluster
+
+    opened = store if isinstance(store, TokenStore) else TokenStore(store)
+    config = _config(
+        {"stage": stage, "run_dir": str(run_dir), "store": str(opened.folder), **settings}
+    )
+    alone = Cluster(rank=0, size=1)
+    raise_if(faults_of(config, alone))
+    with _signal_handlers_kept():
+        main.run_stage(config, alone, log)
+    return json.loads((Path(run_dir) / "report.json").read_text())
+
+
+def _config(settings: dict[str, Setting]) -> "Config":
+    from trainer.config import Config, raise_if
+
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
+    _check_names(settings, list(kinds))
+    faults = []
+    for name, value in settings.items():
+        kind = kinds[name]
+        if kind is float and type(value) is int:
+            settings[name] = float(value)
+        elif type(value) is not kind:
+            faults.append(f"{name}={value!r} is not of type {kind.__name__}")
+    raise_if(faults)
+    return Config(**settings)  # type: ignore[arg-type]
+
+
+def _check_names(settings: dict[str, Any], known: list[str]) -> None:
+    """Raises InputError if a setting is not among `known`; the message has the nearest."""
+    faults = []
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            faults.append(f"{name} is no setting{hint}")
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def _sizes(encoder: Path) -> dict[str, Setting]:
+    """Returns the settings that must be the encoder's."""
+    _import_quietly()
+    from trainer import bundle
+    from trainer.config import Config
+
+    model = bundle.read_info(encoder, "encoder", "encoder")["model"]
+    return {
+        name: model[name]
+        for name in model
+        if name in Config.__dataclass_fields__ and name != "vocab_size"
+    }
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    wakeup = signal.set_wakeup_fd(-1)  # an event loop's, as in a notebook
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _import_quietly() -> None:
+    from data_pipelines.quiet_tensorflow import import_quietly
+
+    import_quietly()
