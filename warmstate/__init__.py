@@ -226,7 +226,7 @@ def _run(
     )
     alone = Cluster(rank=0, size=1)
     raise_if(faults_of(config, alone))
-    with _signal_handlers_kept():
+    with _process_kept():
         main.run_stage(config, alone, log)
     return json.loads((Path(run_dir) / "report.json").read_text())
 
@@ -274,15 +274,26 @@ def _sizes(encoder: Path) -> dict[str, Setting]:
 
 
 @contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
+def _process_kept() -> Iterator[None]:
+    """Undoes what a stage changes for its whole process: signals, and TensorFlow's determinism.
+
+    Left on, the latter would make every random operation of the caller's an error without a seed.
+    """
+    _import_quietly()
+    # There is no public way to switch it off or to ask.
+    from tensorflow.python.framework import config as tensorflow_config
+
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in numbers}
     wakeup = signal.set_wakeup_fd(-1)  # an event loop's, as in a notebook
+    deterministic = tensorflow_config.is_op_determinism_enabled()
     try:
         yield
     finally:
+        if not deterministic:
+            tensorflow_config.disable_op_determinism()
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
