@@ -78,8 +78,7 @@ format: $(INSTALLED) ## ruff, writing
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED) ## the documentation site, in build/site; a warning is an error
-	$(BIN)/python -m docs_site.reference
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m docs_site.build
 	@echo "open build/site/index.html"
 
 wheel: $(INSTALLED) ## the wheel, in dist/, and a test of it in an environment of its own

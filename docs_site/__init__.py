@@ -1,0 +1,1 @@
+"""Makes the documentation site; not part of the distribution."""

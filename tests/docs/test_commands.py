@@ -1,0 +1,126 @@
+"""Commands in the README and in the docs: their flags exist, and those marked runnable run.
+
+A block is run by bash if the line before it is `<!-- runnable -->`, one after the other, in a folder
+of its own for each page. (Those of Python: test_pages.py.)
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "k8s" / "README.md"]
+    + list((REPOSITORY / "docs").rglob("*.md"))
+)
+RUNNABLE = re.compile(r"<!-- runnable -->\n+```\w*\n(.*?)```", re.S)
+BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```", re.S | re.M)
+OUR_PROGRAMS = ("trainer.main", "launch.main", "data_pipelines.prepare")
+STANDS_FOR_MORE = re.compile(r"^(<.*|\.\.\.|TRAINER_FLAGS|FLAGS|\[.*)$")
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Returns the words of each command in the page that starts one of our programs."""
+    found = []
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        for line in block.replace("\\\n", " ").splitlines():
+            if not any(f"-m {program}" in line for program in OUR_PROGRAMS):
+                continue
+            try:
+                found.append(shlex.split(line.removeprefix("$ "), comments=True))
+            except ValueError:  # a word of prose with an apostrophe
+                continue
+    return found
+
+
+def unknown_flags(words: list[str]) -> list[str]:
+    """Returns what the words name that is no flag of the programs that they start."""
+    program = words[words.index("-m") + 1]
+    words = words[words.index("-m") + 2 :]
+    if program == "launch.main":
+        end = words.index("--") if "--" in words else len(words)
+        return wrong("launch.main", words[:end]) + wrong("trainer.main", words[end + 1 :])
+    return wrong(program, words)
+
+
+def wrong(program: str, words: list[str]) -> list[str]:
+    known = FLAGS[program]
+    names = [
+        re.split(r"[=\s]", word.lstrip("-"))[0]
+        for word in words
+        if word.startswith("--") and len(word) > 2 and not STANDS_FOR_MORE.match(word)
+    ]
+    return [name for name in names if name.removeprefix("no") not in known and name not in known]
+
+
+def flags_of(program: str) -> set[str]:
+    """Returns the names of a program's flags, from the sources: no two can be imported together."""
+    if program == "trainer.main":
+        import dataclasses
+
+        from trainer.config import Config
+
+        return {item.name for item in dataclasses.fields(Config)} | {"flagfile", "help"}
+    package = {"launch.main": "launch", "data_pipelines.prepare": "data_pipelines"}[program]
+    text = "\n".join(path.read_text() for path in (REPOSITORY / package).glob("*.py"))
+    return set(re.findall(r'"([a-z][a-z0-9_]+)"', text)) | {"flagfile", "help"}
+
+
+FLAGS = {program: flags_of(program) for program in OUR_PROGRAMS}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(REPOSITORY).as_posix())
+def test_every_flag_in_the_docs_exists(page: Path) -> None:
+    faults = {" ".join(words): bad for words in commands(page) if (bad := unknown_flags(words))}
+    assert not faults
+
+
+def test_an_unknown_flag_would_be_found() -> None:
+    assert unknown_flags(["python", "-m", "trainer.main", "--stage=all", "--unts=3"]) == ["unts"]
+    words = [
+        "python",
+        "-m",
+        "launch.main",
+        "--workers=2",
+        "--stage=all",
+        "--",
+        "--workers=2",
+        "--units=3",
+    ]
+    assert unknown_flags(words) == ["stage", "workers"]
+    assert len(commands(REPOSITORY / "README.md")) >= 4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text)
+    targets += re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    missing = [
+        target
+        for target in targets
+        if not re.match(r"[a-z]+:", target) and not (page.parent / target).exists()
+    ]
+    assert not missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if RUNNABLE.search(page.read_text(encoding="utf-8"))],
+    ids=lambda p: p.relative_to(REPOSITORY).as_posix(),
+)
+def test_runnable_blocks_run(page: Path, tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
+    for text in RUNNABLE.findall(page.read_text(encoding="utf-8")):
+        command = ["bash", "-ec", text]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=600
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
