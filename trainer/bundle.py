@@ -4,9 +4,11 @@
   NAME.json          what the model is, the vocabulary's hash, provenance, metrics
   vocab.txt          the vocabulary, one token a line
 
-NAME is `encoder` (written by pretraining) or `classifier` (by fine-tuning). No pickle: loading
-one executes nothing, and needs nothing of the run that wrote it. A bundle may come from a
-stranger: nothing outside its folder is read, and every size is checked before memory is taken.
+NAME is `encoder` or `decoder` (written by pretraining; a decoder is the softmax with which a
+sequence autoencoder writes, of no use without its encoder) or `classifier` (by fine-tuning). No
+pickle: loading one executes nothing, and needs nothing of the run that wrote it. A bundle may come
+from a stranger: nothing outside its folder is read, and every size is checked before memory is
+taken.
 """
 
 import hashlib
@@ -21,6 +23,7 @@ import numpy as np
 from data_pipelines.errors import InputError
 from trainer.models.classifier import POOLINGS, Classifier
 from trainer.models.encoder import Encoder
+from trainer.models.text_model import TextModel
 from trainer.safe_files import (
     DamagedError,
     file_sha256,
@@ -40,6 +43,7 @@ MAX_VOCAB_BYTES = 1 << 30
 # What a bundle says of its model, by its name.
 MODEL_SIZES = {
     "encoder": ("vocab_size", "embedding_dim", "units", "num_layers"),
+    "decoder": ("vocab_size", "embedding_dim", "units"),
     "classifier": (
         "vocab_size",
         "embedding_dim",
@@ -117,6 +121,11 @@ def state_tensors(name: str, states: Sequence[LearnedState]) -> dict[str, np.nda
         for layer, state in enumerate(states)
         for part, value in zip("hc", state, strict=True)
     }
+
+
+def decoder_variables(model: TextModel) -> dict[str, keras.Variable]:
+    """Returns the weights with which the model predicts words, under their names in a bundle."""
+    return {"softmax/kernel": model.softmax_kernel, "softmax/bias": model.softmax_bias}
 
 
 def new_classifier(model: Mapping[str, Any]) -> Classifier:
@@ -268,6 +277,7 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
     """Returns what is wrong with the fields that this program reads, None if nothing is."""
     kinds = {"model": dict, "tensors": dict, "tensors_sha256": str, "vocab_sha256": str}
     kinds |= {"vocab_file_sha256": str} | ({"max_tokens": int} if name == "classifier" else {})
+    kinds |= {"encoder_sha256": str} if name == "decoder" else {}
     for field, kind in kinds.items():
         if type(info.get(field)) is not kind:
             return f"{field!r} is {info.get(field)!r:.99}, not of type {kind.__name__}"
@@ -275,6 +285,8 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
     for size in MODEL_SIZES[name]:
         if type(model.get(size)) is not int or not 0 < model[size] < 2**31:
             return f"the model's {size!r} is {model.get(size)!r:.99}"
+    if name == "decoder" and type(model.get("tied")) is not bool:
+        return f"the model's 'tied' is {model.get('tied')!r:.99}"
     for fact in ("reads_first", "normalised", "bidirectional") if name == "classifier" else ():
         if type(model.get(fact)) is not bool:
             return f"the model's {fact!r} is {model.get(fact)!r:.99}"
@@ -324,6 +336,13 @@ def _check_model(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], wh
 def _large_tensors(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yields name and size of the tensors that the model must have; a stack may be said endless."""
     units = model["units"]
+    if "tied" in model:  # a decoder
+        yield "softmax/bias", model["vocab_size"]
+        rows, width = model["vocab_size"], units
+        if model["tied"]:
+            rows, width = units, model["embedding_dim"]
+        yield "softmax/kernel", rows * width
+        return
     yield "embeddings", model["vocab_size"] * model["embedding_dim"]
     if "hidden_units" in model:
         outputs = 1 if model["num_classes"] == 2 else model["num_classes"]

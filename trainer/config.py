@@ -181,6 +181,9 @@ class Config:
     pretrain_evaluate_documents: int = _flag("Pretraining", 1_000, "Validation pieces that an "
                                              "evaluation reads.", at_least=1)
 
+    reconstruct_documents: int = _flag("Pretraining", 0, "Validation pieces that a sequence "
+                                       "autoencoder writes again at the end, word by word, and "
+                                       "compares.", at_least=0)
     mean_state_documents: int = _flag("Pretraining", 10_000, "Pieces of the corpus over which the "
                                       "mean final state is taken.", at_least=1)
 
@@ -439,6 +442,11 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         faults.append(
             f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing={packing}: its rows "
             "have one length; set --pretrain_batch_size instead"
+        )
+    if config.reconstruct_documents and config.pretrain_objective != "sequence_autoencoder":
+        faults.append(
+            f"--reconstruct_documents={config.reconstruct_documents} with --pretrain_objective="
+            f"{config.pretrain_objective}: only a sequence_autoencoder writes texts again"
         )
     if packing == "stream" and config.pretrain_objective != "language_model":
         faults.append(

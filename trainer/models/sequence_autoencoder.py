@@ -9,7 +9,8 @@ which is the same computation and needs no per-row alignment in a padded batch.
 
 import tensorflow as tf
 
-from trainer.models.encoder import dropout, token_mask
+from data_pipelines.reserved_ids import END_ID, PADDING_ID
+from trainer.models.encoder import States, dropout, token_mask
 from trainer.models.text_model import EXACT, Noise, TextModel, drop_words
 
 
@@ -57,3 +58,57 @@ class SequenceAutoencoder(TextModel):
             embedded, written, mask, training, noise.dropout_rate, noise.output_seed
         )
         return self.prediction_loss(outputs, tokens, mask & (weights[:, None] > 0), noise)
+
+    def reconstruct(
+        self, tokens: tf.Tensor, lengths: tf.Tensor, max_tokens: int
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Reads each row and writes it again, taking the likeliest word each time.
+
+        Args:
+          tokens: int32 [batch, time], right-padded, each with its end token.
+          lengths: int32 [batch].
+          max_tokens: the most that are written of a row.
+
+        Returns:
+          The rows, int32 [batch, max_tokens], right-padded, and their lengths, int32 [batch]: up to
+          the end token, which counts, or max_tokens where none was written.
+        """
+        batch = tf.shape(tokens)[0]
+        _, states = self.encoder(tokens, lengths)
+        mask = tf.ones([batch, 1], tf.bool)
+        never = tf.one_hot(PADDING_ID, self.encoder.vocab_size, on_value=-float("inf"))
+
+        def write(i: tf.Tensor, states: States, ended: tf.Tensor, rows: tf.TensorArray) -> tuple:
+            top_h, _ = states[-1]
+            words = tf.argmax(self.logits(top_h) + never, axis=1, output_type=tf.int32)
+            words = tf.where(ended, PADDING_ID, words)
+            _, states = self.encoder.read(
+                self.encoder.embed(words)[:, None], mask, states, training=False
+            )
+            return i + 1, states, ended | (words == END_ID), rows.write(i, words)
+
+        rows = tf.TensorArray(tf.int32, max_tokens, element_shape=[None])
+        rows = rows.unstack(tf.fill([max_tokens, batch], PADDING_ID))
+        _, _, _, rows = tf.while_loop(
+            lambda i, states, ended, rows: (i < max_tokens) & ~tf.reduce_all(ended),
+            write,
+            (0, states, tf.zeros([batch], tf.bool), rows),
+            shape_invariants=(
+                tf.TensorShape([]),
+                tf.nest.map_structure(lambda _: tf.TensorShape([None, self.encoder.units]), states),
+                tf.TensorShape([None]),
+                tf.TensorShape(None),
+            ),
+        )
+        written = tf.transpose(rows.stack())
+        return written, tf.reduce_sum(tf.cast(written != PADDING_ID, tf.int32), axis=1)
+
+
+def same_rows(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    """Returns which rows of int32 [batch, time] are equal, padding apart: bool [batch]."""
+    width = tf.maximum(tf.shape(first)[1], tf.shape(second)[1])
+    first, second = (
+        tf.pad(rows, [[0, 0], [0, width - tf.shape(rows)[1]]], constant_values=PADDING_ID)
+        for rows in (first, second)
+    )
+    return tf.reduce_all(first == second, axis=1)

@@ -105,10 +105,7 @@ class TextModel(keras.layers.Layer):
         hidden = tf.boolean_mask(outputs, counted)  # [tokens, units]
         hidden = dropout(hidden, noise.dropout_rate, noise.output_seed)
         targets = tf.boolean_mask(tokens, counted)  # [tokens]
-        kernel, bias = self.softmax_kernel.value, self.softmax_bias.value
-        if self.tied:
-            hidden = tf.matmul(hidden, kernel)  # [tokens, embedding_dim]
-            kernel = self.encoder.embeddings.value
+        hidden, kernel, bias = self._softmax(hidden)
         with tf.name_scope("softmax"):
             if noise.num_sampled:
                 losses = softmax.sampled_cross_entropy(
@@ -117,6 +114,18 @@ class TextModel(keras.layers.Layer):
             else:
                 losses = softmax.cross_entropy(hidden, targets, kernel, bias)
         return tf.reduce_sum(losses), tf.cast(tf.size(targets), tf.float32)
+
+    def logits(self, outputs: tf.Tensor) -> tf.Tensor:
+        """Returns the logits of the words that outputs, [rows, units], predict: [rows, vocab]."""
+        hidden, kernel, bias = self._softmax(outputs)
+        return tf.matmul(hidden, kernel, transpose_b=True) + bias
+
+    def _softmax(self, hidden: tf.Tensor) -> tuple[tf.Tensor, tf.Variable, tf.Variable]:
+        """Returns what the softmax compares, [rows, width], with what, and its bias."""
+        kernel, bias = self.softmax_kernel.value, self.softmax_bias.value
+        if self.tied:
+            return tf.matmul(hidden, kernel), self.encoder.embeddings.value, bias
+        return hidden, kernel, bias
 
 
 def drop_words(embedded: tf.Tensor, rate: float, seed: tf.Tensor | None) -> tf.Tensor:

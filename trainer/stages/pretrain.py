@@ -19,7 +19,7 @@ from trainer.distribution.distributor import num_shards
 from trainer.distribution.steps import sum_over_batches
 from trainer.models.encoder import Encoder
 from trainer.models.language_model import LanguageModel
-from trainer.models.sequence_autoencoder import SequenceAutoencoder
+from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, TextModel
 from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.run import Run
@@ -52,12 +52,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     initial = {}
     if config.init_embeddings:
         initial["init_embeddings"] = init_embeddings(run, model.encoder)
-    validation = run.some_documents(
-        in_pieces(run, directed(run, run.store.split("validation"))),
-        config.pretrain_evaluate_documents,
-        config.pretrain_batch_size,
-        config.pretrain_max_tokens,
-    )
+    validation = validation_pieces(run, config.pretrain_evaluate_documents)
     run.log(
         f"pretrain: {view.num_tokens:,} tokens in {len(view):,} documents or pieces, "
         f"{plan.steps_per_epoch:,} steps an epoch, {config.pretrain_steps:,} steps to do"
@@ -92,8 +87,12 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         "tokens_per_second": round(result.tokens_per_second, 1),
         **result.metrics,
     }
+    if config.reconstruct_documents:
+        report["exact_match_percent"] = exact_match_percent(run, model)
     if run.is_chief:
-        save_encoder(run, folder / "encoder", model.encoder, mean, report)
+        encoder_sha256 = save_encoder(run, folder / "encoder", model.encoder, mean, report)
+        if isinstance(model, SequenceAutoencoder):
+            save_decoder(run, folder / "decoder", model, encoder_sha256)
     return report
 
 
@@ -117,6 +116,17 @@ def directed(run: Run, view: SplitView) -> SplitView:
 def in_pieces(run: Run, documents: SplitView) -> SplitView:
     """Returns the documents in pieces of at most --pretrain_max_tokens."""
     return documents.pieces(run.config.pretrain_max_tokens)
+
+
+def validation_pieces(run: Run, documents: int) -> tf.data.Dataset:
+    """Returns batches of about `documents` validation pieces, the same ones at every call."""
+    config = run.config
+    return run.some_documents(
+        in_pieces(run, directed(run, run.store.split("validation"))),
+        documents,
+        config.pretrain_batch_size,
+        config.pretrain_max_tokens,
+    )
 
 
 def rows_and_order(run: Run, documents: SplitView) -> tuple[SplitView, BatchPlan | PackedPlan]:
@@ -179,8 +189,7 @@ def trained_variables(model: TextModel) -> dict:
     return {
         **bundle.encoder_variables(model.encoder),
         **bundle.initial_state_variables(model.encoder),
-        "softmax/kernel": model.softmax_kernel,
-        "softmax/bias": model.softmax_bias,
+        **bundle.decoder_variables(model),
     }
 
 
@@ -229,10 +238,32 @@ def perplexity(
     return evaluated
 
 
+def exact_match_percent(run: Run, model: SequenceAutoencoder) -> float:
+    """Returns how many of the --reconstruct_documents are written again without a fault.
+
+    A collective. Greedy decoding, up to the end token.
+    """
+
+    def sums(rows: dict) -> tuple[tf.Tensor, tf.Tensor]:
+        written, _ = model.reconstruct(
+            rows["tokens"], rows["lengths"], run.config.pretrain_max_tokens
+        )
+        exact = tf.cast(same_rows(written, rows["tokens"]), tf.float32)
+        return tf.reduce_sum(exact * rows["weights"]), tf.reduce_sum(rows["weights"])
+
+    pieces = validation_pieces(run, run.config.reconstruct_documents)
+    exact, count = sum_over_batches(run.distributor, sums, pieces, run.stop_request)()
+    return float(100 * exact / count)
+
+
 def save_encoder(
     run: Run, folder: Path, encoder: Encoder, mean: list[states.LearnedState], metrics: dict
-) -> None:
-    """Writes the encoder bundle: weights, both learned states, and where they are from."""
+) -> str:
+    """Writes the encoder bundle: weights, both learned states, and where they are from.
+
+    Returns:
+      The digest of its tensors.
+    """
     tensors = bundle.values(bundle.encoder_variables(encoder))
     tensors |= bundle.state_tensors("learned", states.learned(encoder))
     tensors |= bundle.state_tensors("mean", mean)
@@ -249,3 +280,16 @@ def save_encoder(
     }
     bundle.save(folder, "encoder", tensors, info, run.store.vocab_path)
     run.log(f"pretrain: wrote {folder}")
+    return bundle.digest(tensors)
+
+
+def save_decoder(run: Run, folder: Path, model: SequenceAutoencoder, encoder_sha256: str) -> None:
+    """Writes the decoder bundle: what `stages/reconstruct.py` needs besides the encoder's."""
+    sizes = {size: getattr(model.encoder, size) for size in bundle.MODEL_SIZES["decoder"]}
+    info = {
+        "model": {**sizes, "tied": model.tied},
+        "encoder_sha256": encoder_sha256,
+        "vocab_sha256": run.store.vocab_sha256,
+    }
+    tensors = bundle.values(bundle.decoder_variables(model))
+    bundle.save(folder, "decoder", tensors, info, run.store.vocab_path)

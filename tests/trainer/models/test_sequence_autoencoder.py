@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from data_pipelines.reserved_ids import END_ID
 from trainer.models.encoder import Encoder
-from trainer.models.sequence_autoencoder import SequenceAutoencoder
+from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, drop_words, kept_words
 
 VOCAB_SIZE, DIM, UNITS = 30, 4, 6
@@ -163,3 +164,36 @@ def test_words_that_are_left_out_do_not_count() -> None:
     )
     kept = kept_words(tokens, 50, 1e-2, seed).numpy() & (np.arange(8) < lengths.numpy()[:, None])
     assert counted == kept.sum() and all_tokens == 14 and loss < whole
+
+
+def test_rows_are_written_greedily_up_to_their_end() -> None:
+    encoder = Encoder(12, 4, 6, seed=3, num_layers=2)
+    model = SequenceAutoencoder(encoder, tied=True)
+    model.build()
+    random = np.random.default_rng(11)
+    for variable in model.trainable_variables:
+        variable.assign(random.normal(size=variable.shape))
+    tokens = random.integers(3, 12, (24, 5)).astype(np.int32)
+    lengths = random.integers(1, 6, 24).astype(np.int32)
+    tokens[np.arange(5) >= lengths[:, None]] = 0
+    rewrite = tf.function(lambda *rows: model.reconstruct(*rows, max_tokens=7))
+    written, written_lengths = (x.numpy() for x in rewrite(tokens, lengths))
+    assert written.shape == (24, 7)
+    for row, length, found, count in zip(tokens, lengths, written, written_lengths, strict=True):
+        _, state = encoder(row[None, :length], [length])
+        expected: list[int] = []
+        while len(expected) < 7 and END_ID not in expected:
+            scores = model.logits(state[-1][0]).numpy()[0]
+            expected.append(int(np.argmax(scores[1:])) + 1)  # never padding
+            embedded = encoder.embed(tf.constant([expected[-1:]]))
+            _, state = encoder.read(embedded, tf.ones([1, 1], bool), state, training=False)
+        assert found.tolist() == expected + [0] * (7 - len(expected))
+        assert count == len(expected)
+    assert {END_ID in row for row in written.tolist()} == {True, False}
+
+
+def test_rows_are_the_same_whatever_their_padding() -> None:
+    first = tf.constant([[3, 4, 2], [3, 2, 0], [3, 4, 5]])
+    second = tf.constant([[3, 4, 2, 0], [3, 2, 2, 0], [3, 4, 5, 2]])
+    assert same_rows(first, second).numpy().tolist() == [True, False, False]
+    assert same_rows(second, first).numpy().tolist() == [True, False, False]
