@@ -60,6 +60,8 @@ class Config:
                       "again, to look at it.", at_least=0)
     resume: str = _flag("Run", "auto", "auto = go on from the newest checkpoint in --run_dir; "
                         "never = start again.", choices=("auto", "never"))
+    scale: str = _flag("Run", "full", "smoke = sizes and steps cut down so far that a run takes "
+                       "seconds: to try a flagfile.", choices=("full", "smoke"))
     seed: int = _flag("Run", 0, "Of the weights, the data order, dropout and sampling.",
                       at_least=0, below=2**31)
     track: str = _flag("Run", "", "Where metrics go besides metrics.jsonl: tensorboard, mlflow, "
@@ -298,6 +300,16 @@ class Config:
         return self.adversarial_weight > 0 or self.virtual_adversarial_weight > 0
 
 
+# The most that --scale=smoke leaves of each.
+SMOKE_LIMITS = {
+    "vocab_size": 1_000, "embedding_dim": 8, "units": 12, "hidden_units": 8, "sampled_softmax": 64,
+    "pretrain_documents": 100, "pretrain_steps": 4, "pretrain_batch_size": 8,
+    "pretrain_max_tokens": 24, "pretrain_tokens_per_batch": 192, "pretrain_evaluate_documents": 16,
+    "reconstruct_documents": 16, "mean_state_documents": 16, "finetune_documents": 50,
+    "finetune_steps": 4, "finetune_batch_size": 8, "finetune_max_tokens": 24,
+    "finetune_evaluate_every_steps": 4, "unlabelled_batch_size": 8, "encoder_frozen_steps": 2,
+}  # fmt: skip
+
 # What may differ between two sittings of the same run.
 FREE_ON_RESUME = {
     "steps_per_call", "profile_steps",
@@ -401,7 +413,12 @@ def parse(
 
 def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     """Returns the configuration that the parsed flags hold."""
-    return Config(**{i.name: getattr(flag_values, i.name) for i in dataclasses.fields(Config)})
+    values = {i.name: getattr(flag_values, i.name) for i in dataclasses.fields(Config)}
+    if values["scale"] == "smoke":
+        for name, limit in SMOKE_LIMITS.items():
+            if isinstance(values[name], int):  # else it is a fault, to be reported
+                values[name] = min(values[name], limit)
+    return Config(**values)
 
 
 def faults_of(config: Config, cluster: Cluster) -> list[str]:

@@ -11,13 +11,15 @@ import safetensors.numpy
 
 from tests.integration.programs import metrics, run, train, train_until
 from trainer.reporting import run_folder
+from trainer.stages.reconstruct import reconstruct_texts
 
 
 @pytest.fixture(scope="module")
 def encoder(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns an encoder bundle, pretrained for 40 steps in one process."""
     folder = tmp_path_factory.mktemp("pretrained")
-    train(1, "--stage=pretrain", f"--store={small_store}", f"--run_dir={folder}", *STEPS)
+    flags = (f"--store={small_store}", f"--run_dir={folder}", "--reconstruct_documents=20")
+    train(1, "--stage=pretrain", *flags, *STEPS)
     return folder / "encoder"
 
 
@@ -181,6 +183,13 @@ def test_pretraining_trains_the_learned_state_and_keeps_a_mean_one(encoder: Path
         for part in "hc":
             state = tensors[f"states/{name}/0/{part}"]
             assert state.shape == (12,) and np.abs(state).max() > 0.01
+
+
+def test_pretraining_writes_what_writes_texts_again(encoder: Path) -> None:
+    (found,) = reconstruct_texts(encoder, ["the film and the plot"], max_tokens=5)
+    assert found.read == "the film and the" and len(found.written.split()) <= 5
+    report = json.loads((encoder.parent / "report.json").read_text())["pretrain"]
+    assert 0 <= report["exact_match_percent"] <= 100
 
 
 @pytest.mark.parametrize("state", ["zero", "mean", "learned", "encode"])

@@ -131,6 +131,21 @@ def test_every_shipped_flagfile_is_without_faults() -> None:
     assert files
     for file in files:
         assert faults(f"--flagfile={file}") == [], file
+        assert faults(f"--flagfile={file}", "--scale=smoke") == [], file
+
+
+def test_smoke_cuts_sizes_down_and_raises_none(tmp_path: Path) -> None:
+    values = flags.FlagValues()
+    configuration.define_flags(values)
+    small = ("--sampled_softmax=0", "--units=5", "--num_layers=3", "--finetune_steps=9999")
+    configuration.parse(["program", "--scale=smoke", *small], values)
+    config = configuration.from_flags(values)
+    assert (config.sampled_softmax, config.units, config.num_layers) == (0, 5, 3)
+    assert config.finetune_steps == configuration.SMOKE_LIMITS["finetune_steps"] < 10
+    assert config.embedding_dim == configuration.SMOKE_LIMITS["embedding_dim"]
+    assert set(configuration.SMOKE_LIMITS) <= {item.name for item in dataclasses.fields(Config)}
+    (found,) = faults(f"--run_dir={tmp_path}", "--scale=smoke", "--units=many")
+    assert found == "--units=many is not an integer"
 
 
 NAMES = st.sampled_from([item.name for item in dataclasses.fields(Config)]) | st.text(max_size=8)
