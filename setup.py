@@ -20,7 +20,12 @@ setup(
     package_dir={"launch.k8s": "k8s"},  # the manifests, which the launcher fills
     package_data={
         "launch.k8s": ["base/*", "overlays/*/*", "Dockerfile*", "README.md", "sshd_config"],
-        "trainer": ["configs/**/*.cfg", "reporting/page.*", "stages/serve.html"],
+        "trainer": [
+            "configs/**/*.cfg",
+            "native/lstm.cc",
+            "reporting/page.*",
+            "stages/serve.html",
+        ],
         "warmstate": ["py.typed"],
     },
     entry_points={"console_scripts": ["warmstate = warmstate.command:main"]},

@@ -6,6 +6,9 @@ that TensorFlow hands out without copying. The forward loop does one product a s
 [input; 1; state]; the backward loop only sends dh and dc through the recurrent matrix, and one
 product after it gives all weight gradients.
 
+Where the compiled loops of trainer/native have been built, training in float32 on a CPU runs those.
+They are not in exported models, which must load anywhere.
+
 In half precision (a layer of dtype policy mixed_bfloat16 or mixed_float16) the products are in it;
 states, gates and what they keep are float32 inside the loops: a cell state adds up small numbers
 over hundreds of steps.
@@ -15,11 +18,14 @@ Equations: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 200
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from trainer import native
 
 # Saturates a sigmoid to exactly 0 or 1 in every float type, float16 included.
 _SATURATING = 1e4
@@ -264,6 +270,63 @@ def lstm(
         final h and c, each [batch, units].
     """
     width, units = kernel.shape[0], recurrent.shape[0]
+    compiled = native.operations() if keep_activations else None
+    if compiled and inputs.dtype == tf.float32 and units % native.UNITS_MULTIPLE == 0:
+        run = _compiled(compiled, mask, return_sequences)
+    else:
+        run = _in_tensorflow(mask, (width, units), return_sequences, keep_activations)
+    outputs, final_h, final_c = run(inputs, h, c, kernel, recurrent, bias)
+    steps = inputs.shape[1] if return_sequences else 1
+    outputs.set_shape([inputs.shape[0], steps, units])
+    final_h.set_shape([inputs.shape[0], units])
+    final_c.set_shape([inputs.shape[0], units])
+    return outputs, final_h, final_c
+
+
+def _compiled(
+    operations: ModuleType, mask: tf.Tensor | None, return_sequences: bool
+) -> Callable[..., Any]:
+    """Returns the layer as a function of its tensors, by the loops of trainer/native."""
+    mask = tf.zeros([0], tf.bool) if mask is None else mask
+    none = tf.zeros([0])
+
+    def flat(tensor: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tensor, [-1, tensor.shape[-1]])  # [batch * time, ...]
+
+    @tf.custom_gradient
+    def run(*tensors: tf.Tensor) -> Any:
+        inputs, h, c, kernel, recurrent, bias = tensors
+        units = recurrent.shape[0]
+        with tf.name_scope("lstm_forward"):
+            z = tf.tensordot(inputs, kernel, 1) + bias
+            outputs, cells, gates, before = operations.warmstate_lstm(z, recurrent, h, c, mask)
+            for tensor in (outputs, cells, before):
+                tensor.set_shape([inputs.shape[0], inputs.shape[1], units])
+            shown = outputs if return_sequences else outputs[:, -1:]
+
+        def gradient(d_outputs: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor) -> tuple:
+            with tf.name_scope("lstm_backward"):
+                if not return_sequences:
+                    dh, d_outputs = dh + d_outputs[:, 0], none
+                dz, dh, dc = operations.warmstate_lstm_grad(
+                    gates, recurrent, c, cells, mask, d_outputs, dh, dc
+                )
+                dz = tf.reshape(dz, [-1, 4 * units])
+                d_inputs = tf.reshape(tf.matmul(dz, kernel, transpose_b=True), tf.shape(inputs))
+                d_kernel = tf.matmul(flat(inputs), dz, transpose_a=True)
+                d_recurrent = tf.matmul(flat(before), dz, transpose_a=True)
+                return d_inputs, dh, dc, d_kernel, d_recurrent, tf.reduce_sum(dz, 0)
+
+        return (shown, outputs[:, -1], cells[:, -1]), gradient
+
+    return run
+
+
+def _in_tensorflow(
+    mask: tf.Tensor | None, sizes: tuple[int, int], return_sequences: bool, keep_activations: bool
+) -> Callable[..., Any]:
+    """Returns the layer as a function of its tensors, by this module's loops."""
+    _, units = sizes
 
     @tf.custom_gradient
     def run(*tensors: tf.Tensor) -> Any:
@@ -274,17 +337,11 @@ def lstm(
             if kept is None:
                 _, kept = _forward(*tensors, mask, units, False, True)
             _, _, _, kernel, recurrent, _ = tensors
-            sizes = (width, units)
             return _backward(*upstream, kernel, recurrent, mask, kept, sizes, return_sequences)
 
         return results, gradient
 
-    outputs, final_h, final_c = run(inputs, h, c, kernel, recurrent, bias)
-    steps = inputs.shape[1] if return_sequences else 1
-    outputs.set_shape([inputs.shape[0], steps, units])
-    final_h.set_shape([inputs.shape[0], units])
-    final_c.set_shape([inputs.shape[0], units])
-    return outputs, final_h, final_c
+    return run
 
 
 def _always_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:

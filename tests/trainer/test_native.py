@@ -1,0 +1,112 @@
+"""The compiled loops give what Keras's LSTM gives, and a row does not depend on the others."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer import native
+from trainer.models.lstm import WarmLSTM
+
+pytestmark = pytest.mark.skipif(
+    native.operations() is None, reason="not built for this machine: make native"
+)
+
+# Right-padded with an empty row; and what a mask may be too.
+MASKS = {
+    "none": None,
+    "padded": np.arange(9)[None] < np.array([9, 7, 0, 1, 8, 3, 9])[:, None],
+    "any": np.random.default_rng(3).random((7, 9)) < 0.6,
+}
+
+
+def results(layer: Any, inputs: tf.Tensor, states: list, mask: Any, weights: list) -> list:
+    """Returns the layer's outputs, and the gradients of all that it depends on."""
+    layer.build(inputs.shape)
+    layer.set_weights(weights)
+
+    @tf.function
+    def run(inputs: tf.Tensor, *states: tf.Tensor) -> list:
+        with tf.GradientTape() as tape:
+            tape.watch([inputs, *states])
+            outputs = layer(inputs, initial_state=list(states), mask=mask, training=True)
+            loss = sum(tf.reduce_sum(tf.sin(tensor * (i + 1))) for i, tensor in enumerate(outputs))
+        variables = [v.value for v in layer.trainable_variables]
+        return [*outputs, *tape.gradient(loss, [inputs, *states, *variables])]
+
+    return [tensor.numpy() for tensor in run(inputs, *states)]
+
+
+@pytest.mark.parametrize("units", [16, 48, 80])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
+    random = np.random.default_rng(units)
+    inputs = tf.constant(random.normal(size=(7, 9, 5)), tf.float32)
+    states = [tf.constant(random.normal(size=(7, units)), tf.float32) for _ in range(2)]
+    weights = [  # not so large that rounding grows from step to step
+        random.normal(0, units**-0.5, shape).astype(np.float32)
+        for shape in ((5, 4 * units), (units, 4 * units), (4 * units,))
+    ]
+    given = None if MASKS[mask] is None else tf.constant(MASKS[mask])
+    options = {"return_sequences": return_sequences, "return_state": True}
+    ours, keras_ = (
+        results(kind(units, **options), inputs, states, given, weights)
+        for kind in (WarmLSTM, keras.layers.LSTM)
+    )
+    for found, expected in zip(ours, keras_, strict=True):
+        np.testing.assert_allclose(found, expected, atol=3e-6 * max(1, np.abs(expected).max()))
+
+
+def test_it_is_what_training_runs_and_only_training() -> None:
+    layer = WarmLSTM(16)
+    layer.build((2, 3, 4))
+
+    def operations(training: bool) -> set[str]:
+        run = tf.function(lambda x: layer(x, training=training))
+        graph = run.get_concrete_function(tf.TensorSpec((2, 3, 4))).graph
+        return {operation.type for operation in graph.get_operations()}
+
+    assert "WarmstateLstm" in operations(True) and "WarmstateLstm" not in operations(False)
+
+
+def test_a_row_alone_has_the_same_bits() -> None:
+    operations = native.operations()
+    random = np.random.default_rng(0)
+    z = random.normal(size=(13, 20, 64)).astype(np.float32)
+    recurrent = tf.constant(random.normal(0, 0.3, (16, 64)), tf.float32)
+    zeros, none = tf.zeros((13, 16)), tf.zeros([0], tf.bool)
+    together = operations.warmstate_lstm(tf.constant(z), recurrent, zeros, zeros, none)
+    for row in range(13):
+        alone = operations.warmstate_lstm(
+            tf.constant(z[row : row + 1]), recurrent, zeros[:1], zeros[:1], none
+        )
+        for one, all_ in zip(alone, together, strict=True):
+            assert one[0].numpy().tobytes() == all_[row].numpy().tobytes()
+
+
+def test_a_batch_without_rows() -> None:
+    layer = WarmLSTM(16, return_sequences=True)
+    layer.build((None, 3, 4))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(tf.zeros((0, 3, 4)), training=True))
+    for gradient in tape.gradient(loss, [v.value for v in layer.trainable_variables]):
+        assert not np.any(gradient)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 30.0, 1e4])
+def test_the_functions_of_the_gates_over_their_range(scale: float) -> None:
+    operations = native.operations()
+    z = (np.random.default_rng(0).normal(size=(1, 1, 4 * 1600)) * scale).astype(np.float32)
+    zeros = tf.zeros((1, 1600))
+    found = operations.warmstate_lstm(
+        tf.constant(z), tf.zeros((1600, 6400)), zeros, zeros, tf.zeros([0], tf.bool)
+    )
+    i, f, g, o = np.split(found.gates.numpy()[0, 0], 4)
+    z = np.split(z[0, 0].astype(np.float64), 4)
+    with np.errstate(over="ignore"):
+        for gate, of in ((i, z[0]), (f, z[1]), (o, z[3])):
+            np.testing.assert_allclose(gate, 1 / (1 + np.exp(-of)), rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(g, np.tanh(z[2]), rtol=2e-6)

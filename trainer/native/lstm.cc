@@ -1,0 +1,367 @@
+// The two loops of an LSTM layer in training, float32, on a CPU.
+//
+// The rows of a batch do not depend on each other, so each thread takes some of them through all
+// steps and never waits for another. A step multiplies the rows that are not masked, packed, with
+// the recurrent matrix, which is packed once a call: in panels of the four gates of 16 units, so
+// that a panel's product stays in registers until it has become the new states of those units.
+// Everything is [batch, time, ...], as Keras has it: nothing is transposed.
+//
+// A row's result does not depend on the number of threads or on the other rows, to the last bit.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/util/work_sharder.h"
+
+namespace {
+
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+
+constexpr int kWidth = 16;          // floats in a vector
+constexpr int kPanel = 4 * kWidth;  // columns of a packed panel
+constexpr int kRows = 6;            // rows of a product that fit the registers: 24 sums
+
+typedef float Vector __attribute__((vector_size(4 * kWidth)));
+typedef float Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+// Denormal numbers cost a hundred times what others do, and gradients end in them.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
+// exp(x) for x <= 0, within 2 units in the last place; 0 where it would be denormal.
+inline Vector exp_of_negative(Vector x) {
+  const Vector smallest = Vector{} - 87.0f;
+  x = x > smallest ? x : smallest;
+  const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector shifted = x * 1.44269504088896341f + rounder;
+  const Vector n = shifted - rounder;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector y = Vector{} + 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const Integers exponent = reinterpret_cast<const Integers&>(shifted) << 23;
+  const Integers bits = reinterpret_cast<const Integers&>(y) + exponent;
+  return reinterpret_cast<const Vector&>(bits);
+}
+
+inline Vector sigmoid(Vector x) {
+  const Vector e = exp_of_negative(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : Vector{} + 1.0f) / (1.0f + e);
+}
+
+inline Vector tanh_of(Vector x) {
+  const Vector e = exp_of_negative(2.0f * (x < 0.0f ? x : -x));
+  const Vector large = (1.0f - e) / (1.0f + e);
+  // Near 0 the difference above has lost its digits.
+  const Vector x2 = x * x;
+  const Vector small = x + x * x2 * (-0.333333333f + x2 * (0.133333333f - x2 * 0.0539682540f));
+  return x2 < 0.01f ? small : (x < 0.0f ? -large : large);
+}
+
+// sums[m] += rows[m][0..depth) * panel, for kMany rows.
+template <int kMany>
+inline void multiply(const float* panel, int64_t depth, const float* const* rows,
+                     Vector (&sums)[kRows][4]) {
+  Vector local[kMany][4];  // in registers
+  const float* row[kMany];
+#pragma GCC unroll 6
+  for (int m = 0; m < kMany; ++m) {
+    row[m] = rows[m];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) local[m][v] = sums[m][v];
+  }
+  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+    const Vector b0 = load(panel), b1 = load(panel + 16), b2 = load(panel + 32),
+                 b3 = load(panel + 48);
+#pragma GCC unroll 6
+    for (int m = 0; m < kMany; ++m) {
+      const float a = row[m][k];
+      local[m][0] += b0 * a;
+      local[m][1] += b1 * a;
+      local[m][2] += b2 * a;
+      local[m][3] += b3 * a;
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < kMany; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sums[m][v] = local[m][v];
+  }
+}
+
+void multiply(int many, const float* panel, int64_t depth, const float* const* rows,
+              Vector (&sums)[kRows][4]) {
+  switch (many) {
+    case 1: return multiply<1>(panel, depth, rows, sums);
+    case 2: return multiply<2>(panel, depth, rows, sums);
+    case 3: return multiply<3>(panel, depth, rows, sums);
+    case 4: return multiply<4>(panel, depth, rows, sums);
+    case 5: return multiply<5>(panel, depth, rows, sums);
+    default: return multiply<6>(panel, depth, rows, sums);
+  }
+}
+
+// The sizes and the mask of a call.
+struct Call {
+  int64_t batch, steps, units;
+  const bool* mask;  // [batch, time], or none
+
+  bool shows(int64_t row, int64_t t) const { return !mask || mask[row * steps + t]; }
+
+  // Runs work(rows), each thread with rows of its own: of all lengths, where they are sorted.
+  template <typename Work>
+  void run(OpKernelContext* context, const Work& work) const {
+    const auto& workers = *context->device()->tensorflow_cpu_worker_threads();
+    const int64_t threads = std::min<int64_t>(workers.num_threads, batch);
+    const int64_t cost = 8 * units * units * steps * batch / std::max<int64_t>(threads, 1);
+    tensorflow::Shard(threads, workers.workers, threads, cost, [&](int64_t first, int64_t last) {
+      FlushDenormals flush;
+      for (int64_t thread = first; thread < last; ++thread) {
+        std::vector<int64_t> rows;
+        for (int64_t row = thread; row < batch; row += threads) rows.push_back(row);
+        work(rows);
+      }
+    });
+  }
+};
+
+class ForwardOp : public OpKernel {
+ public:
+  explicit ForwardOp(OpKernelConstruction* context) : OpKernel(context) {}
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& recurrent = context->input(1);
+    const TensorShape& shape = context->input(0).shape();
+    const int64_t units = recurrent.dim_size(0);
+    const bool masked = context->input(4).NumElements() > 0;
+    const Call call{shape.dim_size(0), shape.dim_size(1), units,
+                    masked ? context->input(4).flat<bool>().data() : nullptr};
+    OP_REQUIRES(context, units % kWidth == 0 && shape.dim_size(2) == 4 * units,
+                tensorflow::errors::InvalidArgument("units must be a multiple of 16"));
+    Tensor *gates = nullptr, *outputs = nullptr, *cells = nullptr, *before = nullptr;
+    const TensorShape of_units({call.batch, call.steps, units});
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 2, shape, &gates));
+    OP_REQUIRES_OK(context, context->allocate_output(0, of_units, &outputs));
+    OP_REQUIRES_OK(context, context->allocate_output(1, of_units, &cells));
+    OP_REQUIRES_OK(context, context->allocate_output(3, of_units, &before));
+
+    const float* matrix = recurrent.flat<float>().data();
+    std::vector<float> packed(units * 4 * units);
+    float* to = packed.data();
+    for (int64_t u = 0; u < units; u += kWidth) {
+      for (int64_t k = 0; k < units; ++k) {
+        for (int gate = 0; gate < 4; ++gate, to += kWidth) {
+          std::memcpy(to, matrix + k * 4 * units + gate * units + u, sizeof(Vector));
+        }
+      }
+    }
+    const float* z = context->input(0).flat<float>().data();
+    const float* h0 = context->input(2).flat<float>().data();
+    const float* c0 = context->input(3).flat<float>().data();
+    float *g = gates->flat<float>().data(), *h = outputs->flat<float>().data(),
+          *c = cells->flat<float>().data(), *b = before->flat<float>().data();
+
+    call.run(context, [&](const std::vector<int64_t>& rows) {
+      std::vector<int64_t> shown;
+      for (int64_t t = 0; t < call.steps; ++t) {
+        shown.clear();
+        for (int64_t row : rows) {
+          const int64_t now = row * call.steps + t;
+          const float* last_h = t ? h + (now - 1) * units : h0 + row * units;
+          std::memcpy(b + now * units, last_h, 4 * units);
+          if (call.shows(row, t)) {
+            shown.push_back(row);
+          } else {
+            const float* last_c = t ? c + (now - 1) * units : c0 + row * units;
+            std::memcpy(h + now * units, last_h, 4 * units);
+            std::memcpy(c + now * units, last_c, 4 * units);
+          }
+        }
+        for (int64_t u = 0; u < units; u += kWidth) {
+          const float* panel = packed.data() + u * 4 * units;
+          for (size_t first = 0; first < shown.size(); first += kRows) {
+            const int many = std::min<size_t>(kRows, shown.size() - first);
+            Vector sums[kRows][4];
+            const float* states[kRows];
+            for (int m = 0; m < many; ++m) {
+              const int64_t now = shown[first + m] * call.steps + t;
+              states[m] = b + now * units;
+              for (int gate = 0; gate < 4; ++gate) {
+                sums[m][gate] = load(z + now * 4 * units + gate * units + u);
+              }
+            }
+            multiply(many, panel, units, states, sums);
+            for (int m = 0; m < many; ++m) {
+              const int64_t row = shown[first + m], now = row * call.steps + t;
+              const float* last_c = (t ? c + (now - 1) * units : c0 + row * units) + u;
+              const Vector in = sigmoid(sums[m][0]), forget = sigmoid(sums[m][1]),
+                           candidate = tanh_of(sums[m][2]), out = sigmoid(sums[m][3]);
+              const Vector cell = forget * load(last_c) + in * candidate;
+              float* gate = g + now * 4 * units + u;
+              store(gate, in);
+              store(gate + units, forget);
+              store(gate + 2 * units, candidate);
+              store(gate + 3 * units, out);
+              store(c + now * units + u, cell);
+              store(h + now * units + u, out * tanh_of(cell));
+            }
+          }
+        }
+      }
+    });
+  }
+};
+
+class BackwardOp : public OpKernel {
+ public:
+  explicit BackwardOp(OpKernelConstruction* context) : OpKernel(context) {}
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& recurrent = context->input(1);
+    const TensorShape& shape = context->input(0).shape();
+    const int64_t units = recurrent.dim_size(0);
+    const bool masked = context->input(4).NumElements() > 0;
+    const Call call{shape.dim_size(0), shape.dim_size(1), units,
+                    masked ? context->input(4).flat<bool>().data() : nullptr};
+    const bool sequences = context->input(5).NumElements() > 0;
+    Tensor *d_gates = nullptr, *d_h = nullptr, *d_c = nullptr;
+    const TensorShape state({call.batch, units});
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, shape, &d_gates));
+    OP_REQUIRES_OK(context, context->allocate_output(1, state, &d_h));
+    OP_REQUIRES_OK(context, context->allocate_output(2, state, &d_c));
+
+    const float* matrix = recurrent.flat<float>().data();
+    const int64_t panels = (units + kPanel - 1) / kPanel, depth = 4 * units;
+    std::vector<float> packed(panels * depth * kPanel, 0.0f);
+    for (int64_t u = 0; u < units; ++u) {
+      float* to = packed.data() + u / kPanel * depth * kPanel + u % kPanel;
+      for (int64_t k = 0; k < depth; ++k) to[k * kPanel] = matrix[u * depth + k];
+    }
+    const float* g = context->input(0).flat<float>().data();
+    const float* c0 = context->input(2).flat<float>().data();
+    const float* c = context->input(3).flat<float>().data();
+    const float* d_out = context->input(5).flat<float>().data();
+    float *dz = d_gates->flat<float>().data(), *dh = d_h->flat<float>().data(),
+          *dc = d_c->flat<float>().data();
+    std::memcpy(dh, context->input(6).flat<float>().data(), 4 * call.batch * units);
+    std::memcpy(dc, context->input(7).flat<float>().data(), 4 * call.batch * units);
+
+    call.run(context, [&](const std::vector<int64_t>& rows) {
+      std::vector<int64_t> shown;
+      for (int64_t t = call.steps - 1; t >= 0; --t) {
+        shown.clear();
+        for (int64_t row : rows) {
+          const int64_t now = row * call.steps + t;
+          float *row_dh = dh + row * units, *row_dc = dc + row * units,
+                *row_dz = dz + now * depth;
+          if (sequences) {
+            for (int64_t u = 0; u < units; ++u) row_dh[u] += d_out[now * units + u];
+          }
+          if (!call.shows(row, t)) {
+            std::memset(row_dz, 0, 4 * depth);
+            continue;
+          }
+          shown.push_back(row);
+          const float* gate = g + now * depth;
+          const float* last_c = t ? c + (now - 1) * units : c0 + row * units;
+          for (int64_t u = 0; u < units; u += kWidth) {
+            const Vector in = load(gate + u), forget = load(gate + units + u),
+                         candidate = load(gate + 2 * units + u),
+                         out = load(gate + 3 * units + u);
+            const Vector squashed = tanh_of(load(c + now * units + u));
+            const Vector of_h = load(row_dh + u);
+            const Vector of_c = load(row_dc + u) + of_h * out * (1.0f - squashed * squashed);
+            const Vector of_in = of_c * candidate * in * (1.0f - in);
+            const Vector of_forget = of_c * load(last_c + u) * forget * (1.0f - forget);
+            const Vector of_candidate = of_c * in * (1.0f - candidate * candidate);
+            const Vector of_out = of_h * squashed * out * (1.0f - out);
+            store(row_dz + u, of_in);
+            store(row_dz + units + u, of_forget);
+            store(row_dz + 2 * units + u, of_candidate);
+            store(row_dz + 3 * units + u, of_out);
+            store(row_dc + u, of_c * forget);
+          }
+        }
+        for (int64_t p = 0; p < panels; ++p) {
+          const int64_t vectors = std::min<int64_t>(4, (units - p * kPanel) / kWidth);
+          for (size_t first = 0; first < shown.size(); first += kRows) {
+            const int many = std::min<size_t>(kRows, shown.size() - first);
+            Vector sums[kRows][4] = {};
+            const float* factors[kRows];
+            for (int m = 0; m < many; ++m) {
+              factors[m] = dz + (shown[first + m] * call.steps + t) * depth;
+            }
+            multiply(many, packed.data() + p * depth * kPanel, depth, factors, sums);
+            for (int m = 0; m < many; ++m) {
+              float* to = dh + shown[first + m] * units + p * kPanel;
+              for (int64_t v = 0; v < vectors; ++v) store(to + v * kWidth, sums[m][v]);
+            }
+          }
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+
+// z: [batch, time, 4 * units], what the inputs and the bias give the gates, which are input,
+// forget, candidate and output. mask: bool [batch, time], or empty.
+REGISTER_OP("WarmstateLstm")
+    .Input("z: float")
+    .Input("recurrent: float")
+    .Input("h: float")
+    .Input("c: float")
+    .Input("mask: bool")
+    .Output("outputs: float")
+    .Output("cells: float")
+    .Output("gates: float")
+    .Output("before: float")
+    .SetShapeFn(tensorflow::shape_inference::UnknownShape);
+REGISTER_KERNEL_BUILDER(Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU), ForwardOp);
+
+// d_outputs: [batch, time, units], or empty where only the final states have a gradient.
+REGISTER_OP("WarmstateLstmGrad")
+    .Input("gates: float")
+    .Input("recurrent: float")
+    .Input("c: float")
+    .Input("cells: float")
+    .Input("mask: bool")
+    .Input("d_outputs: float")
+    .Input("d_h: float")
+    .Input("d_c: float")
+    .Output("d_z: float")
+    .Output("d_first_h: float")
+    .Output("d_first_c: float")
+    .SetShapeFn(tensorflow::shape_inference::UnknownShape);
+REGISTER_KERNEL_BUILDER(Name("WarmstateLstmGrad").Device(tensorflow::DEVICE_CPU), BackwardOp);
