@@ -16,10 +16,11 @@ import yaml
 _HERE = Path(__file__).resolve().parent
 # In a wheel they are in this package, in a checkout beside it.
 MANIFESTS = _HERE / "k8s" if (_HERE / "k8s").is_dir() else _HERE.parent / "k8s"
-OVERLAYS = ("indexed-job", "jobset", "mpijob", "trainjob")
+OVERLAYS = ("indexed-job", "jobset", "mpijob", "trainjob", "elastic")
 JOB_KINDS = ("Job", "JobSet", "MPIJob", "TrainJob")  # of the overlays
 LONGEST_NAME = 40  # controllers append to it, and a pod's name must stay a DNS label of 63
 _TEMPLATE = ("Job", "warmstate-template")
+_ELASTIC = ("Job", "warmstate-elastic")
 _LOCAL = "config.kubernetes.io/local-config"
 _GPU = "nvidia.com/gpu"
 _RFC_1035 = "[a-z]([-a-z0-9]*[a-z0-9])?"  # a Service's name, and so a job's
@@ -34,6 +35,9 @@ class Options:
 
     Attributes:
       overlay: which kind of job, one of `OVERLAYS`.
+      workers: pods; of the overlay elastic the processes in its pod to begin with.
+      min_workers, max_workers: of the overlay elastic.
+      with_horovod: whether they find each other by Horovod; of the overlay elastic.
       trainer_flags: of each worker; relative paths start from /app, whose `runs` is the volume.
       max_restarts: restarts of all workers; None leaves the manifests' number.
       run_volume, data_volume: claims that exist; empty makes warmstate-runs, warmstate-data.
@@ -45,6 +49,9 @@ class Options:
     namespace: str = ""
     image: str = ""
     workers: int = 2
+    min_workers: int = 1
+    max_workers: int = 2
+    with_horovod: bool = True
     gpus_per_worker: int = 0
     run_volume: str = ""
     data_volume: str = ""
@@ -66,7 +73,12 @@ class Options:
         for flag in ("namespace", "run_volume", "data_volume", "queue"):
             if (value := getattr(self, flag)) and not re.fullmatch(_RFC_1123, value):
                 faults.append(f"--{flag}={value}: must be a name of a-z, 0-9, - and .")
-        if self.overlay == "mpijob" and self.gpus_per_worker > 1:
+        if self.overlay == "elastic" and self.gpus_per_worker and not self.with_horovod:
+            faults.append(
+                f"--gpus_per_worker={self.gpus_per_worker}: workers of one pod share its GPUs only "
+                "with --distributor=horovod"
+            )
+        if self.overlay in ("mpijob", "elastic") and self.gpus_per_worker > 1:
             faults.append(
                 f"--gpus_per_worker={self.gpus_per_worker}: with Horovod a worker has one GPU; ask "
                 "for more --workers"
@@ -182,6 +194,8 @@ def _fill(resources: dict[tuple[str, str], Document], options: Options) -> None:
             claim = resources["PersistentVolumeClaim", name]
             claim["metadata"] |= {"name": given, "annotations": {_LOCAL: "true"}}
     _fill_template(resources[_TEMPLATE]["spec"], options)
+    if _ELASTIC in resources:
+        _fill_elastic(resources[_ELASTIC]["spec"], options)
     (kind,) = {kind for kind, name in resources if kind in JOB_KINDS and name == "warmstate"}
     job = resources[kind, "warmstate"]
     if options.queue:
@@ -212,6 +226,32 @@ def _fill_template(spec: Document, options: Options) -> None:
             amounts[_GPU] = str(options.gpus_per_worker)
     (hosts,) = (each for each in trainer["env"] if each["name"] == "WARMSTATE_HOSTS")
     hosts["value"] = hosts["value"].replace("[0-1]", f"[0-{options.workers - 1}]")
+
+
+def _fill_elastic(spec: Document, options: Options) -> None:
+    if options.max_restarts is not None:
+        spec["backoffLimit"] = options.max_restarts
+    (trainer,) = spec["template"]["spec"]["containers"]
+    numbers = {
+        "--min_workers": options.min_workers,
+        "--max_workers": options.max_workers,
+        "--workers": options.workers,
+    }
+    names = [word.partition("=")[0] for word in trainer["command"]]
+    trainer["command"] = [
+        f"{name}={numbers[name]}" if name in numbers else word
+        for name, word in zip(names, trainer["command"], strict=True)
+        if options.with_horovod or name != "--distributor"
+    ]
+    # What every other overlay's pod has for its one worker.
+    (one,) = _load(MANIFESTS / "base")[0][_TEMPLATE]["spec"]["template"]["spec"]["containers"]
+    for amounts, of_one in zip(
+        trainer["resources"].values(), one["resources"].values(), strict=True
+    ):
+        amounts["cpu"] = str(int(of_one["cpu"]) * options.max_workers)
+        amounts["memory"] = f"{int(of_one['memory'].removesuffix('Gi')) * options.max_workers}Gi"
+        if options.gpus_per_worker:
+            amounts[_GPU] = str(options.gpus_per_worker * options.max_workers)
 
 
 def _arguments(options: Options) -> list[str]:

@@ -4,7 +4,7 @@ PyYAML and the Kubernetes client are imported only where this platform is asked 
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 _OVERLAY = flags.DEFINE_string(
     "overlay",
     None,
-    "k8s: kind of job, indexed-job (default), jobset, mpijob (default with Horovod) or trainjob",
+    "k8s: kind of job, indexed-job (default), jobset, mpijob (default with Horovod), trainjob or "
+    "elastic (--elastic, and no other)",
 )
 _NODE_SELECTOR = flags.DEFINE_string("node_selector", None, "k8s: key=value,key=value of the nodes")
 _TEXTS = [
@@ -37,13 +38,12 @@ def given_flags() -> list[str]:
     return [f"--{flag.name}={flag.value}" for flag in _FLAGS if flag.value is not None]
 
 
-def value_faults(
-    with_horovod: bool,
-    name: str | None = None,
-    gpus_per_worker: int = 0,
-    max_restarts: int | None = None,
-) -> list[str]:
-    """Returns one line for each flag with which no job can be made."""
+def value_faults(with_horovod: bool, elastic: bool, **given: object) -> list[str]:
+    """Returns one line for each flag with which no job can be made.
+
+    Args:
+      given: see `options_of_flags`; without what is not a number and should be.
+    """
     from launch import kubernetes
 
     faults = []
@@ -54,35 +54,29 @@ def value_faults(
         )
     if kubernetes.parse_node_selector(_NODE_SELECTOR.value or "") is None:
         faults.append(f"--node_selector={_NODE_SELECTOR.value}: must be key=value,key=value")
-    if with_horovod != (_overlay(with_horovod) == "mpijob"):
-        faults.append(
-            f"--overlay={_overlay(with_horovod)}: mpijob, and no other, goes with "
-            "--distributor=horovod"
-        )
-    options = options_of_flags(with_horovod, name, 1, gpus_per_worker, max_restarts)
-    return faults + options.faults()
+    overlay = _overlay(with_horovod, elastic)
+    if elastic != (overlay == "elastic"):
+        faults.append(f"--overlay={overlay}: elastic, and no other, goes with --elastic")
+    elif not elastic and with_horovod != (overlay == "mpijob"):
+        faults.append(f"--overlay={overlay}: mpijob, and no other, goes with --distributor=horovod")
+    return faults + options_of_flags(with_horovod, elastic, **given).faults()
 
 
-def options_of_flags(
-    with_horovod: bool,
-    name: str | None = None,
-    workers: int = 1,
-    gpus_per_worker: int = 0,
-    max_restarts: int | None = None,
-    trainer_flags: Sequence[str] = (),
-) -> "Options":
-    """Returns the job that the flags ask for."""
+def options_of_flags(with_horovod: bool, elastic: bool, **given: object) -> "Options":
+    """Returns the job that the flags ask for.
+
+    Args:
+      given: attributes of `Options` that other flags than this module's say; None leaves a default.
+    """
     from launch import kubernetes
 
+    texts = {flag.name: flag.value for flag in _TEXTS}
+    values = {name: value for name, value in (texts | given).items() if value is not None}
     return kubernetes.Options(
-        **{flag.name: flag.value for flag in _TEXTS if flag.value is not None},
-        **({} if name is None else {"name": name}),
-        overlay=_overlay(with_horovod),
+        overlay=_overlay(with_horovod, elastic),
         node_selector=kubernetes.parse_node_selector(_NODE_SELECTOR.value or "") or {},
-        workers=workers,
-        gpus_per_worker=gpus_per_worker,
-        max_restarts=max_restarts,
-        trainer_flags=trainer_flags,
+        with_horovod=with_horovod,
+        **values,
     )
 
 
@@ -144,5 +138,6 @@ def _namespace() -> str:
     return flag.value or ""
 
 
-def _overlay(with_horovod: bool) -> str:
-    return _OVERLAY.value or ("mpijob" if with_horovod else "indexed-job")
+def _overlay(with_horovod: bool, elastic: bool) -> str:
+    usual = "mpijob" if with_horovod else "indexed-job"
+    return _OVERLAY.value or ("elastic" if elastic else usual)

@@ -8,6 +8,8 @@ python -m launch.main --platform=slurm --workers=N [--gpus_per_worker=G] [--cpus
     [--partition=P] [--account=A] [--time_limit=T] [--max_restarts=K] [--dry_run] -- TRAINER_FLAGS
 python -m launch.main --platform=k8s --workers=N [--gpus_per_worker=G] [--overlay=indexed-job]
     [--image=I] [--namespace=S] [--queue=Q] [--follow] [...] [--dry_run] -- TRAINER_FLAGS
+python -m launch.main --platform=k8s --elastic --min_workers=M --max_workers=N [--workers=START]
+    [--distributor=horovod] [...] -- TRAINER_FLAGS
 python -m launch.main status|logs|cancel NAME [--platform=P] [--namespace=S] [--follow]
 
 What stands before `--` is the launcher's, what follows is each trainer's. NAME is what --name
@@ -160,12 +162,7 @@ def _start_on_slurm(command: Sequence[str]) -> int:
 
 def _start_on_kubernetes(trainer_flags: Sequence[str]) -> int:
     options = kubernetes_command.options_of_flags(
-        with_horovod=_with_horovod(),
-        name=_NAME.value,
-        workers=int(_WORKERS.value),
-        gpus_per_worker=int(_GPUS_PER_WORKER.value or 0),
-        max_restarts=int(_MAX_RESTARTS.value) if _is_given("max_restarts") else None,
-        trainer_flags=trainer_flags,
+        _with_horovod(), _ELASTIC.value, **_kubernetes_numbers(), trainer_flags=trainer_flags
     )
     return kubernetes_command.run(
         options, _DRY_RUN.value, wait=bool(_WAIT.value), follow=bool(_FOLLOW.value)
@@ -280,6 +277,8 @@ def _value_faults() -> list[str]:
         faults += [f"{flag}: needs --platform=slurm" for flag in slurm.given_flags()]
     if _PLATFORM.value != "k8s":
         faults += [f"{flag}: needs --platform=k8s" for flag in kubernetes_command.given_flags()]
+    if _PLATFORM.value in ("slurm", "k8s") and _is_given("grace_seconds"):
+        faults.append(f"--grace_seconds={_GRACE_SECONDS.value}: needs --platform=local")
     if _PLATFORM.value == "local":
         faults += [
             f"--{flag.name}: needs --platform=slurm or --platform=k8s"
@@ -308,16 +307,32 @@ def _slurm_faults() -> list[str]:
 
 
 def _kubernetes_faults() -> list[str]:
-    gpus, restarts = _GPUS_PER_WORKER.value, _MAX_RESTARTS.value
     faults = _gpu_faults() + kubernetes_command.value_faults(
-        with_horovod=_with_horovod(),
-        name=_NAME.value,
-        gpus_per_worker=int(gpus) if gpus and gpus.isdecimal() else 0,
-        max_restarts=int(restarts) if _is_given("max_restarts") and restarts.isdecimal() else None,
+        _with_horovod(), _ELASTIC.value, **_kubernetes_numbers()
     )
-    if _ELASTIC.value:
-        faults.append("--elastic: needs --platform=local")
+    if _ELASTIC.value and _AVAILABLE_WORKERS.value is not None:
+        faults.append(
+            f"--available_workers={_AVAILABLE_WORKERS.value}: on k8s it is runs/NAME.workers"
+        )
     return faults
+
+
+def _kubernetes_numbers() -> dict[str, str | int | None]:
+    """Returns the job's name and numbers; None for what is not given, or is no number."""
+
+    def number(flag: flags.FlagHolder) -> int | None:
+        text = flag.value if _is_given(flag.name) else None
+        return int(text) if text and text.isascii() and text.isdecimal() else None
+
+    workers = _MAX_WORKERS if _ELASTIC.value and not _is_given("workers") else _WORKERS
+    return {
+        "name": _NAME.value,
+        "workers": number(workers) or 1,
+        "gpus_per_worker": number(_GPUS_PER_WORKER),
+        "max_restarts": number(_MAX_RESTARTS),
+        "min_workers": number(_MIN_WORKERS),
+        "max_workers": number(_MAX_WORKERS),
+    }
 
 
 def _gpu_faults() -> list[str]:
@@ -352,7 +367,7 @@ def _elastic_faults() -> list[str]:
             faults.append(f"{between}: the first must not be above the second")
         elif _is_given("workers") and not minimum <= start <= maximum:
             faults.append(f"--workers={start}: must be between {between}")
-    if _AVAILABLE_WORKERS.value is not None:
+    if _AVAILABLE_WORKERS.value is not None and _PLATFORM.value == "local":
         file = Path(_AVAILABLE_WORKERS.value)
         if file.is_dir() or not file.parent.is_dir():
             faults.append(f"--available_workers={file}: must be a file in a folder that exists")

@@ -1,7 +1,7 @@
 """Commands in the README and in the docs: their flags exist, and those marked runnable run.
 
-A block is run by bash if the line before it is `<!-- runnable -->`, one after the other, in a folder
-of its own for each page. (Those of Python: test_pages.py.)
+A block is run by bash if the line before it is `<!-- runnable -->`, one after the other, in a
+folder of its own for each page. (Those of Python: test_pages.py.)
 """
 
 import os

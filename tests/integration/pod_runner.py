@@ -148,7 +148,7 @@ class IndexedJob:
     def __init__(
         self,
         job: Mapping[str, Any],
-        service: Mapping[str, Any],
+        service: Mapping[str, Any] | None,
         claims: Mapping[str, Path],
         folder: Path,
         network: Network,
@@ -334,6 +334,9 @@ class IndexedJob:
     def _publish(self, manifest: Mapping[str, Any], address: str) -> None:
         """Writes the names of all pods that the headless Service selects, ready or not."""
         labels, spec = manifest["metadata"]["labels"], manifest["spec"]
+        if self._service is None:  # the kubelet writes a pod's own name
+            self._hosts.write_text(f"127.0.0.1 localhost\n{address} {spec['hostname']}\n")
+            return
         service = self._service["spec"]
         assert service["clusterIP"] == "None" and service["publishNotReadyAddresses"]
         if service["selector"].items() <= labels.items():
@@ -406,7 +409,7 @@ def indexed_job(
             network = stack.enter_context(Network().opened())
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
-        job = IndexedJob(by_kind["Job"], by_kind["Service"], claims, folder, network)
+        job = IndexedJob(by_kind["Job"], by_kind.get("Service"), claims, folder, network)
         stack.callback(job.close)
         job.start()
         yield job

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import kubernetes
+from tests.horovod_is_there import needs_horovod
 from tests.integration import pod_runner
 from tests.integration.programs import SMALL, metrics, train
 
@@ -72,6 +73,29 @@ def test_a_killed_pod_costs_one_restart(small_store: Path, tmp_path: Path) -> No
     assert victim.exit_code == 137
     assert running.pods[0].exit_code == 75  # it lost a peer
     assert len(running.pods) == 4 and running.counted == 2
+
+
+@pytest.mark.slow
+@needs_horovod
+def test_an_elastic_pod_shrinks_is_deleted_and_finishes(small_store: Path, tmp_path: Path) -> None:
+    elastic = {"overlay": "elastic", "name": "el"}
+    steps = 300  # the launcher looks at the file twice a second
+    with job(tmp_path, small_store, *FLAGS, f"--pretrain_steps={steps}", **elastic) as running:
+        running.wait_for_line(r"pretrain step 6/")
+        (tmp_path / "runs" / "el.workers").write_text("1")
+        running.wait_for_line("resumed after step")
+        deleted = running.running(0)
+        running.delete(deleted)
+        condition = running.wait()
+    assert condition[0] == "Complete", running.log()
+    assert deleted.exit_code == 143 and running.counted == 0
+    first, second = running.pods
+    changed = "launch: runs/el.workers allows 1 instead of 2 workers: going on from the last"
+    assert any(line.startswith(changed) for line in first.lines)
+    assert any("resumed after step" in line for line in second.lines)
+    lines = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    done = [line["step"] for line in map(json.loads, lines) if "loss" in line]
+    assert done == list(range(1, steps + 1))  # each once, over three sittings
 
 
 def test_a_wrong_flag_fails_the_job_at_once(small_store: Path, tmp_path: Path) -> None:

@@ -382,7 +382,8 @@ def dry_run(*flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_dry_run_prints_the_manifests(overlay: str) -> None:
     flags = [f"--overlay={overlay}", "--workers=2", "--dry_run"]
-    flags += ["--distributor=horovod"] * (overlay == "mpijob")
+    flags += ["--distributor=horovod"] * (overlay in ("mpijob", "elastic"))
+    flags += ["--elastic", "--min_workers=1", "--max_workers=2"] * (overlay == "elastic")
     before = os.times()
     printed = dry_run(*flags, "--", "--flagfile=trainer/configs/demo.cfg")
     after = os.times()
@@ -398,16 +399,66 @@ def test_dry_run_prints_the_manifests(overlay: str) -> None:
 
 def test_all_faults_at_once() -> None:
     flags = ["--overlay=heap", "--name=Reviews", "--queue=a b", "--node_selector=disk"]
-    printed = dry_run(*flags, "--elastic", "--min_workers=1", "--max_workers=2")
+    flags += ["--elastic", "--min_workers=1", "--max_workers=2", "--available_workers=file"]
+    printed = dry_run(*flags)
     faults = [line for line in printed.stderr.splitlines() if line.startswith("launch: ")]
     assert printed.returncode == 2
     assert [fault.split(":")[1].strip() for fault in faults] == [
         "--node_selector=disk",
         "--overlay=heap",
+        "--overlay=heap",
         "--name=Reviews",
         "--queue=a b",
-        "--elastic",
+        "--available_workers=file",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--overlay=elastic"], "--overlay=elastic: elastic, and no other, goes with --elastic"),
+        (["--overlay=mpijob"], "--overlay=mpijob: mpijob, and no other, goes with --distributor"),
+        (["--overlay=jobset", "--distributor=horovod"], "--overlay=jobset: mpijob, and no other"),
+        (["--elastic", "--min_workers=1"], "--elastic: needs --max_workers"),
+        (["--min_workers=1"], "--min_workers=1: needs --elastic"),
+        (["--overlay=trainjob", "--max_restarts=1"], "--max_restarts=1: with --overlay=trainjob"),
+        (["--gpus_per_worker=0"], "--gpus_per_worker=0: must be a whole number"),
+        (["--grace_seconds=9"], "--grace_seconds=9: needs --platform=local"),
+        (["--partition=p"], "--partition=p: needs --platform=slurm"),
+        (
+            ["--elastic", "--min_workers=1", "--max_workers=2", "--gpus_per_worker=1"],
+            "--gpus_per_worker=1: workers of one pod share its GPUs only with",
+        ),
+    ],
+)
+def test_one_fault_is_one_line(flags: list[str], fault: str) -> None:
+    printed = dry_run(*flags, "--dry_run")
+    (line,) = [line for line in printed.stderr.splitlines() if line.startswith("launch: ")]
+    assert line.startswith(f"launch: {fault}")
+    assert (printed.returncode, printed.stdout) == (2, "")
+
+
+def test_an_elastic_job_has_one_pod_with_what_all_its_workers_need() -> None:
+    (job,) = (
+        document
+        for document in kubernetes.render(
+            Options("elastic", workers=3, min_workers=2, max_workers=4, gpus_per_worker=1)
+        )
+        if document["kind"] == "Job"
+    )
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (1, 1)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    wanted = {"--elastic", "--min_workers=2", "--max_workers=4", "--workers=3"}
+    assert wanted < set(container["command"])
+    for amounts in container["resources"].values():
+        assert (amounts["cpu"], amounts["memory"], amounts["nvidia.com/gpu"]) == ("8", "16Gi", "4")
+    (job,) = (
+        document
+        for document in kubernetes.render(Options("elastic", with_horovod=False))
+        if document["kind"] == "Job"
+    )
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert "--distributor=horovod" not in container["command"]
 
 
 def test_names_stay_labels() -> None:
