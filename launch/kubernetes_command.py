@@ -5,7 +5,7 @@ PyYAML and the Kubernetes client are imported only where this platform is asked 
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -71,7 +71,7 @@ def options_of_flags(with_horovod: bool, elastic: bool, **given: object) -> "Opt
     from launch import kubernetes
 
     texts = {flag.name: flag.value for flag in _TEXTS}
-    values = {name: value for name, value in (texts | given).items() if value is not None}
+    values: dict[str, Any] = {k: v for k, v in (texts | given).items() if v is not None}
     return kubernetes.Options(
         overlay=_overlay(with_horovod, elastic),
         node_selector=kubernetes.parse_node_selector(_NODE_SELECTOR.value or "") or {},
