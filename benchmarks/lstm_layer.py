@@ -32,6 +32,7 @@ from benchmarks.processes import (
     torch_is_there,
     write_results,
 )
+from trainer import native
 from trainer.models.lstm import WarmLSTM
 
 # batch, steps, inputs, units, repetitions
@@ -244,6 +245,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    native.use_in_inference()  # as the programs do
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="lstm_layer", help="name of the JSON")
     parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)))
@@ -262,7 +264,8 @@ def main() -> None:
     if torch:
         torch.close()
     print(table(results))
-    write_results(args.out, facts_with_gpu(), results)
+    machine = facts_with_gpu() | {"native": native.operations(training=True) is not None}
+    write_results(args.out, machine, results)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,10 @@ class Predict:
 
     def load(self, folder: str, texts: str, vocab: int, dim: int, units: int, most: int) -> str:
         del vocab, dim, units, most  # the bundle knows
+        from trainer import native
         from trainer.text_classifier import load_classifier
+
+        native.use_in_inference()  # as --stage=predict does
 
         self._texts = self._read(texts)
         self._classifier = load_classifier(folder)

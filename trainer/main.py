@@ -88,8 +88,11 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
     # One text gains nothing from a GPU, and what is exported here is to run without one.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     import_quietly()
+    from trainer import native
     from trainer.stages import export, predict
 
+    if config.stage != "export":
+        native.use_in_inference()
     try:
         if config.stage == "serve":
             from trainer.stages import serve  # its packages are an extra
@@ -126,6 +129,7 @@ def run_stage(
     import_quietly()
     import tensorflow as tf
 
+    from trainer import native
     from trainer.distribution import distributor as distributors
     from trainer.distribution.failures import lost_peer
     from trainer.preemption import StopRequest
@@ -136,6 +140,7 @@ def run_stage(
     from trainer.reporting.trackers import make_trackers
     from trainer.stages.run import Run
 
+    native.use_in_inference()
     if chief:
         check_bundles(config)
     if chief and writes:

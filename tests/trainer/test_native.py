@@ -11,7 +11,7 @@ from trainer import native
 from trainer.models.lstm import WarmLSTM
 
 pytestmark = pytest.mark.skipif(
-    native.operations() is None, reason="not built for this machine: make native"
+    native.operations(training=True) is None, reason="not built for this machine: make native"
 )
 
 # Right-padded with an empty row; and what a mask may be too.
@@ -60,7 +60,9 @@ def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
         np.testing.assert_allclose(found, expected, atol=3e-6 * max(1, np.abs(expected).max()))
 
 
-def test_it_is_what_training_runs_and_only_training() -> None:
+def test_it_is_what_training_runs_and_inference_where_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layer = WarmLSTM(16)
     layer.build((2, 3, 4))
 
@@ -70,10 +72,13 @@ def test_it_is_what_training_runs_and_only_training() -> None:
         return {operation.type for operation in graph.get_operations()}
 
     assert "WarmstateLstm" in operations(True) and "WarmstateLstm" not in operations(False)
+    monkeypatch.setattr(native, "_in_inference", False)
+    native.use_in_inference()
+    assert "WarmstateLstm" in operations(False)
 
 
 def test_a_row_alone_has_the_same_bits() -> None:
-    operations = native.operations()
+    operations = native.operations(training=True)
     random = np.random.default_rng(0)
     z = random.normal(size=(13, 20, 64)).astype(np.float32)
     recurrent = tf.constant(random.normal(0, 0.3, (16, 64)), tf.float32)
@@ -98,7 +103,7 @@ def test_a_batch_without_rows() -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 30.0, 1e4])
 def test_the_functions_of_the_gates_over_their_range(scale: float) -> None:
-    operations = native.operations()
+    operations = native.operations(training=True)
     z = (np.random.default_rng(0).normal(size=(1, 1, 4 * 1600)) * scale).astype(np.float32)
     zeros = tf.zeros((1, 1600))
     found = operations.warmstate_lstm(

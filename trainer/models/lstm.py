@@ -6,8 +6,8 @@ that TensorFlow hands out without copying. The forward loop does one product a s
 [input; 1; state]; the backward loop only sends dh and dc through the recurrent matrix, and one
 product after it gives all weight gradients.
 
-Where the compiled loops of trainer/native have been built, training in float32 on a CPU runs those.
-They are not in exported models, which must load anywhere.
+Where the compiled loops of trainer/native have been built, training in float32 on a CPU runs those,
+and so do programs that ask for it, in inference. Exported models do not: they must load anywhere.
 
 In half precision (a layer of dtype policy mixed_bfloat16 or mixed_float16) the products are in it;
 states, gates and what they keep are float32 inside the loops: a cell state adds up small numbers
@@ -270,7 +270,7 @@ def lstm(
         final h and c, each [batch, units].
     """
     width, units = kernel.shape[0], recurrent.shape[0]
-    compiled = native.operations() if keep_activations else None
+    compiled = native.operations(training=keep_activations)
     if compiled and inputs.dtype == tf.float32 and units % native.UNITS_MULTIPLE == 0:
         run = _compiled(compiled, mask, return_sequences)
     else:

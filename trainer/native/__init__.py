@@ -28,9 +28,25 @@ def library_path() -> Path:
     return SOURCE.parent / "build" / f"lstm-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
 
 
+_in_inference = False
+
+
+def use_in_inference() -> None:
+    """Lets layers run the compiled loops outside of training too, in this process, from now on.
+
+    For programs that export nothing: what is traced then cannot be loaded elsewhere.
+    """
+    global _in_inference
+    _in_inference = True
+
+
+def operations(training: bool) -> ModuleType | None:
+    """Returns the module of the compiled operations, None where they are not to be used."""
+    return _load() if training or _in_inference else None
+
+
 @functools.cache
-def operations() -> ModuleType | None:
-    """Returns the module of the compiled operations, None where there is none."""
+def _load() -> ModuleType | None:
     path = library_path()
     if os.environ.get(DISABLED) == "0" or not path.exists():
         return None
