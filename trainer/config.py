@@ -229,6 +229,12 @@ class Config:
                                 "that come from the encoder.", above=0)
     encoder_frozen_steps: int = _flag("Fine-tuning", 0, "First steps in which the weights that "
                                       "come from the encoder are not trained.", at_least=0)
+    layer_rate: float = _flag("Fine-tuning", 1.0, "Factor on the learning rate from one layer to "
+                              "the next below, head first, for what comes from the encoder.",
+                              above=0, at_most=1)
+    unfreeze_every_steps: int = _flag("Fine-tuning", 0, "Steps after which one more layer of those "
+                                      "that come from the encoder is trained, from the top down; "
+                                      "0 = all at once.", at_least=0)
     finetune_dropout: float = _flag("Fine-tuning", 0.3, "Of embeddings and of what the head reads.",
                                     at_least=0, below=1)
     finetune_evaluate_every_steps: int = _flag("Fine-tuning", 250, "Steps between evaluations; "
@@ -496,11 +502,12 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
             f"--source={config.source} --unlabelled={pair[0]} --labelled={pair[1]}: give either "
             "--source, or both --unlabelled and --labelled"
         )
-    if config.optimizer == "adamw" and config.encoder_frozen_steps:
-        faults.append(
-            f"--encoder_frozen_steps={config.encoder_frozen_steps} with --optimizer=adamw: its "
-            "weight decay would move the frozen weights; use --optimizer=adam"
-        )
+    for name in ("encoder_frozen_steps", "unfreeze_every_steps"):
+        if config.optimizer == "adamw" and getattr(config, name):
+            faults.append(
+                f"--{name}={getattr(config, name)} with --optimizer=adamw: its weight decay would "
+                "move the frozen weights; use --optimizer=adam"
+            )
     if config.label_gain == "linear" and config.pooling != "last":
         faults.append(
             f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "

@@ -89,6 +89,8 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert found.startswith("--backward_encoder=b is not read with --init_weights=random ")
     (found,) = faults(folder, "--backward_encoder=b")
     assert "leave --backward_encoder out" in found
+    (found,) = faults(folder, "--optimizer=adamw", "--unfreeze_every_steps=5")
+    assert found.startswith("--unfreeze_every_steps=5 with --optimizer=adamw: ")
     (found,) = faults(folder, "--tied_softmax=perhaps")
     assert found == "--tied_softmax=perhaps is not true or false"
     (found,) = faults(folder, "--stage=evaluate")

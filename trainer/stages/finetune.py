@@ -254,14 +254,25 @@ def softmax_variables(objective: TextModel | None) -> dict:
 
 
 def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:
-    """Returns the learning rates of the weights that come from the encoder."""
-    if config.encoder_rate == 1 and config.encoder_frozen_steps == 0:
-        return {}
-    rate = Rate(config.encoder_rate, config.encoder_frozen_steps)
-    names = list(bundle.encoder_variables(classifier.encoder))
+    """Returns the learning rates of the weights that come from the encoder, by layer.
+
+    The head is above all; below it the LSTMs, then the embeddings.
+    """
+    encoder = bundle.encoder_variables(classifier.encoder)
+    depth = {
+        name: 1 + config.num_layers - (int(name.split("/")[1]) + 1 if "/" in name else 0)
+        for name in encoder
+    }
+    rates = {
+        name: Rate(
+            config.encoder_rate * config.layer_rate**below,
+            config.encoder_frozen_steps + config.unfreeze_every_steps * below,
+        )
+        for name, below in depth.items()
+    }
     if classifier.backward is not None:
-        names += [f"backward/{name}" for name in names]
-    return dict.fromkeys(names, rate)
+        rates |= {f"backward/{name}": rate for name, rate in rates.items()}
+    return {name: rate for name, rate in rates.items() if rate != Rate(1.0, 0)}
 
 
 def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict) -> None:

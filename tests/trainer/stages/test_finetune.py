@@ -1,8 +1,11 @@
 import pytest
 
+from trainer import bundle
+from trainer.config import Config
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
-from trainer.stages.finetune import trained_variables
+from trainer.optimizer import Rate
+from trainer.stages.finetune import encoder_rates, trained_variables
 
 
 @pytest.mark.parametrize("state", ["zero", "mean", "learned", "encode"])
@@ -14,3 +17,27 @@ def test_the_state_is_trained_only_if_it_is_learned(state: str) -> None:
     assert ("initial_state/0/h" in names) == (state == "learned")
     assert {"embeddings", "lstm/0/kernel", "output/bias"} <= names
     assert not any(name.startswith("reader/") for name in names)
+
+
+def test_lower_layers_learn_slower_and_later() -> None:
+    encoder = Encoder(9, 2, 3, seed=0, num_layers=2)
+    backward = Classifier(Encoder(9, 2, 3, seed=1, num_layers=2), 2)
+    classifier = Classifier(encoder, 2, backward=backward)
+    classifier.build()
+    assert encoder_rates(Config(num_layers=2), classifier) == {}
+    flags = {"encoder_rate": 0.5, "encoder_frozen_steps": 10}
+    rates = encoder_rates(Config(num_layers=2, **flags), classifier)
+    assert set(rates.values()) == {Rate(0.5, 10)}
+    assert set(rates) == {
+        prefix + name for prefix in ("", "backward/") for name in bundle.encoder_variables(encoder)
+    }
+    rates = encoder_rates(
+        Config(num_layers=2, layer_rate=0.1, unfreeze_every_steps=20, **flags), classifier
+    )
+    for prefix in ("", "backward/"):
+        assert rates[prefix + "lstm/1/kernel"] == Rate(pytest.approx(0.05), 30)
+        assert rates[prefix + "lstm/0/bias"] == Rate(pytest.approx(0.005), 50)
+        assert rates[prefix + "embeddings"] == Rate(pytest.approx(0.0005), 70)
+    names = trained_variables(classifier, "learned")
+    assert set(rates) < set(names) and "backward/initial_state/0/h" in names
+    assert "backward/initial_state/0/h" not in trained_variables(classifier, "mean")
