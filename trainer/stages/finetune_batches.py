@@ -34,6 +34,10 @@ class FinetuneBatches:
         """Returns which labelled documents the global batch of `step`, from 0, is made of."""
         return self.labelled.examples(step)
 
+    def texts(self, step: int) -> dict[int, str]:
+        """Returns the text that the global batch of `step`, from 0, has of those documents."""
+        return self.labelled.texts(step)
+
     def global_counts(self, step: int) -> np.ndarray:
         """Returns float32 [3]: what the global batch of `step`, from 0, has in all its shards.
 

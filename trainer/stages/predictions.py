@@ -19,7 +19,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.split_view import SplitView
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from trainer.distribution.steps import gather_rows
-from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.classifier import Classifier, losses_and_errors, reversed_words
 from trainer.models.encoder import token_mask
 from trainer.reporting.statistics import probabilities
 from trainer.safe_files import sealed, specs, tensor_parts, write_folder
@@ -155,12 +155,12 @@ def contributions(
       lengths: int32 [batch].
       predicted: the classes, int32 [batch].
     """
-    table = classifier.encoder.embeddings.value
+    tokens, lengths = tf.constant(tokens), tf.constant(lengths)
+    embedded = classifier.embed(tokens, lengths)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(table)
-        logits = tf.cast(
-            classifier.logits(tf.constant(tokens), tf.constant(lengths), training=True), tf.float32
-        )
+        tape.watch(embedded)
+        start = classifier.start(tokens, lengths)
+        logits = tf.cast(classifier.read(embedded, lengths, start, training=True), tf.float32)
         if logits.shape[-1] == 1:
             margin = logits[:, 0] * np.where(predicted == 1, 1.0, -1.0)
         else:
@@ -168,10 +168,11 @@ def contributions(
             others = (tf.reduce_sum(logits, axis=1) - chosen) / (logits.shape[-1] - 1)
             margin = chosen - others
         total = tf.reduce_sum(margin)
-    gradient = tape.gradient(total, table)  # sparse: one row a token that was looked up
-    rows = tf.reshape(gradient.values, [-1, *tokens.shape, table.shape[1]])
-    embedded = tf.gather(tf.convert_to_tensor(table), tokens)
-    return tf.reduce_sum(tf.reduce_sum(rows, axis=0) * embedded, axis=-1).numpy()
+    gradients = tape.gradient(total, embedded)
+    found = [tf.reduce_sum(g * e, axis=-1) for g, e in zip(gradients, embedded, strict=True)]
+    if classifier.backward is not None:
+        found[1] = reversed_words(found[1], lengths)
+    return tf.add_n(found).numpy()
 
 
 def pieces(tokenizer: Tokenizer, kind: str, ids: Sequence[int]) -> list[str]:

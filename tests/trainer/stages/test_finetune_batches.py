@@ -47,7 +47,7 @@ def batches(store: TokenStore, rank: int, size: int, local: int) -> FinetuneBatc
     def of(split: str, batch_size: int) -> Batches:
         view = store.split(split)
         plan = BatchPlan(view, max_tokens=MAX_TOKENS, global_batch=batch_size, seed=3)
-        return Batches(view, plan, distributor)
+        return Batches(view, plan, distributor, store)
 
     return FinetuneBatches(of("train", 8), of("unsupervised", 3))
 
