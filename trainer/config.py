@@ -274,6 +274,9 @@ class Config:
     explain: bool = _flag("Prediction", False, "Whether to show what each word adds to the answer, "
                           "by leaving it out: a text is read as often as it has words.")
 
+    reconstruct: bool = _flag("Prediction", False, "Whether to show how the autoencoder of "
+                              "--encoder writes each text again, in place of predicting.")
+
     host: str = _flag("Serving", "127.0.0.1", "Address to serve on; 0.0.0.0 = every one.")
     port: int = _flag("Serving", 8000, "Port; 0 = one that is free.", at_least=0, below=2**16)
     max_body_bytes: int = _flag("Serving", 1 << 20, "Larger requests are refused.", at_least=1)
@@ -617,7 +620,11 @@ def _using_faults(config: Config, cluster: Cluster) -> list[str]:
     stage, faults = config.stage, []
     if cluster.size > 1:
         faults.append(f"--stage={stage} is for one process; the environment names {cluster.size}")
-    if not config.classifier:
+    if config.reconstruct and not (config.encoder and stage == "predict"):
+        faults.append("--reconstruct needs --stage=predict and --encoder, an encoder bundle")
+    if config.reconstruct and config.explain:
+        faults.append("--reconstruct and --explain: choose one")
+    if not config.classifier and not config.reconstruct:
         faults.append(f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote")
     if stage == "export" and not config.output:
         faults.append("--stage=export needs --output: the folder that the model is written to")
@@ -627,8 +634,9 @@ def _using_faults(config: Config, cluster: Cluster) -> list[str]:
             f"--stage=serve needs {' and '.join(missing)}: pip install -c constraints.txt "
             "'warmstate[serve]', or -e '.[serve]' in a clone"
         )
-    if config.explain and kind_and_path(config.output)[0] in ("csv", "tsv"):
-        faults.append(f"--explain with --output={config.output}: choose text or jsonl")
+    if (config.explain or config.reconstruct) and kind_and_path(config.output)[0] in ("csv", "tsv"):
+        flag = "explain" if config.explain else "reconstruct"
+        faults.append(f"--{flag} with --output={config.output}: choose text or jsonl")
     return faults
 
 

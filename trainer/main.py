@@ -100,6 +100,8 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
             serve.serve(config)
         elif config.stage == "export":
             print(export.export(Path(config.classifier), Path(config.output)))
+        elif config.reconstruct:
+            predict.reconstruct(config, texts)
         else:
             predict.predict(config, texts)
     except BrokenPipeError:  # of `| head`

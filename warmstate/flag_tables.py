@@ -18,9 +18,11 @@ STAGE_GROUPS = {
 # Of those, what a stage has no use for.
 STAGE_NOT = {
     "predict": ("evaluate_split",),
-    "export": ("evaluate_split", "input", "text_key", "explain"),
+    "export": ("evaluate_split", "input", "text_key", "explain", "reconstruct"),
     "serve": ("evaluate_split",),
 }
+# Of other groups, what it has.
+STAGE_ALSO = {"predict": ("encoder",)}
 
 
 class FlagRow(NamedTuple):
@@ -55,7 +57,8 @@ def trainer_flags(stage: str) -> list[FlagRow]:
             item.metadata["choices"] or (("true", "false") if item.type is bool else ()),
         )
         for item in dataclasses.fields(Config)
-        if item.metadata["group"] in STAGE_GROUPS[stage] and item.name not in left_out
+        if (item.metadata["group"] in STAGE_GROUPS[stage] and item.name not in left_out)
+        or item.name in STAGE_ALSO.get(stage, ())
     ]
 
 

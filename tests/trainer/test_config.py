@@ -210,3 +210,27 @@ def test_raise_if() -> None:
     configuration.raise_if([])
     with pytest.raises(InputError, match="a\nb"):
         configuration.raise_if(["a", "b"])
+
+
+def test_faults_of_stages_that_use_a_model() -> None:
+    model = "--classifier=a"
+    assert faults("--stage=predict", model, "a text", "--explain") == []
+    (found,) = faults("--stage=predict", "a text")
+    assert "--stage=predict needs --classifier" in found
+    (found,) = faults("--stage=predict", model, "--explain", "--output=a.csv")
+    assert "--explain with --output=a.csv: choose text or jsonl" in found
+    (found,) = faults("--stage=export", model)
+    assert "needs --output" in found
+    (found,) = faults("--stage=predict", "--reconstruct")
+    assert "--reconstruct needs --stage=predict and --encoder" in found
+    assert faults("--stage=predict", "--reconstruct", "--encoder=a") == []
+    (found,) = faults("--stage=predict", model, cluster=Cluster(0, 2))
+    assert "is for one process; the environment names 2" in found
+
+
+def test_texts_may_stand_anywhere_and_start_with_a_dash() -> None:
+    values = flags.FlagValues()
+    configuration.define_flags(values)
+    words = ["one", "--stage=predict", "two", "--explain", "--", "--three"]
+    assert configuration.parse(["program", *words], values) == ([], ["one", "two", "--three"])
+    assert configuration.from_flags(values).explain is True

@@ -1,5 +1,7 @@
 """Texts through the encoder and decoder bundles that pretraining writes."""
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from trainer.config import Config
 from trainer.distribution.tf_distribute import one_device
 from trainer.models.encoder import Encoder
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
-from trainer.stages import pretrain
+from trainer.stages import predict, pretrain
 from trainer.stages.reconstruct import reconstruct_texts
 from trainer.stages.run import Run
 
@@ -27,7 +29,7 @@ def write(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     """Returns write(tied, seed, flags): the folder of an encoder bundle, its decoder beside it."""
     store = TokenStore(small_store)
 
-    def bundles(tied: bool = False, seed: int = 0, **flags: str) -> Path:
+    def bundles(tied: bool = False, seed: int = 0, **flags: str | int) -> Path:
         model = SequenceAutoencoder(
             Encoder(store.vocab_size, 8, 12, seed=seed, num_layers=2), tied=tied
         )
@@ -109,3 +111,23 @@ def test_a_decoder_that_says_another_model_is_refused(
     path.write_bytes(safe_files.sealed(info | {"model": info["model"] | values}))
     with pytest.raises(InputError, match=says):
         bundle.load(folder, "decoder", "--encoder")
+
+
+def test_predict_shows_what_is_read_and_written(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    encoder = write(pretrain_max_tokens=6)
+    expected = reconstruct_texts(encoder, TEXTS[2:], max_tokens=6)
+    config = Config(stage="predict", reconstruct=True, encoder=str(encoder))
+    predict.reconstruct(config, TEXTS[2:])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "not the same",
+        "\tread\ta plot that is <unk>",
+        f"\twrote\t{expected[0].written}",
+    ]
+    predict.reconstruct(dataclasses.replace(config, output="jsonl:-"), TEXTS[2:])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["text"], r["written"], r["exact"]) for r in found] == [
+        (r.text, r.written, r.exact) for r in expected
+    ]
