@@ -242,7 +242,7 @@ def test_two_directions(small_store: Path, tmp_path: Path, encoder: Path, state:
 
 
 def test_the_whole_job_on_two_workers(small_store: Path, tmp_path: Path) -> None:
-    flags = (f"--store={small_store}", f"--run_dir={tmp_path}", "--num_layers=3", *STEPS)
+    flags = (f"--store={small_store}", f"--run_dir={tmp_path}", "--num_layers=2", *STEPS)
     printed = train(2, *flags)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["world_size"] == 2
