@@ -387,3 +387,38 @@ def test_term_stops_a_run_between_two_calls(one: Any, tmp_path: Path) -> None:
         train(one, tmp_path, stop_request=request, steps_per_call=8, log_every_steps=4,
               checkpoint_every_steps=8, evaluate_every_steps=8)  # fmt: skip
     assert state(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("at", "changes"),
+    [
+        ((), {"check_divergence": True}),
+        ((), {"accumulate_steps": 2}),
+        ((), {"steps_per_call": 3}),
+        ((2,), {"on_nonfinite": "skip"}),
+    ],
+    ids=["plain", "in parts", "steps a call", "skip"],
+)
+def test_what_rows_carry_is_kept_for_the_whole_global_batch(
+    distributor: Any, tmp_path: Path, at: tuple[int, ...], changes: dict[str, Any]
+) -> None:
+    keras.utils.clear_session()
+    with distributor.scope():
+        weight = keras.Variable(np.ones(2, np.float32))
+        carried = keras.Variable(np.zeros((ROWS, 2), np.float32))
+
+    def loss_sum(rows: dict, step: tf.Tensor, shard: Any) -> tuple[tf.Tensor, ...]:
+        new = rows["carried"] / 2 + tf.cast(rows["tokens"][:, :2], tf.float32)
+        loss = tf.reduce_sum(new * weight.value)
+        return spoilt_loss(loss, step, "loss", at), tf.reduce_sum(rows["weights"]), new
+
+    task = loop.Task("pretrain", {"weight": weight}, loss_sum, dict, carried=carried)
+    batches, request = Batches(), SimpleNamespace(received=False)
+    given = settings(tmp_path, **changes)
+    loop.train(task, given, distributor, batches, request, lambda line: None)
+    expected = np.zeros((ROWS, 2), np.float32)
+    for step, batch in enumerate(batches(0, STEPS)):
+        if step not in at:  # a step that is left out changes nothing
+            expected = expected / 2 + batch["tokens"].numpy()[:, :2].astype(np.float32)
+    np.testing.assert_array_equal(carried.numpy(), expected)
+    assert state(tmp_path, STEPS)["carried"] == expected.tobytes()
