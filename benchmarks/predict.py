@@ -36,9 +36,7 @@ store, folder = TokenStore(Path(sys.argv[1])), Path(sys.argv[2])
 dim, units, most = map(int, sys.argv[3:])
 classifier = Classifier(Encoder(store.vocab_size, dim, units, seed=0), 2)
 classifier.build()
-model = {"vocab_size": store.vocab_size, "embedding_dim": dim, "units": units}
-model |= {"hidden_units": 30, "num_classes": 2, "reads_first": False, "pooling": "last"}
-model |= {"num_layers": 1}
+model = bundle.classifier_model(classifier)
 info = {"model": model, "max_tokens": most, "tokenizer": store.tokenizer_config}
 info |= {"vocab_sha256": store.vocab_sha256}
 tensors = bundle.values(bundle.classifier_variables(classifier))

@@ -52,6 +52,11 @@ class TrainStep:
 class OurTrainStep(TrainStep):
     """The step of `--stage=pretrain`."""
 
+    def native(self) -> bool:
+        from trainer import native
+
+        return native.operations(training=True) is not None
+
     def load(self, path: str, vocab: int, dim: int, units: int, sampled: int) -> str:
         from tests import loop_settings
         from trainer import loop

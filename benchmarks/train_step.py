@@ -63,18 +63,22 @@ def write_batches(store: Path, path: Path, vocab: int, by_length: bool) -> None:
     np.savez(path, **arrays)
 
 
-def expected_megabytes(vocab: int, base: float) -> float:
+def expected_megabytes(vocab: int, base: float, native: bool) -> float:
     """Returns the peak memory of our step by a formula.
 
     Weights and two moments; counts of the tables' rows; what both passes of the LSTM keep for the
-    backward pass; and what one of these needs there: the gates' gradients and their transposed
-    copies, and a stacked and a transposed copy of the steps' inputs. Then the softmax's rows and
-    logits, with their gradients.
+    backward pass; and what one of these needs there: the gates' gradients, and in TensorFlow's
+    loops transposed copies of them and of the steps' inputs. Then the softmax's rows and logits,
+    with their gradients.
+
+    Args:
+      base: of a process that has imported TensorFlow and done nothing.
+      native: whether the LSTM runs the compiled loops.
     """
     parameters = vocab * (DIM + UNITS + 1) + 4 * UNITS * (DIM + UNITS + 1)
     tokens = BATCH * MAX_TOKENS
-    kept = 2 * tokens * (DIM + 2 + UNITS + 6 * UNITS + 2 * UNITS)
-    backward = tokens * (3 * 4 * UNITS + 2 * (DIM + UNITS))
+    kept = 2 * tokens * (DIM + (8 if native else 9) * UNITS)
+    backward = tokens * (DIM + 6 * UNITS if native else 2 * DIM + 14 * UNITS)
     softmax = tokens * (4 * UNITS + 4 * SAMPLED)
     numbers = 3 * parameters + kept + backward + softmax
     return base + (4 * numbers + 3 * 8 * vocab) / 2**20
@@ -124,7 +128,9 @@ def measure(found: dict[str, Program], rounds: int) -> list[dict[str, Any]]:
         if kind == "warmstate":
             base = program.ask("base_memory")
             result["base_megabytes"] = round(base)
-            result["expected_megabytes"] = round(expected_megabytes(int(vocab), base))
+            result["expected_megabytes"] = round(
+                expected_megabytes(int(vocab), base, program.ask("native"))
+            )
         results.append(result)
     return results
 
