@@ -125,7 +125,7 @@ class Table:
         ]  # fmt: skip
         self._moments = [slot[index] for slot in slots]
         self.step_of_row = optimizer.add_variable(
-            (variable.shape[0],), dtype="int64", name=f"step_of_row_{index}"
+            (variable.shape[0],), dtype="int64", name=f"table_{index}_rowsteps"
         )
         self._decay = rule.beta_1 / np.sqrt(rule.beta_2 or 1.0)
         self._epsilon_decay = rule.beta_1 / (rule.beta_2 or 1.0)

@@ -137,7 +137,7 @@ def test_a_run_by_rows_equals_a_dense_one(
     np.testing.assert_allclose(rows, dense, atol=2e-6)
     assert np.abs(dense - 1).max() > 0.1
     _, tensors = checkpoint.read(tmp_path / "rows" / "checkpoints" / "step-00000050")
-    (steps,) = (v for k, v in tensors.items() if "step_of_row" in k)
+    (steps,) = (v for k, v in tensors.items() if "rowsteps" in k)
     assert set(steps) - {40, 50}  # evaluated at 40, and trained by rows since
 
 
@@ -174,7 +174,7 @@ def test_a_step_makes_no_tensor_of_the_vocabulary(tmp_path: Path) -> None:
     task = loop.Task("pretrain", {"table": table}, loss_sum, dict)
     settings = loop_settings.settings(folder=tmp_path, steps=STEPS)
     step, _ = loop.make_train_step(task, optimizer, distributor, settings, Batches())
-    assert any("step_of_row" in name for name in optimizer_variables(optimizer))
+    assert any("rowsteps" in name for name in optimizer_variables(optimizer))
     made, functions = [], [step.get_concrete_function().graph]
     functions += [f.graph for f in functions[0]._functions.values() if hasattr(f, "graph")]
     for graph in functions:
