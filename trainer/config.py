@@ -255,6 +255,9 @@ class Config:
                                        "labelled ones.", at_least=0)
     optimizer: str = _flag("Optimization", "adam", "Of keras.optimizers; sgd has momentum 0.9.",
                            choices=OPTIMIZERS)
+    recurrent_weight_dropout: float = _flag("Optimization", 0.0, "Of the LSTMs' recurrent weights, "
+                                            "the same ones for a whole step, in both stages.",
+                                            at_least=0, below=1)
     clip_norm: float = _flag("Optimization", 1.0, "Largest global norm of a step's gradients.",
                              above=0)
     accumulate_steps: int = _flag("Optimization", 1, "Parts in which a worker works through its "

@@ -12,6 +12,7 @@ SOFTMAX_CANDIDATES = 3
 WORD_DROPOUT = 4
 SUBSAMPLING = 5
 VIRTUAL_ADVERSARIAL_DIRECTION = 6
+RECURRENT_WEIGHT_DROPOUT = 7
 
 
 def fold(seed: int, purpose: int, step: tf.Tensor, shard: int | tf.Tensor = 0) -> tf.Tensor:

@@ -92,6 +92,11 @@ class Classifier(keras.layers.Layer):
         start = self.start(tokens, lengths)
         return self.read(embedded, lengths, start, training, dropout_rate, output_seed)
 
+    @property
+    def directions(self) -> list["Classifier"]:
+        """Returns this classifier, and `backward` if there is one."""
+        return [self] if self.backward is None else [self, self.backward]
+
     def embed(
         self,
         tokens: tf.Tensor,

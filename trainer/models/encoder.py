@@ -1,5 +1,8 @@
 """The recurrent encoder: word embeddings, a stack of LSTMs, and the state that each starts from."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -22,6 +25,30 @@ def token_mask(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
 def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
     """Returns `x` with a fraction `rate` of its elements zeroed and the others scaled up."""
     return tf.nn.experimental.stateless_dropout(x, rate, seed) if rate else x
+
+
+@contextlib.contextmanager
+def dropped_weights(
+    encoders: Sequence["Encoder"], rate: float, seed: tf.Tensor | None
+) -> Iterator[None]:
+    """Returns a context in which a fraction `rate` of the LSTMs' recurrent weights is zeroed.
+
+    The others are scaled up. All that is read in it has the same weights: the mask of a whole
+    training step (Merity et al. 2018, section 2: the weight-dropped LSTM).
+
+    Args:
+      seed: int32 [2], needed where rate is not 0.
+    """
+    lstms = [lstm for encoder in encoders for lstm in encoder.lstms] if rate else []
+    before = [lstm.recurrent_mask for lstm in lstms]
+    for number, lstm in enumerate(lstms):
+        own = tf.random.experimental.stateless_fold_in(seed, number)
+        lstm.recurrent_mask = dropout(tf.ones(lstm.cell.recurrent_kernel.shape), rate, own)
+    try:
+        yield
+    finally:
+        for lstm, mask in zip(lstms, before, strict=True):
+            lstm.recurrent_mask = mask
 
 
 @keras.saving.register_keras_serializable(package="warmstate")

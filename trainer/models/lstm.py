@@ -116,6 +116,9 @@ class WarmLSTM(keras.layers.LSTM):
         ours = {} if self.initial_state is None else {"initial_state": self.initial_state}
         return {**super().get_config(), **ours}
 
+    # What the recurrent kernel is multiplied by, [units, 4 * units]; see `encoder.dropped_weights`.
+    recurrent_mask: tf.Tensor | None = None
+
     def reset_state(self, states: Any = None) -> None:
         """Sets the states of a stateful layer; to zeros if none are given.
 
@@ -196,6 +199,8 @@ class WarmLSTM(keras.layers.LSTM):
         mask = None if mask is None else tf.cast(mask, tf.bool)
         cell = self.cell
         kernel, recurrent = self._tensor(cell.kernel), self._tensor(cell.recurrent_kernel)
+        if self.recurrent_mask is not None:
+            recurrent *= tf.cast(self.recurrent_mask, recurrent.dtype)
         bias = self._tensor(cell.bias) if self.use_bias else tf.zeros_like(kernel[0])
         outputs, h, c = lstm(
             sequences,
@@ -225,7 +230,9 @@ class WarmLSTM(keras.layers.LSTM):
             and not (self.dropout and self.cell.implementation == 1)
         )
         has_gpu = bool(tf.config.list_logical_devices("GPU"))
-        return standard and not has_gpu and self.use_cudnn is not True
+        # Keras's path knows no mask of the recurrent kernel.
+        masked = self.recurrent_mask is not None
+        return standard and (masked or (not has_gpu and self.use_cudnn is not True))
 
     def _mask_outputs(self, outputs: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         # A masked step repeats the output before it, and that is zero, not the initial state,

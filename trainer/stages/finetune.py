@@ -49,11 +49,11 @@ def finetune(
     classifier = make_classifier(run, initial_state == "encode", bidirectional)
     if classifier.encoder.normalised:
         frequencies = word_frequencies(run)
-        for direction in directions(classifier):
+        for direction in classifier.directions:
             direction.encoder.frequencies.assign(frequencies)
     report: dict[str, Any] = {"init_weights": init_weights, "initial_state": initial_state}
     if config.init_embeddings and init_weights == "random":
-        for direction in directions(classifier):
+        for direction in classifier.directions:
             report["init_embeddings"] = init_embeddings(run, direction.encoder)
     if encoder_folder is not None:
         report["broadcast"] = warm_start(
@@ -148,11 +148,6 @@ def make_classifier(run: Run, with_reader: bool, bidirectional: bool = False) ->
         classifier = direction(run.config, backward)
         classifier.build()
     return classifier
-
-
-def directions(classifier: Classifier) -> list[Classifier]:
-    """Returns the classifier, and the one of its second direction if it has one."""
-    return [classifier] if classifier.backward is None else [classifier, classifier.backward]
 
 
 def warm_start(

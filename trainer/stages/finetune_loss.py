@@ -5,6 +5,7 @@ import tensorflow as tf
 from trainer import loop, seeds
 from trainer.config import Config
 from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.encoder import dropped_weights
 from trainer.models.text_model import TextModel
 from trainer.objectives.adversarial import (
     adversarial_move,
@@ -96,7 +97,16 @@ def loss_sum(
             total += config.joint_weight * nats * ratio
         return total, tf.reduce_sum(labelled)
 
-    return of_rows
+    encoders = [direction.encoder for direction in classifier.directions]
+
+    def with_dropped_weights(
+        rows: dict, step: tf.Tensor, shard: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        seed = seeds.fold(config.seed, seeds.RECURRENT_WEIGHT_DROPOUT, step)
+        with dropped_weights(encoders, config.recurrent_weight_dropout, seed):
+            return of_rows(rows, step, shard)
+
+    return with_dropped_weights
 
 
 def label_losses(

@@ -17,7 +17,7 @@ from trainer import bundle, loop, seeds, states
 from trainer.config import Config
 from trainer.distribution.distributor import num_shards
 from trainer.distribution.steps import sum_over_batches
-from trainer.models.encoder import Encoder
+from trainer.models.encoder import Encoder, dropped_weights
 from trainer.models.language_model import LanguageModel
 from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, TextModel
@@ -209,10 +209,12 @@ def loss_sum(model: TextModel, config: Config) -> loop.LossSum:
             softmax_seed=seeds.fold(config.seed, seeds.SOFTMAX_CANDIDATES, step),
         )
         text = (rows["tokens"], rows["lengths"], rows["weights"])
-        if "carried" in rows:
-            state = (rows["carried"], rows["carries"])
-            return model.loss_sum_carried(*text, *state, training=True, noise=noise)
-        return model.loss_sum(*text, training=True, noise=noise)
+        seed = seeds.fold(config.seed, seeds.RECURRENT_WEIGHT_DROPOUT, step)
+        with dropped_weights([model.encoder], config.recurrent_weight_dropout, seed):
+            if "carried" in rows:
+                state = (rows["carried"], rows["carries"])
+                return model.loss_sum_carried(*text, *state, training=True, noise=noise)
+            return model.loss_sum(*text, training=True, noise=noise)
 
     return of_rows
 

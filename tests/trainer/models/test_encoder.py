@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.models.encoder import ChronoBias, Encoder, dropout
+from trainer.models.encoder import ChronoBias, Encoder, dropout, dropped_weights
 
 
 def test_chrono_bias_spreads_the_cells_memories() -> None:
@@ -95,3 +95,31 @@ def test_weights_of_plain_embeddings_read_the_same_from_normalised_ones() -> Non
     tokens, lengths = np.array([[3, 5, 1, 2], [4, 2, 0, 0]]), np.array([4, 2])
     expected, found = (encoder(tokens, lengths)[0] for encoder in (plain, normalised))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dropped_weights_are_the_same_for_all_that_is_read() -> None:
+    encoder, by_hand = (Encoder(9, 3, 20, seed=0, num_layers=2) for _ in range(2))
+    tokens, lengths = np.array([[3, 5, 1, 2], [4, 2, 0, 0]]), np.array([4, 2])
+    for each in (encoder, by_hand):
+        each.build()
+    plain = encoder(tokens, lengths)[0]
+    kernels = [lstm.cell.recurrent_kernel for lstm in encoder.lstms]
+
+    def outputs(training: bool) -> tf.Tensor:
+        embedded, mask = encoder.embed(tokens), tf.sequence_mask(lengths, 4)
+        return encoder.read(embedded, mask, encoder.start(2), training)[0]
+
+    with dropped_weights([encoder], 0.4, tf.constant([1, 2])):
+        masks = [lstm.recurrent_mask.numpy() for lstm in encoder.lstms]
+        with tf.GradientTape() as tape:
+            first = outputs(training=True)
+        gradients = tape.gradient(first, [kernel.value for kernel in kernels])
+        np.testing.assert_array_equal(first, outputs(training=False))
+    for mask, gradient, lstm in zip(masks, gradients, by_hand.lstms, strict=True):
+        assert 0.3 < (mask == 0).mean() < 0.5
+        np.testing.assert_allclose(mask[mask > 0], 1 / 0.6, rtol=1e-6)
+        assert not gradient.numpy()[mask == 0].any() and gradient.numpy()[mask > 0].any()
+        lstm.cell.recurrent_kernel.assign(lstm.cell.recurrent_kernel.numpy() * mask)
+    assert (masks[0] != masks[1]).any()
+    np.testing.assert_allclose(first, by_hand(tokens, lengths)[0], rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(encoder(tokens, lengths)[0], plain)
