@@ -61,24 +61,37 @@ class Samples:
         return Samples(*(column[first:] for column in vars(self).values()))
 
 
-def command(run_dir: Path, store: str, workers: int, steps: int) -> list[str]:
-    """Returns the command of a run that is started again as often as it needs."""
+def command(
+    run_dir: Path, store: str, workers: int, steps: int, max_restarts: int = 0
+) -> list[str]:
+    """Returns the command of a run."""
     launcher = [sys.executable, "-u", "-m", "launch.main", f"--workers={workers}"]
-    launcher += ["--max_restarts=1000000", "--grace_seconds=60", "--"]
+    launcher += [f"--max_restarts={max_restarts}", "--grace_seconds=60", "--"]
     paths = [f"--run_dir={run_dir}", f"--store={store}"]
     return [*launcher, *FLAGS, *paths, f"--pretrain_steps={steps}"]
 
 
 def undisturbed(run_dir: Path, store: str, workers: int, steps: int) -> None:
     """Trains to the end."""
-    subprocess.run(
-        command(run_dir, store, workers, steps), cwd=REPOSITORY, env=ENVIRONMENT, check=True,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    done = subprocess.run(
+        command(run_dir, store, workers, steps),
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{done.stdout[-5000:]}\nthe run ended with {done.returncode}")
 
 
 def disturbed(
-    run_dir: Path, store: str, workers: int, steps: int, restart_seconds: float
+    run_dir: Path,
+    store: str,
+    workers: int,
+    steps: int,
+    restart_seconds: float,
+    max_restarts: int,
 ) -> tuple[Samples, list[Samples], int]:
     """Trains to the end, and hurts a worker each `restart_seconds` of a sitting.
 
@@ -86,9 +99,11 @@ def disturbed(
       samples of the launcher, of every worker of every sitting that was hurt, and how many were.
     """
     process = subprocess.Popen(
-        command(run_dir, store, workers, steps), cwd=REPOSITORY, env=ENVIRONMENT,
+        command(run_dir, store, workers, steps, max_restarts),
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     launcher, began, restarts = psutil.Process(process.pid), time.monotonic(), 0
     of_launcher, of_workers = Samples(), []
     try:
@@ -174,8 +189,10 @@ def main() -> int:
         print(f"{step_seconds:.3f} s a step, {steps} steps", flush=True)
         undisturbed(folder / "whole", store, workers, steps)
         print("the undisturbed run is done", flush=True)
+        # A machine that is slower than it was needs more of them, a program that fails ends.
+        allowed = 10 + int(5 * options.minutes * 60 / options.restart_seconds)
         launcher, of_workers, restarts = disturbed(
-            folder / "hurt", store, workers, steps, options.restart_seconds
+            folder / "hurt", store, workers, steps, options.restart_seconds, allowed
         )
         faults = faults_of(launcher, of_workers, options.restart_seconds)
         runs = [folder / "whole", folder / "hurt"]
