@@ -34,8 +34,8 @@ SECTIONS = {
         "elastic.md",
     ],
     "How it works": [
-        "how-it-works.md", "data-batches.md", "distribution.md", "faults.md", "learned-states.md",
-        "performance.md", "decisions.md",
+        "how-it-works.md", "data-batches.md", "distribution.md", "faults.md", "reliability.md",
+        "learned-states.md", "performance.md", "decisions.md",
     ],
     "Project": ["changelog.md", "contributing.md"],
 }  # fmt: skip
