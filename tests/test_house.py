@@ -1,5 +1,6 @@
 """What is said twice is said alike: versions, pins, licence, packaged files."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -37,8 +38,11 @@ def test_the_commit_hooks_run_the_pinned_ruff() -> None:
 
 
 def test_what_is_asked_for_is_pinned() -> None:
-    asked = set(re.findall(r'^            "([\w\-]+)[^"]*",', SETUP, re.M))
-    asked |= set(re.findall(r'^        "([\w\-]+)",', SETUP, re.M))
+    calls = [node for node in ast.walk(ast.parse(SETUP)) if isinstance(node, ast.Call)]
+    (call,) = [node for node in calls if ast.unparse(node.func) == "setup"]
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    extras = ast.literal_eval(given["extras_require"])
+    asked = {*ast.literal_eval(given["install_requires"]), *extras["test"], *extras["docs"]}
     assert {"tensorflow", "pytest", "mypy"} <= asked
     assert asked <= pins().keys(), asked - pins().keys()
 
