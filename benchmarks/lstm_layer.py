@@ -168,7 +168,7 @@ def measure(
             check(f"{shape}: PyTorch", [answer[name] for name in answer.files], expected)
         timed["pytorch"] = lambda: torch.ask("seconds")
         timed["pytorch inference"] = lambda: torch.ask("inference_seconds")
-    in_turn(timed, 2)  # threads, memory
+    in_turn(timed, 1)  # threads, memory
     times = in_turn(timed, repeats)
     name = f"batch {batch}, {steps} steps, {width} -> {units}" + (", padded" if padded else "")
     result = {"name": name, "repeats": repeats}
