@@ -155,6 +155,8 @@ def faults_of(launcher: Samples, workers: Sequence[Samples], restart_seconds: fl
         half = len(samples.seconds) // 2
         where = f"worker in sitting {number}"
         _compare(faults, where, samples.rss_bytes[:half], samples.rss_bytes[half:], GROWTH)
+    if len(sittings) < 4:
+        return [*faults, f"{len(sittings)} sittings are too few to compare: give it more --minutes"]
     middle = len(sittings) // 2
     for name, limit in (("rss_bytes", GROWTH), ("descriptors", 1.0)):
         medians = [statistics.median(getattr(samples, name)) for samples in sittings]
