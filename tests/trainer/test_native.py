@@ -1,5 +1,7 @@
 """The compiled loops give what Keras's LSTM gives, and a row does not depend on the others."""
 
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -9,10 +11,20 @@ import tensorflow as tf
 
 from trainer import native
 from trainer.models.lstm import WarmLSTM
+from trainer.native.build import build
 
-pytestmark = pytest.mark.skipif(
-    native.operations(training=True) is None, reason="not built for this machine: make native"
-)
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The loops, compiled for this module alone: the other tests run those of TensorFlow."""
+    library = tmp_path_factory.mktemp("native") / "lstm.so"
+    build(library)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_load", lambda: tf.load_op_library(str(library)))
+        yield
+
 
 # Right-padded with an empty row; and what a mask may be too.
 MASKS = {
