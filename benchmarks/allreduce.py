@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.task import Task
+from trainer.train_step import make_train_step
+
 ROWS, TOKENS, UNITS, SAMPLED = 16, 64, 64, 256  # of each worker
 VOCABULARIES = (30_000, 300_000)
 KINDS = ("multi_worker", "horovod")
@@ -61,7 +64,6 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
     import tensorflow as tf
 
     from tests import loop_settings
-    from trainer import loop
     from trainer.distribution import cluster as clusters
     from trainer.distribution.distributor import (
         barrier,
@@ -83,7 +85,7 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
     for name, (sparse_reduce, compress) in VARIANTS.items():
         used = Alone(distributor) if name == "alone" else distributor
         chosen = loop_settings.settings(sparse_reduce=sparse_reduce, compress=compress)
-        steps[name], _ = loop.make_train_step(task, optimizer, used, chosen, batches)
+        steps[name], _ = make_train_step(task, optimizer, used, chosen, batches)
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for number, batch in enumerate(batches(0, repeats + 2)):
         for name, step in steps.items():
@@ -151,7 +153,7 @@ def make_task(vocab_size: int):
     """Returns the pretraining task; call it in the distributor's scope."""
     import tensorflow as tf
 
-    from trainer import loop, seeds
+    from trainer import seeds
     from trainer.models.encoder import Encoder
     from trainer.models.sequence_autoencoder import SequenceAutoencoder
     from trainer.models.text_model import Noise
@@ -172,7 +174,7 @@ def make_task(vocab_size: int):
             ),
         )
 
-    return loop.Task("pretrain", trained_variables(model), loss_sum, evaluate=dict)
+    return Task("pretrain", trained_variables(model), loss_sum, evaluate=dict)
 
 
 def random_batches(vocab_size: int, rank: int):

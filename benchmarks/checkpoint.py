@@ -23,7 +23,6 @@ import tensorflow as tf
 
 from benchmarks.machine import facts
 from tests.loop_settings import settings
-from trainer import loop
 from trainer.checkpoint import Checkpointer
 from trainer.config import Config
 from trainer.distribution.cluster import Cluster
@@ -31,6 +30,8 @@ from trainer.distribution.distributor import make_distributor
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
 from trainer.optimizer import make_optimizer, optimizer_variables
 from trainer.stages import pretrain
+from trainer.task import Task
+from trainer.train_step import make_train_step
 
 ROWS, TOKENS = 64, 128
 CONFIG = Config(vocab_size=10_000, embedding_dim=128, units=128, sampled_softmax=256)
@@ -76,8 +77,8 @@ def make_step(folder: Path) -> tuple[Callable[[dict], Any], _Timed]:
         variables = pretrain.autoencoder_variables(model)
         optimizer = make_optimizer("adam", 1e-3, 1.0)
         optimizer.build(list(variables.values()))
-    task = loop.Task("pretrain", variables, pretrain.loss_sum(model, CONFIG), dict)
-    step = loop.make_train_step(task, optimizer, distributor, settings(), batches)
+    task = Task("pretrain", variables, pretrain.loss_sum(model, CONFIG), dict)
+    step = make_train_step(task, optimizer, distributor, settings(), batches)
     state = {**variables, **optimizer_variables(optimizer)}
     checkpoints = _Timed(folder, distributor, state, print)
 

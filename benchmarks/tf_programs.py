@@ -18,6 +18,9 @@ import_quietly()
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+from trainer.task import Task  # noqa: E402
+from trainer.train_step import make_train_step  # noqa: E402
+
 BASE_MEGABYTES = peak_megabytes()
 
 
@@ -59,7 +62,6 @@ class OurTrainStep(TrainStep):
 
     def load(self, path: str, vocab: int, dim: int, units: int, sampled: int) -> str:
         from tests import loop_settings
-        from trainer import loop
         from trainer.config import Config
         from trainer.distribution.distributor import reduce_inside_step_only
         from trainer.distribution.tf_distribute import one_device
@@ -78,11 +80,11 @@ class OurTrainStep(TrainStep):
             optimizer = make_optimizer("adam", Schedule("constant", rate=1e-3))
             optimizer.build(list(variables.values()))
         reduce_inside_step_only(optimizer)
-        task = loop.Task("pretrain", variables, loss_sum(model, config), dict)
+        task = Task("pretrain", variables, loss_sum(model, config), dict)
         settings = loop_settings.settings(steps=1_000)
         spec = self._batch(*self._batches[0], 0)
         dataset = tf.data.Dataset.from_tensors(spec).map(_of_any_size)
-        self._step, _ = loop.make_train_step(
+        self._step, _ = make_train_step(
             task, optimizer, distributor, settings, lambda start, stop: dataset
         )
         return tf.__version__

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from trainer import loop
 from trainer.schedules import Schedule
+from trainer.task import Settings
 
 
-def settings(**changes: Any) -> loop.Settings:
+def settings(**changes: Any) -> Settings:
     """Returns settings that are plain, but for the `changes`."""
     plain = {
         "folder": Path(),
@@ -25,4 +25,4 @@ def settings(**changes: Any) -> loop.Settings:
         "evaluate_every_steps": 1,
         "resume": False,
     }
-    return loop.Settings(**plain | changes)
+    return Settings(**plain | changes)

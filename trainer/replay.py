@@ -30,7 +30,7 @@ def replay(
       names: of the variables, in the order of the outcome's norms.
       restore: sets the state to the newest one before `step`, as Checkpointer.restore.
       batches: as `loop.train` takes them; where it has `texts(step)`, the batch is shown.
-      train_step: (batch, number of the step) -> loop.Outcome.
+      train_step: (batch, number of the step) -> Outcome.
 
     Returns:
       step, start_step, shards_of_the_run, loss, global_norm, the norms of the gradients by

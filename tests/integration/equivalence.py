@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainer.task import Task
+from trainer.train_step import make_train_step
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 12
 DOCUMENTS, GLOBAL_BATCH = 25, 8  # the last batch of an epoch has one row
@@ -134,7 +137,6 @@ def train(case: Case, distributor) -> dict[str, np.ndarray]:
     import tensorflow as tf
 
     from tests import loop_settings
-    from trainer import loop
     from trainer.distribution.distributor import reduce_inside_step_only
     from trainer.optimizer import make_optimizer
     from trainer.schedules import Schedule
@@ -150,7 +152,7 @@ def train(case: Case, distributor) -> dict[str, np.ndarray]:
         optimizer.build(list(task.variables.values()))
     reduce_inside_step_only(optimizer)
     batches = make_batches(distributor)
-    step, _ = loop.make_train_step(task, optimizer, distributor, settings, batches)
+    step, _ = make_train_step(task, optimizer, distributor, settings, batches)
     losses = [float(step(batch, tf.constant(0.0))[0]) for batch in batches(0, STEPS)]
     return {"losses": np.array(losses)} | {
         name: variable.numpy() for name, variable in task.variables.items()
@@ -161,8 +163,6 @@ def make_task(case: Case, distributor):
     """Returns a bag-of-words classifier with one hidden layer, all of it in `case.dtype`."""
     import keras
     import tensorflow as tf
-
-    from trainer import loop
 
     random = np.random.default_rng(0)
     shapes = {
@@ -187,7 +187,7 @@ def make_task(case: Case, distributor):
         losses = tf.nn.sigmoid_cross_entropy_with_logits(truth, logit)
         return tf.reduce_sum(losses * weights), tf.reduce_sum(weights)
 
-    return loop.Task("finetune", variables, loss_sum, evaluate=dict)
+    return Task("finetune", variables, loss_sum, evaluate=dict)
 
 
 def make_batches(distributor):

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from tests import loop_settings
-from trainer import checkpoint, loop, safe_files
+from trainer import checkpoint, loop, progress, safe_files
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import make_distributor
 from trainer.distribution.steps import sum_over_batches
@@ -25,6 +25,7 @@ from trainer.preemption import Preempted
 from trainer.replay import Replayed
 from trainer.reporting.status_server import Vitals, serve
 from trainer.schedules import Schedule
+from trainer.task import Settings, Task
 
 STEPS = 8
 ROWS = 4
@@ -52,7 +53,7 @@ class Batches:
         return [10 * step + row for row in range(ROWS)]
 
 
-def settings(folder: Path, **changes: Any) -> loop.Settings:
+def settings(folder: Path, **changes: Any) -> Settings:
     usual = {
         "folder": folder,
         "steps": STEPS,
@@ -100,9 +101,7 @@ def train(
         return loss, tf.reduce_sum(rows["weights"])
 
     lines: list[str] = []
-    task = loop.Task(
-        "pretrain", variables, loss_sum, evaluate, select_by=select_by, ranked_by="metric"
-    )
+    task = Task("pretrain", variables, loss_sum, evaluate, select_by=select_by, ranked_by="metric")
     request = stop_request or SimpleNamespace(received=False)
     loop.train(
         task, settings(folder, **changes), distributor, Batches(), request, lines.append, vitals
@@ -201,7 +200,7 @@ def test_a_run_that_term_stops_in_an_evaluation_begins_with_it(
 
 def without_times(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    times = ("unix_time", "tokens_per_second")
+    times = ("unix_time", "tokens_per_second", "input_wait_percent")
     return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 
@@ -309,7 +308,7 @@ def test_a_run_says_over_http_how_far_it_is(one: Any, tmp_path: Path) -> None:
 def test_a_run_without_lines_gives_a_sign_of_life(
     one: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0.0)
     done = train(one, tmp_path, log_every_steps=5)
     assert "pretrain step 2/8 · goes on" in done.lines
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -412,7 +411,7 @@ def test_what_rows_carry_is_kept_for_the_whole_global_batch(
         loss = tf.reduce_sum(new * weight.value)
         return spoilt_loss(loss, step, "loss", at), tf.reduce_sum(rows["weights"]), new
 
-    task = loop.Task("pretrain", {"weight": weight}, loss_sum, dict, carried=carried)
+    task = Task("pretrain", {"weight": weight}, loss_sum, dict, carried=carried)
     batches, request = Batches(), SimpleNamespace(received=False)
     given = settings(tmp_path, **changes)
     loop.train(task, given, distributor, batches, request, lambda line: None)

@@ -15,6 +15,7 @@ from trainer import checkpoint, loop, loss_scale
 from trainer.distribution.tf_distribute import one_device
 from trainer.health import NonFiniteError
 from trainer.loss_scale import LossScale
+from trainer.task import Task
 
 STEPS = 12
 
@@ -30,7 +31,7 @@ def train(distributor: Any, folder: Path, factor: float, steps: int = STEPS, **c
         large = tf.cast(through, tf.float32) * factor
         return tf.reduce_sum(large) * tf.reduce_sum(rows["weights"]), tf.reduce_sum(rows["weights"])
 
-    task = loop.Task("pretrain", {"weight": weight}, loss_sum, dict)
+    task = Task("pretrain", {"weight": weight}, loss_sum, dict)
     settings = loop_settings.settings(
         folder=folder, steps=steps, checkpoint_every_steps=4, evaluate_every_steps=STEPS,
         resume=True, scale_loss=True, **changes,

@@ -17,6 +17,8 @@ from trainer.optimizer import Rate, make_optimizer, optimizer_variables, set_rat
 from trainer.preemption import Preempted
 from trainer.schedules import Schedule
 from trainer.tables import Tables, read_rows, rule_of
+from trainer.task import Task
+from trainer.train_step import make_train_step
 
 STEPS = 60
 ROWS, WIDTH = 40, 3
@@ -113,7 +115,7 @@ def train(
         def __call__(self, start: int, stop: int) -> Any:
             return Batches.__call__(self, 0, 1) if stop == 1 else super().__call__(start, stop)
 
-    task = loop.Task("pretrain", {"table": table}, loss_sum, dict)
+    task = Task("pretrain", {"table": table}, loss_sum, dict)
     settings = loop_settings.settings(
         **{
             "folder": folder, "steps": STEPS, "resume": True,
@@ -171,9 +173,9 @@ def test_a_step_makes_no_tensor_of_the_vocabulary(tmp_path: Path) -> None:
     def loss_sum(rows: dict, step: tf.Tensor, shard: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return tf.reduce_sum(read_rows(table.value, rows["tokens"]) ** 2), tf.constant(2.0)
 
-    task = loop.Task("pretrain", {"table": table}, loss_sum, dict)
+    task = Task("pretrain", {"table": table}, loss_sum, dict)
     settings = loop_settings.settings(folder=tmp_path, steps=STEPS)
-    step, _ = loop.make_train_step(task, optimizer, distributor, settings, Batches())
+    step, _ = make_train_step(task, optimizer, distributor, settings, Batches())
     assert any("rowsteps" in name for name in optimizer_variables(optimizer))
     made, functions = [], [step.get_concrete_function().graph]
     functions += [f.graph for f in functions[0]._functions.values() if hasattr(f, "graph")]

@@ -22,6 +22,7 @@ from trainer.stages.finetune_loss import loss_sum
 from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.pretrain import OBJECTIVES, PRETRAINING_SPLITS, make_encoder
 from trainer.stages.run import Batches, Run
+from trainer.task import Task
 
 # Initializers take the run's seed plus less than this, for each layer of a stack anew.
 BACKWARD_SEED = 500
@@ -69,7 +70,7 @@ def finetune(
     objective = joint_objective(run, classifier) if config.joint_weight else None
     batches = FinetuneBatches(run.batches(view, plan), unlabelled_documents(run))
     result = loop.train(
-        loop.Task(
+        Task(
             name="finetune",
             variables=trained_variables(classifier, initial_state) | softmax_variables(objective),
             loss_sum=loss_sum(config, classifier, objective),

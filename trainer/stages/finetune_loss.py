@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from trainer import loop, seeds
+from trainer import seeds
 from trainer.config import Config
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.models.encoder import dropped_weights
@@ -15,11 +15,10 @@ from trainer.objectives.adversarial import (
 )
 from trainer.objectives.label_gain import linear_weights
 from trainer.stages import pretrain
+from trainer.task import LossSum
 
 
-def loss_sum(
-    config: Config, classifier: Classifier, objective: TextModel | None = None
-) -> loop.LossSum:
+def loss_sum(config: Config, classifier: Classifier, objective: TextModel | None = None) -> LossSum:
     """Returns the training loss, with dropout: a mean over the global batch's labelled documents.
 
     Its terms are weighted by flags, and each is a mean over what it reads: the virtual adversarial

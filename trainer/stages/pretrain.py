@@ -23,6 +23,7 @@ from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, TextModel
 from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.run import Run
+from trainer.task import LossSum, Task
 
 OBJECTIVES = {"sequence_autoencoder": SequenceAutoencoder, "language_model": LanguageModel}
 PRETRAINING_SPLITS = ("train", "unsupervised")
@@ -58,7 +59,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         f"{plan.steps_per_epoch:,} steps an epoch, {config.pretrain_steps:,} steps to do"
     )
     result = loop.train(
-        loop.Task(
+        Task(
             name="pretrain",
             variables=trained_variables(model),
             loss_sum=loss_sum(model, config),
@@ -193,7 +194,7 @@ def trained_variables(model: TextModel) -> dict:
     }
 
 
-def loss_sum(model: TextModel, config: Config) -> loop.LossSum:
+def loss_sum(model: TextModel, config: Config) -> LossSum:
     """Returns the training loss: sampled softmax, dropout."""
 
     def of_rows(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, ...]:

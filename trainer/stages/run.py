@@ -14,13 +14,13 @@ from data_pipelines.split_view import SplitView
 from data_pipelines.token_store import TokenStore
 from data_pipelines.tokenizers import load_tokenizer
 from trainer import config as configuration
-from trainer import loop
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor, is_chief, num_shards
 from trainer.preemption import StopRequest
 from trainer.reporting.status_server import Vitals
 from trainer.reporting.trackers import Tracker
 from trainer.schedules import Schedule
+from trainer.task import Settings
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Run:
         plan = self.plan(view, batch_size, max_tokens, shuffle=False)
         return self.batches(view, plan)(0, plan.steps_per_epoch)
 
-    def settings(self, stage: str, folder: Path, steps_per_epoch: int) -> loop.Settings:
+    def settings(self, stage: str, folder: Path, steps_per_epoch: int) -> Settings:
         """Returns the loop's settings for `stage`, "pretrain" or "finetune"."""
         config = self.config
 
         def of_stage(name: str) -> Any:
             return getattr(config, f"{stage}_{name}")
 
-        return loop.Settings(
+        return Settings(
             folder=folder,
             steps=of_stage("steps"),
             steps_per_epoch=steps_per_epoch,
