@@ -29,6 +29,7 @@ from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import make_distributor
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
 from trainer.optimizer import make_optimizer, optimizer_variables
+from trainer.schedules import Schedule
 from trainer.stages import pretrain
 from trainer.task import Task
 from trainer.train_step import make_train_step
@@ -74,11 +75,12 @@ def make_step(folder: Path) -> tuple[Callable[[dict], Any], _Timed]:
         encoder = pretrain.make_encoder(CONFIG, CONFIG.vocab_size)
         model = SequenceAutoencoder(encoder, tied=False)
         model.build()
-        variables = pretrain.autoencoder_variables(model)
-        optimizer = make_optimizer("adam", 1e-3, 1.0)
+        variables = pretrain.trained_variables(model)
+        optimizer = make_optimizer("adam", Schedule("constant", rate=1e-3))
         optimizer.build(list(variables.values()))
     task = Task("pretrain", variables, pretrain.loss_sum(model, CONFIG), dict)
-    step = make_train_step(task, optimizer, distributor, settings(), batches)
+    chosen = settings(steps=100_000)
+    step, _ = make_train_step(task, optimizer, distributor, chosen, batches)
     state = {**variables, **optimizer_variables(optimizer)}
     checkpoints = _Timed(folder, distributor, state, print)
 
