@@ -7,6 +7,7 @@
 import http.server
 import math
 import socket
+import socketserver
 import threading
 import time
 from dataclasses import dataclass, field
@@ -82,7 +83,9 @@ class _Server(http.server.ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
-        self.socket.bind(self.server_address)  # HTTPServer's would ask the DNS for a name
+        # Not HTTPServer's own, which asks the DNS for a name. A run that is started again takes the
+        # port at once: this sets SO_REUSEADDR, for what its probes asked last waits in TIME_WAIT.
+        socketserver.TCPServer.server_bind(self)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Says nothing: a client that goes away is no matter of the run."""

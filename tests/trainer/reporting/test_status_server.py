@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 
 from data_pipelines.errors import InputError
-from trainer.reporting.status_server import Vitals, serve
+from trainer.reporting.status_server import Vitals, _Server, serve
 
 
 def get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
@@ -57,6 +57,19 @@ def test_a_client_that_talks_nonsense_does_no_harm(capfd: pytest.CaptureFixture)
     assert connection.getresponse().status == 200
     connection.close()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_that_is_started_again_has_its_port_again() -> None:
+    first = _Server("127.0.0.1", 0, Vitals())
+    port = first.socket.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        first.handle_request()
+        assert client.recv(12) == b"HTTP/1.0 200"
+        while client.recv(1 << 12):  # to the end: the server has closed first
+            pass
+    first.server_close()
+    _Server("127.0.0.1", port, Vitals()).server_close()
 
 
 def test_it_listens_on_loopback_alone() -> None:
