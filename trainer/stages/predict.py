@@ -14,7 +14,7 @@ from trainer import bundle
 from trainer.config import Config
 from trainer.explanation import contributions, marked
 from trainer.prediction_files import opened, writer
-from trainer.stages.reconstruct import reconstruct_texts
+from trainer.stages.reconstruct import reconstructor
 from trainer.text_classifier import load_classifier
 
 # A window of rows is read, sorted by length, classified and written before the next is read.
@@ -54,10 +54,11 @@ def reconstruct(config: Config, texts: Sequence[str]) -> None:
     folder, output = Path(config.encoder), config.output or "-"
     trained = bundle.read_info(folder, "encoder", "--encoder").get("config", {})
     max_tokens = trained.get("pretrain_max_tokens", config.pretrain_max_tokens)
+    read_and_write = reconstructor(folder, max_tokens)
     rows = Rows(config, texts)
     with opened(output) as file:
         for window in rows.usable():
-            found = reconstruct_texts(folder, [row.text for row in window], max_tokens)
+            found = read_and_write([row.text for row in window])
             for row, made in zip(window, found, strict=True):
                 if kind_and_path(output)[0] == "jsonl":
                     added = {"read": made.read, "written": made.written, "exact": made.exact}

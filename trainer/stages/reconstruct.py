@@ -1,6 +1,6 @@
 """What a pretrained sequence autoencoder makes of texts: it reads each one and writes it again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,17 @@ def reconstruct_texts(
       InputError: a bundle is missing or damaged, the two are not of one model, or the encoder is
         not of an autoencoder.
     """
+    return reconstructor(encoder_folder, max_tokens)(texts)
+
+
+def reconstructor(
+    encoder_folder: Path, max_tokens: int
+) -> Callable[[Sequence[str]], list[Reconstruction]]:
+    """Returns `reconstruct_texts` for many calls: the bundles are read once.
+
+    Raises:
+      InputError: as `reconstruct_texts`.
+    """
     loaded = bundle.load(encoder_folder, "encoder", "--encoder")
     model = load_autoencoder(encoder_folder, loaded)
     backward = loaded.info.get("direction") == "backward"
@@ -55,19 +66,23 @@ def reconstruct_texts(
         input_signature=[tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)],
         autograph=False,
     )
-    found = []
-    for start in range(0, len(texts), BATCH_SIZE):
-        some = list(texts[start : start + BATCH_SIZE])
-        words = [row[:-1][: max_tokens - 1] for row in tokenizer.encode(some).to_list()]
-        read = [[*(row[::-1] if backward else row), END_ID] for row in words]
-        tokens = tf.ragged.constant(read, tf.int32)
-        lengths = tf.cast(tokens.row_lengths(), tf.int32)
-        written = tf.RaggedTensor.from_tensor(*rewrite(tokens.to_tensor(), lengths)).to_list()
-        for text, given, made in zip(some, read, written, strict=True):
-            shown = [[i for i in row if i != END_ID] for row in (given, made)]
-            shown = [tokenizer.decode(row[::-1] if backward else row) for row in shown]
-            found.append(Reconstruction(text, *shown, exact=given == made))
-    return found
+
+    def reconstruct(texts: Sequence[str]) -> list[Reconstruction]:
+        found = []
+        for start in range(0, len(texts), BATCH_SIZE):
+            some = list(texts[start : start + BATCH_SIZE])
+            words = [row[:-1][: max_tokens - 1] for row in tokenizer.encode(some).to_list()]
+            read = [[*(row[::-1] if backward else row), END_ID] for row in words]
+            tokens = tf.ragged.constant(read, tf.int32)
+            lengths = tf.cast(tokens.row_lengths(), tf.int32)
+            written = tf.RaggedTensor.from_tensor(*rewrite(tokens.to_tensor(), lengths)).to_list()
+            for text, given, made in zip(some, read, written, strict=True):
+                shown = [[i for i in row if i != END_ID] for row in (given, made)]
+                shown = [tokenizer.decode(row[::-1] if backward else row) for row in shown]
+                found.append(Reconstruction(text, *shown, exact=given == made))
+        return found
+
+    return reconstruct
 
 
 def load_autoencoder(encoder_folder: Path, loaded: bundle.Bundle) -> SequenceAutoencoder:
