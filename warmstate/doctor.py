@@ -85,7 +85,7 @@ def nccl() -> Finding:
         found = f"nvidia-nccl {importlib.metadata.version('nvidia-nccl-cu12')}"
     except importlib.metadata.PackageNotFoundError:
         found = ""
-    needed = bool(list(Path("/dev").glob("nvidia[0-9]*")))
+    needed = len(list(Path("/dev").glob("nvidia[0-9]*"))) > 1
     fault = "several GPUs need it: pip install 'tensorflow[and-cuda]'" if needed else ""
     return Finding("NCCL", found or "none", "" if found else fault)
 
