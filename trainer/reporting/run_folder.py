@@ -97,7 +97,8 @@ def read(folder: Path) -> RunFolder:
     """
     faults: list[str] = []
     report = _read_json(folder / "report.json", faults)
-    config = _read_json(folder / "config.json", faults) or report.get("config") or {}
+    config = _read_json(folder / "config.json", faults) or report.get("config")
+    config = config if isinstance(config, dict) else {}
     environment = _read_json(folder / "environment.json", faults)
     parts = {}
     for place in (folder, *(folder / name for name in PARTS)):
@@ -111,7 +112,7 @@ def read(folder: Path) -> RunFolder:
     return RunFolder(
         name=folder.resolve().name,
         report=report,
-        config=config if isinstance(config, dict) else {},
+        config=config,
         environment=environment,
         parts=parts,
         faults=faults,

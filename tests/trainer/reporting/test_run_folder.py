@@ -120,6 +120,15 @@ def test_damaged_predictions_are_told_and_left_out(
     assert found.parts["classifier"].predictions is None
 
 
+def test_flags_in_a_damaged_report_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"config": [1]}')
+    write_predictions(tmp_path / "predictions", {"init_weights": None})
+    write_metrics(tmp_path, {"stage": "finetune", "step": 1, "loss": 0.5})
+    assert run_folder.read(tmp_path).config == {}
+    (tmp_path / "predictions" / "predictions.json").unlink()
+    assert list(run_folder.read(tmp_path).parts) == ["classifier"]
+
+
 def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match="holds no run"):
