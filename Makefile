@@ -85,6 +85,7 @@ docs: $(INSTALLED) ## the documentation site, in build/site; a warning is an err
 	@echo "open build/site/index.html"
 
 wheel: $(INSTALLED) ## the wheel, in dist/, and a test of it in an environment of its own
+	rm -rf build/lib  # modules that are gone would be packed again
 	$(BIN)/python -m build --wheel --outdir dist
 	$(BIN)/python -m pytest tests/integration/test_wheel.py
 
