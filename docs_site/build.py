@@ -30,15 +30,15 @@ MOVED = {
 SECTIONS = {
     "Start": ["index.md", "tutorial.md"],
     "How to": [
-        "data-sources.md", "data-preparing.md", "initialising-lstm-state.md", "report.md",
-        "using-a-classifier.md", "python-api.md", "horovod.md", "slurm.md", "kubernetes.md",
-        "elastic.md",
+        "data-sources.md", "data-preparing.md", "pretraining.md", "fine-tuning.md",
+        "initialising-lstm-state.md", "report.md", "using-a-classifier.md", "python-api.md",
+        "horovod.md", "slurm.md", "kubernetes.md", "elastic.md",
     ],
     "How it works": [
         "how-it-works.md", "data-batches.md", "distribution.md", "faults.md", "reliability.md",
         "learned-states.md", "performance.md", "decisions.md",
     ],
-    "Project": ["changelog.md", "contributing.md"],
+    "Project": ["changelog.md", "contributing.md", "licences.md"],
 }  # fmt: skip
 PACKAGES = ("warmstate", "data_pipelines", "trainer", "launch")
 
@@ -94,9 +94,8 @@ def turned(text: str, source: Path) -> str:
         return f"{words}({relative}{'#' + anchor if anchor else ''})"
 
     text = re.sub(r"(!?\[[^\]\n]*\])\(([^)\s]+)\)", turn, text)
-    return re.sub(
-        r'((?:src|srcset)=")docs/', r"\1", text
-    )  # pictures of README.md, which are HTML there
+    # Pictures of README.md, which are HTML there.
+    return re.sub(r'((?:src|srcset)=")docs/', r"\1", text)
 
 
 def write_reference() -> list[str]:
