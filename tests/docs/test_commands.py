@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from warmstate.command import COMMANDS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 WRITTEN_BY_PROGRAMS = {"learned-states.md", "performance.md"}  # make ablation, make bench
 PAGES = sorted(
@@ -22,6 +24,7 @@ PAGES = sorted(
 RUNNABLE = re.compile(r"<!-- runnable -->\n+```\w*\n(.*?)```", re.S)
 BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```", re.S | re.M)
 OUR_PROGRAMS = ("trainer.main", "launch.main", "data_pipelines.prepare")
+SCRIPT = re.compile(rf"^(?:\$ )?warmstate ({'|'.join(COMMANDS)})\b")
 STANDS_FOR_MORE = re.compile(r"^(<.*|\.\.\.|TRAINER_FLAGS|FLAGS|\[.*)$")
 
 
@@ -30,6 +33,7 @@ def commands(page: Path) -> list[list[str]]:
     found = []
     for block in BLOCK.findall(page.read_text(encoding="utf-8")):
         for line in block.replace("\\\n", " ").splitlines():
+            line = SCRIPT.sub(lambda found: f"python -m {COMMANDS[found[1]].module}", line)
             if not any(f"-m {program}" in line for program in OUR_PROGRAMS):
                 continue
             try:
@@ -95,6 +99,7 @@ def test_an_unknown_flag_would_be_found() -> None:
     ]
     assert unknown_flags(words) == ["stage", "workers"]
     assert len(commands(REPOSITORY / "README.md")) >= 4
+    assert len(commands(REPOSITORY / "docs" / "using-a-classifier.md")) >= 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(REPOSITORY).as_posix())
