@@ -640,6 +640,8 @@ def _using_faults(config: Config, cluster: Cluster) -> list[str]:
     if (config.explain or config.reconstruct) and kind_and_path(config.output)[0] in ("csv", "tsv"):
         flag = "explain" if config.explain else "reconstruct"
         faults.append(f"--{flag} with --output={config.output}: choose text or jsonl")
+    if stage == "predict" and config.output.endswith((".gz", ".zst")):
+        faults.append(f"--output={config.output}: what is written is not compressed; name it so")
     return faults
 
 

@@ -219,6 +219,8 @@ def test_faults_of_stages_that_use_a_model() -> None:
     assert "--stage=predict needs --classifier" in found
     (found,) = faults("--stage=predict", model, "--explain", "--output=a.csv")
     assert "--explain with --output=a.csv: choose text or jsonl" in found
+    (found,) = faults("--stage=predict", model, "--output=a.csv.gz")
+    assert "--output=a.csv.gz: what is written is not compressed" in found
     (found,) = faults("--stage=export", model)
     assert "needs --output" in found
     (found,) = faults("--stage=predict", "--reconstruct")
