@@ -68,7 +68,8 @@ class Batcher:
         Raises:
           Refusal: too much is waiting.
         """
-        if self._pending_texts + len(texts) > PENDING_TEXTS:
+        # A request alone is answered however large: --max_texts is its limit.
+        if self._pending_texts and self._pending_texts + len(texts) > PENDING_TEXTS:
             raise Refusal(503, f"{self._pending_texts} texts are waiting: try again later")
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append((texts, answer))
@@ -191,6 +192,19 @@ def texts_of(body: bytes, max_texts: int) -> list[str]:
     return texts
 
 
+def listening(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens, of IPv6 where the address is.
+
+    Raises:
+      InputError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise InputError(f"--host={host} --port={port} cannot be had: {error.strerror}") from None
+
+
 def serve(config: Config) -> None:
     """Serves until TERM or INT; what is being answered then is answered first.
 
@@ -199,12 +213,7 @@ def serve(config: Config) -> None:
     """
     model = load_classifier(Path(config.classifier))
     model.probabilities(["the first text makes the graphs"])
-    try:
-        listener = socket.create_server((config.host, config.port), backlog=1024)
-    except OSError as error:
-        raise InputError(
-            f"--host={config.host} --port={config.port} cannot be had: {error.strerror}"
-        ) from None
+    listener = listening(config.host, config.port)
     app = application(model, config.max_body_bytes, config.max_texts)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -219,6 +228,7 @@ def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     print(f"serving {config.classifier} at http://{host}:{port}", flush=True)
     server.run(sockets=[listener])
     print("stopped", flush=True)

@@ -1,3 +1,4 @@
+import asyncio
 import http.client
 import json
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.errors import InputError
 from tests.processes import ended
 from trainer.text_classifier import load_classifier
 
@@ -130,6 +132,30 @@ def test_a_port_that_is_taken_is_said(server: tuple, classifier_bundle: Path) ->
     )
     assert done.returncode == 2
     assert f"--port={server[1]} cannot be had: Address already in use" in done.stderr
+
+
+def test_a_request_alone_is_answered_however_large(classifier_bundle: Path) -> None:
+    from trainer.stages.serve import PENDING_TEXTS, Batcher
+
+    async def ask_all() -> int:
+        batcher = Batcher(load_classifier(classifier_bundle))
+        worker = asyncio.create_task(batcher.work())
+        found = await batcher.probabilities(["film"] * (PENDING_TEXTS + 1))
+        worker.cancel()
+        return len(found)
+
+    assert asyncio.run(ask_all()) == PENDING_TEXTS + 1
+
+
+def test_an_address_of_ipv6_is_one() -> None:
+    from trainer.stages.serve import listening
+
+    if not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    with listening("::1", 0) as listener:
+        assert listener.getsockname()[0] == "::1"
+    with pytest.raises(InputError, match="--host=no host --port=1 cannot be had"):
+        listening("no host", 1)
 
 
 def test_term_answers_what_was_asked_and_stops(server: tuple) -> None:
