@@ -247,19 +247,28 @@ def say(*lines: str) -> bool:
 
 @contextlib.contextmanager
 def lines_copied_to(file: BinaryIO) -> Iterator[None]:
-    """Writes all that is printed into `file` as well, until the block ends."""
+    """Writes all that is printed into `file` as well, until the block ends or a write fails.
+
+    Args:
+      file: not buffered.
+    """
     _COPIES.append(file)
     try:
         yield
     finally:
-        _COPIES.remove(file)
+        if file in _COPIES:
+            _COPIES.remove(file)
 
 
 def _write(text: str) -> bool:
     """Prints whole lines; returns False if nobody reads them."""
-    for copy in _COPIES:
-        copy.write(text.encode())
-        copy.flush()
+    for copy in list(_COPIES):
+        try:
+            copy.write(text.encode())
+        except OSError as error:  # the job is worth more than its log
+            _COPIES.remove(copy)
+            with contextlib.suppress(OSError):
+                print(f"launch: {copy.name}: {error.strerror}", file=sys.stderr, flush=True)
     return _put(_SCREEN.line(text))
 
 

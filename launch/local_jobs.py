@@ -85,7 +85,7 @@ def recorded(name: str, command: Sequence[str], workers: int) -> Iterator[Job]:
         pid_started=_started(pid) or 0,
         began=time.time(),
     )
-    with open(folder / "log", "wb") as log, local.lines_copied_to(log):
+    with open(folder / "log", "wb", buffering=0) as log, local.lines_copied_to(log):
         _write(folder, job)
         yield job
     job.ended = time.time()

@@ -121,6 +121,15 @@ def test_a_process_of_the_same_number_is_not_the_job(folder: Path) -> None:
     assert "it was started on another" in launch(folder, "--name=a")[2]
 
 
+def test_a_log_that_cannot_be_written_does_not_end_the_job(folder: Path) -> None:
+    (folder / "local-jobs" / "a").mkdir(parents=True)
+    (folder / "local-jobs" / "a" / "log").symlink_to("/dev/full")
+    code, printed, error = launch(folder, "--name=a")
+    assert (code, printed) == (0, "step 1\n")
+    assert error == f"launch: {folder}/local-jobs/a/log: No space left on device\n"
+    assert launch(folder, "status", "a")[1].startswith("a: ended with code 0 after ")
+
+
 def test_jobs_without_a_name_leave_nothing(folder: Path) -> None:
     assert launch(folder)[0] == 0
     assert launch(folder, "--name=a", "--dry_run")[0] == 0
