@@ -33,19 +33,24 @@ CURVE_POINTS = 200
 
 
 def record(run_dir: Path, path: Path) -> dict[str, Any]:
-    """Writes and returns the result of the finished run in `run_dir`.
+    """Writes and returns the result of the finished run of --stage=all in `run_dir`.
 
     Raises:
-      InputError: the run has no report.json yet, or it is damaged.
+      InputError: the run has not ended, is of another stage, or its files are damaged.
     """
     try:
-        report = json.loads((run_dir / "report.json").read_text())
+        report, environment = (
+            json.loads((run_dir / name).read_text()) for name in ("report.json", "environment.json")
+        )
     except (OSError, ValueError) as error:
-        raise InputError(f"{run_dir} holds no finished run: report.json: {error}") from None
+        raise InputError(f"{run_dir} holds no finished run: {error}") from None
+    if report["stage"] != "all":
+        raise InputError(f"{run_dir} is of --stage={report['stage']}: a result is of --stage=all")
     result = {
         "kind": "run",
         "name": path.stem,
         **report,
+        "environment": {k: v for k, v in environment.items() if k != "command"},  # it names folders
         "curves": {
             str(metrics.parent.relative_to(run_dir)): curves(metrics)
             for metrics in sorted(run_dir.rglob("metrics.jsonl"))
@@ -89,7 +94,7 @@ def table(folder: Path) -> str:
             error = result["test_error_percent"]
             rows.append((error, result["title"], f"{error:.2f} %", "run here", "minutes"))
         else:
-            groups.setdefault(result["name"].rpartition("-seed")[0], []).append(result)
+            groups.setdefault(result["name"].partition("-seed")[0], []).append(result)
     for name, results in groups.items():
         for start in ("warm", "scratch"):
             errors = [r["test_error_percent"][start] for r in results]

@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.errors import InputError
+from tests.conftest import REPOSITORY
+from trainer.reporting import results
+
+
+def write_run(folder: Path, warm: float = 7.5, stage: str = "all") -> Path:
+    """Writes what a run leaves that a result is made of."""
+    part = folder / "warm"
+    part.mkdir(parents=True)
+    report = {
+        "stage": stage,
+        "test_error_percent": {"warm": warm, "scratch": 9.0},
+        "wall_seconds": 600.0,
+        "config": {"run_dir": str(folder), "data_dir": "/data", "units": 8},
+    }
+    environment = {"cores": 2, "command": ["main.py", f"--run_dir={folder}"]}
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "environment.json").write_text(json.dumps(environment))
+    lines = [{"stage": "finetune", "step": step, "loss": 1 / step} for step in range(1, 1001)]
+    (part / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_result_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    out = tmp_path / "imdb-seed0.json"
+    result = results.record(write_run(tmp_path / "run"), out)
+    assert json.loads(out.read_text()) == result
+    assert str(tmp_path) not in out.read_text() and "/data" not in out.read_text()
+    assert result["config"] == {"units": 8} and result["environment"] == {"cores": 2}
+    curve = result["curves"]["warm"]["loss"]
+    assert len(curve) == results.CURVE_POINTS and curve[-1] == [1000, 0.001]
+
+
+def test_runs_of_one_recipe_are_one_row_and_the_best_is_first(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for seed, error in enumerate((7.0, 8.0)):
+        run = write_run(tmp_path / f"run-{seed}", error)
+        results.record(run, folder / f"imdb-seed{seed}.json")
+    results.record(write_run(tmp_path / "other", 5.0), folder / "other.json")
+    rows = results.table(folder).splitlines()
+    assert rows[2].startswith("| other, warm start | 5.00 % | run here, 1 seed | 10 min on 2 cores")
+    (both,) = [row for row in rows if row.startswith("| imdb, warm start |")]
+    assert "| 7.50 % (7.00-8.00) | run here, 2 seeds |" in both
+
+
+def test_the_results_that_are_kept_make_a_table() -> None:
+    kept = list((REPOSITORY / "results").glob("*.json"))
+    rows = results.table(REPOSITORY / "results").splitlines()
+    assert kept and sum("run here" in row for row in rows) >= 2
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no finished run"):
+        results.record(tmp_path, tmp_path / "a.json")
+    with pytest.raises(InputError, match="is of --stage=pretrain"):
+        results.record(write_run(tmp_path / "run", stage="pretrain"), tmp_path / "a.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(results.BEGIN)
+    with pytest.raises(InputError, match="needs the lines"):
+        results.write_table(readme, tmp_path)
