@@ -113,6 +113,13 @@ COMMANDS = {
         "trainer.reporting.html",
         examples=("report runs/a runs/b --out=report.html",),
     ),
+    "replay": Command(
+        "Looking at runs",
+        "one step of a run again: its loss, gradients and texts",
+        TRAINER,
+        "replay",
+        ("replay --run_dir=runs/a --step=120",),
+    ),
     "launch": Command(
         "Many workers",
         "starts trainers on this machine, on SLURM or on Kubernetes",

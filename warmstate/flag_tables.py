@@ -11,6 +11,7 @@ STAGE_GROUPS = {
     "pretrain": (*_EVERY_RUN, "Pretraining"),
     "finetune": (*_EVERY_RUN, "Fine-tuning"),
     "evaluate": ("Run", "Data", "Evaluation", "Distribution"),
+    "replay": ("Run", "Data", "Distribution"),
     "predict": ("Evaluation", "Prediction"),
     "export": ("Evaluation", "Prediction"),
     "serve": ("Evaluation", "Serving"),

@@ -39,6 +39,7 @@ def test_help_of_a_command_lists_its_flags(name: str) -> None:
         "pretrain": ("Pretraining:", "--pretrain_steps=int", "--units=int"),
         "finetune": ("Fine-tuning:", "--initial_state=zero|mean|learned|encode"),
         "predict": ("--explain=true|false", "--classifier=str"),
+        "replay": ("--run_dir=str", "--step=int"),
         "launch": ("--workers=str", "With --platform=k8s:", "--overlay=str"),
     }
     for words in expected.get(name, ()):
