@@ -109,8 +109,12 @@ def logs(name: str, follow: bool) -> int:
     job = _read(name)
     if job is None:
         return _no_such_job(name)
-    job_is_over = (lambda: not _read(name).is_running) if follow else None
-    log_files.print_file(_folder(name) / "log", job_is_over)
+
+    def job_is_over() -> bool:
+        found = _read(name)  # None where its folder was removed
+        return found is None or not found.is_running
+
+    log_files.print_file(_folder(name) / "log", job_is_over if follow else None)
     return 0
 
 
@@ -152,7 +156,12 @@ def _folder(name: str) -> Path:
 
 def _read(name: str) -> Job | None:
     file = _folder(name) / "job.json"
-    return Job(**json.loads(file.read_text())) if file.exists() else None
+    try:
+        return Job(**json.loads(file.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        sys.exit(f"launch: {file} is damaged, or of another version: {error}; remove it")
 
 
 def _write(folder: Path, job: Job) -> None:

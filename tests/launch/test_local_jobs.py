@@ -130,6 +130,16 @@ def test_a_log_that_cannot_be_written_does_not_end_the_job(folder: Path) -> None
     assert launch(folder, "status", "a")[1].startswith("a: ended with code 0 after ")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"workers": 1}'])
+def test_a_damaged_record_is_said(folder: Path, content: str) -> None:
+    file = folder / "local-jobs" / "a" / "job.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    code, printed, error = launch(folder, "status", "a")
+    assert (code, printed) == (1, "")
+    assert error.startswith(f"launch: {file} is damaged, or of another version: ")
+
+
 def test_jobs_without_a_name_leave_nothing(folder: Path) -> None:
     assert launch(folder)[0] == 0
     assert launch(folder, "--name=a", "--dry_run")[0] == 0
