@@ -2,16 +2,13 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from trainer.averages import Averages
 from trainer.checkpoint import Checkpointer
-from trainer.distribution.distributor import (
-    Distributor,
-    is_chief,
-    reduce_inside_step_only,
-)
+from trainer.distribution.distributor import Distributor, is_chief, reduce_inside_step_only
 from trainer.health import StallWatchdog
 from trainer.loss_scale import LossScale
 from trainer.optimizer import make_optimizer, optimizer_variables, set_rates
@@ -21,6 +18,7 @@ from trainer.replay import Replayed, replay
 from trainer.reporting.profile import Profiler
 from trainer.reporting.status import Metrics
 from trainer.reporting.status_server import Vitals
+from trainer.tables import Tables
 from trainer.task import Result, Settings, Task
 from trainer.train_step import Outcome, make_several_steps, make_train_step
 
@@ -83,27 +81,12 @@ def train(
     profile_first, profile_last = settings.profile_steps if is_chief(distributor) else (0, 0)
     profiler = Profiler(profile_first, profile_last, settings.folder / "profile", log)
     if settings.replay_step:
-
-        def step_again(batch: dict, step: int) -> Outcome:
-            outcome = train_step(batch, tf.constant(0.0))
-            if averages or is_evaluated(step, settings):
-                tables.settle(distributor)
-            return outcome
-
-        def restore() -> tuple | None:
-            restored = checkpoints.restore(before=settings.replay_step)
-            tables.after_restore(distributor)
-            if restored and is_evaluated(restored[0], settings):
-                tables.settle(distributor)
-            return restored
-
-        log = log if is_chief(distributor) else lambda line: None
-        names = list(task.variables)
-        raise Replayed(replay(settings.replay_step, names, restore, batches, step_again, log))
+        say = log if is_chief(distributor) else lambda line: None
+        raise Replayed(_step_again(task, settings, checkpoints, train_step, tables, batches, say))
     if not settings.resume:
         checkpoints.forget()
     start = progress.resume()
-    tables.after_restore(distributor)
+    tables.after_restore()
     if is_chief(distributor):
         settings.folder.mkdir(parents=True, exist_ok=True)
         metrics.forget_after(start, evaluated=not progress.evaluation_is_due(start))
@@ -111,7 +94,7 @@ def train(
     try:
         with StallWatchdog(settings.stall_seconds) as watchdog:
             if progress.evaluation_is_due(start):  # TERM cut it off
-                tables.settle(distributor)
+                tables.settle()
                 if not progress.evaluate(start):
                     raise Preempted(f"{task.name}: stopped by TERM after step {start}; state saved")
                 tables.before_save()
@@ -136,7 +119,7 @@ def train(
                     began = time.perf_counter()
                     outcomes = several_steps(iterator, count, stop)
                 if averages and outcomes[-1].is_finite():
-                    tables.settle(distributor)  # an average is of all rows
+                    tables.settle()  # an average is of all rows
                     averages.update(optimizer.iterations.value)
                 # The first call traces the graph: its time says nothing of the others.
                 seconds = (time.perf_counter() - began) / len(outcomes) if step > start else None
@@ -150,7 +133,7 @@ def train(
                 preempted = float(outcome.stops) > 0
                 evaluates = progress.evaluation_is_due(step) and not preempted
                 if evaluates:
-                    tables.settle(distributor)
+                    tables.settle()
                     preempted = not progress.evaluate(step)
                     watchdog.beat()
                     vitals.beat = time.monotonic()
@@ -171,3 +154,31 @@ def train(
         checkpoints.close()
         vitals.stage = ""
     return progress.finish()
+
+
+def _step_again(
+    task: Task,
+    settings: Settings,
+    checkpoints: Checkpointer,
+    train_step: Callable[[dict, tf.Tensor], Outcome],
+    tables: Tables,
+    batches: Callable[[int, int], tf.data.Dataset],
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Returns what `replay` says of `settings.replay_step`; rows are settled where the run did."""
+
+    def step_again(batch: dict, step: int) -> Outcome:
+        outcome = train_step(batch, tf.constant(0.0))
+        if settings.ema or is_evaluated(step, settings):
+            tables.settle()
+        return outcome
+
+    def restore() -> tuple | None:
+        restored = checkpoints.restore(before=settings.replay_step)
+        tables.after_restore()
+        if restored and is_evaluated(restored[0], settings):
+            tables.settle()
+        return restored
+
+    names = list(task.variables)
+    return replay(settings.replay_step, names, restore, batches, step_again, log)

@@ -220,6 +220,7 @@ class Tables:
 
     def __init__(
         self,
+        distributor: Distributor,
         optimizer: keras.optimizers.Optimizer,
         variables: Sequence[keras.Variable],
         found: Sequence[bool],
@@ -233,6 +234,8 @@ class Tables:
         }
         self._by_rows = {i: table for i, table in tables.items() if by_rows[i]}
         self._dense = [table for i, table in tables.items() if not by_rows[i]]
+        self._settle_by_rows = [_settling(distributor, t) for t in self._by_rows.values()]
+        self._settle_dense = [_settling(distributor, t) for t in self._dense]
         self._train_dense = optimizer.update_step
         optimizer.update_step = self._update_step
         optimizer.exclude_from_weight_decay([t.variable for t in self._by_rows.values()])
@@ -257,10 +260,10 @@ class Tables:
             for table in self._by_rows.values():
                 delattr(table.variable.value, _READER)
 
-    def settle(self, distributor: Distributor) -> None:
+    def settle(self) -> None:
         """Brings all rows up to date, for those who read the variables as they are."""
-        for table in self._by_rows.values():
-            _settle(distributor, table)
+        for settle in self._settle_by_rows:
+            settle()
 
     def before_save(self) -> None:
         """Makes the counts true of the tables that Keras trains."""
@@ -268,21 +271,27 @@ class Tables:
             step = tf.convert_to_tensor(self._optimizer.iterations)
             table.step_of_row.assign(tf.fill(table.step_of_row.shape, step))
 
-    def after_restore(self, distributor: Distributor) -> None:
+    def after_restore(self) -> None:
         """Brings up to date what Keras is to train: another number of workers may have saved it."""
-        for table in self._dense:
-            _settle(distributor, table)
+        for settle in self._settle_dense:
+            settle()
 
 
-def _settle(distributor: Distributor, table: Table) -> None:
+def _settling(distributor: Distributor, table: Table) -> Callable[[], None]:
+    """Returns what brings all rows of `table` up to date; it is traced once."""
+
     def step(start: tf.Tensor, stop: tf.Tensor) -> None:
         rows = tf.range(start, stop)
         update_each_copy(table.variable, lambda copy, rows: table.settle(rows, copy), rows)
 
     run = tf.function(lambda start, stop: distributor.run(step, start, stop), autograph=False)
     rows = table.variable.shape[0]
-    for start in range(0, rows, SETTLED_ROWS):  # not at once: this takes several times the rows
-        run(tf.constant(start), tf.constant(min(start + SETTLED_ROWS, rows)))
+
+    def settle() -> None:
+        for start in range(0, rows, SETTLED_ROWS):  # not at once: this takes several times the rows
+            run(tf.constant(start), tf.constant(min(start + SETTLED_ROWS, rows)))
+
+    return settle
 
 
 def find_tables(

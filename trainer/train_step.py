@@ -13,10 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.distribution.distributor import (
-    Distributor,
-    num_shards,
-)
+from trainer.distribution.distributor import Distributor, num_shards
 from trainer.distribution.reduction import choose_rows, reduce_gradients
 from trainer.distribution.steps import local_rows
 from trainer.gradients import Gradient, divided, loss_and_gradients
@@ -109,7 +106,7 @@ def make_train_step(
     }
     rules = [rules[task.rates.get(name, no_rate)] for name in task.variables]
     with distributor.scope():
-        tables = Tables(optimizer, variables, found, by_rows, rules)
+        tables = Tables(distributor, optimizer, variables, found, by_rows, rules)
 
     def reduced(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor], list[tf.Tensor]]:
         rows = local_rows(distributor, batch)

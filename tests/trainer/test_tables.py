@@ -36,7 +36,9 @@ def apply_steps(distributor: Any, name: str, rate: Rate, by_rows: bool) -> np.nd
     set_rates(optimizer, {"table": table}, {"table": rate})
     if by_rows:
         with distributor.scope():
-            tables = Tables(optimizer, [table], [True], [True], [rule_of(optimizer, STEPS, *rate)])
+            tables = Tables(
+                distributor, optimizer, [table], [True], [True], [rule_of(optimizer, STEPS, *rate)]
+            )
 
     @tf.function(reduce_retracing=True)
     def step(indices: tf.Tensor, values: tf.Tensor) -> None:
@@ -51,7 +53,7 @@ def apply_steps(distributor: Any, name: str, rate: Rate, by_rows: bool) -> np.nd
         values = random.normal(size=(len(indices), WIDTH)) * 10.0 ** -random.integers(1, 5)
         step(tf.constant(indices), tf.constant(values))
         if by_rows and k in (STEPS // 2, STEPS - 1):
-            tables.settle(distributor)
+            tables.settle()
     return table.numpy()
 
 
