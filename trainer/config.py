@@ -570,7 +570,7 @@ def _address_faults(config: Config) -> list[str]:
         f"--{name}={getattr(config, name)} is an address: it must be a folder of a file system, on "
         "which files are flushed and renamed; train in a local one or a volume, and copy bundles "
         "and checkpoints with the store's own tool"
-        for name in ("run_dir", "store", "encoder", "classifier")
+        for name in ("run_dir", "store", "encoder", "backward_encoder", "classifier")
         if "://" in getattr(config, name)
     ]
 
@@ -603,6 +603,12 @@ def _stage_faults(config: Config) -> list[str]:
     for name in ("encoder", "backward_encoder"):
         if config.stage == "all" and getattr(config, name):
             faults.append(f"--stage=all trains an encoder of its own: leave --{name} out")
+    if config.stage == "all" and config.pretrain_direction == "backward":
+        faults.append(
+            "--pretrain_direction=backward with --stage=all, whose classifier reads forward: "
+            "pretrain with --stage=pretrain, and give the encoder to fine-tuning as "
+            "--backward_encoder"
+        )
     if config.stage == "finetune" and config.backward_encoder and not config.needs_encoder:
         faults.append(
             f"--backward_encoder={config.backward_encoder} is not read with --init_weights=random "

@@ -278,9 +278,10 @@ def check_bundles(config: Config) -> None:
     for flag, folder, direction in encoders_of(config):
         info = bundle.read_info(Path(folder), "encoder", flag)
         model, faults = info["model"], []
-        if info.get("direction", "forward") != direction:
+        reads = info.get("direction", "forward")
+        if reads != direction:
             faults.append(
-                f"{flag}={folder} reads {info['direction']}: --encoder needs one that reads "
+                f"{flag}={folder} reads {reads}: --encoder needs one that reads "
                 "forward, --backward_encoder one of --pretrain_direction=backward"
             )
         faults += [
@@ -303,6 +304,11 @@ def check_store(config: Config, store: TokenStore) -> None:
             faults.append(
                 f"--finetune_documents={wanted} is more than the {there} labelled documents that "
                 "the store has for training; 0 takes all"
+            )
+        if config.unlabelled_batch_size and "unsupervised" not in store.splits:
+            faults.append(
+                f"--unlabelled_batch_size={config.unlabelled_batch_size}, but the store has no "
+                "unsupervised split: leave it out, or name a --store with unlabelled text"
             )
     kind = store.tokenizer_config["type"]
     if config.tokenizer not in ("word", kind):
@@ -357,7 +363,7 @@ def check_resumable(config: Config, folder: Path) -> None:
 
 def with_precision(config: Config, distributor: Any, log: Callable[[str], None]) -> Config:
     """Returns the configuration with a choice in place of --precision=auto; a collective."""
-    if config.precision != "auto":
+    if config.precision != "auto" or config.stage == "evaluate":  # which reads in float32
         return config
     from trainer import precision
     from trainer.distribution.distributor import num_shards
@@ -365,7 +371,8 @@ def with_precision(config: Config, distributor: Any, log: Callable[[str], None])
     rows = max(1, config.pretrain_batch_size // num_shards(distributor))
     sizes = (rows, config.embedding_dim, config.units)
     resume = config.resume == "auto"
-    chosen = precision.choose(distributor, Path(config.run_dir), sizes, resume, log)
+    folder = replay.folder_of_run(config) if config.step else Path(config.run_dir)
+    chosen = precision.choose(distributor, folder, sizes, resume, log)
     return dataclasses.replace(config, precision=chosen)
 
 

@@ -87,6 +87,10 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert faults(folder, *backward) == []
     (found,) = faults(folder, *backward, "--init_weights=random", "--initial_state=zero")
     assert found.startswith("--backward_encoder=b is not read with --init_weights=random ")
+    (found,) = faults(folder, "--pretrain_direction=backward")
+    assert found.startswith("--pretrain_direction=backward with --stage=all, ")
+    (found,) = faults(folder, *backward[:2], "--backward_encoder=gs://b")
+    assert found.startswith("--backward_encoder=gs://b is an address")
     (found,) = faults(folder, "--backward_encoder=b")
     assert "leave --backward_encoder out" in found
     (found,) = faults(folder, "--optimizer=adamw", "--unfreeze_every_steps=5")

@@ -9,22 +9,20 @@ from data_pipelines.errors import InputError
 from trainer.config import FREE_ON_RESUME, Config
 
 PARTS = ("pretrain", "warm", "scratch")  # folders that --stage=all trains in
+OF_THIS_PROCESS = ("step", "run_dir", "track", "status_port", "status_host")
 
 
 def config_of_run(config: Config) -> Config:
     """Returns the flags of the run in --run_dir, with `step` set, and `stage` the one to rerun.
 
-    What may differ between two sittings is taken from `config` where it is not the default.
+    What may differ between two sittings is taken from `config` where it is not the default. Where
+    the run tells others of itself is not: the replay is no part of it, and it may be under way.
 
     Raises:
-      InputError: there is no run, its flags cannot be read, or its store is gone.
+      InputError: there is no run or no such step of it, its flags cannot be read, or its store is
+        gone.
     """
-    folder = Path(config.run_dir)
-    path = next((f / "config.json" for f in (folder, folder.parent) if _has_config(f)), None)
-    if path is None:
-        raise InputError(
-            f"--run_dir={folder} holds no run: neither it nor the folder above has a config.json"
-        )
+    folder, path = Path(config.run_dir), folder_of_run(config) / "config.json"
     given = {
         item.name: getattr(config, item.name)
         for item in dataclasses.fields(Config)
@@ -36,17 +34,35 @@ def config_of_run(config: Config) -> Config:
         values |= _of_part(folder, path.parent)
     elif saved.stage not in ("pretrain", "finetune") or path.parent != folder:
         raise InputError(f"--run_dir={folder}: {path} is of --stage={saved.stage}, not of training")
+    last = f"{values['stage']}_steps"
+    if config.step > values[last]:
+        raise InputError(
+            f"--step={config.step} is after the last step of the run in --run_dir={folder}, "
+            f"--{last}={values[last]}"
+        )
     if not values["store"]:
         values["store"] = str(path.parent / "store")
     if not (Path(values["store"]) / "manifest.json").exists():
         raise InputError(
             f"--store={values['store']}, which the run read, is gone: name its --store"
         )
-    return Config(**values | {"step": config.step, "run_dir": config.run_dir, "resume": "auto"})
+    values |= {name: getattr(config, name) for name in OF_THIS_PROCESS}
+    return Config(**values | {"resume": "auto"})
 
 
-def _has_config(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+def folder_of_run(config: Config) -> Path:
+    """Returns the folder of the run of which --run_dir is a part, or all.
+
+    Raises:
+      InputError: there is no run.
+    """
+    folder = Path(config.run_dir)
+    for found in (folder, folder.parent):
+        if (found / "config.json").is_file():
+            return found
+    raise InputError(
+        f"--run_dir={folder} holds no run: neither it nor the folder above has a config.json"
+    )
 
 
 def _of_part(folder: Path, run: Path) -> dict[str, Any]:

@@ -45,6 +45,18 @@ def test_what_may_differ_is_taken_from_the_command_line(run: Path, tmp_path: Pat
     assert (config.stage, config.units) == ("pretrain", 7)
 
 
+def test_trackers_and_the_status_port_are_left_to_the_run(run: Path) -> None:
+    write(run, Config(stage="pretrain", track="mlflow", status_port=9100, stall_seconds=3.0))
+    config = of(run, status_port=9200)
+    assert (config.track, config.status_port, config.stall_seconds) == ("", 9200, 3.0)
+
+
+def test_a_step_that_the_run_does_not_come_to_is_named(run: Path) -> None:
+    write(run, Config(stage="finetune", finetune_steps=4))
+    with pytest.raises(InputError, match="--step=5 is after the last step .* --finetune_steps=4$"):
+        of(run)
+
+
 @pytest.mark.parametrize(
     ("folder", "text", "says"),
     [
