@@ -113,6 +113,19 @@ def test_a_batch_without_rows() -> None:
         assert not np.any(gradient)
 
 
+def test_what_is_not_a_number_is_seen() -> None:
+    operations = native.operations(training=True)
+    zeros, none = tf.zeros((1, 16)), tf.zeros([0], tf.bool)
+    for gate in range(4):
+        for wrong in (np.nan, -np.nan):
+            z = np.zeros((1, 2, 64), np.float32)
+            z[0, 0, 16 * gate : 16 * gate + 16] = wrong
+            found = operations.warmstate_lstm(
+                tf.constant(z), tf.zeros((16, 64)), zeros, zeros, none
+            )
+            assert np.isnan(found.outputs[0, 0]).all(), (gate, wrong)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 30.0, 1e4])
 def test_the_functions_of_the_gates_over_their_range(scale: float) -> None:
     operations = native.operations(training=True)

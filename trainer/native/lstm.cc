@@ -57,7 +57,7 @@ class FlushDenormals {
 // exp(x) for x <= 0, within 2 units in the last place; 0 where it would be denormal.
 inline Vector exp_of_negative(Vector x) {
   const Vector smallest = Vector{} - 87.0f;
-  x = x > smallest ? x : smallest;
+  x = smallest > x ? smallest : x;  // not a number stays so: a run must see it
   const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vector shifted = x * 1.44269504088896341f + rounder;
   const Vector n = shifted - rounder;
