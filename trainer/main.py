@@ -136,8 +136,6 @@ def run_stage(
     from trainer.distribution.failures import lost_peer
     from trainer.preemption import StopRequest
     from trainer.replay import Replayed, describe
-    from trainer.reporting import html
-    from trainer.reporting import report as reports
     from trainer.reporting.status_server import Vitals, serve
     from trainer.reporting.trackers import make_trackers
     from trainer.stages.run import Run
@@ -188,22 +186,36 @@ def run_stage(
             print(f"worker {cluster.rank} lost a peer: {reason}")
         _exit_at_once(1 if reason is None else LOST_WORKER_EXIT_CODE)
     if chief:
-        report = {
-            "stage": config.stage,
-            "world_size": distributors.num_shards(distributor),
-            "data_note": store.note,
-            **result,
-            "wall_seconds": round(time.perf_counter() - began, 1),
-            "config": dataclasses.asdict(config),
-        }
-        reports.write(folder, report)
-        html.write([folder], folder / "report.html")
-        if os.environ.get("WARMSTATE_PRINT_REPORT"):  # for who cannot read the run's folder
-            log(f"report.json: {json.dumps(report)}")
-        for tracker in trackers:
-            tracker.end(report)
-        table = reports.comparison_table(report) if config.stage == "all" else None
-        log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.html'}")
+        write_report(run, result, time.perf_counter() - began)
+
+
+def write_report(run: Any, result: dict[str, Any], wall_seconds: float) -> None:
+    """Writes and tells how the run went.
+
+    Args:
+      result: of `stage_report`.
+    """
+    from trainer.distribution.distributor import num_shards
+    from trainer.reporting import html
+    from trainer.reporting import report as reports
+
+    config, folder = run.config, run.folder
+    report = {
+        "stage": config.stage,
+        "world_size": num_shards(run.distributor),
+        "data_note": run.store.note,
+        **result,
+        "wall_seconds": round(wall_seconds, 1),
+        "config": dataclasses.asdict(config),
+    }
+    reports.write(folder, report)
+    html.write([folder], folder / "report.html")
+    if os.environ.get("WARMSTATE_PRINT_REPORT"):  # for who cannot read the run's folder
+        run.log(f"report.json: {json.dumps(report)}")
+    for tracker in run.trackers:
+        tracker.end(report)
+    table = reports.comparison_table(report) if config.stage == "all" else None
+    run.log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.html'}")
 
 
 def stage_report(run: Any) -> dict[str, Any]:
