@@ -165,6 +165,7 @@ def make_train_step(
     apply = tf.function(
         lambda gradients: distributor.run(lambda g: optimizer.apply(g, variables), gradients),
         autograph=False,
+        reduce_retracing=True,  # a table's gradient has another number of rows each time
     )
 
     def train_step(batch: dict, stop: tf.Tensor) -> Outcome:
