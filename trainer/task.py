@@ -53,7 +53,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a stage trains; the flags of the same names describe the fields."""
+    """How a stage trains; the flags of the same names describe the fields.
+
+    Attributes:
+      folder: that the stage writes.
+      steps, schedule, evaluate_every_steps, ema: of the stage's own flags.
+      replay_step: --step: the one that is run again; 0 to train.
+      scale_loss: whether gradients need it, as those in float16 do.
+    """
 
     folder: Path
     steps: int

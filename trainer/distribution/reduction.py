@@ -26,14 +26,14 @@ def reduce_gradients(
     compress: str = "none",
     stay_rows: Sequence[bool] | None = None,
 ) -> list[Gradient]:
-    """Returns, inside a step, each gradient summed over all shards, as a dense tensor.
+    """Returns, inside a step, each gradient summed over all shards: dense, but for `stay_rows`.
 
     Args:
       gradients: this shard's.
       as_rows: whether each travels as rows, from `choose_rows`; needs tf.IndexedSlices.
       compress: "none", "fp16" or "bf16": the type in which dense gradients are sent and added.
-      stay_rows: which of those that do not travel whole are to be tf.IndexedSlices of distinct
-        rows, not dense tensors.
+      stay_rows: which of those that do not travel whole are returned as tf.IndexedSlices of
+        distinct rows.
     """
     stay_rows = stay_rows or [False] * len(gradients)
     if num_shards(distributor) == 1:
