@@ -40,10 +40,13 @@ class LossScale:
         self._steps.assign(steps)
 
     def shrink(self) -> bool:
-        """Takes in a step that was not; returns whether to try it again."""
+        """Takes in a step that was not; returns whether to try it again.
+
+        It is not where even the smallest factor did not help. The fault is another then, and the
+        factor begins anew: with the smallest the steps that follow would have no gradient.
+        """
         scale = float(self._scale.numpy())
-        if scale <= SMALLEST:
-            return False
-        self._scale.assign(scale / 2)
+        gives_up = scale <= SMALLEST
+        self._scale.assign(1.0 if gives_up else scale / 2)
         self._steps.assign(0)
-        return True
+        return not gives_up

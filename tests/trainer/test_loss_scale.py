@@ -69,9 +69,11 @@ def test_a_loss_that_is_none_ends_the_run(tmp_path: Path) -> None:
         train(one_device(), tmp_path, factor=np.nan)
 
 
-def test_it_gives_up_at_the_smallest() -> None:
+def test_it_gives_up_at_the_smallest_and_begins_anew() -> None:
     scale = LossScale()
     tries = 0
+    smallest = 1.0
     while scale.shrink():
-        tries += 1
-    assert tries == 24 and float(scale.factor()) == loss_scale.SMALLEST
+        tries, smallest = tries + 1, float(scale.factor())
+    assert (tries, smallest) == (24, loss_scale.SMALLEST)
+    assert float(scale.factor()) == 1.0
