@@ -185,7 +185,8 @@ def tell(trackers: Sequence[Tracker], folder: Path, stage: str, line: Mapping[st
     values = {
         name: float(value)
         for name, value in line.items()
-        if name not in ("stage", "step", "unix_time") and isinstance(value, int | float)
+        if name not in ("stage", "step", "unix_time", "heartbeat")
+        and isinstance(value, int | float)
     }
-    for tracker in trackers:
+    for tracker in trackers if values else ():
         tracker.scalars(part, line["step"], values)
