@@ -16,6 +16,8 @@ from tests.integration.equivalence import (
     run_workers,
 )
 
+SLOW = pytest.mark.slow  # three workers, of whom some have no rows, show what one and two do
+
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list]:
@@ -23,7 +25,7 @@ def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list]:
     return results("one_device", 1, tmp_path_factory.mktemp("one") / "device")
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 @pytest.mark.parametrize(
     "kind", ["mirrored", "multi_worker", pytest.param("horovod", marks=needs_horovod)]
 )

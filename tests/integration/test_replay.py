@@ -10,6 +10,8 @@ import pytest
 
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, metrics, run, train
 
+pytestmark = pytest.mark.slow  # quick: tests/trainer/test_loop.py, in one process
+
 
 def replayed(command: str) -> str:
     """Runs a command that a message names; returns what it printed."""
@@ -27,7 +29,7 @@ def replayed(command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_the_step_that_stopped_a_run_is_shown(
     small_store: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -46,7 +48,6 @@ def test_the_step_that_stopped_a_run_is_shown(
     assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
 
 
-@pytest.mark.slow
 def test_a_step_of_each_stage_of_the_whole_job_has_the_loss_that_it_had(
     small_store: Path, tmp_path: Path
 ) -> None:

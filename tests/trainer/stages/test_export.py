@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,19 +10,24 @@ from data_pipelines.sources import open_source
 from trainer.stages.export import TOLERANCE, export, largest_difference
 from trainer.text_classifier import load_classifier
 
+NAMES = ("bad", "so-so", "très bon")
 
-def test_a_model_of_three_classes_that_reads_first(
-    make_classifier_bundle: Callable[..., Path], tmp_path: Path
-) -> None:
-    names = ("bad", "so-so", "très bon")
-    bundle = make_classifier_bundle(names, reads_first=True)
-    said = export(bundle, tmp_path / "exported" / "1")
+
+@pytest.fixture(scope="module")
+def exported(make_classifier_bundle: Callable[..., Path], tmp_path_factory: Any) -> Path:
+    """Returns the folder of an exported model of three classes that reads first."""
+    folder = tmp_path_factory.mktemp("exported")
+    said = export(make_classifier_bundle(NAMES, reads_first=True), folder / "1")
     assert "loaded by TensorFlow alone" in said
-    assert sorted(p.name for p in (tmp_path / "exported").iterdir()) == ["1"]
-    classes = tmp_path / "exported" / "1" / "assets.extra" / "classes.txt"
-    assert tuple(classes.read_text(encoding="utf-8").splitlines()) == names
+    return folder / "1"
+
+
+def test_a_model_of_three_classes_that_reads_first(exported: Path, classifier_bundle: Path) -> None:
+    assert sorted(p.name for p in exported.parent.iterdir()) == ["1"]
+    classes = exported / "assets.extra" / "classes.txt"
+    assert tuple(classes.read_text(encoding="utf-8").splitlines()) == NAMES
     with pytest.raises(InputError, match="is there already"):
-        export(bundle, tmp_path / "exported" / "1")
+        export(classifier_bundle, exported)
 
 
 @pytest.mark.slow
@@ -38,9 +44,8 @@ def test_a_thousand_reviews_have_the_trainer_s_probabilities(
 
 
 def test_a_model_that_answers_otherwise_is_noticed(
-    make_classifier_bundle: Callable[..., Path], tmp_path: Path
+    exported: Path, make_classifier_bundle: Callable[..., Path]
 ) -> None:
-    export(make_classifier_bundle(), tmp_path / "1")
-    other = load_classifier(make_classifier_bundle(max_tokens=3))
+    other = load_classifier(make_classifier_bundle(NAMES, reads_first=True, max_tokens=3))
     texts = [f"this is a rather long review, number {i}" for i in range(20)]
-    assert not largest_difference(other, tmp_path / "1", texts) <= TOLERANCE
+    assert not largest_difference(other, exported, texts) <= TOLERANCE
