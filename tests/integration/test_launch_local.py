@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-LIMIT_SECONDS = 10.0
+LIMIT_SECONDS = 60.0  # of what takes one, on a machine that does much else
 LAUNCHER = """
 import sys
 from launch.local import run_local

@@ -1,5 +1,6 @@
 """What a person sees who starts a run on a terminal, through the launcher."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -30,13 +31,13 @@ def test_the_launcher_shows_the_live_line_of_its_first_worker(tmp_path: Path) ->
     )
     states: list[list[str]] = []
 
-    def look(raw: str) -> None:
-        screen = Screen(60)
-        screen.feed(raw.replace("\r\n", "\n"))
-        states.append(screen.lines)
-
-    code, raw = run_on_terminal([sys.executable, "-c", script], 60, cwd=REPOSITORY, each=look)
+    code, raw = run_on_terminal([sys.executable, "-c", script], 60, cwd=REPOSITORY)
     assert code == 0
+    raw = raw.replace("\r\n", "\n")
+    for end in (*(found.start() for found in re.finditer("\r", raw)), len(raw)):
+        screen = Screen(60)
+        screen.feed(raw[:end])
+        states.append(screen.lines)
     for step in (1, 2, 3):  # each at its time, on the last line
         assert any(lines[-1] == f"step {step} of 3" for lines in states)
     end = states[-1]

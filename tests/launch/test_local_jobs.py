@@ -52,7 +52,7 @@ def options(folder: Path) -> dict[str, object]:
 
 
 def launch(folder: Path, *words: str) -> tuple[int, str, str]:
-    done = subprocess.run(command(*words), capture_output=True, timeout=60, **options(folder))
+    done = subprocess.run(command(*words), capture_output=True, timeout=240, **options(folder))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -64,7 +64,7 @@ def running(folder: Path, name: str) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         **options(folder),
     )
-    with ended(process, seconds=60):
+    with ended(process, seconds=240):
         for _ in range(2):
             assert process.stdout.readline().endswith(" step 1\n")
         yield process
@@ -87,7 +87,7 @@ def test_a_job_that_runs_is_shown_followed_and_ended(folder: Path) -> None:
         follower = subprocess.Popen(
             command("logs", "a.b", "--follow"), stdout=subprocess.PIPE, **options(folder)
         )
-        with ended(follower, seconds=60):
+        with ended(follower, seconds=240):
             assert follower.stdout.readline().endswith(" step 1\n")
             assert launch(folder, "cancel", "a.b")[0] == 0
             followed = follower.stdout.read()

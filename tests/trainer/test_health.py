@@ -45,7 +45,7 @@ def test_a_stall_ends_the_process_and_shows_where_it_hangs(
         cwd=REPOSITORY,
         text=True,
         capture_output=True,
-        timeout=30,
+        timeout=120,
     )
     assert done.returncode == code
     if code:

@@ -1,5 +1,6 @@
 """States of Keras's own layers: read from encoders, and set as what layers start from."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -271,7 +272,7 @@ def test_a_model_is_loaded_in_another_process_that_imports_the_module(tmp_path: 
         "np.save('y.npy', model.predict(np.load('x.npy'), verbose=0))\n"
     )
     command = [sys.executable, "-c", program]
-    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected_of(model), atol=1e-6)

@@ -41,7 +41,7 @@ def start() -> Iterator:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        context = ended(process, 30)
+        context = ended(process, 120)
         context.__enter__()
         processes.append(context)
         assert process.stdout.readline() == "ready\n"
@@ -79,5 +79,5 @@ def test_who_has_not_stopped_within_the_grace_time_is_ended(start, does: str) ->
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
-    assert 0.25 < time.monotonic() - began < 10
+    assert 0.25 < time.monotonic() - began < 60
     assert "not stopped within --grace_seconds=0.3 of the signal" in process.stdout.read()
