@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from docs_site.build import MOVED, SECTIONS
 from warmstate.command import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -115,6 +116,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         and Path(target).name not in WRITTEN_BY_PROGRAMS
     ]
     assert not missing
+
+
+def test_every_page_is_in_the_readme_and_has_a_place_on_the_site() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    listed = {page for pages in SECTIONS.values() for page in pages}
+    for page in PAGES:
+        name = page.relative_to(REPOSITORY).as_posix()
+        assert MOVED.get(name, page.name) in listed, name
+        assert name == "README.md" or f"]({name})" in readme, name
 
 
 @pytest.mark.slow
