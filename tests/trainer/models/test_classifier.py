@@ -78,7 +78,10 @@ def test_two_directions_average_their_logits(with_reader: bool) -> None:
         variable.assign(np.random.default_rng(3).normal(size=variable.shape))
     both = Classifier(forward.encoder, 2, reader=forward.reader, backward=backward)
     both.build()
-    both.hidden, both.output_layer = forward.hidden, forward.output_layer
+    for ours, theirs in zip(
+        (both.hidden, both.output_layer), (forward.hidden, forward.output_layer), strict=True
+    ):
+        ours.set_weights(theirs.get_weights())
     reverse = np.array([[9, 5, 2, 0], [8, 7, 7, 2]], np.int32)  # of TOKENS, the end token last
     expected = forward.logits(TOKENS, LENGTHS, training=False)
     expected += backward.logits(reverse, LENGTHS, training=False)

@@ -31,8 +31,8 @@ def stock_loss(model: LanguageModel, document: np.ndarray, start: list | None = 
     encoder = model.encoder
     stock = keras.layers.LSTM(UNITS, return_sequences=True)
     stock.build((None, None, DIM))
-    stock.set_weights(encoder.lstm.get_weights())
-    h, c = start or (encoder.initial_h.numpy(), encoder.initial_c.numpy())
+    stock.set_weights(encoder.lstms[0].get_weights())
+    h, c = start or [part.numpy() for part in encoder.initial_states[0]]
     embedded = encoder.embeddings.numpy()[document][None]
     outputs = stock(embedded, initial_state=[h[None], c[None]]).numpy()[0]
     hidden = np.concatenate([h[None], outputs[:-1]])
@@ -68,7 +68,7 @@ def test_a_text_in_carried_pieces_has_the_loss_of_the_whole(model: LanguageModel
         )
         total += float(loss)
     assert total == pytest.approx(float(whole), rel=1e-5)
-    _, h, c = model.encoder(tokens, lengths)
+    _, [(h, c)] = model.encoder(tokens, lengths)
     np.testing.assert_allclose(carried, tf.concat([h, c], axis=1), rtol=1e-5, atol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_only_rows_that_carry_go_on_and_no_gradient_passes(model: LanguageModel)
         loss, _, _ = model.loss_sum_carried(
             tokens, lengths, weights, carried, tf.constant([1.0, 0.0]), training=True
         )
-    gradients = tape.gradient(loss, [carried, model.encoder.initial_h.value])
+    gradients = tape.gradient(loss, [carried, model.encoder.initial_states[0][0].value])
     assert gradients[0] is None and np.abs(gradients[1]).max() > 0
     h, c = np.split(carried.numpy()[0], 2)
     expected = stock_loss(model, tokens[0], [h, c]) + stock_loss(model, tokens[1])
