@@ -244,7 +244,8 @@ def _action_faults(words: Sequence[str]) -> list[str]:
 
 
 def _unknown_fault(word: str) -> str:
-    near = difflib.get_close_matches(word.lstrip("-").split("=")[0], list(flags.FLAGS), n=1)
+    name = word.lstrip("-").split("=")[0]
+    near = difflib.get_close_matches(name, list(flags.FLAGS), n=1, cutoff=0.7)
     hint = f"; did you mean --{near[0]}?" if near else ""
     return f"{word}: not a launcher flag{hint}; trainer flags come after --"
 
