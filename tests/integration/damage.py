@@ -26,12 +26,10 @@ def truncate(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Flips the lowest bit of a byte in the middle; in text, of the first digit from there."""
+    """Flips the lowest bit of the last byte; in JSON, of the last digit."""
     data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    if path.suffix == ".json":
-        middle = next(i for i in range(middle, len(data)) if chr(data[i]).isdigit())
-    data[middle] ^= 1
+    digits = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
+    data[digits[-1] if path.suffix == ".json" else -1] ^= 1
     path.write_bytes(data)
 
 
