@@ -120,7 +120,11 @@ def _with_api(namespace: str, use: Callable[["Api"], int]) -> int:
 
         api = kubernetes_jobs.Api(namespace)
     except ImportError as error:
-        print(f"launch: --platform=k8s: pip install 'warmstate[k8s]' ({error})", file=sys.stderr)
+        print(
+            f"launch: --platform=k8s: needs pip install -e '.[k8s]' in a clone of "
+            f"warmstate ({error})",
+            file=sys.stderr,
+        )
         return 2
     except ConfigException as error:
         print(f"launch: --platform=k8s: KUBECONFIG names no cluster: {error}", file=sys.stderr)

@@ -331,6 +331,11 @@ FREE_ON_RESUME = {
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
     "max_skipped_steps", "stall_seconds", "preemption_signal", "grace_seconds",
     "keep_best", "status_port", "status_host", "track",
+    *(
+        item.name
+        for item in dataclasses.fields(Config)
+        if item.metadata["group"] in ("Prediction", "Serving")
+    ),
 }  # fmt: skip
 
 
@@ -641,7 +646,7 @@ def _using_faults(config: Config, cluster: Cluster) -> list[str]:
     if stage == "serve" and missing:
         faults.append(
             f"--stage=serve needs {' and '.join(missing)}: pip install -c constraints.txt "
-            "'warmstate[serve]', or -e '.[serve]' in a clone"
+            "-e '.[serve]' in a clone of warmstate"
         )
     if (config.explain or config.reconstruct) and kind_and_path(config.output)[0] in ("csv", "tsv"):
         flag = "explain" if config.explain else "reconstruct"

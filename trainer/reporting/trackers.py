@@ -37,7 +37,8 @@ def faults_of(track: str) -> list[str]:
             faults.append(f"--track={track}: {name!r} is not one of {', '.join(PACKAGES)}")
         elif importlib.util.find_spec(PACKAGES[name]) is None:
             faults.append(
-                f"--track={track}: {name} is not installed: pip install 'warmstate[{name}]'"
+                f"--track={track}: {name} is not installed: pip install -e '.[{name}]' "
+                "in a clone of warmstate"
             )
     return faults
 

@@ -71,7 +71,7 @@ def test_names_that_are_wrong_or_not_installed_are_told_at_once(
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     first, second = trackers.faults_of("tensorbord, mlflow")
     assert "'tensorbord' is not one of tensorboard, mlflow, wandb" in first
-    assert "pip install 'warmstate[mlflow]'" in second
+    assert "pip install -e '.[mlflow]'" in second
     assert trackers.faults_of("") == [] and trackers.make_trackers("") == []
 
 
