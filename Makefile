@@ -49,6 +49,9 @@ test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTA
 ablation: $(INSTALLED) ## does the learned state help, apart from the weights: docs/learned-states.md
 	$(BIN)/python -m benchmarks.ablation --flagfile=trainer/configs/ablation.cfg
 
+results-table: $(INSTALLED) ## README's table, from results/*.json
+	$(BIN)/python -m trainer.reporting.results table
+
 bench-distribution: $(TESTED) ## measures the collectives and writes docs/distribution.md
 	$(BIN)/python -m benchmarks.distribution
 
