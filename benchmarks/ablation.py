@@ -115,19 +115,20 @@ def reading(result: dict[str, Any]) -> str:
         f"points against random weights from zeros, {says(result['weights'][objective])}."
         for objective, title in OBJECTIVES.items()
     ]
-    with_weights = [
-        found
-        for objective in OBJECTIVES
-        for found in result["differences"][f"{objective}/encoder"].values()
-    ]
-    better = sum(says(found) == "fewer errors" for found in with_weights)
-    worse = sum(says(found) == "more errors" for found in with_weights)
-    largest = max(abs(found["points"]) for found in with_weights)
-    lines.append(
-        f"- The state on top of the weights: of {len(with_weights)} comparisons {better} show "
-        f"fewer errors, {worse} more, the others none that these seeds can show; the largest mean "
-        f"difference is {largest:.2f} points."
-    )
+    for weights, title in (("encoder", "on top of the encoder's weights"), ("random", "alone")):
+        found = [
+            of_state
+            for objective in OBJECTIVES
+            for of_state in result["differences"][f"{objective}/{weights}"].values()
+        ]
+        fewer = sum(says(of_state) == "fewer errors" for of_state in found)
+        more = sum(says(of_state) == "more errors" for of_state in found)
+        largest = max((of_state["points"] for of_state in found), key=abs)
+        lines.append(
+            f"- The state {title}: of {len(found)} comparisons with zeros {fewer} show fewer "
+            f"errors, {more} more, the others none that these seeds can show; the largest mean "
+            f"difference is {largest:+.2f} points."
+        )
     return "\n".join(lines)
 
 

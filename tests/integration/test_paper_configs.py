@@ -15,8 +15,9 @@ FILES = sorted((REPOSITORY / "trainer" / "configs" / "paper").glob("*.cfg"))
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_row_of_the_paper_runs(file: Path, small_store: Path, tmp_path: Path) -> None:
-    # The store is there, so that its source is not read; it is one of words.
+    # The store is there, so that its source is not read; it is one of words, all of them labelled.
     flags = ("--scale=smoke", f"--store={small_store}", "--tokenizer=word")
+    flags += ("--unlabelled_batch_size=0",)
     done = subprocess.run(
         [sys.executable, "-m", "trainer.main", f"--flagfile={file}", *flags,
          f"--run_dir={tmp_path}"],
