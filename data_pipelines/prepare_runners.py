@@ -115,7 +115,9 @@ class Processes:
                     "same command again, with fewer --processes: finished parts are kept"
                 ) from error
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # Waits: a worker that only starts when this process has gone finds nothing left of
+                # what they share, and says so at length.
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
 _function: Function | None = None
