@@ -41,7 +41,7 @@ def run_all(names: tuple[str, ...], suffix: str) -> None:
 
 def page() -> str:
     """Returns docs/performance.md: the template with the results that are there."""
-    from benchmarks import lstm_layer, predict, softmax, startup, train_step
+    from benchmarks import lstm_layer, predict, serve, softmax, startup, train_step
 
     tables = {
         "lstm_layer": lstm_layer.table,
@@ -49,6 +49,7 @@ def page() -> str:
         "train_step": lambda results: train_step.table(results["rows"]),
         "predict": predict.table,
         "startup": startup.table,
+        "serve": serve.table,
     }
     text = TEMPLATE.read_text()
     for name, table in tables.items():

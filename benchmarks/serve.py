@@ -102,6 +102,17 @@ def measure(classifier: str, requests: int, clients: int) -> dict:
     }
 
 
+def table(found: dict) -> str:
+    """Returns the row of docs/performance.md."""
+    milliseconds = found["milliseconds"]
+    return (
+        "| requests | clients | errors | requests/s | p50, p95, p99 ms |\n|---|---|---|---|---|\n"
+        f"| {found['requests']:,} | {found['clients']} | {found['errors']} "
+        f"| {found['requests_per_second']:,.0f} "
+        f"| {milliseconds['p50']:.0f}, {milliseconds['p95']:.0f}, {milliseconds['p99']:.0f} |"
+    )
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -118,7 +129,7 @@ def main() -> None:
         f"{found['milliseconds']['p99']:>9}"
     )
     if options.out:
-        options.out.write_text(json.dumps({"machine": facts(), **found}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"machine": facts(), "results": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
