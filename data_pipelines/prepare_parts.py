@@ -31,6 +31,7 @@ from data_pipelines.sources import BadExample, Example, Source
 from data_pipelines.store_writer import write_file, write_shard
 from data_pipelines.token_store import NO_LABEL
 from data_pipelines.tokenizers.vocabulary import piece_ids
+from data_pipelines.windows import windows
 
 CHUNK_EXAMPLES = 512
 CHUNK_CHARACTERS = 1 << 21  # a document longer than that is a chunk of its own
@@ -110,7 +111,8 @@ def draft_part(
     writer = _DraftWriter(folder, part, piece_table(tokenizer))
 
     def blocks() -> Iterator[bytes]:
-        for chunk in _chunks(writer.good(source.examples(part.split, part.part))):
+        good = writer.good(source.examples(part.split, part.part))
+        for chunk in windows(good, CHUNK_EXAMPLES, CHUNK_CHARACTERS):
             yield writer.add(chunk).tobytes()
             count(len(chunk))
 
@@ -405,16 +407,3 @@ def id_hashes(ids: list[str]) -> np.ndarray:
         hashlib.blake2b(i.encode("utf-8", "surrogatepass"), digest_size=8).digest() for i in ids
     ]
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
-
-
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    chunk: list[Example] = []
-    characters = 0
-    for example in examples:
-        chunk.append(example)
-        characters += len(example.text)
-        if len(chunk) == CHUNK_EXAMPLES or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk

@@ -5,11 +5,12 @@ Rows come out in the order in which they go in.
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.errors import InputError
 from data_pipelines.rows import Row, kind_and_path, read_rows
+from data_pipelines.windows import windows
 from trainer import bundle
 from trainer.config import Config
 from trainer.explanation import contributions, marked
@@ -84,7 +85,7 @@ class Rows:
 
     def usable(self) -> Iterator[list[Row]]:
         """Yields the rows that hold a text, in order."""
-        for window in windows(self._rows, self._most_rows):
+        for window in windows(self._rows, self._most_rows, WINDOW_CHARACTERS):
             self._total += len(window)
             for row in window:
                 if row.fault:
@@ -99,20 +100,6 @@ class Rows:
                 f"{self._bad:,} of {self._total:,} rows hold no text that can be used; they are "
                 "left out of the output"
             )
-
-
-def windows(rows: Iterable[Row], most_rows: int) -> Iterator[list[Row]]:
-    """Yields the rows in order, as many together as fit in bounded memory."""
-    window: list[Row] = []
-    characters = 0
-    for row in rows:
-        window.append(row)
-        characters += len(row.text)
-        if len(window) == most_rows or characters >= WINDOW_CHARACTERS:
-            yield window
-            window, characters = [], 0
-    if window:
-        yield window
 
 
 def _rows_of(texts: Sequence[str]) -> Iterator[Row]:

@@ -130,10 +130,10 @@ def test_words_are_explained(classifier_bundle: Path, capsys: pytest.CaptureFixt
 def test_a_window_is_bounded_and_rows_are_read_one_window_at_a_time() -> None:
     read = itertools.count()
     rows = (Row("", "x", {}, "") for _ in iter(lambda: next(read), -1))
-    window = next(stage.windows(rows, 10))
+    window = next(stage.windows(rows, 10, stage.WINDOW_CHARACTERS))
     assert len(window) == 10 and next(read) == 10
     long = (Row("", "x" * (1 << 23), {}, "") for _ in itertools.count())
-    assert len(next(stage.windows(long, 10))) == 2
+    assert len(next(stage.windows(long, 10, stage.WINDOW_CHARACTERS))) == 2
 
 
 @pytest.mark.slow
