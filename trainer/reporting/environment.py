@@ -25,7 +25,7 @@ def describe() -> dict[str, Any]:
         **{name: version for name in PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "gpus": gpus,
@@ -40,7 +40,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Returns the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
