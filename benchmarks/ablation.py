@@ -9,7 +9,6 @@ again: a run that was interrupted goes on.
 """
 
 import json
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from trainer.distribution import cluster
 from trainer.distribution.distributor import make_distributor
 from trainer.main import open_store
 from trainer.preemption import StopRequest
+from trainer.reporting.statistics import mean_of_runs
 from trainer.stages.evaluate import evaluate
 from trainer.stages.finetune import finetune
 from trainer.stages.pretrain import pretrain
@@ -37,8 +37,6 @@ OBJECTIVES = {"sequence_autoencoder": "sequence autoencoder", "language_model": 
 WEIGHTS = ("encoder", "random")
 STATES = configuration.INITIAL_STATES
 TEMPLATE = Path(__file__).with_name("ablation.template.md")
-# Twice the standard error of a mean of few seeds is little: 4.3 is Student's t for three of them.
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def cells() -> Iterator[tuple[str, str, str]]:
@@ -90,9 +88,8 @@ def differences(errors: dict[str, list[float]], objective: str, weights: str) ->
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Returns the mean difference of pairs, in points, and half its 95 % interval."""
-    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
-    half = T_95[len(pairs)] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return {"points": statistics.mean(pairs), "plus_minus": half}
+    found = mean_of_runs([a - b for a, b in zip(ours, theirs, strict=True)])
+    return {"points": found.value, "plus_minus": found.high - found.value}
 
 
 def says(found: dict[str, float]) -> str:
