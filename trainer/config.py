@@ -26,6 +26,7 @@ OBJECTIVES = ("sequence_autoencoder", "language_model")
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
+STARTS = ("both", "warm", "scratch")
 POOLINGS = ("last", "concat")
 SCHEDULES = ("constant", "exponential", "cosine", "triangular")
 
@@ -54,6 +55,9 @@ class Config:
     # fmt: off
     stage: str = _flag("Run", "all", "What to do; all = pretrain, then fine-tune from the encoder "
                        "and from scratch, and compare.", choices=STAGES)
+    starts: str = _flag("Run", "both", "Of --stage=all, which classifiers are trained and tested: "
+                        "the warm start (warm), the one from scratch (scratch), which needs no "
+                        "pretraining, or both.", choices=STARTS)
     run_dir: str = _flag("Run", "", "Folder that the run writes: checkpoints, metrics.jsonl, "
                          "bundles, report.json.")
     step: int = _flag("Run", 0, "With --stage=replay: the step of the run in --run_dir that is run "

@@ -15,9 +15,10 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 def comparison_table(report: dict[str, Any]) -> str:
     """Returns the table of --stage=all: scratch against warm start, and who holds what."""
+    starts = [name for name in ("scratch", "warm") if name in report]
     rows = [("", "test error", "validation", "best step", "time", "tokens/s")]
-    for name, title in (("scratch", "from scratch"), ("warm", "warm start")):
-        part = report[name]
+    for name in starts:
+        part, title = report[name], {"scratch": "from scratch", "warm": "warm start"}[name]
         rows.append(
             (
                 title,
@@ -28,17 +29,18 @@ def comparison_table(report: dict[str, Any]) -> str:
                 f"{part['tokens_per_second']:,.0f}",
             )
         )
-    part = report["pretrain"]
-    rows.append(
-        (
-            "pretraining",
-            "",
-            f"ppl {part['perplexity']:.0f}",
-            f"{part['steps']}",
-            format_seconds(part["seconds"]),
-            f"{part['tokens_per_second']:,.0f}",
+    if "pretrain" in report:
+        part = report["pretrain"]
+        rows.append(
+            (
+                "pretraining",
+                "",
+                f"ppl {part['perplexity']:.0f}",
+                f"{part['steps']}",
+                format_seconds(part["seconds"]),
+                f"{part['tokens_per_second']:,.0f}",
+            )
         )
-    )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -46,14 +48,15 @@ def comparison_table(report: dict[str, Any]) -> str:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
-    warm = report["warm"]
     lines.append("")
-    lines.append(f"warm start: weights {warm['init_weights']}, state {warm['initial_state']}")
-    for rank, value in enumerate(report["broadcast"]["digests"]):
-        lines.append(f"worker {rank} holds {value}")
+    if "warm" in report:
+        warm = report["warm"]
+        lines.append(f"warm start: weights {warm['init_weights']}, state {warm['initial_state']}")
+        for rank, value in enumerate(report["broadcast"]["digests"]):
+            lines.append(f"worker {rank} holds {value}")
     lines.append(
-        f"{warm['labelled_documents']:,} labelled documents to train on, "
-        f"{report['test']['warm']['documents']:,} to test; "
+        f"{report[starts[-1]]['labelled_documents']:,} labelled documents to train on, "
+        f"{report['test'][starts[-1]]['documents']:,} to test; "
         f"all in all {format_seconds(report['wall_seconds'])}"
     )
     if report["data_note"]:

@@ -96,17 +96,19 @@ def table(folder: Path) -> str:
         else:
             groups.setdefault(result["name"].partition("-seed")[0], []).append(result)
     for name, results in groups.items():
-        for start in ("warm", "scratch"):
+        starts = list(results[0]["test_error_percent"])
+        for start in starts:
             errors = [r["test_error_percent"][start] for r in results]
             minutes = statistics.median(r["wall_seconds"] for r in results) / 60
             cores = results[0]["environment"]["cores"]
+            together = ", both starts together" if len(starts) > 1 else ""
             rows.append(
                 (
                     statistics.mean(errors),
                     f"{name}, {'warm start' if start == 'warm' else 'from scratch'}",
                     spread(errors),
                     f"run here, {len(errors)} seed{'s' if len(errors) > 1 else ''}",
-                    f"{minutes:.0f} min on {cores} cores, both starts together",
+                    f"{minutes:.0f} min on {cores} cores{together}",
                 )
             )
     lines = ["| model | test error | | time |", "|---|---|---|---|"]

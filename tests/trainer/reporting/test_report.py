@@ -46,6 +46,19 @@ def test_the_table_sets_both_starts_side_by_side() -> None:
     assert text.endswith("Data: a note.")
 
 
+def test_the_table_of_one_start_has_its_row_alone() -> None:
+    alone = {
+        "scratch": PART,
+        "test_error_percent": {"scratch": 26.125},
+        "test": {"scratch": {"documents": 5056}},
+        "data_note": "",
+        "wall_seconds": 400,
+    }
+    text = reports.comparison_table(alone)
+    assert "from scratch" in text and "warm" not in text and "pretraining" not in text
+    assert text.endswith("1,200 labelled documents to train on, 5,056 to test; all in all 6m40s")
+
+
 def test_write_replaces_the_report(tmp_path: Path) -> None:
     reports.write(tmp_path, {"a": 1})
     reports.write(tmp_path, {"a": 2})

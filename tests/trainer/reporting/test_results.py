@@ -49,6 +49,17 @@ def test_runs_of_one_recipe_are_one_row_and_the_best_is_first(tmp_path: Path) ->
     assert "| 7.50 % (7.00-8.00) | run here, 2 seeds |" in both
 
 
+def test_a_run_of_one_start_is_one_row(tmp_path: Path) -> None:
+    folder, run = tmp_path / "results", write_run(tmp_path / "run")
+    folder.mkdir()
+    report = json.loads((run / "report.json").read_text())
+    del report["test_error_percent"]["warm"]
+    (run / "report.json").write_text(json.dumps(report))
+    results.record(run, folder / "tuned-seed0.json")
+    (row,) = [row for row in results.table(folder).splitlines() if row.startswith("| tuned")]
+    assert row == "| tuned, from scratch | 9.00 % | run here, 1 seed | 10 min on 2 cores |"
+
+
 def test_the_results_that_are_kept_make_a_table() -> None:
     kept = list((REPOSITORY / "results").glob("*.json"))
     rows = results.table(REPOSITORY / "results").splitlines()
