@@ -60,7 +60,7 @@ class Bundle:
     """A loaded bundle.
 
     Attributes:
-      tensors: name -> float32 array.
+      tensors: name -> float32 array, also where the file has float16.
       info: what NAME.json holds.
     """
 
@@ -319,7 +319,24 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
                 f"{flag}={folder}: {folder / path} is damaged: its SHA-256 is not {name}.json's"
             )
     _check_model(info["model"], tensors, f"{flag}={folder}")
-    return Bundle(tensors, info)
+    half = {name: array for name, array in tensors.items() if array.dtype == np.float16}
+    return Bundle(tensors | {name: array.astype(np.float32) for name, array in half.items()}, info)
+
+
+def halve(source: Path, target: Path, name: str) -> None:
+    """Writes the bundle `source` to `target` with its numbers rounded to float16: half the bytes.
+
+    Raises:
+      InputError: `source` is no such bundle, or has a number beyond float16's range; `target`
+        cannot be written.
+    """
+    loaded = load(source, name, "the bundle")
+    with np.errstate(over="ignore"):
+        tensors = {key: array.astype(np.float16) for key, array in loaded.tensors.items()}
+    for key, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{source}: {key!r} has numbers that float16 cannot hold")
+    save(target, name, tensors, loaded.info, source / "vocab.txt")
 
 
 def _check_model(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str) -> None:

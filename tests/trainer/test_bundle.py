@@ -53,6 +53,25 @@ def test_what_is_saved_is_loaded(saved: Path, vocab: Path) -> None:
         np.testing.assert_array_equal(value, loaded.tensors[name])
 
 
+def test_half_the_bytes_load_as_float32(saved: Path, tmp_path: Path) -> None:
+    bundle.halve(saved, tmp_path / "half", "encoder")
+    loaded = bundle.load(tmp_path / "half", "encoder", "--encoder")
+    for name, value in bundle.load(saved, "encoder", "--encoder").tensors.items():
+        np.testing.assert_array_equal(loaded.tensors[name], value.astype(np.float16))
+        assert loaded.tensors[name].dtype == np.float32
+    sizes = [(f / "encoder.safetensors").stat().st_size for f in (tmp_path / "half", saved)]
+    numbers = sum(array.size for array in loaded.tensors.values())
+    assert sizes[1] - sizes[0] > 1.9 * numbers
+
+
+def test_what_float16_cannot_hold_is_not_rounded(saved: Path, vocab: Path, tmp_path: Path) -> None:
+    tensors = bundle.load(saved, "encoder", "--encoder").tensors
+    tensors["embeddings"] = np.full_like(tensors["embeddings"], 7e4)
+    bundle.save(saved, "encoder", tensors, INFO, vocab)
+    with pytest.raises(InputError, match="'embeddings' has numbers that float16 cannot hold"):
+        bundle.halve(saved, tmp_path / "half", "encoder")
+
+
 def test_saving_again_replaces_it(saved: Path, vocab: Path) -> None:
     tensors = bundle.load(saved, "encoder", "--encoder").tensors
     del tensors["states/mean/0/h"], tensors["states/mean/0/c"]

@@ -1,6 +1,7 @@
 """results/*.json: one file a run, written from what the run left; and the table made of them.
 
   python -m trainer.reporting.results record RUN_DIR --out=results/NAME.json
+  python -m trainer.reporting.results halve RUN_DIR/warm/classifier --out=results/NAME
   python -m trainer.reporting.results table            # README.md, between its two marks
 
 Nothing is typed by hand but the published rows below.
@@ -32,18 +33,17 @@ CURVES = ("loss", "perplexity", "error_percent", "learning_rate")
 CURVE_POINTS = 200
 
 
-def record(run_dir: Path, path: Path) -> dict[str, Any]:
+def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[str, Any]:
     """Writes and returns the result of the finished run of --stage=all in `run_dir`.
+
+    Args:
+      evaluation: folder of a run of --stage=evaluate on the float16 bundle that is kept beside
+        the result (`halve`): what it found goes in as well, for who evaluates it again.
 
     Raises:
       InputError: the run has not ended, is of another stage, or its files are damaged.
     """
-    try:
-        report, environment = (
-            json.loads((run_dir / name).read_text()) for name in ("report.json", "environment.json")
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{run_dir} holds no finished run: {error}") from None
+    report, environment = run_files(run_dir)
     if report["stage"] != "all":
         raise InputError(f"{run_dir} is of --stage={report['stage']}: a result is of --stage=all")
     result = {
@@ -59,8 +59,26 @@ def record(run_dir: Path, path: Path) -> dict[str, Any]:
     result["config"] = {
         name: value for name, value in report["config"].items() if name not in MACHINE_FLAGS
     }
+    if evaluation is not None:
+        found, _ = run_files(evaluation)
+        if "test" not in found:
+            raise InputError(f"{evaluation} is no run of --stage=evaluate on the test split")
+        result["kept_bundle"] = {"test": found["test"]}
     replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def run_files(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the report and the environment of a finished run.
+
+    Raises:
+      InputError: the run has not ended, or its files are damaged.
+    """
+    try:
+        report = json.loads((run_dir / "report.json").read_text())
+        return report, json.loads((run_dir / "environment.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run_dir} holds no finished run: {error}") from None
 
 
 # Folders, which name a machine and not the run.
@@ -145,13 +163,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_run = commands.add_parser("record", help="write the result of a finished run")
     of_run.add_argument("run_dir", type=Path)
     of_run.add_argument("--out", type=Path, required=True)
+    of_run.add_argument("--evaluation", type=Path, help="of the bundle that `halve` wrote")
+    of_half = commands.add_parser("halve", help="keep a classifier in float16")
+    of_half.add_argument("classifier", type=Path)
+    of_half.add_argument("--out", type=Path, required=True)
     of_table = commands.add_parser("table", help="write the table into the README")
     of_table.add_argument("--results", type=Path, default=Path("results"))
     of_table.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args(argv)
     try:
         if options.command == "record":
-            record(options.run_dir, options.out)
+            record(options.run_dir, options.out, options.evaluation)
+        elif options.command == "halve":
+            from trainer import bundle  # with TensorFlow, which nothing else here needs
+
+            bundle.halve(options.classifier, options.out, "classifier")
         else:
             write_table(options.readme, options.results)
     except InputError as error:

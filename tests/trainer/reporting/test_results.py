@@ -49,6 +49,16 @@ def test_runs_of_one_recipe_are_one_row_and_the_best_is_first(tmp_path: Path) ->
     assert "| 7.50 % (7.00-8.00) | run here, 2 seeds |" in both
 
 
+def test_what_the_kept_bundle_gave_goes_with_the_result(tmp_path: Path) -> None:
+    run, evaluation = write_run(tmp_path / "run"), write_run(tmp_path / "evaluated")
+    out = tmp_path / "imdb-seed0.json"
+    with pytest.raises(InputError, match="is no run of --stage=evaluate"):
+        results.record(run, out, evaluation)
+    found = {"stage": "evaluate", "test": {"error_percent": 7.51, "documents": 25000}}
+    (evaluation / "report.json").write_text(json.dumps(found))
+    assert results.record(run, out, evaluation)["kept_bundle"]["test"] == found["test"]
+
+
 def test_a_run_of_one_start_is_one_row(tmp_path: Path) -> None:
     folder, run = tmp_path / "results", write_run(tmp_path / "run")
     folder.mkdir()
