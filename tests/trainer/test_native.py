@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from trainer import native
-from trainer.models.lstm import WarmLSTM
+from trainer.models.lstm import WarmLSTM, Words
 from trainer.native.build import build
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
@@ -87,6 +87,58 @@ def test_it_is_what_training_runs_and_inference_where_asked(
     monkeypatch.setattr(native, "_in_inference", False)
     native.use_in_inference()
     assert "WarmstateLstm" in operations(False)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_words_that_repeat_are_read_as_all_others(
+    mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(1)
+    layer = WarmLSTM(48, return_sequences=True, return_state=True)
+    layer.build((None, 9, 5))
+    rows = tf.constant(random.normal(size=(4, 5)), tf.float32)
+    words = Words(rows, tf.constant(random.integers(0, 4, (7, 9)), tf.int32))
+    state = [tf.constant(random.normal(size=(7, 48)), tf.float32) for _ in range(2)]
+    given = None if MASKS[mask] is None else tf.constant(MASKS[mask])
+    in_tensorflow = layer.read_words(words, given, state)
+    monkeypatch.setattr(native, "_in_inference", True)
+    graph = tf.function(lambda: layer.read_words(words, given, state)).get_concrete_function().graph
+    assert "WarmstateLstmRead" in {operation.type for operation in graph.get_operations()}
+    for found, expected in zip(layer.read_words(words, given, state), in_tensorflow, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_word_that_is_not_there_is_refused() -> None:
+    operations = native.operations(training=True)
+    zeros, none = tf.zeros((1, 16)), tf.zeros([0], tf.bool)
+    for wrong in (-1, 2):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=f"there is no word {wrong}"):
+            operations.warmstate_lstm_read(
+                tf.zeros((2, 64)),
+                tf.constant([[0, wrong]]),
+                tf.zeros((16, 64)),
+                zeros,
+                zeros,
+                none,
+                return_sequences=False,
+            )
+
+
+def test_the_last_output_alone() -> None:
+    operations = native.operations(training=True)
+    random = np.random.default_rng(2)
+    z = tf.constant(random.normal(size=(3, 64)), tf.float32)
+    index = tf.constant(random.integers(0, 3, (5, 6)), tf.int32)
+    recurrent = tf.constant(random.normal(0, 0.3, (16, 64)), tf.float32)
+    zeros, mask = tf.zeros((5, 16)), tf.constant(MASKS["any"][:5, :6])
+    every, last = (
+        operations.warmstate_lstm_read(
+            z, index, recurrent, zeros, zeros, mask, return_sequences=sequences
+        )
+        for sequences in (True, False)
+    )
+    np.testing.assert_array_equal(every.outputs[:, -1:], last.outputs)
+    np.testing.assert_array_equal(every.final_h, last.outputs[:, 0])
 
 
 def test_a_row_alone_has_the_same_bits() -> None:

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from trainer.models.encoder import Encoder, States, dropout
+from trainer.models.lstm import Words
 
 # What the head reads, and how many vectors of the LSTM's size that is.
 POOLINGS = {"last": 1, "concat": 3}
@@ -83,13 +84,15 @@ class Classifier(keras.layers.Layer):
         Args:
           tokens: int32 [batch, time], right-padded.
           lengths: int32 [batch].
-          training: whether a gradient will be taken.
+          training: whether a gradient will be taken; if not, nothing is dropped.
           dropout_rate: of the embeddings, of what a layer hands to the next, and of what the head
             reads.
           embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
         """
-        embedded = self.embed(tokens, lengths, dropout_rate, embedding_seed)
         start = self.start(tokens, lengths)
+        if not training:
+            return self.read(self.words(tokens, lengths), lengths, start, training=False)
+        embedded = self.embed(tokens, lengths, dropout_rate, embedding_seed)
         return self.read(embedded, lengths, start, training, dropout_rate, output_seed)
 
     @property
@@ -116,6 +119,13 @@ class Classifier(keras.layers.Layer):
             reversed_words(tokens, lengths), lengths, dropout_rate, seed
         )
 
+    def words(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[Words]:
+        """Returns what each direction reads where nothing is trained: this, then `backward`."""
+        words = [self.encoder.words(tokens)]
+        if self.backward is None:
+            return words
+        return words + self.backward.words(reversed_words(tokens, lengths), lengths)
+
     def start(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[States]:
         """Returns the states from which each direction's LSTMs read these documents."""
         if self.reader is None:
@@ -129,7 +139,7 @@ class Classifier(keras.layers.Layer):
 
     def read(
         self,
-        embedded: list[tf.Tensor],
+        embedded: list[tf.Tensor] | list[Words],
         lengths: tf.Tensor,
         start: list[States],
         training: bool,
@@ -140,12 +150,15 @@ class Classifier(keras.layers.Layer):
         """Returns the logits of documents of which the words are embedded already.
 
         Args:
-          embedded, start: from the methods of these names.
+          embedded: from `embed`, or, without training, from `words`.
+          start: from the method of this name.
           lengths, training, dropout_rate, output_seed: as for `logits`.
           every_step: whether to predict after every word, for `pooling` "last": the logits are
             then [batch, time, ...], and those of step `lengths` - 1 are what is returned if not.
         """
-        mask = tf.sequence_mask(lengths, tf.shape(embedded[0])[1])
+        first = embedded[0]
+        steps = tf.shape(first.index if isinstance(first, Words) else first)[1]
+        mask = tf.sequence_mask(lengths, steps)
         outputs, states = self.encoder.read(
             embedded[0], mask, start[0], training, dropout_rate, output_seed
         )

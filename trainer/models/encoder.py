@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.models.lstm import WarmLSTM
+from trainer.models.lstm import WarmLSTM, Words
 from trainer.tables import read_rows
 
 # For each layer of a stack, the lowest first: [h, c], each [batch, units].
@@ -167,6 +167,11 @@ class Encoder(keras.layers.Layer):
         mean, deviation = self.moments()
         return (tf.gather(self.embeddings.value, tokens) - mean) / deviation
 
+    def words(self, tokens: tf.Tensor) -> Words:
+        """Returns the tokens with each different one embedded once, to be read without training."""
+        different, index = tf.unique(tf.reshape(tokens, [-1]))
+        return Words(self.embed(different), tf.reshape(index, tf.shape(tokens)))
+
     def moments(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the mean and standard deviation of a text's embeddings: [embedding_dim] each."""
         table = tf.convert_to_tensor(self.embeddings)
@@ -197,7 +202,7 @@ class Encoder(keras.layers.Layer):
 
     def read(
         self,
-        embedded: tf.Tensor,
+        embedded: tf.Tensor | Words,
         mask: tf.Tensor,
         states: States,
         training: bool,
@@ -207,7 +212,7 @@ class Encoder(keras.layers.Layer):
         """Runs the LSTMs from `states` over `embedded`.
 
         Args:
-          embedded: [batch, time, embedding_dim].
+          embedded: [batch, time, embedding_dim]; or, without training, what `words` returns.
           mask: bool [batch, time], False at padding.
           states: for each layer [h, c], each [batch, units].
           training: whether a gradient will be taken: the LSTMs then keep their activations.
@@ -223,7 +228,10 @@ class Encoder(keras.layers.Layer):
             if layer and dropout_rate:
                 seed = tf.random.experimental.stateless_fold_in(dropout_seed, layer)
                 outputs = dropout(outputs, dropout_rate, seed)
-            outputs, *state = lstm(outputs, mask=mask, initial_state=state, training=training)
+            if isinstance(outputs, Words):
+                outputs, *state = lstm.read_words(outputs, mask, state)
+            else:
+                outputs, *state = lstm(outputs, mask=mask, initial_state=state, training=training)
             final.append([tf.cast(part, self.embeddings.dtype) for part in state])
         return tf.cast(outputs, self.embeddings.dtype), final
 
@@ -234,7 +242,7 @@ class Encoder(keras.layers.Layer):
         """
         states = self.start(tf.shape(tokens)[0])
         mask = token_mask(tokens, lengths)
-        return self.read(self.embed(tokens), mask, states, training=False)
+        return self.read(self.words(tokens), mask, states, training=False)
 
     def get_config(self) -> dict:
         return {

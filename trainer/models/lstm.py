@@ -42,6 +42,18 @@ class _Saved(NamedTuple):
     squashed_cell: tf.Tensor  # of [units, batch], tanh of the new cell state
 
 
+class Words(NamedTuple):
+    """A batch of words, each different one embedded once.
+
+    Attributes:
+      rows: [words, inputs].
+      index: int32 [batch, time], of the word's row.
+    """
+
+    rows: tf.Tensor
+    index: tf.Tensor
+
+
 @keras.saving.register_keras_serializable(package="warmstate")
 class WarmLSTM(keras.layers.LSTM):
     """`keras.layers.LSTM` whose states can be set or learned, and which is faster on CPU.
@@ -215,6 +227,40 @@ class WarmLSTM(keras.layers.LSTM):
         if mask is not None:
             outputs = self._mask_outputs(outputs, mask)
         return outputs[:, -1], outputs, [h, c]
+
+    def read_words(
+        self, words: Words, mask: tf.Tensor | None, initial_state: list[tf.Tensor]
+    ) -> list[tf.Tensor]:
+        """Returns what the layer makes of `words`, without training; no gradient goes through it.
+
+        Args:
+            words: what is read.
+            mask: Boolean [batch, time] or None.
+            initial_state: `[h, c]`, each [batch, units].
+
+        Returns:
+            What a call returns where sequences and state are asked for.
+        """
+        compiled = native.operations(training=False)
+        fits = words.rows.dtype == tf.float32 and self.units % native.UNITS_MULTIPLE == 0
+        if not (compiled and fits and self.compute_dtype == "float32" and self._runs_own_loop()):
+            sequences = tf.gather(words.rows, words.index)
+            return self(sequences, mask=mask, initial_state=initial_state, training=False)
+        cell = self.cell
+        with tf.name_scope("lstm_forward"):
+            z = tf.matmul(words.rows, self._tensor(cell.kernel)) + self._tensor(cell.bias)
+            outputs, h, c = compiled.warmstate_lstm_read(
+                z,
+                words.index,
+                self._tensor(cell.recurrent_kernel),
+                *initial_state,
+                tf.zeros([0], tf.bool) if mask is None else mask,
+                return_sequences=True,
+            )
+        outputs.set_shape([*words.index.shape, self.units])
+        for state in (h, c):
+            state.set_shape([words.index.shape[0], self.units])
+        return [outputs if mask is None else self._mask_outputs(outputs, mask), h, c]
 
     def _tensor(self, variable: keras.Variable) -> tf.Tensor:
         # Read here, not in the loops: a custom gradient may not capture variables.

@@ -1,4 +1,4 @@
-// The two loops of an LSTM layer in training, float32, on a CPU.
+// The two loops of an LSTM layer in training, and the one that only reads; float32, on a CPU.
 //
 // The rows of a batch do not depend on each other, so each thread takes some of them through all
 // steps and never waits for another. A step multiplies the rows that are not masked, packed, with
@@ -155,6 +155,20 @@ struct Call {
   }
 };
 
+// Returns the recurrent matrix [units, 4 * units] in panels of the four gates of 16 units.
+std::vector<float> in_panels(const float* matrix, int64_t units) {
+  std::vector<float> packed(units * 4 * units);
+  float* to = packed.data();
+  for (int64_t u = 0; u < units; u += kWidth) {
+    for (int64_t k = 0; k < units; ++k) {
+      for (int gate = 0; gate < 4; ++gate, to += kWidth) {
+        std::memcpy(to, matrix + k * 4 * units + gate * units + u, sizeof(Vector));
+      }
+    }
+  }
+  return packed;
+}
+
 class ForwardOp : public OpKernel {
  public:
   explicit ForwardOp(OpKernelConstruction* context) : OpKernel(context) {}
@@ -175,16 +189,7 @@ class ForwardOp : public OpKernel {
     OP_REQUIRES_OK(context, context->allocate_output(1, of_units, &cells));
     OP_REQUIRES_OK(context, context->allocate_output(3, of_units, &before));
 
-    const float* matrix = recurrent.flat<float>().data();
-    std::vector<float> packed(units * 4 * units);
-    float* to = packed.data();
-    for (int64_t u = 0; u < units; u += kWidth) {
-      for (int64_t k = 0; k < units; ++k) {
-        for (int gate = 0; gate < 4; ++gate, to += kWidth) {
-          std::memcpy(to, matrix + k * 4 * units + gate * units + u, sizeof(Vector));
-        }
-      }
-    }
+    const std::vector<float> packed = in_panels(recurrent.flat<float>().data(), units);
     const float* z = context->input(0).flat<float>().data();
     const float* h0 = context->input(2).flat<float>().data();
     const float* c0 = context->input(3).flat<float>().data();
@@ -240,6 +245,88 @@ class ForwardOp : public OpKernel {
       }
     });
   }
+};
+
+// Reads without keeping anything but the states. What the inputs give the gates is looked up: words
+// repeat, and each different one was multiplied once.
+class ReadOp : public OpKernel {
+ public:
+  explicit ReadOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("return_sequences", &sequences_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor &words = context->input(0), &index = context->input(1);
+    const int64_t units = context->input(2).dim_size(0), depth = 4 * units;
+    const bool masked = context->input(5).NumElements() > 0;
+    const Call call{index.dim_size(0), index.dim_size(1), units,
+                    masked ? context->input(5).flat<bool>().data() : nullptr};
+    OP_REQUIRES(context, units % kWidth == 0 && words.dim_size(1) == depth,
+                tensorflow::errors::InvalidArgument("units must be a multiple of 16"));
+    const int32_t* word = index.flat<int32_t>().data();
+    for (int64_t i = 0; i < index.NumElements(); ++i) {
+      OP_REQUIRES(context, 0 <= word[i] && word[i] < words.dim_size(0),
+                  tensorflow::errors::InvalidArgument("there is no word ", word[i]));
+    }
+    Tensor *outputs = nullptr, *final_h = nullptr, *final_c = nullptr;
+    const TensorShape of_outputs({call.batch, sequences_ ? call.steps : 1, units});
+    const TensorShape state({call.batch, units});
+    OP_REQUIRES_OK(context, context->allocate_output(0, of_outputs, &outputs));
+    OP_REQUIRES_OK(context, context->allocate_output(1, state, &final_h));
+    OP_REQUIRES_OK(context, context->allocate_output(2, state, &final_c));
+
+    const std::vector<float> packed = in_panels(context->input(2).flat<float>().data(), units);
+    const float* z = words.flat<float>().data();
+    float *out = outputs->flat<float>().data(), *h = final_h->flat<float>().data(),
+          *c = final_c->flat<float>().data();
+    std::memcpy(h, context->input(3).flat<float>().data(), 4 * call.batch * units);
+    std::memcpy(c, context->input(4).flat<float>().data(), 4 * call.batch * units);
+
+    call.run(context, [&](const std::vector<int64_t>& rows) {
+      std::vector<int64_t> shown;
+      std::vector<float> last(rows.size() * units);  // h before the step
+      for (int64_t t = 0; t < call.steps; ++t) {
+        shown.clear();
+        for (int64_t row : rows) {
+          if (!call.shows(row, t)) continue;
+          std::memcpy(last.data() + shown.size() * units, h + row * units, 4 * units);
+          shown.push_back(row);
+        }
+        for (int64_t u = 0; u < units; u += kWidth) {
+          const float* panel = packed.data() + u * depth;
+          for (size_t first = 0; first < shown.size(); first += kRows) {
+            const int many = std::min<size_t>(kRows, shown.size() - first);
+            Vector sums[kRows][4];
+            const float* states[kRows];
+            for (int m = 0; m < many; ++m) {
+              const float* of_word = z + word[shown[first + m] * call.steps + t] * depth + u;
+              states[m] = last.data() + (first + m) * units;
+              for (int gate = 0; gate < 4; ++gate) sums[m][gate] = load(of_word + gate * units);
+            }
+            multiply(many, panel, units, states, sums);
+            for (int m = 0; m < many; ++m) {
+              const int64_t place = shown[first + m] * units + u;
+              const Vector cell = sigmoid(sums[m][1]) * load(c + place) +
+                                  sigmoid(sums[m][0]) * tanh_of(sums[m][2]);
+              store(c + place, cell);
+              store(h + place, sigmoid(sums[m][3]) * tanh_of(cell));
+            }
+          }
+        }
+        for (int64_t row : rows) {
+          if (!sequences_) break;
+          std::memcpy(out + (row * call.steps + t) * units, h + row * units, 4 * units);
+        }
+      }
+      for (int64_t row : rows) {
+        if (sequences_) break;
+        std::memcpy(out + row * units, h + row * units, 4 * units);
+      }
+    });
+  }
+
+ private:
+  bool sequences_;
 };
 
 class BackwardOp : public OpKernel {
@@ -349,6 +436,22 @@ REGISTER_OP("WarmstateLstm")
     .Output("before: float")
     .SetShapeFn(tensorflow::shape_inference::UnknownShape);
 REGISTER_KERNEL_BUILDER(Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU), ForwardOp);
+
+// z: [words, 4 * units], what each different word and the bias give the gates. index: int32
+// [batch, time], rows of z. mask: bool [batch, time], or empty.
+REGISTER_OP("WarmstateLstmRead")
+    .Attr("return_sequences: bool")
+    .Input("z: float")
+    .Input("index: int32")
+    .Input("recurrent: float")
+    .Input("h: float")
+    .Input("c: float")
+    .Input("mask: bool")
+    .Output("outputs: float")
+    .Output("final_h: float")
+    .Output("final_c: float")
+    .SetShapeFn(tensorflow::shape_inference::UnknownShape);
+REGISTER_KERNEL_BUILDER(Name("WarmstateLstmRead").Device(tensorflow::DEVICE_CPU), ReadOp);
 
 // d_outputs: [batch, time, units], or empty where only the final states have a gradient.
 REGISTER_OP("WarmstateLstmGrad")

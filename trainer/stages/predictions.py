@@ -116,7 +116,7 @@ def final_state(
     if classifier.reader is not None:
         _, states = classifier.reader(tokens, lengths)
     mask = token_mask(tokens, lengths)
-    _, states = encoder.read(encoder.embed(tokens), mask, states, training=False)
+    _, states = encoder.read(encoder.words(tokens), mask, states, training=False)
     h, c = states[-1]
     return tf.cast(h, tf.float32), tf.cast(c, tf.float32)
 

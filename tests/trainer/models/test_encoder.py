@@ -68,6 +68,21 @@ def test_dropout_between_layers_is_a_function_of_its_seed_and_of_the_layer() -> 
     assert (read(two, 0.5, 1) != read(two, 0.0, 1)).any()
 
 
+def test_words_are_read_as_their_embeddings_are() -> None:
+    encoder = Encoder(9, 4, 6, seed=0, num_layers=2)
+    encoder.build()
+    tokens = tf.constant([[3, 5, 3, 8], [5, 5, 0, 0]])
+    mask, start = tf.sequence_mask([4, 2], 4), encoder.start(2)
+    words = encoder.words(tokens)
+    assert words.rows.shape == (4, 4)
+    found, expected = (
+        tf.nest.flatten(encoder.read(read, mask, start, training=False))
+        for read in (words, encoder.embed(tokens))
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
 def test_no_dropout_is_the_same_tensor() -> None:
     x = np.ones(3)
     assert dropout(x, 0.0, None) is x
