@@ -72,6 +72,61 @@ def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
         np.testing.assert_allclose(found, expected, atol=3e-6 * max(1, np.abs(expected).max()))
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_half_precision_is_near_float32(mask: str, return_sequences: bool) -> None:
+    random = np.random.default_rng(5)
+    inputs = tf.constant(random.normal(size=(7, 9, 5)), tf.float32)
+    states = [tf.constant(random.normal(size=(7, 48)), tf.float32) for _ in range(2)]
+    weights = [
+        random.normal(0, 48**-0.5, shape).astype(np.float32)
+        for shape in ((5, 192), (48, 192), (192,))
+    ]
+    given = None if MASKS[mask] is None else tf.constant(MASKS[mask])
+    half, whole = (
+        results(
+            WarmLSTM(48, return_sequences=return_sequences, return_state=True, dtype=precision),
+            inputs,
+            states,
+            given,
+            weights,
+        )
+        for precision in ("mixed_bfloat16", "float32")
+    )
+    for found, expected in zip(half, whole, strict=True):
+        error = np.linalg.norm(found.astype(np.float32) - expected) / np.linalg.norm(expected)
+        assert error < 0.02, error  # a bfloat16 has 8 bits
+    layer = WarmLSTM(48, dtype="mixed_bfloat16")
+    run = tf.function(lambda x: layer(x, training=True))
+    graph = run.get_concrete_function(tf.TensorSpec(inputs.shape)).graph
+    (operation,) = (op for op in graph.get_operations() if op.type == "WarmstateLstm")
+    assert operation.get_attr("factors") == tf.bfloat16
+
+
+def half(array: np.ndarray) -> np.ndarray:
+    return tf.cast(tf.cast(array, tf.bfloat16), tf.float32).numpy()
+
+
+def test_only_the_factors_of_the_recurrent_products_are_rounded() -> None:
+    """From factors that bfloat16 holds exactly, both kinds of product give the same."""
+    operations = native.operations(training=True)
+    random = np.random.default_rng(4)
+    z = tf.constant(random.normal(size=(5, 1, 128)), tf.float32)
+    recurrent, h = half(random.normal(0, 0.3, (32, 128))), half(random.normal(size=(5, 32)))
+    c, none = tf.constant(random.normal(size=(5, 32)), tf.float32), tf.zeros([0], tf.bool)
+    rounded, whole = (
+        operations.warmstate_lstm(z, recurrent, h, c, none, factors=factors)
+        for factors in (tf.bfloat16, tf.float32)
+    )
+    for found, expected in zip(rounded, whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for wrong in (np.nan, -np.nan, np.inf):
+        broken = operations.warmstate_lstm(
+            z, recurrent, np.full_like(h, wrong), c, none, factors=tf.bfloat16
+        )
+        assert np.isnan(broken.outputs).any(), wrong
+
+
 def test_it_is_what_training_runs_and_inference_where_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,16 +196,19 @@ def test_the_last_output_alone() -> None:
     np.testing.assert_array_equal(every.final_h, last.outputs[:, 0])
 
 
-def test_a_row_alone_has_the_same_bits() -> None:
+@pytest.mark.parametrize("factors", [tf.float32, tf.bfloat16])
+def test_a_row_alone_has_the_same_bits(factors: tf.DType) -> None:
     operations = native.operations(training=True)
     random = np.random.default_rng(0)
     z = random.normal(size=(13, 20, 64)).astype(np.float32)
     recurrent = tf.constant(random.normal(0, 0.3, (16, 64)), tf.float32)
     zeros, none = tf.zeros((13, 16)), tf.zeros([0], tf.bool)
-    together = operations.warmstate_lstm(tf.constant(z), recurrent, zeros, zeros, none)
+    together = operations.warmstate_lstm(
+        tf.constant(z), recurrent, zeros, zeros, none, factors=factors
+    )
     for row in range(13):
         alone = operations.warmstate_lstm(
-            tf.constant(z[row : row + 1]), recurrent, zeros[:1], zeros[:1], none
+            tf.constant(z[row : row + 1]), recurrent, zeros[:1], zeros[:1], none, factors=factors
         )
         for one, all_ in zip(alone, together, strict=True):
             assert one[0].numpy().tobytes() == all_[row].numpy().tobytes()

@@ -6,8 +6,9 @@ that TensorFlow hands out without copying. The forward loop does one product a s
 [input; 1; state]; the backward loop only sends dh and dc through the recurrent matrix, and one
 product after it gives all weight gradients.
 
-Where the compiled loops of trainer/native have been built, training in float32 on a CPU runs those,
-and so do programs that ask for it, in inference. Exported models do not: they must load anywhere.
+Where the compiled loops of trainer/native have been built, training in float32 or bfloat16 on a CPU
+runs those, and so do programs that ask for it, in inference. Exported models do not: they must load
+anywhere.
 
 In half precision (a layer of dtype policy mixed_bfloat16 or mixed_float16) the products are in it;
 states, gates and what they keep are float32 inside the loops: a cell state adds up small numbers
@@ -324,7 +325,8 @@ def lstm(
     """
     width, units = kernel.shape[0], recurrent.shape[0]
     compiled = native.operations(training=keep_activations)
-    if compiled and inputs.dtype == tf.float32 and units % native.UNITS_MULTIPLE == 0:
+    fits = inputs.dtype in (tf.float32, tf.bfloat16) and units % native.UNITS_MULTIPLE == 0
+    if compiled and fits:
         run = _compiled(compiled, mask, return_sequences)
     else:
         run = _in_tensorflow(mask, (width, units), return_sequences, keep_activations)
@@ -343,34 +345,51 @@ def _compiled(
     mask = tf.zeros([0], tf.bool) if mask is None else mask
     none = tf.zeros([0])
 
+    def whole(tensor: tf.Tensor) -> tf.Tensor:
+        return tf.cast(tensor, tf.float32)
+
     def flat(tensor: tf.Tensor) -> tf.Tensor:
         return tf.reshape(tensor, [-1, tensor.shape[-1]])  # [batch * time, ...]
 
     @tf.custom_gradient
     def run(*tensors: tf.Tensor) -> Any:
         inputs, h, c, kernel, recurrent, bias = tensors
-        units = recurrent.shape[0]
+        units, factors = recurrent.shape[0], inputs.dtype
         with tf.name_scope("lstm_forward"):
-            z = tf.tensordot(inputs, kernel, 1) + bias
-            outputs, cells, gates, before = operations.warmstate_lstm(z, recurrent, h, c, mask)
+            z = whole(tf.tensordot(inputs, kernel, 1)) + whole(bias)
+            outputs, cells, gates, before = operations.warmstate_lstm(
+                z, whole(recurrent), whole(h), whole(c), mask, factors=factors
+            )
             for tensor in (outputs, cells, before):
                 tensor.set_shape([inputs.shape[0], inputs.shape[1], units])
             shown = outputs if return_sequences else outputs[:, -1:]
+            results = [tf.cast(t, factors) for t in (shown, outputs[:, -1], cells[:, -1])]
 
         def gradient(d_outputs: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor) -> tuple:
             with tf.name_scope("lstm_backward"):
+                d_outputs, dh, dc = whole(d_outputs), whole(dh), whole(dc)
                 if not return_sequences:
                     dh, d_outputs = dh + d_outputs[:, 0], none
                 dz, dh, dc = operations.warmstate_lstm_grad(
-                    gates, recurrent, c, cells, mask, d_outputs, dh, dc
+                    gates,
+                    whole(recurrent),
+                    whole(c),
+                    cells,
+                    mask,
+                    d_outputs,
+                    dh,
+                    dc,
+                    factors=factors,
                 )
-                dz = tf.reshape(dz, [-1, 4 * units])
+                d_bias = tf.reduce_sum(dz, [0, 1])
+                dz = tf.cast(tf.reshape(dz, [-1, 4 * units]), factors)
                 d_inputs = tf.reshape(tf.matmul(dz, kernel, transpose_b=True), tf.shape(inputs))
                 d_kernel = tf.matmul(flat(inputs), dz, transpose_a=True)
-                d_recurrent = tf.matmul(flat(before), dz, transpose_a=True)
-                return d_inputs, dh, dc, d_kernel, d_recurrent, tf.reduce_sum(dz, 0)
+                d_recurrent = tf.matmul(tf.cast(flat(before), factors), dz, transpose_a=True)
+                dh, dc, d_bias = (tf.cast(t, factors) for t in (dh, dc, d_bias))
+                return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
 
-        return (shown, outputs[:, -1], cells[:, -1]), gradient
+        return tuple(results), gradient
 
     return run
 

@@ -1,4 +1,5 @@
-// The two loops of an LSTM layer in training, and the one that only reads; float32, on a CPU.
+// The two loops of an LSTM layer in training, and the one that only reads; on a CPU. Everything is
+// float32, but for the factors of the recurrent products, which may be bfloat16.
 //
 // The rows of a batch do not depend on each other, so each thread takes some of them through all
 // steps and never waits for another. A step multiplies the rows that are not masked, packed, with
@@ -13,7 +14,9 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__SSE2__)
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
 
@@ -25,6 +28,7 @@
 
 namespace {
 
+using tensorflow::bfloat16;
 using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
@@ -88,28 +92,89 @@ inline Vector tanh_of(Vector x) {
   return x2 < 0.01f ? small : (x < 0.0f ? -large : large);
 }
 
+// Two bfloat16 numbers, the first in the lower half: the factors of two steps of a product.
+typedef uint32_t Pair;
+typedef Pair Pairs __attribute__((vector_size(4 * kWidth)));
+
+// The nearest bfloat16, as the upper half of a float; a tie goes to the even one.
+inline uint32_t nearest_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return bits | 0x00400000;  // not a number stays so
+  return bits + 0x7fff + (bits >> 16 & 1);
+}
+
+// How products are made of a kind of factors, each of which holds kSteps numbers along the depth.
+struct Whole {
+  typedef float Factor;
+  typedef Vector Factors;
+  static constexpr int64_t kSteps = 1;
+
+  static Factors load(const Factor* p) { return ::load(p); }
+  static void add(Vector& sum, Factors b, Factor a) { sum += b * a; }
+  static Factor factor(const float* from, int64_t) { return *from; }
+  static void pack(const float* from, int64_t depth, Factor* to) {
+    std::memcpy(to, from, sizeof(Factor) * depth);
+  }
+};
+
+struct Half {
+  typedef Pair Factor;
+  typedef Pairs Factors;
+  static constexpr int64_t kSteps = 2;
+
+  static Factors load(const Factor* p) {
+    typedef Pair Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+    return *reinterpret_cast<const Unaligned*>(p);
+  }
+  static void add(Vector& sum, Factors b, Factor a) {
+    const Factors all = Factors{} + a;
+#if defined(__AVX512BF16__)
+    sum = reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+        reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(all)));
+#else
+    const Factors upper = Factors{} + 0xffff0000u;
+    sum += reinterpret_cast<Vector>(b << 16) * reinterpret_cast<Vector>(all << 16);
+    sum += reinterpret_cast<Vector>(b & upper) * reinterpret_cast<Vector>(all & upper);
+#endif
+  }
+  static Factor factor(const float* from, int64_t stride) {
+    return nearest_half(from[0]) >> 16 | (nearest_half(from[stride]) & 0xffff0000);
+  }
+  static void pack(const float* from, int64_t depth, Factor* to) {
+#if defined(__AVX512BF16__)
+    for (int64_t k = 0; k < depth; k += kWidth) {
+      const __m256bh halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + k));
+      std::memcpy(to + k / 2, &halves, sizeof halves);
+    }
+#else
+    for (int64_t k = 0; k < depth; k += 2) *to++ = factor(from + k, 1);
+#endif
+  }
+};
+
 // sums[m] += rows[m][0..depth) * panel, for kMany rows.
-template <int kMany>
-inline void multiply(const float* panel, int64_t depth, const float* const* rows,
-                     Vector (&sums)[kRows][4]) {
+template <typename Kind, int kMany>
+inline void multiply(const typename Kind::Factor* panel, int64_t depth,
+                     const typename Kind::Factor* const* rows, Vector (&sums)[kRows][4]) {
   Vector local[kMany][4];  // in registers
-  const float* row[kMany];
+  const typename Kind::Factor* row[kMany];
 #pragma GCC unroll 6
   for (int m = 0; m < kMany; ++m) {
     row[m] = rows[m];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) local[m][v] = sums[m][v];
   }
-  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
-    const Vector b0 = load(panel), b1 = load(panel + 16), b2 = load(panel + 32),
-                 b3 = load(panel + 48);
+  for (int64_t k = 0; k < depth / Kind::kSteps; ++k, panel += kPanel) {
+    const auto b0 = Kind::load(panel), b1 = Kind::load(panel + 16), b2 = Kind::load(panel + 32),
+               b3 = Kind::load(panel + 48);
 #pragma GCC unroll 6
     for (int m = 0; m < kMany; ++m) {
-      const float a = row[m][k];
-      local[m][0] += b0 * a;
-      local[m][1] += b1 * a;
-      local[m][2] += b2 * a;
-      local[m][3] += b3 * a;
+      const auto a = row[m][k];
+      Kind::add(local[m][0], b0, a);
+      Kind::add(local[m][1], b1, a);
+      Kind::add(local[m][2], b2, a);
+      Kind::add(local[m][3], b3, a);
     }
   }
 #pragma GCC unroll 6
@@ -119,15 +184,16 @@ inline void multiply(const float* panel, int64_t depth, const float* const* rows
   }
 }
 
-void multiply(int many, const float* panel, int64_t depth, const float* const* rows,
-              Vector (&sums)[kRows][4]) {
+template <typename Kind>
+void multiply(int many, const typename Kind::Factor* panel, int64_t depth,
+              const typename Kind::Factor* const* rows, Vector (&sums)[kRows][4]) {
   switch (many) {
-    case 1: return multiply<1>(panel, depth, rows, sums);
-    case 2: return multiply<2>(panel, depth, rows, sums);
-    case 3: return multiply<3>(panel, depth, rows, sums);
-    case 4: return multiply<4>(panel, depth, rows, sums);
-    case 5: return multiply<5>(panel, depth, rows, sums);
-    default: return multiply<6>(panel, depth, rows, sums);
+    case 1: return multiply<Kind, 1>(panel, depth, rows, sums);
+    case 2: return multiply<Kind, 2>(panel, depth, rows, sums);
+    case 3: return multiply<Kind, 3>(panel, depth, rows, sums);
+    case 4: return multiply<Kind, 4>(panel, depth, rows, sums);
+    case 5: return multiply<Kind, 5>(panel, depth, rows, sums);
+    default: return multiply<Kind, 6>(panel, depth, rows, sums);
   }
 }
 
@@ -156,19 +222,22 @@ struct Call {
 };
 
 // Returns the recurrent matrix [units, 4 * units] in panels of the four gates of 16 units.
-std::vector<float> in_panels(const float* matrix, int64_t units) {
-  std::vector<float> packed(units * 4 * units);
-  float* to = packed.data();
+template <typename Kind>
+std::vector<typename Kind::Factor> in_panels(const float* matrix, int64_t units) {
+  std::vector<typename Kind::Factor> packed(units / Kind::kSteps * 4 * units);
+  auto* to = packed.data();
   for (int64_t u = 0; u < units; u += kWidth) {
-    for (int64_t k = 0; k < units; ++k) {
-      for (int gate = 0; gate < 4; ++gate, to += kWidth) {
-        std::memcpy(to, matrix + k * 4 * units + gate * units + u, sizeof(Vector));
+    for (int64_t k = 0; k < units; k += Kind::kSteps) {
+      for (int gate = 0; gate < 4; ++gate) {
+        const float* from = matrix + k * 4 * units + gate * units + u;
+        for (int v = 0; v < kWidth; ++v) *to++ = Kind::factor(from + v, 4 * units);
       }
     }
   }
   return packed;
 }
 
+template <typename Kind>
 class ForwardOp : public OpKernel {
  public:
   explicit ForwardOp(OpKernelConstruction* context) : OpKernel(context) {}
@@ -189,7 +258,8 @@ class ForwardOp : public OpKernel {
     OP_REQUIRES_OK(context, context->allocate_output(1, of_units, &cells));
     OP_REQUIRES_OK(context, context->allocate_output(3, of_units, &before));
 
-    const std::vector<float> packed = in_panels(recurrent.flat<float>().data(), units);
+    const auto packed = in_panels<Kind>(recurrent.flat<float>().data(), units);
+    const int64_t factors = units / Kind::kSteps;  // of a state
     const float* z = context->input(0).flat<float>().data();
     const float* h0 = context->input(2).flat<float>().data();
     const float* c0 = context->input(3).flat<float>().data();
@@ -198,6 +268,7 @@ class ForwardOp : public OpKernel {
 
     call.run(context, [&](const std::vector<int64_t>& rows) {
       std::vector<int64_t> shown;
+      std::vector<typename Kind::Factor> last(rows.size() * factors);  // h before the step
       for (int64_t t = 0; t < call.steps; ++t) {
         shown.clear();
         for (int64_t row : rows) {
@@ -205,6 +276,7 @@ class ForwardOp : public OpKernel {
           const float* last_h = t ? h + (now - 1) * units : h0 + row * units;
           std::memcpy(b + now * units, last_h, 4 * units);
           if (call.shows(row, t)) {
+            Kind::pack(last_h, units, last.data() + shown.size() * factors);
             shown.push_back(row);
           } else {
             const float* last_c = t ? c + (now - 1) * units : c0 + row * units;
@@ -213,19 +285,19 @@ class ForwardOp : public OpKernel {
           }
         }
         for (int64_t u = 0; u < units; u += kWidth) {
-          const float* panel = packed.data() + u * 4 * units;
+          const auto* panel = packed.data() + u * 4 * factors;
           for (size_t first = 0; first < shown.size(); first += kRows) {
             const int many = std::min<size_t>(kRows, shown.size() - first);
             Vector sums[kRows][4];
-            const float* states[kRows];
+            const typename Kind::Factor* states[kRows];
             for (int m = 0; m < many; ++m) {
               const int64_t now = shown[first + m] * call.steps + t;
-              states[m] = b + now * units;
+              states[m] = last.data() + (first + m) * factors;
               for (int gate = 0; gate < 4; ++gate) {
                 sums[m][gate] = load(z + now * 4 * units + gate * units + u);
               }
             }
-            multiply(many, panel, units, states, sums);
+            multiply<Kind>(many, panel, units, states, sums);
             for (int m = 0; m < many; ++m) {
               const int64_t row = shown[first + m], now = row * call.steps + t;
               const float* last_c = (t ? c + (now - 1) * units : c0 + row * units) + u;
@@ -275,7 +347,7 @@ class ReadOp : public OpKernel {
     OP_REQUIRES_OK(context, context->allocate_output(1, state, &final_h));
     OP_REQUIRES_OK(context, context->allocate_output(2, state, &final_c));
 
-    const std::vector<float> packed = in_panels(context->input(2).flat<float>().data(), units);
+    const auto packed = in_panels<Whole>(context->input(2).flat<float>().data(), units);
     const float* z = words.flat<float>().data();
     float *out = outputs->flat<float>().data(), *h = final_h->flat<float>().data(),
           *c = final_c->flat<float>().data();
@@ -303,7 +375,7 @@ class ReadOp : public OpKernel {
               states[m] = last.data() + (first + m) * units;
               for (int gate = 0; gate < 4; ++gate) sums[m][gate] = load(of_word + gate * units);
             }
-            multiply(many, panel, units, states, sums);
+            multiply<Whole>(many, panel, units, states, sums);
             for (int m = 0; m < many; ++m) {
               const int64_t place = shown[first + m] * units + u;
               const Vector cell = sigmoid(sums[m][1]) * load(c + place) +
@@ -329,6 +401,7 @@ class ReadOp : public OpKernel {
   bool sequences_;
 };
 
+template <typename Kind>
 class BackwardOp : public OpKernel {
  public:
   explicit BackwardOp(OpKernelConstruction* context) : OpKernel(context) {}
@@ -349,10 +422,13 @@ class BackwardOp : public OpKernel {
 
     const float* matrix = recurrent.flat<float>().data();
     const int64_t panels = (units + kPanel - 1) / kPanel, depth = 4 * units;
-    std::vector<float> packed(panels * depth * kPanel, 0.0f);
+    const int64_t factors = depth / Kind::kSteps;  // of a row's gradients
+    std::vector<typename Kind::Factor> packed(panels * factors * kPanel, 0);
     for (int64_t u = 0; u < units; ++u) {
-      float* to = packed.data() + u / kPanel * depth * kPanel + u % kPanel;
-      for (int64_t k = 0; k < depth; ++k) to[k * kPanel] = matrix[u * depth + k];
+      auto* to = packed.data() + u / kPanel * factors * kPanel + u % kPanel;
+      for (int64_t k = 0; k < factors; ++k) {
+        to[k * kPanel] = Kind::factor(matrix + u * depth + k * Kind::kSteps, 1);
+      }
     }
     const float* g = context->input(0).flat<float>().data();
     const float* c0 = context->input(2).flat<float>().data();
@@ -365,6 +441,7 @@ class BackwardOp : public OpKernel {
 
     call.run(context, [&](const std::vector<int64_t>& rows) {
       std::vector<int64_t> shown;
+      std::vector<typename Kind::Factor> of_gates(rows.size() * factors);
       for (int64_t t = call.steps - 1; t >= 0; --t) {
         shown.clear();
         for (int64_t row : rows) {
@@ -378,7 +455,6 @@ class BackwardOp : public OpKernel {
             std::memset(row_dz, 0, 4 * depth);
             continue;
           }
-          shown.push_back(row);
           const float* gate = g + now * depth;
           const float* last_c = t ? c + (now - 1) * units : c0 + row * units;
           for (int64_t u = 0; u < units; u += kWidth) {
@@ -398,17 +474,19 @@ class BackwardOp : public OpKernel {
             store(row_dz + 3 * units + u, of_out);
             store(row_dc + u, of_c * forget);
           }
+          Kind::pack(row_dz, depth, of_gates.data() + shown.size() * factors);
+          shown.push_back(row);
         }
         for (int64_t p = 0; p < panels; ++p) {
           const int64_t vectors = std::min<int64_t>(4, (units - p * kPanel) / kWidth);
           for (size_t first = 0; first < shown.size(); first += kRows) {
             const int many = std::min<size_t>(kRows, shown.size() - first);
             Vector sums[kRows][4] = {};
-            const float* factors[kRows];
+            const typename Kind::Factor* gradients[kRows];
             for (int m = 0; m < many; ++m) {
-              factors[m] = dz + (shown[first + m] * call.steps + t) * depth;
+              gradients[m] = of_gates.data() + (first + m) * factors;
             }
-            multiply(many, packed.data() + p * depth * kPanel, depth, factors, sums);
+            multiply<Kind>(many, packed.data() + p * factors * kPanel, depth, gradients, sums);
             for (int m = 0; m < many; ++m) {
               float* to = dh + shown[first + m] * units + p * kPanel;
               for (int64_t v = 0; v < vectors; ++v) store(to + v * kWidth, sums[m][v]);
@@ -423,8 +501,9 @@ class BackwardOp : public OpKernel {
 }  // namespace
 
 // z: [batch, time, 4 * units], what the inputs and the bias give the gates, which are input,
-// forget, candidate and output. mask: bool [batch, time], or empty.
+// forget, candidate and output. mask: bool [batch, time], or empty. factors: of the recurrent products.
 REGISTER_OP("WarmstateLstm")
+    .Attr("factors: {float, bfloat16} = DT_FLOAT")
     .Input("z: float")
     .Input("recurrent: float")
     .Input("h: float")
@@ -435,7 +514,12 @@ REGISTER_OP("WarmstateLstm")
     .Output("gates: float")
     .Output("before: float")
     .SetShapeFn(tensorflow::shape_inference::UnknownShape);
-REGISTER_KERNEL_BUILDER(Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU), ForwardOp);
+REGISTER_KERNEL_BUILDER(
+    Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU).TypeConstraint<float>("factors"),
+    ForwardOp<Whole>);
+REGISTER_KERNEL_BUILDER(
+    Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU).TypeConstraint<bfloat16>("factors"),
+    ForwardOp<Half>);
 
 // z: [words, 4 * units], what each different word and the bias give the gates. index: int32
 // [batch, time], rows of z. mask: bool [batch, time], or empty.
@@ -455,6 +539,7 @@ REGISTER_KERNEL_BUILDER(Name("WarmstateLstmRead").Device(tensorflow::DEVICE_CPU)
 
 // d_outputs: [batch, time, units], or empty where only the final states have a gradient.
 REGISTER_OP("WarmstateLstmGrad")
+    .Attr("factors: {float, bfloat16} = DT_FLOAT")
     .Input("gates: float")
     .Input("recurrent: float")
     .Input("c: float")
@@ -467,4 +552,9 @@ REGISTER_OP("WarmstateLstmGrad")
     .Output("d_first_h: float")
     .Output("d_first_c: float")
     .SetShapeFn(tensorflow::shape_inference::UnknownShape);
-REGISTER_KERNEL_BUILDER(Name("WarmstateLstmGrad").Device(tensorflow::DEVICE_CPU), BackwardOp);
+REGISTER_KERNEL_BUILDER(
+    Name("WarmstateLstmGrad").Device(tensorflow::DEVICE_CPU).TypeConstraint<float>("factors"),
+    BackwardOp<Whole>);
+REGISTER_KERNEL_BUILDER(
+    Name("WarmstateLstmGrad").Device(tensorflow::DEVICE_CPU).TypeConstraint<bfloat16>("factors"),
+    BackwardOp<Half>);
