@@ -41,7 +41,7 @@ def run_all(names: tuple[str, ...], suffix: str) -> None:
 
 def page() -> str:
     """Returns docs/performance.md: the template with the results that are there."""
-    from benchmarks import lstm_layer, predict, serve, softmax, startup, train_step
+    from benchmarks import lstm_layer, precision, predict, serve, softmax, startup, train_step
 
     tables = {
         "lstm_layer": lstm_layer.table,
@@ -50,6 +50,7 @@ def page() -> str:
         "predict": predict.table,
         "startup": startup.table,
         "serve": serve.table,
+        "precision": precision.table,
     }
     text = TEMPLATE.read_text()
     for name, table in tables.items():

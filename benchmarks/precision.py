@@ -1,0 +1,87 @@
+"""Does training in bfloat16 lose what training in float32 loses?
+
+    python -m benchmarks.precision --flagfile=trainer/configs/imdb_cpu_20min.cfg --data_dir=DIR \
+        --store=runs/store
+
+Pretrains twice, by the flags of trainer.main that are given, and compares what both logged. Takes
+minutes, so `make bench` leaves it out; `python -m benchmarks.all --render` puts it into the page.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import facts
+from benchmarks.processes import write_results
+from trainer.precision import CHOICES
+
+
+def logged(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Returns the training rows of a run's metrics, by step."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, lines) if "loss" in row}
+
+
+def run(precision: str, steps: int, flags: list[str], run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Pretrains for `steps` steps; returns what was logged."""
+    command = [sys.executable, "-m", "trainer.main", *flags, "--stage=pretrain"]
+    command += [f"--pretrain_steps={steps}", f"--precision={precision}", f"--run_dir={run_dir}"]
+    subprocess.run(command, check=True)
+    return logged(run_dir)
+
+
+def compare(curves: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Returns the losses of both by step, and by how many percent bfloat16's is off."""
+    whole, half = (curves[precision] for precision in CHOICES)
+    off = {step: 100 * (half[step]["loss"] / whole[step]["loss"] - 1) for step in whole}
+    last = max(whole)
+    return {
+        "steps": last,
+        "loss": {
+            name: [[s, round(row["loss"], 5)] for s, row in rows.items()]
+            for name, rows in curves.items()
+        },
+        "off_by_percent_at_the_end": round(off[last], 4),
+        "off_by_percent_at_most": round(max(map(abs, off.values())), 4),
+        "tokens_per_second": {
+            name: round(rows[last]["tokens_per_second"]) for name, rows in curves.items()
+        },
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns what the page says."""
+    speed = results["tokens_per_second"]
+    rows = [
+        f"| {name} | {results['loss'][name][-1][1]:.4f} | {speed[name]:,} |" for name in CHOICES
+    ]
+    return "\n".join(
+        [
+            f"| precision | training loss after {results['steps']:,} steps | tokens/s there |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"Off by {results['off_by_percent_at_the_end']:+.2f} % at the end, by "
+            f"{results['off_by_percent_at_most']:.2f} % at most at any step that was logged.",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--out", default="precision")
+    options, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        curves = {name: run(name, options.steps, flags, Path(folder, name)) for name in CHOICES}
+    results = compare(curves)
+    write_results(options.out, facts(), results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
