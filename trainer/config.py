@@ -125,7 +125,8 @@ class Config:
     units: int = _flag("Model", 256, "LSTM cells.", at_least=1)
     precision: str = _flag("Model", "float32", "Keras's dtype policy of the LSTMs: in the mixed "
                            "ones their products are in half precision; weights, states inside "
-                           "the layer and losses stay float32. mixed_float16 scales the loss; "
+                           "the layer and losses stay float32. mixed_bfloat16 holds for the "
+                           "products of the sampled softmax too; mixed_float16 scales the loss; "
                            "auto = mixed_bfloat16 where it is measured to be faster.",
                            choices=PRECISIONS)
     num_layers: int = _flag("Model", 1, "LSTMs, each reading the outputs of the one below.",

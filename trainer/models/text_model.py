@@ -108,8 +108,15 @@ class TextModel(keras.layers.Layer):
         hidden, kernel, bias = self._softmax(hidden)
         with tf.name_scope("softmax"):
             if noise.num_sampled:
+                half = self.encoder.precision == "mixed_bfloat16"
                 losses = softmax.sampled_cross_entropy(
-                    hidden, targets, kernel, bias, noise.num_sampled, noise.softmax_seed
+                    hidden,
+                    targets,
+                    kernel,
+                    bias,
+                    noise.num_sampled,
+                    noise.softmax_seed,
+                    products=tf.bfloat16 if half else tf.float32,
                 )
             else:
                 losses = softmax.cross_entropy(hidden, targets, kernel, bias)

@@ -16,6 +16,8 @@ from trainer.tables import read_rows
 
 # Logits held at a time: 64 MiB of float32.
 CHUNK_LOGITS = 1 << 24
+# And of the sampled softmax: 2 MiB, which a cache holds.
+CHUNK_SAMPLED_LOGITS = 1 << 19
 
 
 def cross_entropy(
@@ -59,8 +61,9 @@ def _losses(
         values = (losses, normalisers)
         return [a.write(number, value) for a, value in zip(arrays, values, strict=True)]
 
-    arrays = [_array(hidden, kernel, []) for _ in range(2)]
-    losses, normalisers = _over_chunks(hidden, kernel, chunk, arrays)
+    size = _chunk_tokens(kernel, CHUNK_LOGITS)
+    arrays = [_array(hidden, size, []) for _ in range(2)]
+    losses, normalisers = _over_chunks(hidden, size, chunk, arrays)
     return losses.concat(), normalisers.concat()
 
 
@@ -88,9 +91,10 @@ def _gradients(
             d_bias + tf.reduce_sum(d_logits, axis=0),
         ]
 
+    size = _chunk_tokens(kernel, CHUNK_LOGITS)
     width = [hidden.shape[1]]
-    sums = [_array(hidden, kernel, width), tf.zeros_like(kernel), tf.zeros_like(bias)]
-    d_hidden, d_kernel, d_bias = _over_chunks(hidden, kernel, chunk, sums)
+    sums = [_array(hidden, size, width), tf.zeros_like(kernel), tf.zeros_like(bias)]
+    d_hidden, d_kernel, d_bias = _over_chunks(hidden, size, chunk, sums)
     vocab_size = kernel.shape[0]
     weighted = upstream[:, None]
     return (
@@ -100,35 +104,33 @@ def _gradients(
     )
 
 
-def _over_chunks(
-    hidden: tf.Tensor, kernel: tf.Tensor, chunk: Callable[..., list], values: list
-) -> list:
-    """Returns what chunk(start, stop, values, number) makes of `values` over all tokens."""
-    size, tokens = _chunk_tokens(kernel), tf.shape(hidden)[0]
+def _over_chunks(hidden: tf.Tensor, size: int, chunk: Callable[..., list], values: list) -> list:
+    """Returns what chunk(start, stop, values, number) makes of `values`, `size` tokens each."""
+    tokens = tf.shape(hidden)[0]
 
     def step(number: tf.Tensor, values: list) -> tuple[tf.Tensor, list]:
         start = number * size
         return number + 1, chunk(start, tf.minimum(start + size, tokens), values, number)
 
-    count = _num_chunks(hidden, kernel)
+    count = _num_chunks(hidden, size)
     _, values = tf.while_loop(
         lambda number, values: number < count, step, (0, values), parallel_iterations=1
     )
     return values
 
 
-def _array(hidden: tf.Tensor, kernel: tf.Tensor, shape: list[int]) -> tf.TensorArray:
+def _array(hidden: tf.Tensor, size: int, shape: list[int]) -> tf.TensorArray:
     return tf.TensorArray(
-        hidden.dtype, _num_chunks(hidden, kernel), infer_shape=False, element_shape=[None, *shape]
+        hidden.dtype, _num_chunks(hidden, size), infer_shape=False, element_shape=[None, *shape]
     )
 
 
-def _chunk_tokens(kernel: tf.Tensor) -> int:
-    return max(1, CHUNK_LOGITS // kernel.shape[0])
+def _chunk_tokens(kernel: tf.Tensor, logits: int) -> int:
+    return max(1, logits // kernel.shape[0])
 
 
-def _num_chunks(hidden: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-    return tf.maximum(1, -(-tf.shape(hidden)[0] // _chunk_tokens(kernel)))
+def _num_chunks(hidden: tf.Tensor, size: int) -> tf.Tensor:
+    return tf.maximum(1, -(-tf.shape(hidden)[0] // size))
 
 
 def sampled_cross_entropy(
@@ -138,6 +140,7 @@ def sampled_cross_entropy(
     bias: tf.Tensor,
     num_sampled: int,
     seed: tf.Tensor,
+    products: tf.DType = tf.float32,
 ) -> tf.Tensor:
     """Returns the sampled cross-entropy, in nats: float32 [tokens].
 
@@ -148,6 +151,7 @@ def sampled_cross_entropy(
       num_sampled: number of candidates.
       seed: int32 [2]; the candidates are a function of it alone, so that all workers, given
         the same seed, share them, and N workers compute what one would.
+      products: the type that the candidates' products are made in.
     """
     vocab_size = kernel.shape[0]
     candidates = log_uniform_candidates(vocab_size, num_sampled, seed)
@@ -157,14 +161,67 @@ def sampled_cross_entropy(
     target_weights, candidate_weights = tf.split(weights, [tf.size(targets), num_sampled])
     target_biases, candidate_biases = tf.split(biases, [tf.size(targets), num_sampled])
     target_logits = tf.reduce_sum(hidden * target_weights, axis=1) + target_biases
-    candidate_logits = tf.matmul(hidden, candidate_weights, transpose_b=True)
-    candidate_logits += candidate_biases  # [tokens, candidates]
+    offsets = candidate_biases - log_expected_count(candidates, vocab_size, num_sampled)
+    run = _over_candidates(targets, candidates, products)
+    return run(target_logits, hidden, candidate_weights, offsets)
 
-    candidate_logits -= log_expected_count(candidates, vocab_size, num_sampled)
-    is_target = targets[:, None] == candidates
-    candidate_logits = tf.where(is_target, candidate_logits.dtype.min, candidate_logits)
-    logits = tf.concat([target_logits[:, None], candidate_logits], axis=1)
-    return tf.reduce_logsumexp(logits, axis=1) - target_logits
+
+def _over_candidates(
+    targets: tf.Tensor, candidates: tf.Tensor, products: tf.DType
+) -> Callable[..., tf.Tensor]:
+    """Returns the loss as a function of the target's logits and the candidates' factors.
+
+    Of [tokens, candidates] one array is held, and all that is done to it is done chunk by chunk,
+    while it is in the cache: differentiated by TensorFlow, each of a dozen operations would pass
+    through the memory.
+    """
+
+    def product(a: tf.Tensor, b: tf.Tensor, **transposed: bool) -> tf.Tensor:
+        return tf.cast(tf.matmul(tf.cast(a, products), tf.cast(b, products), **transposed), a.dtype)
+
+    @tf.custom_gradient
+    def run(
+        target_logits: tf.Tensor, hidden: tf.Tensor, weights: tf.Tensor, offsets: tf.Tensor
+    ) -> Any:
+        def forward(start: tf.Tensor, stop: tf.Tensor, arrays: list, number: tf.Tensor) -> list:
+            logits = product(hidden[start:stop], weights, transpose_b=True) + offsets
+            is_target = targets[start:stop, None] == candidates
+            logits = tf.where(is_target, logits.dtype.min, logits)
+            target = target_logits[start:stop]
+            largest = tf.maximum(tf.reduce_max(logits, axis=1), target)
+            parts = tf.exp(logits - largest[:, None])  # [chunk, candidates]
+            of_target = tf.exp(target - largest)
+            sums = tf.reduce_sum(parts, axis=1) + of_target
+            values = (parts, sums, tf.math.log(sums) + largest - target, of_target / sums)
+            return [a.write(number, value) for a, value in zip(arrays, values, strict=True)]
+
+        size = _chunk_tokens(weights, CHUNK_SAMPLED_LOGITS)
+        shapes = ([weights.shape[0]], [], [], [])
+        arrays = [_array(hidden, size, shape) for shape in shapes]
+        parts, sums, losses, of_target = _over_chunks(hidden, size, forward, arrays)
+        sums, of_target = sums.concat(), of_target.concat()
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            factors = upstream / sums
+
+            def backward(start: tf.Tensor, stop: tf.Tensor, found: list, number: tf.Tensor) -> list:
+                d_hidden, d_weights, d_offsets = found
+                d_logits = parts.read(number) * factors[start:stop, None]
+                some = hidden[start:stop]
+                return [
+                    d_hidden.write(number, product(d_logits, weights)),
+                    d_weights + product(d_logits, some, transpose_a=True),
+                    d_offsets + tf.reduce_sum(d_logits, axis=0),
+                ]
+
+            d_hidden = _array(hidden, size, [hidden.shape[1]])
+            found = [d_hidden, tf.zeros_like(weights), tf.zeros_like(offsets)]
+            d_hidden, d_weights, d_offsets = _over_chunks(hidden, size, backward, found)
+            return upstream * (of_target - 1.0), d_hidden.concat(), d_weights, d_offsets
+
+        return losses.concat(), gradient
+
+    return run
 
 
 def log_uniform_candidates(vocab_size: int, num_sampled: int, seed: tf.Tensor) -> tf.Tensor:

@@ -1,7 +1,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,6 +166,50 @@ def test_sampled_loss_is_numpys_over_target_and_candidates() -> None:
         expected.append(np.log(np.exp(logits).sum()) - logits[0])
     losses = softmax.sampled_cross_entropy(hidden, targets, kernel, bias, 16, seed)
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+def plainly_sampled(
+    hidden: tf.Tensor, targets: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, seed: tf.Tensor
+) -> tf.Tensor:
+    """The sampled loss of 16 candidates as TensorFlow differentiates it."""
+    candidates = softmax.log_uniform_candidates(50, 16, seed)
+    logits = tf.matmul(hidden, tf.gather(kernel, candidates), transpose_b=True)
+    logits += tf.gather(bias, candidates) - softmax.log_expected_count(candidates, 50, 16)
+    logits = tf.where(targets[:, None] == candidates, -1e30, logits)
+    of_target = tf.reduce_sum(hidden * tf.gather(kernel, targets), 1) + tf.gather(bias, targets)
+    return tf.reduce_logsumexp(tf.concat([of_target[:, None], logits], 1), 1) - of_target
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_sampled_gradients_are_those_of_the_loss(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(softmax, "CHUNK_SAMPLED_LOGITS", 16 * chunk)
+    hidden, targets, kernel, bias = map(tf.constant, problem())
+    seed, weights = tf.constant([4, 5]), tf.range(len(hidden), dtype=tf.float32)
+
+    def gradients(loss: Callable[..., tf.Tensor], *more: Any, **options: Any) -> list[np.ndarray]:
+        with tf.GradientTape() as tape:
+            tape.watch([hidden, kernel, bias])
+            total = tf.reduce_sum(loss(hidden, targets, kernel, bias, *more, **options) * weights)
+        found = tape.gradient(total, [hidden, kernel, bias])
+        return [total, *map(tf.convert_to_tensor, found)]
+
+    ours = gradients(softmax.sampled_cross_entropy, 16, seed)
+    for found, expected in zip(ours, gradients(plainly_sampled, seed), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    half = gradients(softmax.sampled_cross_entropy, 16, seed, products=tf.bfloat16)
+    for found, expected in zip(half, ours, strict=True):
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert 0 < error < 0.01
+
+
+def test_sampled_loss_of_no_tokens() -> None:
+    hidden, targets, kernel, bias = map(tf.constant, problem())
+    losses = softmax.sampled_cross_entropy(
+        hidden[:0], targets[:0], kernel, bias, 16, tf.constant([4, 5])
+    )
+    assert losses.shape == (0,)
 
 
 def test_sampled_gradient_estimates_the_exact_one() -> None:
