@@ -160,6 +160,8 @@ def sampled_cross_entropy(
     weights, biases = read_rows(kernel, read), read_rows(bias, read)
     target_weights, candidate_weights = tf.split(weights, [tf.size(targets), num_sampled])
     target_biases, candidate_biases = tf.split(biases, [tf.size(targets), num_sampled])
+    candidate_weights.set_shape([num_sampled, kernel.shape[1]])  # unknown of rows that were read
+    candidate_biases.set_shape([num_sampled])
     target_logits = tf.reduce_sum(hidden * target_weights, axis=1) + target_biases
     offsets = candidate_biases - log_expected_count(candidates, vocab_size, num_sampled)
     run = _over_candidates(targets, candidates, products)
