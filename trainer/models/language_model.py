@@ -9,7 +9,7 @@ text to the next is the LSTM's state and nothing else.
 import tensorflow as tf
 
 from trainer.models.encoder import States, dropout, token_mask
-from trainer.models.text_model import EXACT, Noise, TextModel, drop_words
+from trainer.models.text_model import EXACT, Noise, TextModel, all_but_last, drop_words
 
 
 class LanguageModel(TextModel):
@@ -86,6 +86,6 @@ class LanguageModel(TextModel):
             embedded, mask, start, training, noise.dropout_rate, noise.output_seed
         )
         top_h, _ = start[-1]
-        predicting = tf.concat([top_h[:, None], outputs[:, :-1]], axis=1)
+        predicting = tf.concat([top_h[:, None], all_but_last(outputs)], axis=1)
         loss, count = self.prediction_loss(predicting, tokens, mask & (weights[:, None] > 0), noise)
         return loss, count, final

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from data_pipelines.reserved_ids import END_ID, PADDING_ID
 from trainer.models.encoder import States, dropout, token_mask
-from trainer.models.text_model import EXACT, Noise, TextModel, drop_words
+from trainer.models.text_model import EXACT, Noise, TextModel, all_but_last, drop_words
 
 
 class SequenceAutoencoder(TextModel):
@@ -37,7 +37,7 @@ class SequenceAutoencoder(TextModel):
         start = self.encoder.start(tf.shape(read)[0])
         _, states = self.encoder.read(read, mask, start, training, dropout_rate, seeds[0])
         outputs, _ = self.encoder.read(
-            written[:, :-1], mask[:, 1:], states, training, dropout_rate, seeds[1]
+            all_but_last(written), mask[:, 1:], states, training, dropout_rate, seeds[1]
         )
         last_h, _ = states[-1]
         return tf.concat([last_h[:, None], outputs], axis=1)

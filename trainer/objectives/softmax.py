@@ -218,7 +218,8 @@ def _over_candidates(
 
             d_hidden = _array(hidden, size, [hidden.shape[1]])
             found = [d_hidden, tf.zeros_like(weights), tf.zeros_like(offsets)]
-            d_hidden, d_weights, d_offsets = _over_chunks(hidden, size, backward, found)
+            with tf.name_scope("softmax_backward"):  # for a profile
+                d_hidden, d_weights, d_offsets = _over_chunks(hidden, size, backward, found)
             return upstream * (of_target - 1.0), d_hidden.concat(), d_weights, d_offsets
 
         return losses.concat(), gradient
