@@ -36,7 +36,7 @@ SECTIONS = {
     ],
     "How it works": [
         "how-it-works.md", "data-batches.md", "distribution.md", "faults.md", "reliability.md",
-        "learned-states.md", "performance.md", "decisions.md",
+        "learned-states.md", "reproduction.md", "performance.md", "decisions.md",
     ],
     "Project": ["changelog.md", "contributing.md", "licences.md"],
 }  # fmt: skip
