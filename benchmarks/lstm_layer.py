@@ -40,6 +40,8 @@ SHAPES = [(64, 200, 256, 512, 11), (32, 400, 512, 1024, 5), (32, 100, 128, 256, 
 GEMM_SIDE = 2048
 PRODUCTS = 50
 TOLERANCE = 1e-5
+HALF = "warmstate bfloat16"
+HALF_TOLERANCE = 0.02
 
 
 def layer_step(layer: keras.layers.LSTM, inputs: tf.Tensor, mask: tf.Tensor | None) -> Callable:
@@ -51,7 +53,7 @@ def layer_step(layer: keras.layers.LSTM, inputs: tf.Tensor, mask: tf.Tensor | No
         with tf.GradientTape() as tape:
             tape.watch(inputs)
             outputs = layer(inputs, mask=mask, training=True)
-            loss = tf.reduce_sum(outputs * outputs)
+            loss = tf.reduce_sum(tf.cast(outputs * outputs, tf.float32))
         return [outputs, *tape.gradient(loss, [inputs, *weights])]
 
     return step
@@ -119,11 +121,13 @@ def seconds(function: Callable) -> float:
     return time.perf_counter() - start
 
 
-def check(name: str, found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+def check(
+    name: str, found: list[np.ndarray], expected: list[np.ndarray], tolerance: float = TOLERANCE
+) -> None:
     """Raises AssertionError unless `found` are `expected` up to rounding."""
     for ours, theirs in zip(found, expected, strict=True):
         error = np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs))
-        if not error < TOLERANCE:
+        if not error < tolerance:
             raise AssertionError(f"{name} differs from Keras by {error:.1e}")
 
 
@@ -144,11 +148,15 @@ def measure(
     for layer in layers.values():
         layer.build(inputs.shape)
     layers["warmstate"].set_weights(layers["keras"].get_weights())
+    half = WarmLSTM(units, return_sequences=True, dtype="mixed_bfloat16")
+    half.build(inputs.shape)
+    half.set_weights(layers["keras"].get_weights())
     functions = {name: layer_step(layer, inputs, mask) for name, layer in layers.items()}
     gpu = bool(tf.config.list_physical_devices("GPU"))
     if not padded:
         if not gpu:
             functions["block_lstm"] = block_lstm_step(layers["keras"], inputs)
+            functions[HALF] = layer_step(half, inputs, None)
         for name, layer in layers.items():
             functions[f"{name} inference"] = inference(layer, inputs)
         functions["small products"] = products(4 * units, units, batch, PRODUCTS)
@@ -157,6 +165,9 @@ def measure(
     for name in ("warmstate", "block_lstm"):
         if name in functions:
             check(f"{shape}: {name}", functions[name](), expected)
+    if HALF in functions:
+        found = [tf.cast(tensor, tf.float32) for tensor in functions[HALF]()]
+        check(f"{shape}: {HALF}", found, expected, HALF_TOLERANCE)
     timed = {name: lambda f=function: seconds(f) for name, function in functions.items()}
     if torch and not padded:
         kernel, recurrent, bias = layers["keras"].get_weights()
@@ -218,9 +229,9 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
 def table(results: list[dict[str, Any]]) -> str:
     """Returns the results as Markdown."""
     lines = [
-        "| forward and backward, min (median) ms | ours | Keras | BlockLSTM | PyTorch "
-        "| ours / Keras, PyTorch | of the limit |",
-        "|---|---|---|---|---|---|---|",
+        "| forward and backward, min (median) ms | ours | in bfloat16 | Keras | BlockLSTM "
+        "| PyTorch | ours / Keras, PyTorch | of the limit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
 
     def cell(r: dict[str, Any], name: str) -> str:
@@ -232,7 +243,8 @@ def table(results: list[dict[str, Any]]) -> str:
         for suffix in ("", " inference"):
             if f"warmstate{suffix}" not in r["ms"]:
                 continue
-            names = [f"{n}{suffix}" for n in ("warmstate", "keras", "block_lstm", "pytorch")]
+            programs = ("warmstate", HALF, "keras", "block_lstm", "pytorch")
+            names = [f"{n}{suffix}" for n in programs]
             faster = [r["ratios"].get(f"{n}{suffix}") for n in ("keras", "pytorch")]
             percent = r.get("percent_of_limit", {}).get("warmstate") if not suffix else None
             lines.append(
