@@ -13,7 +13,6 @@ the train split as before, and reads the test split once.
 """
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from sklearn.svm import LinearSVC
 from benchmarks import machine
 from data_pipelines.errors import InputError
 from data_pipelines.sources import BadExample, open_source
+from trainer.reporting.environment import commit
 
 FLAGS = flags.FLAGS
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -115,12 +115,9 @@ def main(argv: list[str]) -> None:
     )
     vectorizer.fit(texts["train"][0])
     splits = {k: (vectorizer.transform(v), labels) for k, (v, labels) in texts.items()}
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     for name, title, fit in MODELS:
         result = run(name, title, fit, splits)
-        result |= {"data_note": source.note, "commit": commit, "machine": machine.facts()}
+        result |= {"data_note": source.note, "commit": commit(), "machine": machine.facts()}
         path = Path(FLAGS.out) / f"{name}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
         print(f"{name}: test error {result['test_error_percent']:.2f} %, wrote {path}")

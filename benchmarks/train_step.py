@@ -68,8 +68,8 @@ def expected_megabytes(vocab: int, base: float, native: bool) -> float:
 
     Weights and two moments; counts of the tables' rows; what both passes of the LSTM keep for the
     backward pass; and what one of these needs there: the gates' gradients, and in TensorFlow's
-    loops transposed copies of them and of the steps' inputs. Then the softmax's rows and logits,
-    with their gradients.
+    loops transposed copies of them and of the steps' inputs. Then the softmax's rows, with their
+    gradients, and its logits.
 
     Args:
       base: of a process that has imported TensorFlow and done nothing.
@@ -79,7 +79,7 @@ def expected_megabytes(vocab: int, base: float, native: bool) -> float:
     tokens = BATCH * MAX_TOKENS
     kept = 2 * tokens * (DIM + (8 if native else 9) * UNITS)
     backward = tokens * (DIM + 6 * UNITS if native else 2 * DIM + 14 * UNITS)
-    softmax = tokens * (4 * UNITS + 4 * SAMPLED)
+    softmax = tokens * (4 * UNITS + SAMPLED)
     numbers = 3 * parameters + kept + backward + softmax
     return base + (4 * numbers + 3 * 8 * vocab) / 2**20
 

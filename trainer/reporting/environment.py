@@ -3,15 +3,17 @@
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("warmstate", "tensorflow", "keras", "numpy", "horovod")
 
 
 def describe() -> dict[str, Any]:
-    """Returns versions, processor, cores, memory (GiB), GPUs and the command line of this process.
+    """Returns versions, commit, processor, cores, memory in GiB, GPUs and the command line.
 
     Imports TensorFlow.
     """
@@ -23,6 +25,7 @@ def describe() -> dict[str, Any]:
     ]
     return {
         **{name: version for name in PACKAGES if (version := _version(name))},
+        "commit": commit(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": processor(),
@@ -31,6 +34,24 @@ def describe() -> dict[str, Any]:
         "gpus": gpus,
         "command": sys.argv,
     }
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """Returns the commit of this checkout, with a "+" where files differ from it.
+
+    None where it is no checkout, or there is no git.
+    """
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(package: str) -> str | None:

@@ -117,7 +117,7 @@ def table(folder: Path) -> str:
         starts = list(results[0]["test_error_percent"])
         for start in starts:
             errors = [r["test_error_percent"][start] for r in results]
-            minutes = statistics.median(r["wall_seconds"] for r in results) / 60
+            minutes = statistics.median(map(seconds_of, results)) / 60
             cores = results[0]["environment"]["cores"]
             together = ", both starts together" if len(starts) > 1 else ""
             rows.append(
@@ -134,6 +134,15 @@ def table(folder: Path) -> str:
         f"| {name} | {error} | {how} | {time} |" for _, name, error, how, time in sorted(rows)
     ]
     return "\n".join(lines)
+
+
+def seconds_of(result: dict[str, Any]) -> float:
+    """Returns how long a run took, all of its sittings together.
+
+    `wall_seconds` is of the last one; the parts' own seconds go on where a run goes on.
+    """
+    parts = (result.get(part, {}).get("seconds", 0.0) for part in ("pretrain", "warm", "scratch"))
+    return max(result["wall_seconds"], sum(parts))
 
 
 def spread(errors: Sequence[float]) -> str:

@@ -59,6 +59,12 @@ def test_what_the_kept_bundle_gave_goes_with_the_result(tmp_path: Path) -> None:
     assert results.record(run, out, evaluation)["kept_bundle"]["test"] == found["test"]
 
 
+def test_the_time_is_that_of_all_sittings() -> None:
+    parts = {"pretrain": {"seconds": 500.0}, "warm": {"seconds": 300.0}}
+    assert results.seconds_of({"wall_seconds": 90.0, **parts}) == 800
+    assert results.seconds_of({"wall_seconds": 900.0, **parts}) == 900
+
+
 def test_a_run_of_one_start_is_one_row(tmp_path: Path) -> None:
     folder, run = tmp_path / "results", write_run(tmp_path / "run")
     folder.mkdir()
