@@ -129,6 +129,8 @@ class Config:
                            "products of the sampled softmax too; mixed_float16 scales the loss; "
                            "auto = mixed_bfloat16 where it is measured to be faster.",
                            choices=PRECISIONS)
+    recompute: bool = _flag("Model", False, "Whether training keeps no activations of the LSTMs, "
+                            "and runs them again in the backward pass: less memory, more time.")
     num_layers: int = _flag("Model", 1, "LSTMs, each reading the outputs of the one below.",
                             at_least=1)
     memory_steps: int = _flag("Model", 100, "How many steps a new LSTM's cells start out "

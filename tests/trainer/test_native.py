@@ -214,6 +214,24 @@ def test_a_row_alone_has_the_same_bits(factors: tf.DType) -> None:
             assert one[0].numpy().tobytes() == all_[row].numpy().tobytes()
 
 
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_what_is_computed_again_has_the_same_bits(return_sequences: bool) -> None:
+    random = np.random.default_rng(6)
+    inputs = tf.constant(random.normal(size=(7, 9, 5)), tf.float32)
+    states = [tf.constant(random.normal(size=(7, 16)), tf.float32) for _ in range(2)]
+    weights = [
+        random.normal(0, 0.3, shape).astype(np.float32) for shape in ((5, 64), (16, 64), (64,))
+    ]
+    mask = tf.constant(MASKS["padded"])
+    found = []
+    for recompute in (False, True):
+        layer = WarmLSTM(16, return_sequences=return_sequences, return_state=True)
+        layer.recompute = recompute
+        found.append(results(layer, inputs, states, mask, weights))
+    for kept, again in zip(*found, strict=True):
+        assert kept.tobytes() == again.tobytes()
+
+
 def test_a_batch_without_rows() -> None:
     layer = WarmLSTM(16, return_sequences=True)
     layer.build((None, 3, 4))

@@ -87,6 +87,8 @@ class Encoder(keras.layers.Layer):
       embedding_scale: new embeddings are uniform in its bounds, plus and minus.
       memory_steps: how long cells start out remembering, at the most; see ChronoBias.
       precision: Keras's dtype policy of the LSTMs; what they are given and give is float32.
+      recompute: whether training keeps no activations of the LSTMs, and computes them again; not
+        kept with the encoder.
       initial_states: for each layer (h, c), each [units]: the state that reading starts from
         unless one is given.
     """
@@ -102,6 +104,7 @@ class Encoder(keras.layers.Layer):
         num_layers: int = 1,
         normalised: bool = False,
         precision: str = "float32",
+        recompute: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -115,6 +118,8 @@ class Encoder(keras.layers.Layer):
         self.normalised = normalised
         self.precision = precision
         self.lstms = [self._make_lstm(layer) for layer in range(num_layers)]
+        for lstm in self.lstms:
+            lstm.recompute = recompute
 
     def _make_lstm(self, layer: int) -> WarmLSTM:
         initializers = keras.initializers

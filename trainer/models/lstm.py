@@ -131,6 +131,8 @@ class WarmLSTM(keras.layers.LSTM):
 
     # What the recurrent kernel is multiplied by, [units, 4 * units]; see `encoder.dropped_weights`.
     recurrent_mask: tf.Tensor | None = None
+    # Whether training keeps no activations, and the backward pass runs the forward loop again.
+    recompute: bool = False
 
     def reset_state(self, states: Any = None) -> None:
         """Sets the states of a stateful layer; to zeros if none are given.
@@ -223,7 +225,8 @@ class WarmLSTM(keras.layers.LSTM):
             bias,
             mask=mask,
             return_sequences=self.return_sequences,
-            keep_activations=bool(training),
+            keep_activations=bool(training) and not self.recompute,
+            training=bool(training),
         )
         if mask is not None:
             outputs = self._mask_outputs(outputs, mask)
@@ -304,6 +307,7 @@ def lstm(
     mask: tf.Tensor | None,
     return_sequences: bool,
     keep_activations: bool,
+    training: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """An LSTM over whole sequences, differentiable once in all six tensors.
 
@@ -318,16 +322,17 @@ def lstm(
         return_sequences: Whether the first result has all steps, or only the last.
         keep_activations: Whether the forward loop keeps what the backward loop needs; if not, a
             gradient runs the forward loop again.
+        training: Whether it may run the compiled loops where nothing has asked for them.
 
     Returns:
         h after every step [batch, time, units] (or the last alone, [batch, 1, units]), and the
         final h and c, each [batch, units].
     """
     width, units = kernel.shape[0], recurrent.shape[0]
-    compiled = native.operations(training=keep_activations)
+    compiled = native.operations(training)
     fits = inputs.dtype in (tf.float32, tf.bfloat16) and units % native.UNITS_MULTIPLE == 0
     if compiled and fits:
-        run = _compiled(compiled, mask, return_sequences)
+        run = _compiled(compiled, mask, return_sequences, keep_activations)
     else:
         run = _in_tensorflow(mask, (width, units), return_sequences, keep_activations)
     outputs, final_h, final_c = run(inputs, h, c, kernel, recurrent, bias)
@@ -339,7 +344,7 @@ def lstm(
 
 
 def _compiled(
-    operations: ModuleType, mask: tf.Tensor | None, return_sequences: bool
+    operations: ModuleType, mask: tf.Tensor | None, return_sequences: bool, keep_activations: bool
 ) -> Callable[..., Any]:
     """Returns the layer as a function of its tensors, by the loops of trainer/native."""
     mask = tf.zeros([0], tf.bool) if mask is None else mask
@@ -351,48 +356,61 @@ def _compiled(
     def flat(tensor: tf.Tensor) -> tf.Tensor:
         return tf.reshape(tensor, [-1, tensor.shape[-1]])  # [batch * time, ...]
 
+    def forward(*tensors: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        inputs, h, c, kernel, recurrent, bias = tensors
+        z = tf.nn.bias_add(tf.matmul(flat(inputs), kernel), bias)  # one operation, when run
+        z = whole(tf.reshape(z, [*tf.unstack(tf.shape(inputs))[:2], z.shape[1]]))
+        found = operations.warmstate_lstm(
+            z, whole(recurrent), whole(h), whole(c), mask, factors=inputs.dtype
+        )
+        for tensor in (found.outputs, found.cells, found.before):
+            tensor.set_shape([inputs.shape[0], inputs.shape[1], recurrent.shape[0]])
+        return found
+
+    def backward(upstream: tuple, tensors: tuple, kept: tuple) -> tuple[tf.Tensor, ...]:
+        inputs, _, c, kernel, recurrent, _ = tensors
+        _, cells, gates, before = kept
+        d_outputs, dh, dc = map(whole, upstream)
+        if not return_sequences:
+            dh, d_outputs = dh + d_outputs[:, 0], none
+        dz, dh, dc = operations.warmstate_lstm_grad(
+            gates, whole(recurrent), whole(c), cells, mask, d_outputs, dh, dc, factors=inputs.dtype
+        )
+        d_bias = tf.reduce_sum(tf.reduce_sum(dz, 1), 0)  # in turn: three times as fast
+        dh, dc, d_bias, dz = (tf.cast(t, inputs.dtype) for t in (dh, dc, d_bias, dz))
+        dz = tf.reshape(dz, [-1, kernel.shape[1]])
+        d_inputs = tf.reshape(tf.matmul(dz, kernel, transpose_b=True), tf.shape(inputs))
+        d_kernel = tf.matmul(flat(inputs), dz, transpose_a=True)
+        d_recurrent = tf.matmul(tf.cast(flat(before), dz.dtype), dz, transpose_a=True)
+        return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
+
     @tf.custom_gradient
     def run(*tensors: tf.Tensor) -> Any:
-        inputs, h, c, kernel, recurrent, bias = tensors
-        units, factors = recurrent.shape[0], inputs.dtype
         with tf.name_scope("lstm_forward"):
-            z = tf.nn.bias_add(tf.matmul(flat(inputs), kernel), bias)  # one operation, when run
-            z = whole(tf.reshape(z, [*tf.unstack(tf.shape(inputs))[:2], 4 * units]))
-            outputs, cells, gates, before = operations.warmstate_lstm(
-                z, whole(recurrent), whole(h), whole(c), mask, factors=factors
-            )
-            for tensor in (outputs, cells, before):
-                tensor.set_shape([inputs.shape[0], inputs.shape[1], units])
+            found = forward(*tensors)
+            outputs, cells, *_ = found
             shown = outputs if return_sequences else outputs[:, -1:]
-            results = [tf.cast(t, factors) for t in (shown, outputs[:, -1], cells[:, -1])]
+            dtype = tensors[0].dtype
+            results = tuple(tf.cast(t, dtype) for t in (shown, outputs[:, -1], cells[:, -1]))
 
-        def gradient(d_outputs: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor) -> tuple:
+        def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
             with tf.name_scope("lstm_backward"):
-                d_outputs, dh, dc = whole(d_outputs), whole(dh), whole(dc)
-                if not return_sequences:
-                    dh, d_outputs = dh + d_outputs[:, 0], none
-                dz, dh, dc = operations.warmstate_lstm_grad(
-                    gates,
-                    whole(recurrent),
-                    whole(c),
-                    cells,
-                    mask,
-                    d_outputs,
-                    dh,
-                    dc,
-                    factors=factors,
-                )
-                d_bias = tf.reduce_sum(tf.reduce_sum(dz, 1), 0)  # in turn: three times as fast
-                dz = tf.cast(tf.reshape(dz, [-1, 4 * units]), factors)
-                d_inputs = tf.reshape(tf.matmul(dz, kernel, transpose_b=True), tf.shape(inputs))
-                d_kernel = tf.matmul(flat(inputs), dz, transpose_a=True)
-                d_recurrent = tf.matmul(tf.cast(flat(before), factors), dz, transpose_a=True)
-                dh, dc, d_bias = (tf.cast(t, factors) for t in (dh, dc, d_bias))
-                return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
+                kept = found if keep_activations else forward(*_not_before(upstream, tensors))
+                return backward(upstream, tensors, kept)
 
-        return tuple(results), gradient
+        return results, gradient
 
     return run
+
+
+def _not_before(upstream: tuple, tensors: tuple) -> list[tf.Tensor]:
+    """Returns `tensors` as they are, for a second run of the forward loop.
+
+    It then neither runs with the first one, nor is taken for the same: its activations would be
+    held all the while.
+    """
+    with tf.control_dependencies(upstream):
+        return [tf.identity(tensor) for tensor in tensors]
 
 
 def _in_tensorflow(
@@ -408,7 +426,7 @@ def _in_tensorflow(
         def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
             kept = saved
             if kept is None:
-                _, kept = _forward(*tensors, mask, units, False, True)
+                _, kept = _forward(*_not_before(upstream, tensors), mask, units, False, True)
             _, _, _, kernel, recurrent, _ = tensors
             return _backward(*upstream, kernel, recurrent, mask, kept, sizes, return_sequences)
 

@@ -161,6 +161,7 @@ def make_encoder(
         num_layers=config.num_layers,
         normalised=normalised,
         precision=config.precision,
+        recompute=config.recompute,
         name="encoder",
     )
     encoder.build()

@@ -1,5 +1,9 @@
 """`WarmLSTM` against `keras.layers.LSTM`, NumPy and finite differences."""
 
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import keras
@@ -7,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.conftest import REPOSITORY
 from trainer.models.lstm import WarmLSTM, lstm
 
 WIDTH, UNITS = 4, 5
@@ -174,6 +179,55 @@ def test_gradients_without_training_are_the_same(sequences: bool) -> None:
     kept = results_and_gradients(ours, inputs, mask, state, training=True)
     recomputed = results_and_gradients(ours, inputs, mask, state, training=False)
     assert_close(recomputed, kept, 0.0)
+
+
+PEAK_MEMORY = """
+import json
+import re
+from data_pipelines.quiet_tensorflow import import_quietly
+import_quietly()
+import tensorflow as tf
+from trainer.models.lstm import WarmLSTM
+
+def peak_mib():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+layers = [WarmLSTM(64, return_sequences=True) for _ in range(6)]
+
+@tf.function(reduce_retracing=True)
+def step(values, recompute):
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        outputs = values
+        for layer in layers:
+            layer.recompute = recompute
+            outputs = layer(outputs, training=True)
+    return tf.reduce_sum(tape.gradient(outputs, values))
+
+sums, peaks = [], []
+for steps, recompute in ((1, True), (1, False), (400, True), (400, False)):
+    sums.append(float(step(tf.ones([128, steps, 64]), recompute)))
+    peaks.append(peak_mib())
+print(json.dumps([*sums[2:], *peaks[1:]]))
+"""
+
+
+@pytest.mark.parametrize("native", ["0", "1"])  # if it has been built
+def test_less_is_held_where_activations_are_computed_again(native: str) -> None:
+    # What one of the six layers keeps for the backward pass is 100 MiB.
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_MEMORY],
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | {"WARMSTATE_NATIVE": native},
+    )
+    assert done.returncode == 0, done.stderr
+    again, kept, before, less, more = json.loads(done.stdout.splitlines()[-1])
+    print(f"peak above {before:.0f} MiB: {less - before:.0f} MiB, kept {more - before:.0f}")
+    assert again == kept
+    assert more - less > 200
 
 
 def test_gradients_equal_finite_differences() -> None:
