@@ -54,6 +54,8 @@ class Checkpointer:
     Args:
       keep: how many of the newest checkpoints are kept.
       keep_best: how many of those with the lowest `value` are kept besides.
+      encoders: by the flag that named it, the digest of each encoder bundle that a part of the
+        model comes from which no checkpoint holds.
 
     Attributes:
       saved: when the last one was written here, by time.monotonic(); None before.
@@ -69,6 +71,7 @@ class Checkpointer:
         keep: int = 2,
         errors: str = "stop",
         keep_best: int = 0,
+        encoders: Mapping[str, str] | None = None,
     ):
         self._folder = folder
         self._distributor = distributor
@@ -77,6 +80,7 @@ class Checkpointer:
         self._keep = keep
         self._errors = errors
         self._keep_best = keep_best
+        self._encoders = dict(encoders or {})
         self._thread: threading.Thread | None = None
         self._error = ""
         self.saved: float | None = None
@@ -170,7 +174,7 @@ class Checkpointer:
 
         Raises:
           InputError: in every worker: there are checkpoints, but none is good (they are left as
-            they are), or the newest good one is not of this model.
+            they are), or the newest good one is not of this model, or not from this encoder.
         """
         state, tensors, error = None, {}, ""
         if is_chief(self._distributor):
@@ -208,6 +212,7 @@ class Checkpointer:
             "sha256": bundle.digest(tensors),
             "notes": notes,
             "value": value,
+            "encoders": self._encoders,
         }
         try:
             files = {"state.safetensors": tensor_parts(tensors), "state.json": sealed(state)}
@@ -265,6 +270,7 @@ class Checkpointer:
             for damaged, fault in faults.items() if before is None else ():
                 self._set_aside(damaged, fault)
             self._check_fits(folder, tensors)
+            self._check_encoders(folder, state)
             return state, tensors
         if faults:
             raise InputError(
@@ -297,6 +303,22 @@ class Checkpointer:
                 "or start again with --resume=never"
             )
 
+    def _check_encoders(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Raises InputError if the run began with another encoder bundle.
+
+        Its states, or the encoder that reads first, would come from another one than the weights.
+        Where the bundle lies does not matter. Checkpoints of before this was noted say nothing.
+        """
+        for flag, began_with in state.get("encoders", {}).items():
+            found = self._encoders.get(flag, began_with)
+            if found != began_with:
+                raise InputError(
+                    f"checkpoint {folder} is of a run that began with another encoder than {flag} "
+                    f"names now: its tensors_sha256 was {began_with:.12}, and is {found:.12}; name "
+                    "the bundle that it began with, or another --run_dir, or start again with "
+                    "--resume=never"
+                )
+
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the state and the tensors of one checkpoint.
@@ -309,6 +331,9 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     state = read_sealed(folder / "state.json")
     kinds = {"step": int, "tensors": dict, "sha256": str, "notes": dict}
     wrong = [name for name, kind in kinds.items() if type(state.get(name)) is not kind]
+    encoders = state.get("encoders", {})
+    if type(encoders) is not dict or not all(type(digest) is str for digest in encoders.values()):
+        wrong.append("encoders")
     known = (state.get("format"), state.get("format_version")) == (FORMAT, FORMAT_VERSION)
     if wrong or not known or state["step"] != _step_of(folder):
         raise DamagedError(f"{folder / 'state.json'} is not that of a checkpoint of this name")

@@ -71,6 +71,7 @@ def train(
         settings.keep_checkpoints,
         settings.checkpoint_errors,
         settings.keep_best,
+        task.encoders,
     )
     metrics = Metrics(settings.folder / "metrics.jsonl", task.name, settings.trackers)
     examples = getattr(batches, "examples", lambda step: [])

@@ -33,6 +33,8 @@ class Task:
         `select_by`.
       carried: [global batch, numbers], the state in which each row of the step before ended, for
         batches whose rows continue those of the step before. None: nothing is carried.
+      encoders: flag -> digest of the encoder bundles that it begins with; as `Checkpointer` wants
+        them.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Task:
     select_by: str = ""
     ranked_by: str = ""
     carried: keras.Variable | None = None
+    encoders: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, keras.Variable]:

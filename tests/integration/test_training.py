@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from tests.integration.programs import metrics, run, train, train_until
+from trainer import bundle
 from trainer.reporting import run_folder
 from trainer.stages.reconstruct import reconstruct_texts
 
@@ -322,6 +323,21 @@ def test_an_encoder_of_another_vocabulary_is_refused(
     )
     assert done.returncode == 2
     assert "was made with another vocabulary" in done.stderr
+
+
+def test_a_fine_tuning_goes_on_from_the_encoder_that_it_began_with_alone(
+    small_store: Path, tmp_path: Path, encoder: Path
+) -> None:
+    flags = ("--stage=finetune", f"--store={small_store}", f"--run_dir={tmp_path}/run")
+    flags += ("--finetune_steps=2", "--initial_state=mean")
+    train(1, *flags, f"--encoder={encoder}")
+    shutil.copytree(encoder, tmp_path / "moved")
+    bundle.halve(encoder, tmp_path / "other", "encoder")
+    assert "resumed after step 2" in train(1, *flags, f"--encoder={tmp_path}/moved")
+    done = run(1, *flags, f"--encoder={tmp_path}/other")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "began with another encoder than --encoder names now" in done.stderr
+    assert "--resume=never" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_run_folder_of_other_settings_is_not_resumed(small_store: Path, tmp_path: Path) -> None:

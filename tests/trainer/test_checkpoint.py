@@ -15,6 +15,8 @@ from trainer.checkpoint import Checkpointer
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import make_distributor
 
+ENCODER = {"--encoder": "5e7b"}
+
 
 class Setup:
     """Two variables and their checkpoints in `folder`."""
@@ -275,3 +277,18 @@ def test_a_run_that_starts_again_forgets_the_old_checkpoints(setup: Setup) -> No
     setup.save(5, {})
     setup.checkpoints.forget()
     assert setup.checkpoints.restore() is None
+
+
+def test_what_began_with_another_encoder_is_not_gone_on_with(tmp_path: Path) -> None:
+    Setup(tmp_path, encoders=ENCODER).save(3, {})
+    assert Setup(tmp_path, encoders=ENCODER).checkpoints.restore()[0] == 3
+    for same in ({}, ENCODER | {"--backward_encoder": "1d"}):  # of a replay; of another model
+        assert Setup(tmp_path, encoders=same).checkpoints.restore()[0] == 3
+    other = Setup(tmp_path, encoders={"--encoder": "8a11"})
+    with pytest.raises(InputError, match="began with another encoder than --encoder .* 8a11; name"):
+        other.checkpoints.restore()
+
+
+def test_a_checkpoint_that_does_not_say_its_encoder_is_gone_on_with(tmp_path: Path) -> None:
+    Setup(tmp_path).save(3, {})
+    assert Setup(tmp_path, encoders=ENCODER).checkpoints.restore()[0] == 3

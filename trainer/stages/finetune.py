@@ -56,8 +56,9 @@ def finetune(
     if config.init_embeddings and init_weights == "random":
         for direction in classifier.directions:
             report["init_embeddings"] = init_embeddings(run, direction.encoder)
+    encoders = {}
     if encoder_folder is not None:
-        report["broadcast"] = warm_start(
+        report["broadcast"], encoders = warm_start(
             run, classifier, encoder_folder, init_weights, initial_state
         )
     validation = run.all_documents(
@@ -77,6 +78,9 @@ def finetune(
             evaluate=error_and_loss(run, classifier, validation),
             rates=encoder_rates(config, classifier) if init_weights == "encoder" else {},
             select_by="error_percent",
+            # One that this run trained itself is written again by each sitting: its mean state
+            # differs in the last bits on another number of workers.
+            encoders=encoders if config.encoder else {},
         ),
         run.settings("finetune", folder, plan.steps_per_epoch),
         run.distributor,
@@ -157,13 +161,15 @@ def warm_start(
     encoder_folder: Path,
     init_weights: str,
     initial_state: str,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Gives every worker the encoders' weights and states; only the chief reads them.
 
     Where the classifier has a second direction, that one's are from --backward_encoder.
 
     Returns:
-      digests (SHA-256 of what each worker's variables then hold, by rank), bytes, seconds.
+      For the report: digests (SHA-256 of what each worker's variables then hold, by rank), bytes,
+        seconds.
+      The digests of the bundles, by flag.
 
     Raises:
       InputError: a bundle does not fit the model.
@@ -171,11 +177,13 @@ def warm_start(
     """
     began = time.perf_counter()
     received, size = _received(run, encoder_folder, "--encoder")
+    encoders = {"--encoder": received.info["tensors_sha256"]}
     held = _take_over(classifier, received, init_weights, initial_state)
     if classifier.backward is not None:
         folder = Path(run.config.backward_encoder)
         received, more = _received(run, folder, "--backward_encoder")
         size += more
+        encoders["--backward_encoder"] = received.info["tensors_sha256"]
         theirs = _take_over(classifier.backward, received, init_weights, initial_state)
         held |= {f"backward/{name}": value for name, value in theirs.items()}
     digests = gather_objects(run.distributor, bundle.digest(held))
@@ -186,13 +194,14 @@ def warm_start(
         f"finetune: broadcast {size / 1e6:.1f} MB to {len(digests)} workers in "
         f"{seconds:.2f} s; all hold {digests[0][:16]}"
     )
-    return {"digests": digests, "bytes": size, "seconds": round(seconds, 3)}
+    return {"digests": digests, "bytes": size, "seconds": round(seconds, 3)}, encoders
 
 
 def _received(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:
     """Returns the encoder bundle that the chief reads, in every process, and its bytes."""
     loaded = bundle.load(folder, "encoder", flag) if run.is_chief else None
-    info = gather_objects(run.distributor, loaded and {"model": loaded.info["model"]})[0]
+    said = loaded and {name: loaded.info[name] for name in ("model", "tensors_sha256")}
+    info = gather_objects(run.distributor, said)[0]
     tensors = broadcast_arrays(run.distributor, loaded and loaded.tensors)
     return bundle.Bundle(tensors, info), sum(array.nbytes for array in tensors.values())
 
