@@ -318,7 +318,7 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
             raise InputError(
                 f"{flag}={folder}: {folder / path} is damaged: its SHA-256 is not {name}.json's"
             )
-    _check_model(info["model"], tensors, f"{flag}={folder}")
+    _check_model(name, info["model"], tensors, f"{flag}={folder}")
     half = {name: array for name, array in tensors.items() if array.dtype == np.float16}
     return Bundle(tensors | {name: array.astype(np.float32) for name, array in half.items()}, info)
 
@@ -339,9 +339,11 @@ def halve(source: Path, target: Path, name: str) -> None:
     save(target, name, tensors, loaded.info, source / "vocab.txt")
 
 
-def _check_model(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str) -> None:
+def _check_model(
+    bundle_name: str, model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str
+) -> None:
     """Raises InputError if to build the model would take more memory than the tensors have."""
-    for name, size in _large_tensors(model):
+    for name, size in LARGE_TENSORS[bundle_name](model):
         found = tensors[name].size if name in tensors else 0
         if found != size:
             raise InputError(
@@ -350,23 +352,40 @@ def _check_model(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], wh
             )
 
 
-def _large_tensors(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yields name and size of the tensors that the model must have; a stack may be said endless."""
+# Names and sizes of the tensors that a model must have, of which no other is larger. They come one
+# by one, for a stack may be said to be endless.
+
+
+def _of_encoder(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     units = model["units"]
-    if "tied" in model:  # a decoder
-        yield "softmax/bias", model["vocab_size"]
-        rows, width = model["vocab_size"], units
-        if model["tied"]:
-            rows, width = units, model["embedding_dim"]
-        yield "softmax/kernel", rows * width
-        return
     yield "embeddings", model["vocab_size"] * model["embedding_dim"]
-    if "hidden_units" in model:
-        outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
-        yield "hidden/kernel", POOLINGS[model["pooling"]] * units * model["hidden_units"]
-        yield "output/kernel", model["hidden_units"] * outputs
-        if model["normalised"]:
-            yield "frequencies", model["vocab_size"]
     for layer in range(model["num_layers"]):
         yield f"lstm/{layer}/kernel", 4 * units * (units if layer else model["embedding_dim"])
         yield f"lstm/{layer}/recurrent_kernel", 4 * units * units
+
+
+def _of_decoder(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    yield "softmax/bias", model["vocab_size"]
+    rows, width = model["vocab_size"], model["units"]
+    if model["tied"]:
+        rows, width = model["units"], model["embedding_dim"]
+    yield "softmax/kernel", rows * width
+
+
+def _of_classifier(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
+    hidden_units, units = model["hidden_units"], model["units"]
+    for direction in ("", "backward/") if model["bidirectional"] else ("",):
+        yield (
+            f"{direction}hidden/kernel",
+            POOLINGS[model["pooling"]] * units * hidden_units,
+        )
+        yield f"{direction}output/kernel", hidden_units * outputs
+        if model["normalised"]:
+            yield f"{direction}frequencies", model["vocab_size"]
+        for encoder in ("", "reader/") if model["reads_first"] else ("",):
+            for name, size in _of_encoder(model):
+                yield f"{direction}{encoder}{name}", size
+
+
+LARGE_TENSORS = {"encoder": _of_encoder, "decoder": _of_decoder, "classifier": _of_classifier}

@@ -112,6 +112,52 @@ def test_what_a_stranger_writes_is_named_with_its_flag(saved: Path, values, says
     assert f"--encoder={saved}" in str(error.value) and says in str(error.value)
 
 
+def save_classifier(folder: Path, vocab: Path, **facts: object) -> None:
+    """Writes a classifier of one direction, without a reader, whose manifest says `facts`."""
+    classifier = Classifier(bundle.new_encoder(INFO["model"]), 2, hidden_units=5)
+    classifier.build()
+    info = {
+        "model": bundle.classifier_model(classifier) | facts,
+        "vocab_sha256": INFO["vocab_sha256"],
+        "max_tokens": 10,
+    }
+    tensors = bundle.values(bundle.classifier_variables(classifier))
+    bundle.save(folder, "classifier", tensors, info, vocab)
+
+
+@pytest.mark.parametrize(
+    ("facts", "needs"),
+    [
+        ({"bidirectional": True}, "15 numbers in the tensor 'backward/hidden/kernel'"),
+        ({"reads_first": True}, "8 numbers in the tensor 'reader/embeddings'"),
+        ({"hidden_units": 2**30}, f"{3 * 2**30} numbers in the tensor 'hidden/kernel'"),
+        ({"num_classes": 2**30}, f"{5 * 2**30} numbers in the tensor 'output/kernel'"),
+        ({"normalised": True}, "4 numbers in the tensor 'frequencies'"),
+        ({"num_layers": 3}, "36 numbers in the tensor 'lstm/2/kernel'"),
+    ],
+)
+def test_each_fact_of_a_classifier_needs_its_tensors(
+    tmp_path: Path, vocab: Path, facts: dict, needs: str
+) -> None:
+    save_classifier(tmp_path / "classifier", vocab, **facts)
+    with pytest.raises(InputError, match=needs):
+        bundle.load(tmp_path / "classifier", "classifier", "--classifier")
+
+
+def test_what_another_kind_of_bundle_says_does_not_loosen_the_bound(
+    saved: Path, vocab: Path
+) -> None:
+    good = bundle.load(saved, "encoder", "--encoder").tensors
+    like_a_classifier = INFO | {"model": INFO["model"] | {"hidden_units": 5}}
+    bundle.save(saved, "encoder", good, like_a_classifier, vocab)
+    assert bundle.load(saved, "encoder", "--encoder")
+    tensors = {"softmax/bias": np.zeros(4, np.float32), "softmax/kernel": np.zeros(60, np.float32)}
+    like_a_decoder = INFO["model"] | {"embedding_dim": 1, "units": 60, "tied": True}
+    bundle.save(saved, "encoder", tensors, INFO | {"model": like_a_decoder}, vocab)
+    with pytest.raises(InputError, match="needs 4 numbers in the tensor 'embeddings'; there are 0"):
+        bundle.load(saved, "encoder", "--encoder")
+
+
 def test_a_bundle_that_cannot_be_written_says_what_to_do(
     saved: Path, vocab: Path, tmp_path: Path
 ) -> None:
