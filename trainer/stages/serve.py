@@ -6,12 +6,14 @@
   GET  /healthz  200 while it serves
 
 What comes while the model computes is put together into the next batch, so nobody waits for a
-timer. A fault is {"error": "..."}: 400 what is no JSON, 413 what is too large or too many, 422
-texts that are none, 503 when more is waiting than can be answered soon.
+timer. A fault is {"error": "..."}: 400 what is no JSON, 413 what is too large or too many, 421 a
+Host that is not this machine while it listens on loopback, 422 texts that are none, 503 when more
+is waiting than can be answered soon.
 """
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import signal
 import socket
@@ -20,13 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data_pipelines.errors import InputError
 from data_pipelines.sources.text import text_fault
@@ -113,8 +118,43 @@ class Batcher:
         return batch
 
 
-def application(model: TextClassifier, max_body_bytes: int, max_texts: int) -> Starlette:
-    """Returns the ASGI application."""
+class OnlyLoopback:
+    """Middleware that answers requests to this machine's own names alone.
+
+    Otherwise a page of elsewhere could ask a server on loopback, and read what it answers, by a
+    name of its own that it lets point to 127.0.0.1 (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            host = Request(scope).headers.get("host", "")
+            if not is_loopback(host):
+                why = f"Host {host!r:.99} is not this machine: ask localhost, or set another --host"
+                app = JSONResponse({"error": why}, 421)
+        await app(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a Host header, or an address, is one of this machine's own."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def application(
+    model: TextClassifier, max_body_bytes: int, max_texts: int, only_loopback: bool
+) -> Starlette:
+    """Returns the ASGI application.
+
+    Args:
+      only_loopback: whether it listens on loopback: then only requests to there are answered.
+    """
     page = (resources.files("trainer.stages") / "serve.html").read_text(encoding="utf-8")
 
     @contextlib.asynccontextmanager
@@ -146,23 +186,28 @@ def application(model: TextClassifier, max_body_bytes: int, max_texts: int) -> S
         Route("/healthz", health),
         Route("/predict", predict, methods=["POST"]),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    middleware = [Middleware(OnlyLoopback)] if only_loopback else []
+    return Starlette(routes=routes, lifespan=lifespan, middleware=middleware)
 
 
 async def body_of(request: Request, max_bytes: int) -> bytes:
     """Returns the body.
 
     Raises:
-      Refusal: it is larger than `max_bytes`. It is read to its end first, within reason: a client
-        that is still sending would not see the answer.
+      Refusal: it is larger than `max_bytes`, whatever it says of its length. It is read to its
+        end first, within reason: a client that is still sending would not see the answer.
     """
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= max_bytes:
-            parts.append(part)
-        elif size > READ_AND_DROPPED * max_bytes:
-            break
+    said = request.headers.get("content-length", "")
+    size = int(said) if said.isdecimal() else 0
+    parts = []
+    if size <= READ_AND_DROPPED * max_bytes:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size <= max_bytes:
+                parts.append(part)
+            elif size > READ_AND_DROPPED * max_bytes:
+                break
     if size > max_bytes:
         raise Refusal(413, f"the body is larger than {max_bytes} bytes (--max_body_bytes)")
     return b"".join(parts)
@@ -214,7 +259,9 @@ def serve(config: Config) -> None:
     model = load_classifier(Path(config.classifier))
     model.probabilities(["the first text makes the graphs"])
     listener = listening(config.host, config.port)
-    app = application(model, config.max_body_bytes, config.max_texts)
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    app = application(model, config.max_body_bytes, config.max_texts, is_loopback(host))
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -227,8 +274,6 @@ def serve(config: Config) -> None:
     # The server restores these and raises the signal again when it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
     print(f"serving {config.classifier} at http://{host}:{port}", flush=True)
     server.run(sockets=[listener])
     print("stopped", flush=True)

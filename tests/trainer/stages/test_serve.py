@@ -1,7 +1,9 @@
 import asyncio
+import contextlib
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -108,6 +110,63 @@ def test_many_clients_at_once_each_get_their_own_answer(server: tuple) -> None:
 def test_what_is_refused(server: tuple, body: object, status: int, says: str) -> None:
     found, answer = ask(server[1], body)
     assert (found, says in answer["error"]) == (status, True), answer
+
+
+def raw(port: int, *parts: bytes) -> bytes:
+    """Sends bytes as they are, as far as the server takes them; returns all that it answers."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        with contextlib.suppress(OSError):  # it has answered, and hung up
+            for part in parts:
+                connection.sendall(part)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while found := connection.recv(1 << 16):
+                answer += found
+        return answer
+
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+
+
+def test_the_bound_of_a_body_does_not_trust_what_is_said_of_its_length(server: tuple) -> None:
+    _, port = server
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    chunk = b"%x\r\n" % 50_000 + b"x" * 50_000 + b"\r\n"
+    assert b" 413 " in raw(port, chunked, *[chunk] * 5, b"0\r\n\r\n").partition(b"\r\n")[0]
+    # One that would never end is left after a while.
+    assert b" 413 " in raw(port, chunked, *[chunk] * 400).partition(b"\r\n")[0]
+    # What is announced as too large is refused unread, as is what no number is.
+    huge = HEAD + b"Content-Length: %d\r\n\r\n"
+    assert b" 413 " in raw(port, huge % 10**12, b"x").partition(b"\r\n")[0]
+    assert b" 400 " in raw(port, HEAD + b"Content-Length: -1\r\n\r\n").partition(b"\r\n")[0]
+    # Of one that says nothing there is no body; one that has more than it says is cut there.
+    assert b" 400 " in raw(port, HEAD + b"\r\n", b'{"text": "a"}').partition(b"\r\n")[0]
+    cut = HEAD + b"Content-Length: 3\r\n\r\n"
+    assert b" 400 " in raw(port, cut, b'{"text": "a"}').partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"localhost", 200),
+        (b"LOCALHOST:8000", 200),
+        (b"127.0.0.1:80", 200),
+        (b"[::1]:8000", 200),
+        (b"evil.example", 421),
+        (b"127.0.0.1.evil.example:8000", 421),
+        (b"localhost.evil.example", 421),
+        (b"10.0.0.1", 421),
+        (b"[::1", 421),
+        (b"", 421),
+    ],
+)
+def test_on_loopback_only_its_names_are_answered(server: tuple, host: bytes, status: int) -> None:
+    _, port = server
+    for line in (b"GET /healthz", b"GET /", b"POST /predict"):
+        body = b'{"text": "good"}'
+        head = b"%s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        answer = raw(port, head % (line, host, len(body)) + body)
+        assert b" %d " % status in answer.partition(b"\r\n")[0], (line, answer)
 
 
 def test_health_page_and_what_is_not_there(server: tuple) -> None:
