@@ -137,7 +137,7 @@ def run_stage(
     from trainer.preemption import StopRequest
     from trainer.replay import Replayed, describe
     from trainer.reporting.status_server import Vitals, serve
-    from trainer.reporting.trackers import make_trackers
+    from trainer.reporting.trackers import following, make_trackers
     from trainer.stages.run import Run
 
     native.use_in_inference()
@@ -165,17 +165,17 @@ def run_stage(
         )
         stop_request = StopRequest(("TERM", config.preemption_signal), config.grace_seconds)
         config = with_precision(config, distributor, log)
-        trackers = make_trackers(config.track) if chief else []
-        for tracker in trackers:
-            tracker.begin(folder, dataclasses.asdict(config))
+        trackers = make_trackers(config.track, log) if chief and writes else []
         run = Run(config, distributor, store, stop_request, log, vitals, trackers)
-        with console:
-            result = stage_report(run)
+        with following(trackers, folder, dataclasses.asdict(config)):
+            with console:
+                result = stage_report(run)
+            if chief:
+                write_report(run, result, time.perf_counter() - began)
     except (InputError, Preempted):
         raise
     except Replayed as done:
         log("\n".join(["", *describe(done.args[0], distributors.num_shards(distributor))]))
-        return
     except Exception as error:
         reason = lost_peer(error)
         if reason is None and cluster.size == 1:
@@ -185,8 +185,6 @@ def run_stage(
         else:
             print(f"worker {cluster.rank} lost a peer: {reason}")
         _exit_at_once(1 if reason is None else LOST_WORKER_EXIT_CODE)
-    if chief:
-        write_report(run, result, time.perf_counter() - began)
 
 
 def write_report(run: Any, result: dict[str, Any], wall_seconds: float) -> None:
@@ -213,7 +211,7 @@ def write_report(run: Any, result: dict[str, Any], wall_seconds: float) -> None:
     if os.environ.get("WARMSTATE_PRINT_REPORT"):  # for who cannot read the run's folder
         run.log(f"report.json: {json.dumps(report)}")
     for tracker in run.trackers:
-        tracker.end(report)
+        tracker.end("finished", report)
     table = reports.comparison_table(report) if config.stage == "all" else None
     run.log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.html'}")
 

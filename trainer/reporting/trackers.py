@@ -2,14 +2,20 @@
 
 A tracker is told when a run begins, each line of metrics, and when it ends. What it is not told it
 can read from the run's folder, as `TensorBoard` does. Only the chief has trackers.
+
+No training ends by a tracker's error: the first is logged, and that tracker is told no more.
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from trainer.preemption import Preempted
 
 # --track's names -> the package that each needs, which is also the extra that brings it.
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
@@ -25,8 +31,42 @@ class Tracker(Protocol):
     def scalars(self, part: str, step: int, values: Mapping[str, float]) -> None:
         """Part "pretrain", "warm", "scratch" or "finetune" came to these values after `step`."""
 
-    def end(self, report: Mapping[str, Any]) -> None:
-        """The run has ended, and written its folder; `report` is report.json."""
+    def end(self, status: str, report: Mapping[str, Any]) -> None:
+        """The run, or this sitting of it, has ended.
+
+        Args:
+          status: "finished"; "killed", by TERM; or "failed", by an error.
+          report: report.json of a run that is finished and has written its folder; else empty.
+        """
+
+
+class Guarded:
+    """A tracker whose errors end nothing: a server that is away must not cost a training."""
+
+    def __init__(self, name: str, tracker: Tracker, log: Callable[[str], None]):
+        self._name = name
+        self._tracker: Tracker | None = tracker
+        self._log = log
+
+    def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._tell("begin", folder, config)
+
+    def scalars(self, part: str, step: int, values: Mapping[str, float]) -> None:
+        self._tell("scalars", part, step, values)
+
+    def end(self, status: str, report: Mapping[str, Any]) -> None:
+        self._tell("end", status, report)
+        self._tracker = None
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        if self._tracker is None:
+            return
+        try:
+            getattr(self._tracker, method)(*arguments)
+        except Exception as error:  # whatever a foreign client raises
+            self._tracker = None
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self._log(f"warning: --track={self._name} is off from here on, the run goes on: {why}")
 
 
 def faults_of(track: str) -> list[str]:
@@ -48,14 +88,33 @@ def names_of(track: str) -> list[str]:
     return [name.strip() for name in track.split(",") if name.strip()]
 
 
-def make_trackers(track: str) -> list[Tracker]:
-    """Returns the trackers that --track names."""
+def make_trackers(track: str, log: Callable[[str], None]) -> list[Tracker]:
+    """Returns the trackers that --track names; their errors end nothing, and go to `log`."""
     kinds: dict[str, type[Tracker]] = {
         "tensorboard": TensorBoard,
         "mlflow": MLflow,
         "wandb": WeightsAndBiases,
     }
-    return [kinds[name]() for name in names_of(track)]
+    return [Guarded(name, kinds[name](), log) for name in names_of(track)]
+
+
+@contextmanager
+def following(
+    trackers: Sequence[Tracker], folder: Path, config: Mapping[str, Any]
+) -> Iterator[None]:
+    """Tells the trackers that a run begins and, where it is left by an error or TERM, how it ended.
+
+    A run that comes to its end tells them itself, with its report.
+    """
+    for tracker in trackers:
+        tracker.begin(folder, config)
+    try:
+        yield
+    except BaseException as error:
+        killed = isinstance(error, Preempted | KeyboardInterrupt)
+        for tracker in trackers:
+            tracker.end("killed" if killed else "failed", {})
+        raise
 
 
 class TensorBoard:
@@ -84,7 +143,13 @@ class TensorBoard:
             for name, value in values.items():
                 tf.summary.scalar(name, value, step=int(step))
 
-    def end(self, report: Mapping[str, Any]) -> None:
+    def end(self, status: str, report: Mapping[str, Any]) -> None:
+        if report:
+            self._write_results(report)
+        for writer in self._writers.values():
+            writer.close()
+
+    def _write_results(self, report: Mapping[str, Any]) -> None:
         import tensorflow as tf
 
         from trainer.reporting import run_folder
@@ -98,8 +163,6 @@ class TensorBoard:
                 for i, example in enumerate(examples):
                     tf.summary.text(f"{part.name}/document {i + 1}", as_text(example), step=0)
         write_projector(self._folder)
-        for writer in self._writers.values():
-            writer.close()
 
 
 def as_text(example: Mapping[str, Any]) -> str:
@@ -141,6 +204,10 @@ class MLflow:
     """A run of MLflow, where $MLFLOW_TRACKING_URI says; its own default is a local store."""
 
     def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
+        # Its own defaults wait for minutes for a server that is away: longer than the other workers
+        # wait for this one.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         import mlflow
 
         self._folder = folder
@@ -152,10 +219,10 @@ class MLflow:
         named = {f"{part}/{name}": value for name, value in values.items()}
         self._mlflow.log_metrics(named, step=int(step))
 
-    def end(self, report: Mapping[str, Any]) -> None:
-        for name in ("report.json", "report.html"):
+    def end(self, status: str, report: Mapping[str, Any]) -> None:
+        for name in ("report.json", "report.html") if report else ():
             self._mlflow.log_artifact(str(self._folder / name))
-        self._mlflow.end_run()
+        self._mlflow.end_run(status.upper())
 
 
 class WeightsAndBiases:
@@ -170,9 +237,11 @@ class WeightsAndBiases:
         # The stages count steps from 1 each, and W&B wants steps that rise: a step of its own.
         self._run.log({f"{part}/{n}": v for n, v in values.items()} | {f"{part}/step": step})
 
-    def end(self, report: Mapping[str, Any]) -> None:
+    def end(self, status: str, report: Mapping[str, Any]) -> None:
         self._run.summary.update({"test_error_percent": report.get("test_error_percent", {})})
-        self._run.finish()
+        if status == "killed":
+            self._run.mark_preempting()
+        self._run.finish(exit_code={"finished": 0, "killed": 143, "failed": 1}[status])
 
 
 def tell(trackers: Sequence[Tracker], folder: Path, stage: str, line: Mapping[str, Any]) -> None:
