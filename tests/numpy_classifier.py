@@ -14,9 +14,11 @@ LABELS = np.array([1, 0, -1, 1], np.int32)
 WEIGHTS = np.array([1, 1, 1, 0], np.float32)  # the last row is filler
 
 
-def make(num_classes: int) -> Classifier:
+def make(num_classes: int, precision: str = "float32") -> Classifier:
     """Returns a classifier that reads normalised embeddings and starts from a state."""
-    encoder = Encoder(VOCAB_SIZE, DIM, UNITS, seed=1, embedding_scale=1.0, normalised=True)
+    encoder = Encoder(
+        VOCAB_SIZE, DIM, UNITS, 1, embedding_scale=1.0, normalised=True, precision=precision
+    )
     classifier = Classifier(encoder, num_classes, hidden_units=5)
     classifier.build()
     random = np.random.default_rng(0)

@@ -25,13 +25,15 @@ def movable_words(lengths: tf.Tensor, time: int | tf.Tensor) -> tf.Tensor:
 def of_norm(direction: tf.Tensor, movable: tf.Tensor, norm: float) -> tf.Tensor:
     """Returns each document's `direction`, 0 at what is not movable, scaled to the L2 norm `norm`.
 
-    A direction that is 0 remains 0.
+    A direction that is 0 remains 0, and so does what is no number: a gradient that was too large
+    for half precision.
 
     Args:
       direction: [batch, time, dim].
       movable: bool [batch, time].
     """
-    direction = tf.where(movable[:, :, None], direction, tf.zeros_like(direction))
+    counted = movable[:, :, None] & tf.math.is_finite(direction)
+    direction = tf.where(counted, direction, tf.zeros_like(direction))
     # By its largest element first: the square of a small gradient is 0 in float32.
     largest = tf.reduce_max(tf.abs(direction), axis=(1, 2), keepdims=True)
     direction = tf.math.divide_no_nan(direction, largest)
@@ -78,22 +80,35 @@ def divergence(logits: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
 
 
 def adversarial_move(
-    loss: tf.Tensor,
+    loss_of: Callable[[tf.Tensor], tf.Tensor],
+    logits: tf.Tensor,
     tape: tf.GradientTape,
     embedded: list[tf.Tensor],
     lengths: tf.Tensor,
     norm: float,
 ) -> list[tf.Tensor]:
-    """Returns how to move `embedded` so that `loss` grows fastest: as `embedded`.
+    """Returns how to move `embedded` so that a loss grows fastest: as `embedded`.
+
+    Of a document's gradient only the direction counts. It goes through the LSTMs, which may be in
+    half precision, at a size of its own, whatever the loss's: where the model is sure of a document
+    its gradient would be 0 in float16, and the scale of the training loss says nothing of it.
 
     Args:
-      loss: the sum of the documents' losses.
-      tape: on which it was computed, and which watches `embedded`.
+      loss_of: logits -> the sum of the documents' losses.
+      logits: of `embedded`, [batch, ...].
+      tape: on which they were computed, and which watches `embedded`.
       embedded: each [batch, time, dim].
       lengths: int32 [batch].
     """
     movable = movable_words(lengths, tf.shape(embedded[0])[1])
-    gradients = tape.gradient(loss, embedded)
+    with tf.GradientTape(watch_accessed_variables=False) as head:
+        head.watch(logits)
+        loss = loss_of(logits)
+    by_logits = head.gradient(loss, logits)
+    axes = list(range(1, logits.shape.rank))
+    largest = tf.reduce_max(tf.abs(by_logits), axis=axes, keepdims=True)
+    by_logits = tf.math.divide_no_nan(by_logits, largest)
+    gradients = tape.gradient(logits, embedded, output_gradients=by_logits)
     return [tf.stop_gradient(of_norm(gradient, movable, norm)) for gradient in gradients]
 
 
@@ -123,5 +138,9 @@ def virtual_adversarial_move(
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(moves)
         moved = [tf.stop_gradient(e) + move for e, move in zip(embedded, moves, strict=True)]
-        changed = tf.reduce_sum(divergence(logits, logits_of(moved)))
-    return adversarial_move(changed, tape, moves, lengths, norm)
+        changed = logits_of(moved)
+
+    def change(others: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(divergence(logits, others))
+
+    return adversarial_move(change, changed, tape, moves, lengths, norm)

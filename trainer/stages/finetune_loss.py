@@ -65,10 +65,10 @@ def loss_sum(config: Config, classifier: Classifier, objective: TextModel | None
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(embedded)
             logits = read(embedded)
-            loss = label_loss(logits)
-        total = loss
+        total = label_loss(logits)
         if config.adversarial_weight:
-            moves = adversarial_move(loss, tape, embedded, lengths, config.perturbation_norm)
+            norm = config.perturbation_norm
+            moves = adversarial_move(label_loss, logits, tape, embedded, lengths, norm)
             total += config.adversarial_weight * label_loss(moved(embedded, moves))
         if config.virtual_adversarial_weight:
             seed = seeds.fold(config.seed, seeds.VIRTUAL_ADVERSARIAL_DIRECTION, step)

@@ -79,6 +79,40 @@ def test_losses_and_gradients_are_those_of_numpy(num_classes: int) -> None:
         assert difference < 3e-3 * np.abs(expected).max(), name
 
 
+def moved_loss(precision: str, bias: float, head: float, **weights: float) -> np.ndarray:
+    """Returns the loss of two classes, all labels 0, with the head's weights times `head`."""
+    classifier = make(2, precision)
+    classifier.output_layer.bias.assign([bias])
+    classifier.hidden.kernel.assign(head * classifier.hidden.kernel)
+    config = Config(perturbation_norm=NORM, finetune_dropout=0.0, **weights)
+    rows = {
+        "tokens": tf.constant(TOKENS),
+        "lengths": tf.constant(LENGTHS),
+        "labels": tf.zeros(4, tf.int32),
+        "weights": tf.constant(WEIGHTS),
+        "global_counts": tf.constant([[3.0, 3.0, 8.0]] * 4),
+    }
+    return loss_sum(config, classifier)(rows, tf.constant(STEP), SHARD)[0].numpy()
+
+
+@pytest.mark.parametrize("name", ["adversarial_weight", "virtual_adversarial_weight"])
+def test_a_gradient_too_small_for_float16_moves_as_in_float32(name: str) -> None:
+    sure = {"bias": -20.0, "head": 30.0}  # the loss is of 1e-6
+    bare = moved_loss("float32", **sure)
+    unmoved = bare if name == "adversarial_weight" else 0
+    exact, half = (
+        (moved_loss(precision, **sure, **{name: 1e3}) - bare) / 1e3 - unmoved
+        for precision in ("float32", "mixed_float16")
+    )
+    assert exact > 0.01 * bare
+    np.testing.assert_allclose(half, exact, rtol=0.1)  # float16 rounds what is predicted too
+
+
+@pytest.mark.parametrize("name", ["adversarial_weight", "virtual_adversarial_weight"])
+def test_a_gradient_too_large_for_float16_leaves_the_loss_finite(name: str) -> None:
+    assert np.isfinite(moved_loss("mixed_float16", bias=0.0, head=1e7, **{name: 1.0}))
+
+
 def test_moves_have_the_norm_and_leave_ends_and_padding_alone() -> None:
     direction = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
     direction[0] *= 1e-30  # of which the square is 0
