@@ -88,9 +88,7 @@ def train(
         checkpoints.forget()
     start = progress.resume()
     tables.after_restore()
-    if is_chief(distributor):
-        settings.folder.mkdir(parents=True, exist_ok=True)
-        metrics.forget_after(start, evaluated=not progress.evaluation_is_due(start))
+    progress.open_metrics(start)
 
     try:
         with StallWatchdog(settings.stall_seconds) as watchdog:

@@ -192,9 +192,11 @@ def write_report(run: Any, result: dict[str, Any], wall_seconds: float) -> None:
 
     Args:
       result: of `stage_report`.
+
+    Raises:
+      InputError: report.json cannot be written; all else has been done by then.
     """
     from trainer.distribution.distributor import num_shards
-    from trainer.reporting import html
     from trainer.reporting import report as reports
 
     config, folder = run.config, run.folder
@@ -206,14 +208,37 @@ def write_report(run: Any, result: dict[str, Any], wall_seconds: float) -> None:
         "wall_seconds": round(wall_seconds, 1),
         "config": dataclasses.asdict(config),
     }
-    reports.write(folder, report)
-    html.write([folder], folder / "report.html")
+    fault = ""
+    try:
+        reports.write(folder, report)
+    except OSError as error:
+        fault = f"{folder / 'report.json'} cannot be written: {error.strerror}"
+    page = write_page(folder, run.log)
     if os.environ.get("WARMSTATE_PRINT_REPORT"):  # for who cannot read the run's folder
         run.log(f"report.json: {json.dumps(report)}")
     for tracker in run.trackers:
         tracker.end("finished", report)
     table = reports.comparison_table(report) if config.stage == "all" else None
-    run.log(f"\n{table or json.dumps(result, indent=2)}\n\nreport: {folder / 'report.html'}")
+    last = f"\n\nreport: {page}" if page else ""
+    run.log(f"\n{table or json.dumps(result, indent=2)}{last}")
+    if fault:
+        raise InputError(f"{fault}: make room or make it writable, and run the same command again")
+
+
+def write_page(folder: Path, log: Callable[[str], None]) -> str:
+    """Writes report.html; returns its path, "" where it could not: it can be drawn later."""
+    from trainer.reporting import html
+
+    page = folder / "report.html"
+    try:
+        html.write([folder], page)
+    except OSError as error:
+        log(
+            f"warning: {page} cannot be written: {error.strerror or error}; once it can, "
+            f"`python -m trainer.reporting.html {folder}` draws it"
+        )
+        return ""
+    return str(page)
 
 
 def stage_report(run: Any) -> dict[str, Any]:

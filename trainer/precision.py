@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from data_pipelines.errors import InputError
 from trainer.distribution.distributor import Distributor, gather_objects, is_chief
 from trainer.models.lstm import WarmLSTM
 from trainer.safe_files import replace_text
@@ -31,19 +32,42 @@ def choose(
     Args:
       sizes: rows of a shard's batch, embedding_dim, units.
       resume: whether to take what `folder` remembers.
+
+    Raises:
+      InputError: in every worker: the choice cannot be read or remembered.
     """
-    chosen = None
+    chosen, fault = "", ""
     if is_chief(distributor):
         path = folder / "precision.txt"
-        if resume and path.exists():
-            chosen = path.read_text().strip()
-        if chosen not in CHOICES:
-            seconds = measure(*sizes)
-            ratio = seconds["float32"] / seconds["mixed_bfloat16"]
-            chosen = CHOICES[ratio > MARGIN]
-            log(f"precision: {chosen}; with bfloat16 the LSTM is {ratio:.2f} times as fast here")
-            replace_text(path, chosen + "\n")
-    return gather_objects(distributor, chosen)[0]
+        try:
+            chosen = _remembered(path) if resume else ""
+            if not chosen:
+                chosen = _faster(sizes, log)
+                replace_text(path, chosen + "\n")
+        except OSError as error:
+            fault = (
+                f"--precision=auto: the choice is kept in {path}: {error.strerror}: make room or "
+                f"make it writable, or set --precision to one of {', '.join(CHOICES)}"
+            )
+    chosen, fault = gather_objects(distributor, [chosen, fault])[0]
+    if fault:
+        raise InputError(fault)
+    return chosen
+
+
+def _remembered(path: Path) -> str:
+    """Returns the choice that a run began with, "" if there is none."""
+    said = path.read_bytes().strip() if path.exists() else b""
+    return next((choice for choice in CHOICES if choice.encode() == said), "")
+
+
+def _faster(sizes: tuple[int, int, int], log: Callable[[str], None]) -> str:
+    """Returns the faster one of CHOICES, measured now."""
+    seconds = measure(*sizes)
+    ratio = seconds["float32"] / seconds["mixed_bfloat16"]
+    chosen = CHOICES[ratio > MARGIN]
+    log(f"precision: {chosen}; with bfloat16 the LSTM is {ratio:.2f} times as fast here")
+    return chosen
 
 
 def measure(rows: int, inputs: int, units: int) -> dict[str, float]:

@@ -112,6 +112,28 @@ class Progress:
             self._log(f"{self._task.name}: resumed after step {step}")
         return step
 
+    def open_metrics(self, start: int) -> None:
+        """Makes metrics.jsonl ready for the lines of what comes after step `start`; a collective.
+
+        Raises:
+          InputError: in every worker: it cannot be read or written, unless that is a warning.
+        """
+        if is_chief(self._distributor):
+            folder = self._settings.folder
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._metrics.forget_after(start, evaluated=not self.evaluation_is_due(start))
+            except OSError as error:
+                self._report_metrics("be read and written", start, error)
+        self._checkpoints.wait()
+
+    def _report_metrics(self, what: str, step: int, error: OSError) -> None:
+        path = self._settings.folder / "metrics.jsonl"
+        self._checkpoints.report(
+            f"{path} cannot {what} after step {step}: {error.strerror}: make room or make it "
+            "writable, or train on without with --checkpoint_errors=warn"
+        )
+
     def count(
         self, step: int, outcome: Outcome, seconds: float | None, wait_seconds: float | None
     ) -> None:
@@ -182,11 +204,7 @@ class Progress:
         try:
             self._metrics.write(step, **values)
         except OSError as error:
-            path = self._settings.folder / "metrics.jsonl"
-            self._checkpoints.report(
-                f"{path} cannot be written after step {step}: {error.strerror}: make room or make "
-                "it writable, or train on without with --checkpoint_errors=warn"
-            )
+            self._report_metrics("be written", step, error)
 
     def report(self, step: int) -> None:
         """Says how far the run is."""

@@ -337,6 +337,13 @@ def test_a_metrics_file_that_cannot_be_written_is_treated_as_a_checkpoint(
         assert state(tmp_path, 8)
 
 
+def test_a_metrics_file_that_cannot_be_read_is_said_before_a_step(one: Any, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match="metrics.jsonl.* Is a directory: make"):
+        train(one, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_checkpoint_with_other_notes_is_refused(one: Any, tmp_path: Path) -> None:
     train(one, tmp_path)
     path = tmp_path / "checkpoints" / f"step-{STEPS:08d}" / "state.json"

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.errors import InputError
 from trainer import precision
 from trainer.distribution.tf_distribute import one_device
 
@@ -24,6 +25,16 @@ def test_it_must_be_clearly_faster_and_is_remembered(
     assert choose(other, resume=True) == chosen
     assert choose(other, resume=False) != chosen
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("name", ["precision.txt", "precision.txt.new"])
+def test_what_cannot_be_remembered_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(precision, "measure", lambda *sizes: dict.fromkeys(precision.CHOICES, 1.0))
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="precision.txt: Is a directory: .* or set --precision"):
+        precision.choose(one_device(), tmp_path, (2, 3, 4), True, print)
 
 
 def test_both_are_measured() -> None:

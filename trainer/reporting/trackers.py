@@ -220,8 +220,9 @@ class MLflow:
         self._mlflow.log_metrics(named, step=int(step))
 
     def end(self, status: str, report: Mapping[str, Any]) -> None:
-        for name in ("report.json", "report.html") if report else ():
-            self._mlflow.log_artifact(str(self._folder / name))
+        files = [self._folder / name for name in ("report.json", "report.html") if report]
+        for path in filter(Path.is_file, files):
+            self._mlflow.log_artifact(str(path))
         self._mlflow.end_run(status.upper())
 
 

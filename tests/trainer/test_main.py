@@ -1,0 +1,56 @@
+"""How a run ends where its report cannot be written: the whole program is tests/integration's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipelines.errors import InputError
+from data_pipelines.token_store import TokenStore
+from tests.trainer.reporting.test_trackers import Notes
+from trainer import main
+from trainer.config import Config
+from trainer.distribution.tf_distribute import one_device
+from trainer.stages.run import Run
+
+RESULT = {"pretrain": {"steps": 3}}
+
+
+@pytest.fixture
+def make_run(small_store: Path, tmp_path: Path) -> Any:
+    """Returns make(): a run that has come to its end, its lines, and what its tracker is told."""
+
+    def make() -> tuple[Run, list[str], Notes]:
+        config = Config(stage="pretrain", run_dir=str(tmp_path), store=str(small_store))
+        main.remember_config(config, tmp_path)
+        lines: list[str] = []
+        notes = Notes()
+        store = TokenStore(small_store)
+        run = Run(config, one_device(), store, None, lines.append, trackers=[notes])
+        return run, lines, notes
+
+    return make
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(make_run: Any, tmp_path: Path) -> None:
+    run, lines, notes = make_run()
+    (tmp_path / "report.html").mkdir()
+    main.write_report(run, RESULT, 1.0)
+    assert json.loads((tmp_path / "report.json").read_text())["pretrain"] == {"steps": 3}
+    warning, result = lines
+    assert f"warning: {tmp_path}/report.html cannot be written: Is a directory" in warning
+    assert f"python -m trainer.reporting.html {tmp_path}" in warning
+    assert '"steps": 3' in result and "report.html" not in result
+    assert [told[0] for told in notes.told] == ["finished"]
+
+
+def test_a_report_that_cannot_be_written_is_an_error_once_all_is_said(
+    make_run: Any, tmp_path: Path
+) -> None:
+    run, lines, notes = make_run()
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(InputError, match="report.json cannot be written: Is a directory: make"):
+        main.write_report(run, RESULT, 1.0)
+    assert '"steps": 3' in lines[-1] and (tmp_path / "report.html").is_file()
+    assert [told[0] for told in notes.told] == ["finished"]
