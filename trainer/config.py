@@ -233,9 +233,11 @@ class Config:
     label_smoothing: float = _flag("Fine-tuning", 0.0, "Part of a label that is spread evenly over "
                                    "all classes in training.", at_least=0, below=1)
     encoder_rate: float = _flag("Fine-tuning", 1.0, "Factor on the learning rate of the weights "
-                                "that come from the encoder.", above=0)
+                                "that come from the encoder; a learned state has the head's.",
+                                above=0)
     encoder_frozen_steps: int = _flag("Fine-tuning", 0, "First steps in which the weights that "
-                                      "come from the encoder are not trained.", at_least=0)
+                                      "come from the encoder are not trained; a learned state is.",
+                                      at_least=0)
     layer_rate: float = _flag("Fine-tuning", 1.0, "Factor on the learning rate from one layer to "
                               "the next below, head first, for what comes from the encoder.",
                               above=0, at_most=1)

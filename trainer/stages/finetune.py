@@ -261,7 +261,8 @@ def softmax_variables(objective: TextModel | None) -> dict:
 def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:
     """Returns the learning rates of the weights that come from the encoder, by layer.
 
-    The head is above all; below it the LSTMs, then the embeddings.
+    The head is above all; below it the LSTMs, then the embeddings. A learned state is not among
+    them: it is trained as the head is.
     """
     encoder = bundle.encoder_variables(classifier.encoder)
     depth = {
