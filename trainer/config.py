@@ -316,6 +316,11 @@ class Config:
         return self.init_weights == "encoder" or self.initial_state != "zero"
 
     @property
+    def uses_softmax(self) -> bool:
+        """Whether words are predicted: in pretraining, and in joint training."""
+        return self.stage in ("all", "pretrain") or self.joint_weight > 0
+
+    @property
     def normalises_embeddings(self) -> bool:
         """Whether fine-tuning reads normalised embeddings: where it moves them."""
         return self.adversarial_weight > 0 or self.virtual_adversarial_weight > 0
@@ -463,13 +468,14 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
         return faults + _using_faults(config, cluster)
     faults += trackers.faults_of(config.track)
     faults += distributor_faults(config.distributor, cluster)
-    for name in ("pretrain_batch_size", "finetune_batch_size"):
-        if getattr(config, name) < cluster.size:
+    for stage in ("pretrain", "finetune"):
+        name = f"{stage}_batch_size"
+        if config.stage in ("all", stage) and getattr(config, name) < cluster.size:
             faults.append(
                 f"--{name}={getattr(config, name)} is smaller than the number of workers, "
                 f"{cluster.size}: some would have nothing to do"
             )
-    if config.sampled_softmax >= config.vocab_size:
+    if config.uses_softmax and config.sampled_softmax >= config.vocab_size:
         faults.append(
             f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
             f"{config.vocab_size}; 0 is the exact softmax"

@@ -348,8 +348,7 @@ def check_store(config: Config, store: TokenStore) -> None:
     kind = store.tokenizer_config["type"]
     if config.tokenizer not in ("word", kind):
         faults.append(f"--tokenizer={config.tokenizer}, but the store's is {kind}")
-    uses_softmax = config.stage in ("all", "pretrain") or config.joint_weight > 0
-    if uses_softmax and config.sampled_softmax >= store.vocab_size:
+    if config.uses_softmax and config.sampled_softmax >= store.vocab_size:
         faults.append(
             f"--sampled_softmax={config.sampled_softmax} must be below the store's vocabulary of "
             f"{store.vocab_size}; 0 is the exact softmax"
@@ -403,7 +402,9 @@ def with_precision(config: Config, distributor: Any, log: Callable[[str], None])
     from trainer import precision
     from trainer.distribution.distributor import num_shards
 
-    rows = max(1, config.pretrain_batch_size // num_shards(distributor))
+    finetunes = config.stage == "finetune"
+    batch_size = config.finetune_batch_size if finetunes else config.pretrain_batch_size
+    rows = max(1, batch_size // num_shards(distributor))
     sizes = (rows, config.embedding_dim, config.units)
     resume = config.resume == "auto"
     folder = replay.folder_of_run(config) if config.step else Path(config.run_dir)

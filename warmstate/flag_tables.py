@@ -23,7 +23,18 @@ STAGE_NOT = {
     "serve": ("evaluate_split",),
 }
 # Of other groups, what it has.
-STAGE_ALSO = {"predict": ("encoder",)}
+STAGE_ALSO = {
+    "finetune": (  # of the objective of --joint_weight
+        "pretrain_objective",
+        "pretrain_dropout",
+        "pretrain_word_dropout",
+        "pretrain_subsampling",
+        "sampled_softmax",
+        "tied_softmax",
+    ),
+    "replay": ("encoder", "backward_encoder"),
+    "predict": ("encoder", "pretrain_max_tokens"),
+}
 
 
 class FlagRow(NamedTuple):

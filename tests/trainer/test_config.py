@@ -55,6 +55,14 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert "--pretrain_batch_size=2 is smaller than the number of workers, 3" in found
     (found,) = faults(folder, "--sampled_softmax=20000", "--vocab_size=20000")
     assert "--sampled_softmax=20000 must be below --vocab_size" in found
+    # Fine-tuning reads neither, but for the softmax of joint training.
+    fine = (folder, "--stage=finetune", "--encoder=e")
+    small = (*fine, "--pretrain_batch_size=2", "--vocab_size=1000")
+    assert faults(*small, cluster=Cluster(0, 3)) == []
+    (found,) = faults(*small, "--joint_weight=1", cluster=Cluster(0, 3))
+    assert "--sampled_softmax=1024 must be below --vocab_size" in found
+    (found,) = faults(*fine, "--finetune_batch_size=2", cluster=Cluster(0, 3))
+    assert "--finetune_batch_size=2 is smaller than the number of workers, 3" in found
     (found,) = faults(folder, "--distributor=one_device", cluster=Cluster(0, 2))
     assert "--distributor=multi_worker" in found
     (found,) = faults(folder, "--optimizer=adamw", "--encoder_frozen_steps=5")

@@ -1,9 +1,22 @@
+import dataclasses
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from trainer.config import Config
+from trainer.stages import (
+    finetune,
+    finetune_batches,
+    finetune_loss,
+    init_embeddings,
+    predict,
+    pretrain,
+    serve,
+)
 from warmstate import command
 from warmstate.command import COMMANDS
 
@@ -44,9 +57,34 @@ def test_help_of_a_command_lists_its_flags(name: str) -> None:
     }
     for words in expected.get(name, ()):
         assert words in printed
-    absent = {"pretrain": "--finetune_", "finetune": "--pretrain_", "predict": "--units"}
+    absent = {"pretrain": "--finetune_", "finetune": "--pretrain_steps", "predict": "--units"}
     # As flags of its own; the help of others may name them.
     assert f"\n  {absent.get(name, '--no_such_flag')}" not in printed
+
+
+OF_JOINT_TRAINING = (pretrain.loss_sum, pretrain.make_encoder)
+CODE = {
+    "pretrain": (pretrain, init_embeddings),
+    "finetune": (
+        finetune, finetune_batches, finetune_loss, init_embeddings, *OF_JOINT_TRAINING,
+    ),
+    "predict": (predict,),
+    "serve": (serve,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_help_of_a_stage_has_every_flag_that_its_code_reads(name: str) -> None:
+    text = "".join(map(inspect.getsource, CODE[name]))
+    fields = {item.name for item in dataclasses.fields(Config)}
+    read = fields & set(re.findall(r"\bconfig\.(\w+)", text))
+    shown = {flag.name for flag in command.flags_of(name)}
+    assert len(read) > 3 and read <= shown, read - shown
+
+
+def test_help_of_replay_has_what_may_have_moved_since_the_run() -> None:
+    shown = {flag.name for flag in command.flags_of("replay")}
+    assert {"store", "encoder", "backward_encoder"} <= shown
 
 
 def test_help_and_completion_leave_tensorflow_out() -> None:
