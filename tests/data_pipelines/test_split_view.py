@@ -214,15 +214,11 @@ SHARDS, DOCUMENTS_OF_SHARD, TOKENS_OF_DOCUMENT = 40, 208_000, 240
 READ_IN_A_CHILD = """
 import sys
 import numpy as np
+from benchmarks.processes import peak_megabytes, status_megabytes
 from data_pipelines.batch_plan import BatchPlan, PackedPlan
 from data_pipelines.token_store import TokenStore
 
-def memory():
-    with open("/proc/self/status") as status:
-        fields = dict(line.split(":") for line in status)
-    return {name: int(fields[name].split()[0]) // 1024 for name in ("VmHWM", "RssAnon")}
-
-before = memory()
+before = peak_megabytes(), status_megabytes("RssAnon")
 view = TokenStore(sys.argv[1]).split("train")
 for part in (view, view.pieces(128), view.sample(2_000_000, seed=0)):
     for size in ({"global_batch": 64}, {"tokens_per_batch": 16_000}):
@@ -232,8 +228,9 @@ for part in (view, view.pieces(128), view.sample(2_000_000, seed=0)):
 plan = PackedPlan(view, max_tokens=400, global_batch=64, seed=0, carried=True)
 for step in range(30_000, 30_060):
     view.gather_parts(*plan.parts(0, *plan.ranges(step))[1:])
-after = memory()
-print(len(view), view.num_tokens, *(after[name] - before[name] for name in after))
+after = peak_megabytes(), status_megabytes("RssAnon")
+grew = [round(now - then) for now, then in zip(after, before)]
+print(len(view), view.num_tokens, *grew)
 """
 
 

@@ -96,14 +96,12 @@ def test_a_file_without_a_header_is_refused(tmp_path: Path, size: int) -> None:
 
 
 LARGE = """
-import re, sys
+import sys
 from pathlib import Path
+from benchmarks.processes import peak_megabytes
 from trainer import safe_files
-def peak_kib():
-    # Not getrusage, whose peak begins with that of the process that started this one.
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-before = peak_kib()
+before = peak_megabytes()
 for name, read in (
     ("header", lambda path: safe_files.read_tensors(path, {})),
     ("tensors", lambda path: safe_files.read_tensors(path, {"a": ["float32", [2]]})),
@@ -114,7 +112,7 @@ for name, read in (
         read(Path(sys.argv[1]) / name)
     except safe_files.DamagedError as error:
         print(error)
-print("grew by MiB", (peak_kib() - before) // 1024)
+print("grew by MiB", round(peak_megabytes() - before))
 """
 
 

@@ -94,16 +94,13 @@ def test_a_table_that_is_read_and_compared_with_gets_both_gradients(
 
 
 PEAK_MEMORY = """
-import json, re
+import json
+from benchmarks.processes import peak_megabytes
 from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
 import tensorflow as tf
 from trainer.objectives import softmax
 from tests.trainer.objectives.test_softmax import plain_cross_entropy
-
-def peak_mib():
-    # Not getrusage, whose peak begins with that of the process that started this one.
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
 def step(loss, tokens):
     tensors = [tf.random.normal(s) for s in ([tokens, 32], [30_000, 32], [30_000])]
@@ -115,10 +112,10 @@ def step(loss, tokens):
 run = tf.function(step)
 for loss in (softmax.cross_entropy, plain_cross_entropy):
     run(loss, 8)
-peaks = [peak_mib()]
+peaks = [peak_megabytes()]
 for loss in (softmax.cross_entropy, plain_cross_entropy):
     run(loss, 3200)
-    peaks.append(peak_mib())
+    peaks.append(peak_megabytes())
 print(json.dumps(peaks))
 """
 
