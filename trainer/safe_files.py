@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_pipelines.errors import InputError
 from data_pipelines.seal import seal_fault, with_seal
 from data_pipelines.store_writer import flush_folder
 
@@ -68,6 +69,15 @@ def write_folder(new: Path, folder: Path, files: Mapping[str, bytes | Sequence[B
     new.rename(folder)
     flush_folder(folder.parent)
     remove(old)
+
+
+def refuse_to_replace(folder: Path, flag: str) -> None:
+    """Raises InputError if there is anything at `folder`, which the user's `flag` names.
+
+    `write_folder` puts its own in the place of whatever is there: right for a run's own folders.
+    """
+    if os.path.lexists(folder):
+        raise InputError(f"{flag}={folder} is there already: name a new folder, or remove it")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import InputError
-from trainer.safe_files import replace_text
+from trainer.safe_files import refuse_to_replace, replace_text
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Test error on IMDB's official split, percent.
@@ -186,11 +186,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.command == "halve":
             from trainer import bundle  # with TensorFlow, which nothing else here needs
 
+            refuse_to_replace(options.out, "--out")
             bundle.halve(options.classifier, options.out, "classifier")
         else:
             write_table(options.readme, options.results)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

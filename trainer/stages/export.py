@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-from trainer.safe_files import remove
+from trainer.safe_files import refuse_to_replace, remove
 from trainer.text_classifier import TextClassifier, load_classifier
 
 TOLERANCE = 1e-5
@@ -48,8 +48,7 @@ def export(classifier_folder: Path, folder: Path) -> str:
       InputError: the bundle is not usable, or `folder` is there already or cannot be written.
     """
     model = load_classifier(classifier_folder)
-    if folder.exists():
-        raise InputError(f"--output={folder} is there already: name a new folder, or remove it")
+    refuse_to_replace(folder, "--output")
     beside = folder.with_name(folder.name + ".new")
     remove(beside)
     try:

@@ -91,3 +91,22 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     readme.write_text(results.BEGIN)
     with pytest.raises(InputError, match="needs the lines"):
         results.write_table(readme, tmp_path)
+
+
+def test_what_lies_in_the_place_of_a_kept_classifier_stays(
+    classifier_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "other.json").write_text("{}")
+    command = ["halve", str(classifier_bundle), f"--out={tmp_path}/results"]
+    assert results.main(command) == 2
+    assert "results is there already: name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "results" / "other.json").read_text() == "{}"
+    assert results.main([*command[:2], f"--out={tmp_path}/results/kept"]) == 0
+
+
+def test_a_table_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert results.main(["table", f"--results={tmp_path}", f"--readme={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
