@@ -340,6 +340,19 @@ def test_a_fine_tuning_goes_on_from_the_encoder_that_it_began_with_alone(
     assert "--resume=never" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_neither_a_tracker_nor_the_page_that_fails_ends_a_training(
+    small_store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tensorboard").write_text("a file where a folder should be")
+    (tmp_path / "report.html").mkdir()
+    flags = ("--stage=pretrain", f"--store={small_store}", "--pretrain_steps=3")
+    printed = train(1, *flags, f"--run_dir={tmp_path}", "--track=tensorboard")
+    assert printed.count("warning: --track=tensorboard is off from here on") == 1
+    assert f"warning: {tmp_path}/report.html cannot be written: Is a directory" in printed
+    assert list(metrics(tmp_path)) == [1, 2, 3] and (tmp_path / "encoder").is_dir()
+    assert json.loads((tmp_path / "report.json").read_text())["pretrain"]["steps"] == 3
+
+
 def test_a_run_folder_of_other_settings_is_not_resumed(small_store: Path, tmp_path: Path) -> None:
     flags = ("--stage=pretrain", f"--store={small_store}", f"--run_dir={tmp_path}")
     train(1, *flags, "--pretrain_steps=3")
