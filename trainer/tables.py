@@ -212,7 +212,7 @@ class Tables:
 
     Args:
       optimizer: built for `variables`, in their order.
-      found: from `find_tables`.
+      found: which of `variables` are tables, from `trace_gradients`.
       by_rows: which of those are trained by rows here. The others, of which the gradient is summed
         over workers as a dense one, Keras trains; none of their rows is ever behind.
       rules: how each variable is trained.
@@ -294,15 +294,29 @@ def _settling(distributor: Distributor, table: Table) -> Callable[[], None]:
     return settle
 
 
-def find_tables(
+class Traced(NamedTuple):
+    """What one trace of a shard's gradients shows, by variable.
+
+    Attributes:
+      is_sparse: whether its gradient is of a few rows.
+      is_table: whether it also is read by `read_rows`.
+      count_rows: batch -> how many distinct rows each gradient has, of the first local shard; 0
+        for one that is whole. Of the gradients only the indices are used, so that TensorFlow
+        computes nothing else.
+    """
+
+    is_sparse: list[bool]
+    is_table: list[bool]
+    count_rows: Callable[[dict], list[tf.Tensor]]
+
+
+def trace_gradients(
     distributor: Distributor,
     variables: Sequence[keras.Variable],
     gradients: Callable[[dict], Sequence[Gradient]],
     batch_spec: Any,
-) -> list[bool]:
-    """Returns which variables are read by `read_rows` and have a gradient of a few rows.
-
-    Nothing is computed.
+) -> Traced:
+    """Traces the gradients once, to see which are of a few rows; nothing is computed.
 
     Args:
       gradients: of a shard, for a batch.
@@ -317,16 +331,25 @@ def find_tables(
 
         return remember
 
-    def step(batch: dict) -> tf.Tensor:
-        sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in gradients(batch)]
-        return tf.constant(0)
+    def count(batch: dict) -> list[tf.Tensor]:
+        found = gradients(batch)
+        sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in found]
+        return [
+            tf.size(tf.unique(g.indices)[0]) if isinstance(g, tf.IndexedSlices) else tf.constant(0)
+            for g in found
+        ]
 
     for i, variable in enumerate(variables):
         setattr(variable.value, _READER, reader(i, variable.value))
     try:
-        trace = tf.function(lambda batch: distributor.run(step, batch), autograph=False)
-        trace.get_concrete_function(batch_spec)
+        count_rows = tf.function(
+            lambda batch: distributor.run(count, batch),
+            input_signature=[batch_spec],
+            autograph=False,
+        )
+        count_rows.get_concrete_function()
     finally:
         for variable in variables:
             delattr(variable.value, _READER)
-    return [is_sparse and i in read for i, is_sparse in enumerate(sparse)]
+    is_table = [is_sparse and i in read for i, is_sparse in enumerate(sparse)]
+    return Traced(sparse, is_table, count_rows)

@@ -19,7 +19,7 @@ from trainer.distribution.steps import local_rows
 from trainer.gradients import Gradient, divided, loss_and_gradients
 from trainer.loss_scale import LossScale
 from trainer.optimizer import Rate
-from trainer.tables import Tables, find_tables, rule_of
+from trainer.tables import Rule, Tables, rule_of, trace_gradients
 from trainer.task import Settings, Task
 
 
@@ -43,6 +43,14 @@ class Outcome(NamedTuple):
         return bool(np.isfinite(self.loss.numpy()) and np.isfinite(self.norms.numpy()).all())
 
 
+# (batch, stop asked for here) -> outcome
+TrainStep = Callable[[dict, tf.Tensor], Outcome]
+# Inside of a step: batch -> a shard's summed loss, its weight, its gradients, what its rows carry.
+ShardGradients = Callable[[dict], tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]]
+# Inside of a step: (batch, stop) -> outcome, gradients, and carried rows of the global batch.
+GlobalGradients = Callable[[dict, tf.Tensor], tuple[Outcome, list[Gradient], list[tf.Tensor]]]
+
+
 def make_train_step(
     task: Task,
     optimizer: keras.optimizers.Optimizer,
@@ -50,7 +58,7 @@ def make_train_step(
     settings: Settings,
     batches: Callable[[int, int], tf.data.Dataset],
     loss_scale: LossScale | None = None,
-) -> tuple[Callable[[dict, tf.Tensor], Outcome], Tables]:
+) -> tuple[TrainStep, Tables]:
     """Returns (batch, stop asked for here) -> the step's outcome; and the tables that it trains.
 
     Where `settings.on_nonfinite` is "skip", a step that is not finite changes no variable. Its
@@ -64,7 +72,40 @@ def make_train_step(
     """
     first = batches(0, 1)  # what is measured on it must not depend on where the run resumes
     variables = list(task.variables.values())
-    tensors = [variable.value for variable in variables]
+    shard_gradients = _shard_gradients(task, distributor, settings, loss_scale)
+    traced = trace_gradients(
+        distributor, variables, lambda batch: shard_gradients(batch)[2], first.element_spec
+    )
+    sizes = [_whole_and_row_bytes(variable.value) for variable in variables]
+    as_rows = choose_rows(
+        distributor, settings.sparse_reduce, traced.is_sparse, traced.count_rows, first, sizes
+    )
+    one_shard = num_shards(distributor) == 1
+    by_rows = [
+        is_table and (one_shard or r) for is_table, r in zip(traced.is_table, as_rows, strict=True)
+    ]
+    with distributor.scope():
+        tables = Tables(
+            distributor, optimizer, variables, traced.is_table, by_rows,
+            _rules(task, optimizer, settings),
+        )  # fmt: skip
+
+    def sum_gradients(gradients: list[Gradient]) -> list[Gradient]:
+        return reduce_gradients(distributor, gradients, as_rows, settings.compress, by_rows)
+
+    global_gradients = _global_gradients(
+        task, distributor, settings, loss_scale, tables, shard_gradients, sum_gradients
+    )
+    signature = [first.element_spec, tf.TensorSpec([], tf.float32)]
+    if settings.on_nonfinite == "stop" and loss_scale is None:
+        return _one_call(task, optimizer, distributor, global_gradients, signature), tables
+    return _two_calls(task, optimizer, distributor, global_gradients, signature, loss_scale), tables
+
+
+def _shard_gradients(
+    task: Task, distributor: Distributor, settings: Settings, loss_scale: LossScale | None
+) -> ShardGradients:
+    """Returns batch -> a shard's summed loss, its weight, gradients, and what rows carry on."""
 
     def loss_sum(rows: dict, step: tf.Tensor, part: int | tf.Tensor) -> tuple[tf.Tensor, ...]:
         loss, *others = task.loss_sum(rows, step, part)
@@ -78,44 +119,57 @@ def make_train_step(
             rows["carried"] = carried_rows(distributor, task.carried.value)
         return loss_and_gradients(
             lambda rows, part: loss_sum(rows, batch["step"], part),
-            tensors,
+            [variable.value for variable in task.variables.values()],
             rows,
             distributor.local_shard() + distributor.rank * distributor.num_local_shards,
             settings.accumulate_steps,
         )
 
-    as_rows = choose_rows(
-        distributor,
-        settings.sparse_reduce,
-        lambda batch: shard_gradients(batch)[2],
-        first,
-        sizes=[
-            (t.dtype.size * math.prod(t.shape), t.dtype.size * math.prod(t.shape[1:]))
-            for t in tensors
-        ],
-    )
+    return shard_gradients
 
-    found = find_tables(
-        distributor, variables, lambda batch: shard_gradients(batch)[2], first.element_spec
-    )
-    one_shard = num_shards(distributor) == 1
-    by_rows = [is_table and (one_shard or r) for is_table, r in zip(found, as_rows, strict=True)]
+
+def _whole_and_row_bytes(tensor: tf.Variable) -> tuple[int, int]:
+    """Returns the bytes of a gradient of `tensor`, and those of one of its rows."""
+    size = tensor.dtype.size
+    return size * math.prod(tensor.shape), size * math.prod(tensor.shape[1:])
+
+
+def _rules(task: Task, optimizer: keras.optimizers.Optimizer, settings: Settings) -> list[Rule]:
+    """Returns how each variable is trained; variables of one rate share one rule."""
     no_rate = Rate(1.0, 0)
     rules = {
         rate: rule_of(optimizer, settings.steps, *rate) for rate in {no_rate, *task.rates.values()}
     }
-    rules = [rules[task.rates.get(name, no_rate)] for name in task.variables]
-    with distributor.scope():
-        tables = Tables(distributor, optimizer, variables, found, by_rows, rules)
+    return [rules[task.rates.get(name, no_rate)] for name in task.variables]
 
-    def reduced(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor], list[tf.Tensor]]:
+
+def _global_gradients(
+    task: Task,
+    distributor: Distributor,
+    settings: Settings,
+    loss_scale: LossScale | None,
+    tables: Tables,
+    shard_gradients: ShardGradients,
+    sum_gradients: Callable[[list[Gradient]], list[Gradient]],
+) -> GlobalGradients:
+    """Returns (batch, stop) -> outcome, clipped gradients of the global batch, what is carried.
+
+    It runs inside a step, on each shard; all but the gradients' way is the same in every one.
+
+    Args:
+      sum_gradients: each shard's gradients -> their sums over all shards.
+    """
+
+    def global_gradients(
+        batch: dict, stop: tf.Tensor
+    ) -> tuple[Outcome, list[Gradient], list[tf.Tensor]]:
         rows = local_rows(distributor, batch)
         with tables.read_up_to_date():
             loss, weight, gradients, carried = shard_gradients(batch)
-        carried = [in_global_batch(distributor, part, task.carried.shape) for part in carried]
-        tokens = tf.reduce_sum(
-            tf.cast(rows["lengths"] * tf.cast(rows["weights"] > 0, tf.int32), weight.dtype)
-        )
+        if task.carried is not None:
+            shape = task.carried.shape
+            carried = [in_global_batch(distributor, part, shape) for part in carried]
+        tokens = _tokens_read(rows, weight.dtype)
         # Of their own, before the gradients: they are known before the backward pass begins.
         loss, weight, tokens, stop, *carried = distributor.all_reduce_sum(
             [loss, weight, tokens, tf.cast(stop, weight.dtype), *carried]
@@ -125,9 +179,7 @@ def make_train_step(
         divisor = weight if loss_scale is None else weight * loss_scale.factor()
         gradients = [divided(gradient, divisor) for gradient in gradients]
         with tf.name_scope("collective"):
-            gradients = reduce_gradients(
-                distributor, gradients, as_rows, settings.compress, by_rows
-            )
+            gradients = sum_gradients(gradients)
         # As tf.linalg.global_norm does, which keeps those of the variables to itself.
         halves = tf.stack(
             [tf.nn.l2_loss(g.values if isinstance(g, tf.IndexedSlices) else g) for g in gradients]
@@ -137,35 +189,65 @@ def make_train_step(
         outcome = Outcome(loss / weight, tokens, stop, tf.sqrt(2 * halves))
         return outcome, gradients, carried
 
-    def reduce_and_apply(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor]]:
-        outcome, gradients, carried = reduced(batch, stop)
-        with tf.name_scope("optimizer"):
-            optimizer.apply(gradients, variables)
-        return outcome, carried
+    return global_gradients
 
-    def carry(carried: list[tf.Tensor]) -> None:
-        for value in carried:
-            task.carried.assign(value)
+
+def _tokens_read(rows: dict[str, tf.Tensor], dtype: tf.DType) -> tf.Tensor:
+    """Returns how many tokens the rows have, filler left out."""
+    return tf.reduce_sum(tf.cast(rows["lengths"] * tf.cast(rows["weights"] > 0, tf.int32), dtype))
+
+
+def _carry(task: Task, carried: list[tf.Tensor]) -> None:
+    """Keeps what the rows of the global batch carry on to the next step, if they do."""
+    if task.carried is not None:
+        (value,) = carried
+        task.carried.assign(value)
+
+
+def _one_call(
+    task: Task,
+    optimizer: keras.optimizers.Optimizer,
+    distributor: Distributor,
+    global_gradients: GlobalGradients,
+    signature: list,
+) -> TrainStep:
+    """Returns the step as one tf.function, which applies whatever gradients there are."""
+
+    def reduce_and_apply(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor]]:
+        outcome, gradients, carried = global_gradients(batch, stop)
+        with tf.name_scope("optimizer"):
+            optimizer.apply(gradients, list(task.variables.values()))
+        return outcome, carried
 
     def step_and_carry(batch: dict, stop: tf.Tensor) -> Outcome:
         outcome, carried = distributor.run(reduce_and_apply, batch, stop)
-        carry(carried)
+        _carry(task, carried)
         return outcome
 
-    signature = [first.element_spec, tf.TensorSpec([], tf.float32)]
-    if settings.on_nonfinite == "stop" and loss_scale is None:
-        whole = tf.function(step_and_carry, input_signature=signature, autograph=False)
-        return whole, tables
+    return tf.function(step_and_carry, input_signature=signature, autograph=False)
 
+
+def _two_calls(
+    task: Task,
+    optimizer: keras.optimizers.Optimizer,
+    distributor: Distributor,
+    global_gradients: GlobalGradients,
+    signature: list,
+    loss_scale: LossScale | None,
+) -> TrainStep:
+    """Returns the step as two tf.functions; the second applies gradients that are finite."""
+    variables = list(task.variables.values())
     reduce = tf.function(
-        lambda batch, stop: distributor.run(reduced, batch, stop),
+        lambda batch, stop: distributor.run(global_gradients, batch, stop),
         input_signature=signature,
         autograph=False,
     )
+    # As they come out of a graph: a table's gradient has any number of rows, so one trace does.
+    _, gradients, _ = reduce.get_concrete_function().structured_outputs
     apply = tf.function(
         lambda gradients: distributor.run(lambda g: optimizer.apply(g, variables), gradients),
+        input_signature=[[tf.type_spec_from_value(gradient) for gradient in gradients]],
         autograph=False,
-        reduce_retracing=True,  # a table's gradient has another number of rows each time
     )
 
     def train_step(batch: dict, stop: tf.Tensor) -> Outcome:
@@ -176,16 +258,16 @@ def make_train_step(
             outcome, gradients, carried = reduce(batch, stop)
         if outcome.is_finite():
             apply(gradients)
-            carry(carried)
+            _carry(task, carried)
             if loss_scale:
                 loss_scale.grow()
         return outcome
 
-    return train_step, tables
+    return train_step
 
 
 def make_several_steps(
-    train_step: Callable[[dict, tf.Tensor], Outcome],
+    train_step: tf.types.experimental.PolymorphicFunction,
 ) -> Callable[[Iterator, int, tf.Tensor], list[Outcome]]:
     """Returns (iterator of batches, number of steps, stop asked for here) -> the steps' outcomes.
 
@@ -193,7 +275,7 @@ def make_several_steps(
     finite, and there are fewer outcomes then; only the last one has its own norms.
 
     Args:
-      train_step: a tf.function.
+      train_step: a TrainStep that is one tf.function.
     """
 
     @tf.function(autograph=False)

@@ -145,6 +145,37 @@ def test_a_run_by_rows_equals_a_dense_one(
     assert set(steps) - {40, 50}  # evaluated at 40, and trained by rows since
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"on_nonfinite": "skip"}, {"scale_loss": True}, {"steps_per_call": 4}],
+    ids=["plain", "skip", "loss scale", "steps a call"],
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_step_is_traced_twice_and_the_optimizer_once(
+    two_shards: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
+    changes: dict[str, Any],
+) -> None:
+    traces = {"loss": 0, "apply": 0}  # Python runs their code in traces only
+    apply = keras.optimizers.Adam.apply
+
+    def counted_apply(*args: Any) -> Any:
+        traces["apply"] += 1
+        return apply(*args)
+
+    def counted_read(*args: Any) -> tf.Tensor:
+        traces["loss"] += 1
+        return read_rows(*args)
+
+    monkeypatch.setattr(keras.optimizers.Adam, "apply", counted_apply)
+    distributor = one_device() if shards == 1 else two_shards
+    train(distributor, tmp_path, counted_read, steps=8, sparse_reduce="auto", **changes)
+    # Once to see which gradients are of a few rows, before the optimizer's variables are made.
+    assert traces == {"loss": 2 * shards, "apply": shards}
+
+
 def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
     whole = train(one_device(), tmp_path / "whole")
     with pytest.raises(Preempted):

@@ -61,7 +61,8 @@ def reduce_gradients(
 def choose_rows(
     distributor: Distributor,
     policy: str,
-    gradients: Callable[[dict], Sequence[Gradient]],
+    is_sparse: Sequence[bool],
+    count_rows: Callable[[dict], Sequence[tf.Tensor]],
     batches: tf.data.Dataset,
     sizes: Sequence[tuple[int, int]],
 ) -> list[bool]:
@@ -69,38 +70,22 @@ def choose_rows(
 
     Args:
       policy: "dense", "rows" or "auto".
-      gradients: of this shard for a batch. Only their indices are used, so that TensorFlow
-        computes nothing else.
+      is_sparse: whether each gradient is of a few rows; no other can travel as rows.
+      count_rows: batch -> how many distinct rows each gradient has on this shard.
       batches: the run's first global batch.
       sizes: bytes of each gradient, whole, and of one of its rows.
     """
     if num_shards(distributor) == 1 or policy == "dense":
         return [False] * len(sizes)
-
-    sparse: list[bool] = []
-
-    def count(batch: dict) -> list[tf.Tensor]:
-        found = gradients(batch)
-        sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in found]
-        return [
-            tf.size(tf.unique(g.indices)[0]) if isinstance(g, tf.IndexedSlices) else tf.constant(0)
-            for g in found
-        ]
-
-    counted = tf.function(
-        lambda batch: distributor.run(count, batch), input_signature=[batches.element_spec]
-    )
-    counts = [float(n) for n in counted(next(iter(batches)))]
+    if policy == "rows":
+        return list(is_sparse)
+    counts = [float(n) for n in count_rows(next(iter(batches)))]
     # The first local shard's, so that this is a mean over processes.
     (total,) = distributor.sum_over_processes([np.array(counts, np.float32)])
     rows = total / distributor.size
     return [
-        is_sparse
-        and (
-            policy == "rows"
-            or bool(row_bytes(mean, width, distributor) < dense_bytes(size, distributor))
-        )
-        for is_sparse, mean, (size, width) in zip(sparse, rows, sizes, strict=True)
+        sparse and bool(row_bytes(mean, width, distributor) < dense_bytes(size, distributor))
+        for sparse, mean, (size, width) in zip(is_sparse, rows, sizes, strict=True)
     ]
 
 

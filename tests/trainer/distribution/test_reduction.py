@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from trainer.distribution.reduction import choose_rows, dense_bytes, reduce_gradients, row_bytes
 from trainer.gradients import dense
+from trainer.tables import trace_gradients
 
 WIDTH = 4
 
@@ -40,10 +41,12 @@ def test_auto_takes_the_fewer_bytes(two_shards: object, vocab_size: int, rows: b
     batches = tf.data.Dataset.from_tensors(0)
     sizes = [(4 * WIDTH * vocab_size, 4 * WIDTH), (12, 4)]
 
+    traced = trace_gradients(
+        two_shards, [], lambda _: gradients_of(two_shards, vocab_size), batches.element_spec
+    )
+
     def chosen(policy: str) -> list[bool]:
-        return choose_rows(
-            two_shards, policy, lambda _: gradients_of(two_shards, vocab_size), batches, sizes
-        )
+        return choose_rows(two_shards, policy, traced.is_sparse, traced.count_rows, batches, sizes)
 
     assert chosen("auto") == [rows, False]
     assert chosen("rows") == [True, False]
