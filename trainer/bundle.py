@@ -12,7 +12,7 @@ taken.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -323,8 +323,11 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
     return Bundle(tensors | {name: array.astype(np.float32) for name, array in half.items()}, info)
 
 
-def halve(source: Path, target: Path, name: str) -> None:
+def halve(source: Path, target: Path, name: str, left_out: Collection[str] = ()) -> None:
     """Writes the bundle `source` to `target` with its numbers rounded to float16: half the bytes.
+
+    Args:
+      left_out: of the configuration that the bundle was made with, what the copy does not name.
 
     Raises:
       InputError: `source` is no such bundle, or has a number beyond float16's range; `target`
@@ -336,7 +339,10 @@ def halve(source: Path, target: Path, name: str) -> None:
     for key, array in tensors.items():
         if not np.isfinite(array).all():
             raise InputError(f"{source}: {key!r} has numbers that float16 cannot hold")
-    save(target, name, tensors, loaded.info, source / "vocab.txt")
+    info = dict(loaded.info)
+    if "config" in info:
+        info["config"] = {k: v for k, v in info["config"].items() if k not in left_out}
+    save(target, name, tensors, info, source / "vocab.txt")
 
 
 def _check_model(

@@ -64,6 +64,17 @@ def test_half_the_bytes_load_as_float32(saved: Path, tmp_path: Path) -> None:
     assert sizes[1] - sizes[0] > 1.9 * numbers
 
 
+def test_a_copy_may_leave_out_of_its_configuration(
+    saved: Path, vocab: Path, tmp_path: Path
+) -> None:
+    loaded = bundle.load(saved, "encoder", "--encoder")
+    info = INFO | {"config": {"run_dir": "/home/somebody", "units": 2}}
+    bundle.save(saved, "encoder", loaded.tensors, info, vocab)
+    bundle.halve(saved, tmp_path / "half", "encoder", ["run_dir"])
+    half = bundle.load(tmp_path / "half", "encoder", "--encoder")
+    assert half.info["config"] == {"units": 2}
+
+
 def test_what_float16_cannot_hold_is_not_rounded(saved: Path, vocab: Path, tmp_path: Path) -> None:
     tensors = bundle.load(saved, "encoder", "--encoder").tensors
     tensors["embeddings"] = np.full_like(tensors["embeddings"], 7e4)

@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from trainer import bundle  # with TensorFlow, which nothing else here needs
 
             refuse_to_replace(options.out, "--out")
-            bundle.halve(options.classifier, options.out, "classifier")
+            bundle.halve(options.classifier, options.out, "classifier", MACHINE_FLAGS)
         else:
             write_table(options.readme, options.results)
     except InputError as error:
