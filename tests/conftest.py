@@ -134,3 +134,13 @@ def run_module() -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> str:
+    """The folder of prepared TFDS data sets; skips the test where there is none."""
+    beside = REPOSITORY.parent / "shared" / "tensorflow_datasets"
+    folder = os.environ.get("TFDS_DATA_DIR") or str(beside)
+    if not (Path(folder) / "imdb_reviews").is_dir():
+        pytest.skip(f"no prepared imdb_reviews in {folder}: set TFDS_DATA_DIR to test it")
+    return folder

@@ -1,6 +1,5 @@
 """Small stores made by the real `prepare`, for all tests of this folder."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -103,13 +102,3 @@ def write_store() -> Callable[..., TokenStore]:
         return TokenStore(folder)
 
     return write
-
-
-@pytest.fixture(scope="session")
-def tfds_dir() -> str:
-    """The folder of prepared TFDS data sets; skips the test where there is none."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "tensorflow_datasets"
-    folder = os.environ.get("TFDS_DATA_DIR") or str(beside)
-    if not (Path(folder) / "imdb_reviews").is_dir():
-        pytest.skip(f"no prepared imdb_reviews in {folder}: set TFDS_DATA_DIR to test it")
-    return folder
