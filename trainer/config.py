@@ -456,102 +456,18 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
     """Returns every fault of the configuration that needs no data to be seen, one line each."""
     faults = [fault for item in dataclasses.fields(config) for fault in _value_faults(config, item)]
     faults += _address_faults(config)
-    if config.stage in USING_STAGES or "://" in config.run_dir:
-        pass
-    elif not config.run_dir:
-        faults.append("--run_dir is not set: name the folder that the run may write")
-    elif config.stage != "replay":
-        faults += _folder_faults("--run_dir", config.run_dir)
+    faults += _run_dir_faults(config)
     if any(isinstance(value, _Unusable) for value in vars(config).values()):
         return faults  # what compares two values needs both
     if config.stage in USING_STAGES:
         return faults + _using_faults(config, cluster)
     faults += trackers.faults_of(config.track)
     faults += distributor_faults(config.distributor, cluster)
-    for stage in ("pretrain", "finetune"):
-        name = f"{stage}_batch_size"
-        if config.stage in ("all", stage) and getattr(config, name) < cluster.size:
-            faults.append(
-                f"--{name}={getattr(config, name)} is smaller than the number of workers, "
-                f"{cluster.size}: some would have nothing to do"
-            )
-    if config.uses_softmax and config.sampled_softmax >= config.vocab_size:
-        faults.append(
-            f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
-            f"{config.vocab_size}; 0 is the exact softmax"
-        )
-    tokens = config.pretrain_tokens_per_batch
-    if tokens and tokens < config.pretrain_max_tokens:
-        faults.append(
-            f"--pretrain_tokens_per_batch={tokens} must be at least --pretrain_max_tokens="
-            f"{config.pretrain_max_tokens}, the longest row; 0 counts rows instead"
-        )
-    packing = config.pretrain_packing
-    if tokens and packing != "none":
-        faults.append(
-            f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing={packing}: its rows "
-            "have one length; set --pretrain_batch_size instead"
-        )
-    if config.reconstruct_documents and config.pretrain_objective != "sequence_autoencoder":
-        faults.append(
-            f"--reconstruct_documents={config.reconstruct_documents} with --pretrain_objective="
-            f"{config.pretrain_objective}: only a sequence_autoencoder writes texts again"
-        )
-    if packing == "stream" and config.pretrain_objective != "language_model":
-        faults.append(
-            f"--pretrain_packing=stream with --pretrain_objective={config.pretrain_objective}: "
-            "only a language model carries its state from row to row; use concat or none"
-        )
-    if config.profile_steps and step_range(config.profile_steps) is None:
-        faults.append(
-            f"--profile_steps={config.profile_steps} must be A:B, two step numbers from 1, A at "
-            "most B, as in --profile_steps=20:30"
-        )
-    if config.steps_per_call > 1 and config.on_nonfinite == "skip":
-        faults.append(
-            f"--steps_per_call={config.steps_per_call} with --on_nonfinite=skip: whether a step is "
-            "left out is decided after each; set --steps_per_call=1 or --on_nonfinite=stop"
-        )
-    if config.steps_per_call > 1 and config.precision == "mixed_float16":
-        faults.append(
-            f"--steps_per_call={config.steps_per_call} with --precision=mixed_float16: a step that "
-            "overflows is tried again; set --steps_per_call=1 or --precision=mixed_bfloat16"
-        )
-    if config.steps_per_call > 1 and config.finetune_ema:
-        faults.append(
-            f"--steps_per_call={config.steps_per_call} with --finetune_ema={config.finetune_ema}: "
-            "the weights are averaged after each step; set one of them back"
-        )
-    pair = (config.unlabelled, config.labelled)
-    if any(pair) and (config.source or not all(pair)):
-        faults.append(
-            f"--source={config.source} --unlabelled={pair[0]} --labelled={pair[1]}: give either "
-            "--source, or both --unlabelled and --labelled"
-        )
-    for name in ("encoder_frozen_steps", "unfreeze_every_steps"):
-        if config.optimizer == "adamw" and getattr(config, name):
-            faults.append(
-                f"--{name}={getattr(config, name)} with --optimizer=adamw: its weight decay would "
-                "move the frozen weights; use --optimizer=adam"
-            )
-    if config.label_gain == "linear" and config.pooling != "last":
-        faults.append(
-            f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
-            "predicted from that word's output; use --pooling=last"
-        )
-    vectors = config.init_embeddings
-    if vectors and "://" not in vectors and not Path(vectors).is_file():
-        faults.append(f"--init_embeddings={vectors} is not a file")
-    if vectors and config.stage == "finetune" and config.init_weights == "encoder":
-        faults.append(
-            f"--init_embeddings={vectors} with --init_weights=encoder: the encoder has embeddings; "
-            "set --init_weights=random, or leave one out"
-        )
-    if config.unlabelled_batch_size and not config.virtual_adversarial_weight:
-        faults.append(
-            f"--unlabelled_batch_size={config.unlabelled_batch_size} needs "
-            "--virtual_adversarial_weight: no other loss reads documents without labels"
-        )
+    faults += _batch_size_faults(config, cluster)
+    faults += _pretraining_faults(config)
+    faults += _step_faults(config)
+    faults += _source_faults(config)
+    faults += _finetuning_faults(config)
     return faults + _stage_faults(config)
 
 
@@ -606,6 +522,129 @@ def _folder_faults(flag: str, folder: str) -> list[str]:
             return []
     except OSError as error:
         return [f"{flag}={folder} cannot be written: {existing}: {error.strerror}"]
+
+
+def _run_dir_faults(config: Config) -> list[str]:
+    """Returns a fault if the stage writes a run's folder and cannot; see `_address_faults`."""
+    if config.stage in USING_STAGES or "://" in config.run_dir:
+        return []
+    if not config.run_dir:
+        return ["--run_dir is not set: name the folder that the run may write"]
+    return [] if config.stage == "replay" else _folder_faults("--run_dir", config.run_dir)
+
+
+def _batch_size_faults(config: Config, cluster: Cluster) -> list[str]:
+    """Returns what is wrong with global batches for so many workers."""
+    faults = []
+    for stage in ("pretrain", "finetune"):
+        name = f"{stage}_batch_size"
+        if config.stage in ("all", stage) and getattr(config, name) < cluster.size:
+            faults.append(
+                f"--{name}={getattr(config, name)} is smaller than the number of workers, "
+                f"{cluster.size}: some would have nothing to do"
+            )
+    return faults
+
+
+def _pretraining_faults(config: Config) -> list[str]:
+    """Returns which flags of pretraining do not go together."""
+    faults = []
+    if config.uses_softmax and config.sampled_softmax >= config.vocab_size:
+        faults.append(
+            f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
+            f"{config.vocab_size}; 0 is the exact softmax"
+        )
+    tokens = config.pretrain_tokens_per_batch
+    if tokens and tokens < config.pretrain_max_tokens:
+        faults.append(
+            f"--pretrain_tokens_per_batch={tokens} must be at least --pretrain_max_tokens="
+            f"{config.pretrain_max_tokens}, the longest row; 0 counts rows instead"
+        )
+    packing = config.pretrain_packing
+    if tokens and packing != "none":
+        faults.append(
+            f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing={packing}: its rows "
+            "have one length; set --pretrain_batch_size instead"
+        )
+    if config.reconstruct_documents and config.pretrain_objective != "sequence_autoencoder":
+        faults.append(
+            f"--reconstruct_documents={config.reconstruct_documents} with --pretrain_objective="
+            f"{config.pretrain_objective}: only a sequence_autoencoder writes texts again"
+        )
+    if packing == "stream" and config.pretrain_objective != "language_model":
+        faults.append(
+            f"--pretrain_packing=stream with --pretrain_objective={config.pretrain_objective}: "
+            "only a language model carries its state from row to row; use concat or none"
+        )
+    return faults
+
+
+def _step_faults(config: Config) -> list[str]:
+    """Returns which flags of how steps are taken do not go together."""
+    faults = []
+    if config.profile_steps and step_range(config.profile_steps) is None:
+        faults.append(
+            f"--profile_steps={config.profile_steps} must be A:B, two step numbers from 1, A at "
+            "most B, as in --profile_steps=20:30"
+        )
+    if config.steps_per_call > 1 and config.on_nonfinite == "skip":
+        faults.append(
+            f"--steps_per_call={config.steps_per_call} with --on_nonfinite=skip: whether a step is "
+            "left out is decided after each; set --steps_per_call=1 or --on_nonfinite=stop"
+        )
+    if config.steps_per_call > 1 and config.precision == "mixed_float16":
+        faults.append(
+            f"--steps_per_call={config.steps_per_call} with --precision=mixed_float16: a step that "
+            "overflows is tried again; set --steps_per_call=1 or --precision=mixed_bfloat16"
+        )
+    if config.steps_per_call > 1 and config.finetune_ema:
+        faults.append(
+            f"--steps_per_call={config.steps_per_call} with --finetune_ema={config.finetune_ema}: "
+            "the weights are averaged after each step; set one of them back"
+        )
+    return faults
+
+
+def _source_faults(config: Config) -> list[str]:
+    """Returns a fault if it is not clear which texts are read."""
+    faults = []
+    pair = (config.unlabelled, config.labelled)
+    if any(pair) and (config.source or not all(pair)):
+        faults.append(
+            f"--source={config.source} --unlabelled={pair[0]} --labelled={pair[1]}: give either "
+            "--source, or both --unlabelled and --labelled"
+        )
+    return faults
+
+
+def _finetuning_faults(config: Config) -> list[str]:
+    """Returns which flags of fine-tuning do not go together."""
+    faults = []
+    for name in ("encoder_frozen_steps", "unfreeze_every_steps"):
+        if config.optimizer == "adamw" and getattr(config, name):
+            faults.append(
+                f"--{name}={getattr(config, name)} with --optimizer=adamw: its weight decay would "
+                "move the frozen weights; use --optimizer=adam"
+            )
+    if config.label_gain == "linear" and config.pooling != "last":
+        faults.append(
+            f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
+            "predicted from that word's output; use --pooling=last"
+        )
+    vectors = config.init_embeddings
+    if vectors and "://" not in vectors and not Path(vectors).is_file():
+        faults.append(f"--init_embeddings={vectors} is not a file")
+    if vectors and config.stage == "finetune" and config.init_weights == "encoder":
+        faults.append(
+            f"--init_embeddings={vectors} with --init_weights=encoder: the encoder has embeddings; "
+            "set --init_weights=random, or leave one out"
+        )
+    if config.unlabelled_batch_size and not config.virtual_adversarial_weight:
+        faults.append(
+            f"--unlabelled_batch_size={config.unlabelled_batch_size} needs "
+            "--virtual_adversarial_weight: no other loss reads documents without labels"
+        )
+    return faults
 
 
 def _stage_faults(config: Config) -> list[str]:

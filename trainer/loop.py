@@ -1,9 +1,10 @@
 """The one training loop, of both stages."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from trainer.averages import Averages
@@ -20,7 +21,13 @@ from trainer.reporting.status import Metrics
 from trainer.reporting.status_server import Vitals
 from trainer.tables import Tables
 from trainer.task import Result, Settings, Task
-from trainer.train_step import Outcome, make_several_steps, make_train_step
+from trainer.train_step import (
+    Outcome,
+    SeveralSteps,
+    TrainStep,
+    make_several_steps,
+    make_train_step,
+)
 
 
 def train(
@@ -46,6 +53,66 @@ def train(
       InputError: a checkpoint cannot be read, or written and `settings.checkpoint_errors` is stop.
       DivergenceError: `settings.check_divergence`, and workers hold different weights.
     """
+    vitals = vitals or Vitals()
+    run = _make_run(task, settings, distributor, batches, log, vitals)
+    if settings.replay_step:
+        raise Replayed(_step_again(run, batches, log))
+    start = _resume(run)
+    try:
+        with StallWatchdog(settings.stall_seconds) as watchdog:
+            _evaluate_if_cut_off(run, start)
+            vitals.begin(task.name, start, settings.steps)
+            step, iterator = start, iter(batches(start, settings.steps))
+            while step < settings.steps:
+                run.profiler.before(step + 1)
+                stop = tf.constant(float(stop_request.received))
+                outcomes, seconds, wait_seconds = _take_steps(run, iterator, step, stop)
+                if step == start:
+                    seconds = None  # the first call traces the graph: not like the others
+                for outcome in outcomes:
+                    step += 1
+                    run.progress.count(step, outcome, seconds, wait_seconds)
+                run.profiler.after(step)
+                watchdog.beat()
+                if step % settings.log_every_steps == 0 or step == settings.steps:
+                    run.progress.report(step)
+                if _evaluate_and_save(run, step, float(outcomes[-1].stops) > 0, watchdog):
+                    saved = "state saved" if run.checkpoints.wait() else "state NOT saved"
+                    raise Preempted(f"{task.name}: stopped by TERM after step {step}; {saved}")
+        run.checkpoints.wait()
+    finally:
+        run.profiler.close()
+        run.checkpoints.close()
+        vitals.stage = ""
+    return run.progress.finish()
+
+
+class _Run(NamedTuple):
+    """What the loop works with."""
+
+    task: Task
+    settings: Settings
+    distributor: Distributor
+    optimizer: keras.optimizers.Optimizer
+    train_step: TrainStep
+    several_steps: SeveralSteps
+    tables: Tables
+    averages: Averages | None
+    checkpoints: Checkpointer
+    progress: Progress
+    profiler: Profiler
+    vitals: Vitals
+
+
+def _make_run(
+    task: Task,
+    settings: Settings,
+    distributor: Distributor,
+    batches: Callable[[int, int], tf.data.Dataset],
+    log: Callable[[str], None],
+    vitals: Vitals,
+) -> _Run:
+    """Makes the optimizer, the step and the bookkeeping; writes nothing yet."""
     with distributor.scope():
         optimizer = make_optimizer(settings.optimizer, settings.schedule)
         optimizer.build(list(task.variables.values()))
@@ -56,128 +123,123 @@ def train(
     train_step, tables = make_train_step(
         task, optimizer, distributor, settings, batches, loss_scale
     )
-    several_steps = make_several_steps(train_step)
     averages = Averages(task.variables, settings.ema, distributor) if settings.ema else None
+    state = {**task.state, **optimizer_variables(optimizer)}
+    state |= averages.variables if averages else {}
+    state |= loss_scale.variables if loss_scale else {}
     checkpoints = Checkpointer(
-        settings.folder / "checkpoints",
-        distributor,
-        {
-            **task.state,
-            **optimizer_variables(optimizer),
-            **(averages.variables if averages else {}),
-            **(loss_scale.variables if loss_scale else {}),
-        },
-        log,
-        settings.keep_checkpoints,
-        settings.checkpoint_errors,
-        settings.keep_best,
-        task.encoders,
-    )
+        settings.folder / "checkpoints", distributor, state, log, settings.keep_checkpoints,
+        settings.checkpoint_errors, settings.keep_best, task.encoders,
+    )  # fmt: skip
     metrics = Metrics(settings.folder / "metrics.jsonl", task.name, settings.trackers)
     examples = getattr(batches, "examples", lambda step: [])
-    vitals = vitals or Vitals()
     progress = Progress(
         task, settings, distributor, checkpoints, metrics, log, examples, averages, vitals
     )
-    profile_first, profile_last = settings.profile_steps if is_chief(distributor) else (0, 0)
-    profiler = Profiler(profile_first, profile_last, settings.folder / "profile", log)
-    if settings.replay_step:
-        say = log if is_chief(distributor) else lambda line: None
-        raise Replayed(_step_again(task, settings, checkpoints, train_step, tables, batches, say))
-    if not settings.resume:
-        checkpoints.forget()
-    start = progress.resume()
-    tables.after_restore()
-    progress.open_metrics(start)
+    profiled = settings.profile_steps if is_chief(distributor) else (0, 0)
+    profiler = Profiler(*profiled, settings.folder / "profile", log)
+    several_steps = make_several_steps(train_step)
+    return _Run(
+        task, settings, distributor, optimizer, train_step, several_steps, tables, averages,
+        checkpoints, progress, profiler, vitals,
+    )  # fmt: skip
 
-    try:
-        with StallWatchdog(settings.stall_seconds) as watchdog:
-            if progress.evaluation_is_due(start):  # TERM cut it off
-                tables.settle()
-                if not progress.evaluate(start):
-                    raise Preempted(f"{task.name}: stopped by TERM after step {start}; state saved")
-                tables.before_save()
-                progress.save(start)
-            vitals.begin(task.name, start, settings.steps)
-            step, iterator = start, iter(batches(start, settings.steps))
-            while step < settings.steps:
-                count = min(settings.steps_per_call, steps_until_due(settings, step))
-                profiler.before(step + 1)
-                wait_seconds = None
-                stop = tf.constant(float(stop_request.received))
-                if settings.steps_per_call == 1:
-                    began = time.perf_counter()
-                    with tf.profiler.experimental.Trace("input_wait"):
-                        batch = next(iterator)
-                    wait_seconds = time.perf_counter() - began
-                    began = time.perf_counter()
-                    outcome = train_step(batch, stop)
-                    outcome.loss.numpy()  # waits for a step that is still being computed
-                    outcomes = [outcome]
-                else:
-                    began = time.perf_counter()
-                    outcomes = several_steps(iterator, count, stop)
-                if averages and outcomes[-1].is_finite():
-                    tables.settle()  # an average is of all rows
-                    averages.update(optimizer.iterations.value)
-                # The first call traces the graph: its time says nothing of the others.
-                seconds = (time.perf_counter() - began) / len(outcomes) if step > start else None
-                for outcome in outcomes:
-                    step += 1
-                    progress.count(step, outcome, seconds, wait_seconds)
-                profiler.after(step)
-                watchdog.beat()
-                if step % settings.log_every_steps == 0 or step == settings.steps:
-                    progress.report(step)
-                preempted = float(outcome.stops) > 0
-                evaluates = progress.evaluation_is_due(step) and not preempted
-                if evaluates:
-                    tables.settle()
-                    preempted = not progress.evaluate(step)
-                    watchdog.beat()
-                    vitals.beat = time.monotonic()
-                if (
-                    step % settings.checkpoint_every_steps == 0
-                    or (evaluates and settings.keep_best)
-                    or step == settings.steps
-                    or preempted
-                ):
-                    tables.before_save()
-                    progress.save(step)
-                if preempted:
-                    saved = "state saved" if checkpoints.wait() else "state NOT saved"
-                    raise Preempted(f"{task.name}: stopped by TERM after step {step}; {saved}")
-        checkpoints.wait()
-    finally:
-        profiler.close()
-        checkpoints.close()
-        vitals.stage = ""
-    return progress.finish()
+
+def _resume(run: _Run) -> int:
+    """Restores the newest checkpoint, if that is asked for; returns the step to go on from."""
+    if not run.settings.resume:
+        run.checkpoints.forget()
+    start = run.progress.resume()
+    run.tables.after_restore()
+    run.progress.open_metrics(start)
+    return start
+
+
+def _evaluate_if_cut_off(run: _Run, start: int) -> None:
+    """Evaluates the state after step `start` where TERM came before that was done."""
+    if not run.progress.evaluation_is_due(start):
+        return
+    run.tables.settle()
+    if not run.progress.evaluate(start):
+        name = run.task.name
+        raise Preempted(f"{name}: stopped by TERM after step {start}; state saved")
+    run.tables.before_save()
+    run.progress.save(start)
+
+
+def _take_steps(
+    run: _Run, iterator: Iterator[dict], step: int, stop: tf.Tensor
+) -> tuple[list[Outcome], float | None, float | None]:
+    """Takes one step after `step`, or in one call those until there is something else to do.
+
+    Returns:
+      Their outcomes, the seconds that each took, and those that a batch was waited for, which is
+      not known of several steps in one call.
+    """
+    wait_seconds = None
+    began = time.perf_counter()
+    if run.settings.steps_per_call == 1:
+        with tf.profiler.experimental.Trace("input_wait"):
+            batch = next(iterator)
+        wait_seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        outcomes = [run.train_step(batch, stop)]
+        outcomes[0].loss.numpy()  # waits for a step that is still being computed
+    else:
+        count = min(run.settings.steps_per_call, steps_until_due(run.settings, step))
+        outcomes = run.several_steps(iterator, count, stop)
+    if run.averages and outcomes[-1].is_finite():
+        run.tables.settle()  # an average is of all rows
+        run.averages.update(run.optimizer.iterations.value)
+    return outcomes, (time.perf_counter() - began) / len(outcomes), wait_seconds
+
+
+def _evaluate_and_save(run: _Run, step: int, preempted: bool, watchdog: StallWatchdog) -> bool:
+    """Does what is due after `step`.
+
+    Args:
+      preempted: TERM has come to a worker: nothing is evaluated, and the state is saved.
+
+    Returns:
+      Whether TERM has come, before this or during the evaluation.
+    """
+    settings = run.settings
+    evaluates = run.progress.evaluation_is_due(step) and not preempted
+    if evaluates:
+        run.tables.settle()
+        preempted = not run.progress.evaluate(step)
+        watchdog.beat()
+        run.vitals.beat = time.monotonic()
+    if (
+        step % settings.checkpoint_every_steps == 0
+        or (evaluates and settings.keep_best)
+        or step == settings.steps
+        or preempted
+    ):
+        run.tables.before_save()
+        run.progress.save(step)
+    return preempted
 
 
 def _step_again(
-    task: Task,
-    settings: Settings,
-    checkpoints: Checkpointer,
-    train_step: Callable[[dict, tf.Tensor], Outcome],
-    tables: Tables,
-    batches: Callable[[int, int], tf.data.Dataset],
-    log: Callable[[str], None],
+    run: _Run, batches: Callable[[int, int], tf.data.Dataset], log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Returns what `replay` says of `settings.replay_step`; rows are settled where the run did."""
+    settings, tables = run.settings, run.tables
 
     def step_again(batch: dict, step: int) -> Outcome:
-        outcome = train_step(batch, tf.constant(0.0))
+        outcome = run.train_step(batch, tf.constant(0.0))
         if settings.ema or is_evaluated(step, settings):
             tables.settle()
         return outcome
 
     def restore() -> tuple | None:
-        restored = checkpoints.restore(before=settings.replay_step)
+        restored = run.checkpoints.restore(before=settings.replay_step)
         tables.after_restore()
         if restored and is_evaluated(restored[0], settings):
             tables.settle()
         return restored
 
-    names = list(task.variables)
-    return replay(settings.replay_step, names, restore, batches, step_again, log)
+    say = log if is_chief(run.distributor) else lambda line: None
+    names = list(run.task.variables)
+    return replay(settings.replay_step, names, restore, batches, step_again, say)

@@ -45,6 +45,8 @@ class Outcome(NamedTuple):
 
 # (batch, stop asked for here) -> outcome
 TrainStep = Callable[[dict, tf.Tensor], Outcome]
+# (iterator of batches, number of steps, stop asked for here) -> outcomes
+SeveralSteps = Callable[[Iterator, int, tf.Tensor], list[Outcome]]
 # Inside of a step: batch -> a shard's summed loss, its weight, its gradients, what its rows carry.
 ShardGradients = Callable[[dict], tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]]
 # Inside of a step: (batch, stop) -> outcome, gradients, and carried rows of the global batch.
@@ -268,7 +270,7 @@ def _two_calls(
 
 def make_several_steps(
     train_step: tf.types.experimental.PolymorphicFunction,
-) -> Callable[[Iterator, int, tf.Tensor], list[Outcome]]:
+) -> SeveralSteps:
     """Returns (iterator of batches, number of steps, stop asked for here) -> the steps' outcomes.
 
     All steps are one call, of which the host waits for the end. It ends at a step that is not
