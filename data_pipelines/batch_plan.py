@@ -102,7 +102,7 @@ class BatchPlan(_Epochs):
         self._shuffle = shuffle
         if global_batch is not None:
             self._steps = -(-self.num_examples // global_batch)
-        else:
+        elif tokens_per_batch is not None:
             tokens = sum(
                 int(np.minimum(examples.lengths_of(chunk), max_tokens).sum())
                 for chunk in chunks(len(examples))

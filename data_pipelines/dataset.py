@@ -73,12 +73,14 @@ def make_dataset(
             f"shards {first_shard} .. {first_shard + num_local_shards - 1} of {num_shards}"
         )
     shards = range(first_shard, first_shard + num_local_shards)
-    packed = isinstance(plan, PackedPlan)
-    types = TYPES | ({"carries": tf.float32} if packed and plan.carried else {})
-    read_step = read_packed if packed else read_bucketed
+    carried = isinstance(plan, PackedPlan) and plan.carried
+    types = TYPES | ({"carries": tf.float32} if carried else {})
 
     def read(step: np.int64) -> list[np.ndarray]:
-        arrays = read_step(view, plan, int(step), shards, num_shards)
+        if isinstance(plan, PackedPlan):
+            arrays = read_packed(view, plan, int(step), shards, num_shards)
+        else:
+            arrays = read_bucketed(view, plan, int(step), shards, num_shards)
         return [arrays[name] for name in types]
 
     def load(step: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -12,7 +12,7 @@ import io
 import os
 import zlib
 from collections.abc import Callable
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from data_pipelines.errors import InputError
 
@@ -132,7 +132,7 @@ def open_decompressed(path: str) -> BinaryIO:
     file = open_binary(path)
     if path.endswith((".gz", ".tgz")):
         # Not in a larger buffer: it would lose what comes before a file's end that is cut off.
-        return _OwningGzip(file)
+        return cast(BinaryIO, _OwningGzip(file))  # it has all the methods, if not the name
     if path.endswith(".zst"):
         return io.BufferedReader(_ZstdFile(file), _BUFFER_BYTES)
     return file
@@ -166,7 +166,7 @@ class _ZstdFile(io.RawIOBase):
         self._file = file
         self._error = zstandard.ZstdError
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame = None  # the frame that is being read
+        self._frame: zstandard.ZstdDecompressionObj | None = None  # that is being read
         self._input = b""  # read, but not yet given to a frame
         self._ready = memoryview(b"")
 

@@ -307,7 +307,8 @@ class _Build:
         Raises:
             InputError: there are more than allowed.
         """
-        bad, by_split = BadExamples(), Counter()
+        bad = BadExamples()
+        by_split: Counter[str] = Counter()
         for draft in drafts:
             found = draft.bad_examples()
             bad.merge(found["first"], found["reasons"])
@@ -476,9 +477,13 @@ def _find_duplicates(drafts: list[Draft]) -> dict[str, tuple[int, ...]]:
         if not candidates:
             continue
         ids = draft.example_ids()
-        numbers = tuple(n for n in candidates if ids[n] in seen or seen.add(ids[n]))
+        numbers = []
+        for number in candidates:
+            if ids[number] in seen:
+                numbers.append(number)
+            seen.add(ids[number])
         if numbers:
-            dropped[draft.part.name] = numbers
+            dropped[draft.part.name] = tuple(numbers)
     return dropped
 
 
@@ -540,10 +545,10 @@ def define_flags() -> None:
 def _config_from_flags() -> PrepareConfig:
     values = flags.FLAGS
     faults = [] if values.out else ["--out is required"]
+    names = [field.name for field in dataclasses.fields(PrepareConfig)]
+    given: dict[str, Any] = {name: values[name].value for name in names}
     try:
-        config = PrepareConfig(
-            **{field.name: values[field.name].value for field in dataclasses.fields(PrepareConfig)}
-        )
+        config = PrepareConfig(**given)
     except InputError as error:
         faults.append(str(error))
     if faults:

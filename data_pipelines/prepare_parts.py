@@ -130,7 +130,8 @@ class _DraftWriter:
         table.begin_part()
         self._counts = np.zeros(1, np.int64)  # [words of the table]
         self._lengths, self._labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
-        self._hashes, self._ids = [np.zeros(0, np.uint64)], []
+        self._hashes = [np.zeros(0, np.uint64)]
+        self._ids: list[bytes] = []
 
     def good(self, examples: Iterable[Example | BadExample]) -> Iterator[Example]:
         for example in examples:
@@ -174,7 +175,7 @@ class _DraftWriter:
 
 def _npz(arrays: dict[str, np.ndarray]) -> list[bytes]:
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)
     return [buffer.getvalue()]
 
 

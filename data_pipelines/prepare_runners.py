@@ -120,8 +120,8 @@ class Processes:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-_function: Function | None = None
-_documents: Any = None
+_function: Function  # both are set by `_start_worker`
+_documents: Any
 
 
 def _start_worker(function: Function, documents: Any) -> None:
@@ -133,7 +133,9 @@ def _start_worker(function: Function, documents: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    wait_for_sentinel([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # it was started by one
+    wait_for_sentinel([parent.sentinel])
     os._exit(1)
 
 

@@ -73,4 +73,6 @@ def _rows_of(kind: str, path: str, text_key: str) -> Iterator[Row]:
                 )
         fault = record_fault(record, text_key)
         text = "" if fault else record.values[text_key]
-        yield Row(f"{name}, line {first_line(whole) + record.index}", text, record.values, fault)
+        yield Row(
+            f"{name}, line {first_line(whole) + record.line_index}", text, record.values, fault
+        )

@@ -10,8 +10,8 @@ SEAL = "sha256_of_the_rest"
 
 def with_seal(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `values` as JSON holds them (tuples are lists), with their checksum as the last."""
-    values = json.loads(json.dumps(dict(values)))
-    return values | {SEAL: _digest(values)}
+    held: dict[str, Any] = json.loads(json.dumps(dict(values)))
+    return held | {SEAL: _digest(held)}
 
 
 def seal_fault(values: dict[str, Any]) -> str | None:

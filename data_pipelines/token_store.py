@@ -137,7 +137,7 @@ class TokenStore:
         faults = [_checksum_fault(self.vocab_path, vocab["sha256"])]
         for _, shard in self._shards():
             paths = {kind: self._path(shard, kind) for kind in KINDS}
-            checks = {
+            checks: dict[str, _Range | _Rising] = {
                 "tokens": _Range(self._token_dtype, 0, self.vocab_size, "ids"),
                 "offsets": _Rising(),
                 "labels": _Range(LABEL_DTYPE, NO_LABEL, self.num_classes, "labels"),

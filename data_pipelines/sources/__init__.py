@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from data_pipelines.errors import InputError
 
@@ -114,7 +114,7 @@ class SourceOptions:
 
 
 def open_source(
-    spec: str, data_dir: str | None = None, *, flag: str = "source", **options: object
+    spec: str, data_dir: str | None = None, *, flag: str = "source", **options: Any
 ) -> Source:
     """Opens a source and checks that its data is there.
 

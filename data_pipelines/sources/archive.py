@@ -3,7 +3,7 @@
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 from data_pipelines import files
 from data_pipelines.errors import InputError
@@ -98,14 +98,14 @@ class Archive:
                 tarfile.open(fileobj=file, mode="r:") as tar,
             ):
                 while (info := tar.next()) is not None:
-                    tar.members = []  # it would keep all of them
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                     name = _member_name(info.name, self.path)
                     progress = f"after member {name}"
                     if info.isdir() or not wanted(name):
                         continue
                     where = f"{self.path}, member {name}"
                     if info.isreg():
-                        yield from read(name, where, tar.extractfile(info))
+                        yield from read(name, where, cast(BinaryIO, tar.extractfile(info)))
                     else:
                         yield BadExample(where, "a link or a device, not a file")
                 _check_end(file, tar.offset, self.path, progress)

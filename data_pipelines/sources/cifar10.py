@@ -44,7 +44,7 @@ class Cifar10:
 
     num_classes = NUM_CLASSES
     class_names = CLASSES
-    splits = ("train", "validation", "test")
+    splits: tuple[str, ...] = ("train", "validation", "test")
 
     def __init__(self, path: str) -> None:
         self.name = f"cifar10:{path}"

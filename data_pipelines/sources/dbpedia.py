@@ -46,7 +46,7 @@ class Dbpedia:
 
     num_classes = NUM_CLASSES
     class_names = CLASSES
-    splits = ("train", "validation", "test")
+    splits: tuple[str, ...] = ("train", "validation", "test")
 
     def __init__(self, path: str) -> None:
         self.name = f"dbpedia:{path}"
@@ -92,7 +92,7 @@ def _documents(
         if origin == "train" and hash_split(text, PERCENTS) != split:
             continue
         if fault:
-            yield BadExample(where(line.index), fault)
+            yield BadExample(where(line.line_index), fault)
         else:
             yield Example(f"{origin}@{line.offset}", text, label)
 

@@ -99,7 +99,7 @@ class LabelledFolders:
         self.note = f"{self.name}: {self._layout.note}"
         self.num_classes = len(self._layout.labels)
         self.class_names = self._layout.labels
-        self.splits = ("train", "validation", "test")
+        self.splits: tuple[str, ...] = ("train", "validation", "test")
         if self._layout.unlabelled:
             self.splits += ("unsupervised",)
         self._archive = Archive(path)
@@ -140,7 +140,7 @@ class LabelledFolders:
 
         def read(name: str, where: str, file: BinaryIO) -> Iterator[Example | BadExample]:
             match = re.search(self._layout.pattern, name)
-            if self._origin(match) != origin:
+            if match is None or self._origin(match) != origin:
                 return
             text, fault = document_text(file.read(MAX_DOCUMENT_BYTES + 1), self._layout.encoding)
             if origin == "train" and hash_split(text, self._layout.percents) != split:

@@ -31,12 +31,12 @@ class Line(NamedTuple):
     Attributes:
         offset: where the line starts in the uncompressed file, in bytes.
         end: where the next line starts.
-        index: 0 for the first line of the range.
+        line_index: 0 for the first line of the range.
     """
 
     offset: int
     end: int
-    index: int
+    line_index: int
     data: bytes | None
 
 
@@ -59,11 +59,11 @@ def read_lines(part: Range) -> Iterator[Line]:
     try:
         with files.open_decompressed(part.path) as file:
             for line in lines_of(file, part.start, part.stop):
-                reached = (line.end, line.index + 1)
+                reached = (line.end, line.line_index + 1)
                 yield line
     except files.READ_ERRORS as error:
-        line = first_line(part) + reached[1]
-        progress = f"in line {line} (after {reached[0]:,} bytes of text)"
+        number = first_line(part) + reached[1]
+        progress = f"in line {number} (after {reached[0]:,} bytes of text)"
         raise files.read_error(part.path, error, progress) from error
 
 
@@ -75,7 +75,7 @@ def lines_of(file: BinaryIO, start: int = 0, stop: int | None = None) -> Iterato
         file.seek(start - 1)
         offset += _skip_line(file) - 1
     while stop is None or offset < stop:
-        data = file.readline(MAX_DOCUMENT_BYTES + 1)
+        data: bytes | None = file.readline(MAX_DOCUMENT_BYTES + 1)
         if not data:
             return
         length = len(data)
@@ -121,13 +121,13 @@ class CsvRecord(NamedTuple):
 
     Attributes:
         offset: where it starts in the uncompressed file, in bytes.
-        index: of its first line within the range.
+        line_index: of its first line within the range.
         row: its fields; bytes that are not UTF-8 are as `text.decode` leaves them.
         fault: why there are no fields, or "".
     """
 
     offset: int
-    index: int
+    line_index: int
     row: list[str]
     fault: str
 
@@ -194,7 +194,7 @@ class _TextLines:
         if line is None:
             self.ended = True
             raise StopIteration
-        self.next_offset, self.next_index = line.end, line.index + 1
+        self.next_offset, self.next_index = line.end, line.line_index + 1
         if line.data is None:
             raise _TooLong
         return decode(line.data)

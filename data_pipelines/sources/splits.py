@@ -116,10 +116,14 @@ def lay_out(
 
 def describe(layout: Mapping[str, SplitFiles]) -> str:
     """Returns a phrase about the splits that are drawn; "" where all are given."""
-    drawn = [split for split, source in layout.items() if len(source.percents or ()) > 1]
+    drawn = {
+        split: source.percents[split]
+        for split, source in layout.items()
+        if source.percents and len(source.percents) > 1
+    }
     if not drawn:
         return "splits as given"
-    shares = ", ".join(f"{split} {layout[split].percents[split]} %" for split in drawn)
+    shares = ", ".join(f"{split} {percent} %" for split, percent in drawn.items())
     return f"{shares} of the same files by a hash of the text"
 
 

@@ -29,13 +29,13 @@ class Record(NamedTuple):
 
     Attributes:
         offset: where it starts in the uncompressed file, in bytes.
-        index: of its first line within the range that was read.
+        line_index: of its first line within the range that was read.
         values: what it holds by column or key.
         fault: why it holds nothing, or "".
     """
 
     offset: int
-    index: int
+    line_index: int
     values: Mapping[str, Any]
     fault: str
 
@@ -100,15 +100,15 @@ class Table:
         for record in self._records(place):
             try:
                 id_, text, label = self._document(record, origin)
-                label = self._class_of(label)
+                number = self._class_of(label)
             except _Unusable as error:
                 # It may have no text to hash: the first of the splits that share a file reports it.
                 if not percents or split == next(iter(percents)):
-                    line = first_line(place) + record.index
+                    line = first_line(place) + record.line_index
                     yield BadExample(f"{place.path}, line {line}", str(error))
                 continue
             if not percents or hash_split(text, percents) == split:
-                yield Example(id_ or f"{short}@{record.offset}", text, label)
+                yield Example(id_ or f"{short}@{record.offset}", text, number)
 
     def _document(self, record: Record, origin: str) -> tuple[str, str, str | None]:
         """Returns id ("" without an id key), text and label (None where none is wanted)."""
@@ -174,7 +174,7 @@ class Table:
         starts = [(0, 1)]
         for record in self._records(Range(path, 0, None, 1)):
             if record.offset >= starts[-1][0] + part_bytes and not is_compressed(path):
-                starts.append((record.offset, record.index + 1))
+                starts.append((record.offset, record.line_index + 1))
             if labels is not None:
                 self._add_label(labels, record, origin, path)
         stops = [offset for offset, _ in starts[1:]] + [None]
@@ -185,7 +185,8 @@ class Table:
             label = self._document(record, origin)[2]
         except _Unusable:
             return  # reported when the documents are read
-        labels.setdefault(label)
+        if label is not None:
+            labels.setdefault(label)
         if len(labels) > MAX_CLASSES:
             raise InputError(
                 f"{path}: more than {MAX_CLASSES:,} distinct values of {self._label_key!r}, e.g. "
@@ -286,16 +287,16 @@ def read_records(kind: str, part: Range, columns: Sequence[str]) -> Iterator[Rec
                 continue
             fault = record.fault or _count_fault(record.row, columns)
             values = {} if fault else dict(zip(columns, record.row, strict=True))
-            yield Record(record.offset, record.index, values, fault)
+            yield Record(record.offset, record.line_index, values, fault)
         return
     for line in read_lines(part):
         text = None if line.data is None else decode(strip_ending(line.data))
         if kind == "tsv" and line.offset == 0:
             columns = columns or _checked_columns(part.path, (text or "").split("\t"))
         elif text is None:
-            yield Record(line.offset, line.index, {}, TOO_LONG)
+            yield Record(line.offset, line.line_index, {}, TOO_LONG)
         else:
-            yield Record(line.offset, line.index, *_parse(kind, text, columns))
+            yield Record(line.offset, line.line_index, *_parse(kind, text, columns))
 
 
 def _parse(kind: str, text: str, columns: Sequence[str]) -> tuple[Mapping[str, Any], str]:
@@ -339,7 +340,7 @@ def _grouped(ranges: Iterable[Range], part_bytes: int) -> Iterator[list[Range]]:
     yield group
 
 
-def _count_fault(row: list[str], columns: list[str]) -> str:
+def _count_fault(row: Sequence[str], columns: Sequence[str]) -> str:
     if len(row) == len(columns):
         return ""
     return f"{len(row)} columns instead of {len(columns)}"

@@ -104,11 +104,10 @@ class TfdsText:
 
     def examples(self, split: str, part: str) -> Iterator[Example | BadExample]:
         """Yields a part's documents in the files' order."""
-        official, start, stop = re.fullmatch(r"(\w+)\[(\d+):(\d+)\]", part).groups()
+        official, _, bounds = part.removesuffix("]").partition("[")
+        start, stop = map(int, bounds.split(":"))
         drawn = self._draws_validation and official == "train"
-        for position, (data, label) in enumerate(
-            self._read(official, int(start), int(stop)), int(start)
-        ):
+        for position, (data, label) in enumerate(self._read(official, start, stop), start):
             text = decode(data)
             if drawn and hash_split(text, PERCENTS) != split:
                 continue

@@ -86,19 +86,27 @@ def load_tokenizer(vocab_path: str | Path, config: dict[str, Any]) -> Tokenizer:
     return _kind(config).load(vocab_path, config)
 
 
-def _kind(config: dict[str, Any]) -> type:
+def _kind(config: dict[str, Any]) -> Any:
+    """Returns the tokenizer's class; what it is made of differs from kind to kind."""
     match config.get("type"):
         case "word":
-            from data_pipelines.tokenizers.word import WordTokenizer as Kind
+            from data_pipelines.tokenizers.word import WordTokenizer
+
+            return WordTokenizer
         case "character":
-            from data_pipelines.tokenizers.character import CharacterTokenizer as Kind
+            from data_pipelines.tokenizers.character import CharacterTokenizer
+
+            return CharacterTokenizer
         case "byte":
-            from data_pipelines.tokenizers.byte import ByteTokenizer as Kind
+            from data_pipelines.tokenizers.byte import ByteTokenizer
+
+            return ByteTokenizer
         case "subword":
-            from data_pipelines.tokenizers.subword import SubwordTokenizer as Kind
+            from data_pipelines.tokenizers.subword import SubwordTokenizer
+
+            return SubwordTokenizer
         case other:
             raise InputError(
                 f"the tokenizer's type {other!r} is not one of {', '.join(TOKENIZERS)}: its "
                 f"config is {config}"
             )
-    return Kind

@@ -55,6 +55,7 @@ class WordTokenizer(CasedTokenizer):
         return tf.strings.split(tf.strings.regex_replace(texts, _TOKEN, r" \0 "))
 
     def _ids(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        assert self._table is not None  # `encode` has seen that there is a vocabulary
         words = self.split(texts)
         return words.with_flat_values(tf.cast(self._table.lookup(words.flat_values), tf.int32))
 

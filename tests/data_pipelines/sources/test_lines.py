@@ -43,7 +43,7 @@ def test_ranges_of_any_size_give_each_line_once(
     assert [line.data for _, found in parts for line in found] == whole
     assert b"".join(whole) == data.removeprefix(b"\xef\xbb\xbf")
     assert ranges == line_ranges(str(path), part_bytes)
-    numbers = [first_line(part) + line.index for part, found in parts for line in found]
+    numbers = [first_line(part) + line.line_index for part, found in parts for line in found]
     assert numbers == list(range(1, len(whole) + 1))
     for part, found in parts:
         assert all(part.start <= line.offset < (part.stop or 1 << 60) for line in found)
@@ -65,13 +65,13 @@ def test_any_csv_comes_back_as_it_was_written(tmp_path: Path, rows: list[list[st
     for record in found:
         rest = Range(str(path), record.offset, None, None)
         assert next(read_csv(rest)).row == record.row
-        assert data[: record.offset].count(b"\n") == record.index
+        assert data[: record.offset].count(b"\n") == record.line_index
 
 
 def test_csv_goes_on_after_records_that_are_not_csv(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'a,b\n"x"y,1\n\nc,d\ne\rf,g\n"last",1')
-    found = [(r.index, r.row, r.fault) for r in read_csv(Range(str(path), 0, None, 1))]
+    found = [(r.line_index, r.row, r.fault) for r in read_csv(Range(str(path), 0, None, 1))]
     assert [row for _, row, _ in found] == [["a", "b"], [], [], ["c", "d"], [], ["last", "1"]]
     assert "not CSV" in found[1][2] and found[2][2] == "an empty line" and "not CSV" in found[4][2]
     assert [index for index, _, _ in found] == list(range(6))
