@@ -51,18 +51,19 @@ class AvailableWorkers:
           ValueError: the file is there, and cannot be read or holds something else.
         """
         self._last_read = self._last_seen = self._stamp()
-        if self._last_read is None:
+        path = self._file
+        if path is None or self._last_read is None:
             return self._without_file
         try:
-            if not stat.S_ISREG(self._file.stat().st_mode):  # a pipe would block
-                raise ValueError(f"{self._file} is not a file")
-            with self._file.open("rb") as file:
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block
+                raise ValueError(f"{path} is not a file")
+            with path.open("rb") as file:
                 content = file.read(100).strip()
         except OSError as error:
-            raise ValueError(f"{self._file} cannot be read: {error.strerror}") from None
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         if not content.isdigit():
             text = content.decode(errors="replace")
-            raise ValueError(f"{self._file} holds {text!r}, which is not a whole number")
+            raise ValueError(f"{path} holds {text!r}, which is not a whole number")
         return int(content)
 
     def is_rewritten(self) -> bool:
@@ -74,7 +75,7 @@ class AvailableWorkers:
         self._last_seen = stamp
         return stamp == before and stamp != self._last_read
 
-    def _stamp(self) -> tuple[int, ...] | None:
+    def _stamp(self) -> tuple[int | None, ...] | None:
         """Returns what changes when the file does; None while it is not there."""
         try:
             status = self._file.stat() if self._file else None

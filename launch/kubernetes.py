@@ -132,7 +132,7 @@ def _load(folder: Path) -> tuple[dict[tuple[str, str], Document], list[Document]
     known = {"apiVersion", "kind", "resources", "replacements"}
     if unknown := kustomization.keys() - known:
         raise ValueError(f"{folder}/kustomization.yaml: {', '.join(sorted(unknown))}: not known")
-    resources = {}
+    resources: dict[tuple[str, str], Document] = {}
     for entry in kustomization["resources"]:
         path = folder / entry
         if path.is_dir():
@@ -162,7 +162,8 @@ def _replace(
 
 def _find(document: Document, path: str, create: bool) -> tuple[Any, Any]:
     """Returns the mapping or list that holds the field, and the field's key in it."""
-    holder, key = None, None
+    holder: Any = None
+    key: Any = None
     value: Any = document
     for word in re.findall(r"\[[^]]*\]|[^.]+", path):
         if value is _MISSING:  # of a field that is to be made

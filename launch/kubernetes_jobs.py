@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from launch.kubernetes import JOB_KINDS, Document
 
@@ -84,7 +84,7 @@ class Api:
 
     def create(self, document: Document) -> bool:
         """Creates an object, with no unknown field let pass; returns False if it is there."""
-        strict = {"body": document, "field_validation": "Strict"}
+        strict: dict[str, Any] = {"body": document, "field_validation": "Strict"}
         kind = document["kind"]
         try:
             if kind == "Service":
@@ -109,7 +109,11 @@ class Api:
     def find_job(self, name: str) -> Document | None:
         """Returns the job of that name, of whatever kind; None if there is none."""
         for kind, facts in _KINDS.items():
-            document = {"apiVersion": facts.api_version, "kind": kind, "metadata": {"name": name}}
+            document: Document = {
+                "apiVersion": facts.api_version,
+                "kind": kind,
+                "metadata": {"name": name},
+            }
             try:
                 return document | self.get(document)
             except self._error as error:
@@ -120,9 +124,10 @@ class Api:
     def get(self, document: Document) -> Document:
         """Returns the job that `document` names, as it is now."""
         group, version, plural = _resource(document)
-        return self._custom.get_namespaced_custom_object(
+        found = self._custom.get_namespaced_custom_object(
             group, version, self.namespace, plural, document["metadata"]["name"]
         )
+        return cast(Document, found)
 
     def delete(self, document: Document) -> None:
         """Deletes the job that `document` names, its pods, and its Service."""
@@ -146,7 +151,8 @@ class Api:
 
     def log_lines(self, pod: str, follow: bool) -> Iterator[str]:
         """Yields the lines that the pod has printed, with `follow` until it ends."""
-        stream = self._core.read_namespaced_pod_log(
+        # Not read into memory, and so not the str that the client's types promise.
+        stream: Any = self._core.read_namespaced_pod_log(
             pod, self.namespace, follow=follow, _preload_content=False
         )
         self._check(stream)
@@ -155,7 +161,7 @@ class Api:
 
     def last_lines(self, pod: str) -> list[str]:
         """Returns the last lines that the pod has printed."""
-        response = self._core.read_namespaced_pod_log(
+        response: Any = self._core.read_namespaced_pod_log(
             pod, self.namespace, tail_lines=_REPORT_IS_IN_LAST_LINES, _preload_content=False
         )
         self._check(response)

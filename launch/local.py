@@ -7,6 +7,7 @@ killed with the worker's process group, except after such a `kill -9`.
 
 import contextlib
 import ctypes
+import functools
 import io
 import json
 import math
@@ -36,7 +37,7 @@ _SCREEN = screen.Screen()
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 Worker = subprocess.Popen[bytes]
-Say = Callable[[str], None]
+Say = Callable[[str], object]  # what it returns is of no interest
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ def run_together(
         for index, process in enumerate(processes):
             prefix = f"[worker {index}] " if workers > 1 else ""
             printers.append(_in_thread(_print_lines, process.stdout, prefix))
-        look = asks_stop and (
-            lambda: asks_stop(lambda line: printers.append(_in_thread(say, line)))
+        look = asks_stop and functools.partial(
+            asks_stop, lambda line: printers.append(_in_thread(say, line))
         )
         ending = _Supervision(processes, grace_seconds, look).wait(watched)
     for printer in printers:
@@ -320,7 +321,7 @@ class _Supervision:
             if received == signal.SIGCHLD:
                 self._note_ended()
             elif received is None and time.monotonic() < self._kill_time:
-                if self._all_is_well():
+                if self._asks_stop and self._all_is_well():
                     self._asked = self._asks_stop()
             elif received is None or (
                 self._stop_signal and received in (signal.SIGINT, signal.SIGTERM)

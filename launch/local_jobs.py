@@ -140,7 +140,7 @@ def _state(job: Job) -> str:
         return f"started on {job.host}, which alone knows how it is"
     if job.is_running:
         return f"running for {time.time() - job.began:.0f} s, process {job.pid}"
-    if job.exit_code is None:
+    if job.exit_code is None or job.ended is None:
         return "gone: its launcher was killed"
     return f"ended with code {job.exit_code} after {job.ended - job.began:.0f} s"
 

@@ -24,6 +24,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -79,8 +80,10 @@ _GRACE_SECONDS = flags.DEFINE_string(
     "grace_seconds", "5", "from TERM to KILL when workers are stopped, 0 or more"
 )
 
-_OF_A_START = (_WORKERS, _DISTRIBUTOR, _MAX_RESTARTS, _ELASTIC, _MIN_WORKERS, _MAX_WORKERS)
-_OF_A_START += (_AVAILABLE_WORKERS, _GPUS_PER_WORKER, _NAME, _WAIT, _DRY_RUN, _GRACE_SECONDS)
+_OF_A_START = (
+    _WORKERS, _DISTRIBUTOR, _MAX_RESTARTS, _ELASTIC, _MIN_WORKERS, _MAX_WORKERS,
+    _AVAILABLE_WORKERS, _GPUS_PER_WORKER, _NAME, _WAIT, _DRY_RUN, _GRACE_SECONDS,
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -174,10 +177,11 @@ def _with_horovod() -> bool:
 
 
 def _limits() -> elastic.Limits:
-    file = _AVAILABLE_WORKERS.value
+    file, minimum, maximum = _AVAILABLE_WORKERS.value, _MIN_WORKERS.value, _MAX_WORKERS.value
+    assert minimum and maximum  # `_elastic_faults` has asked for them
     return elastic.Limits(
-        minimum=int(_MIN_WORKERS.value),
-        maximum=int(_MAX_WORKERS.value),
+        minimum=int(minimum),
+        maximum=int(maximum),
         start=int(_WORKERS.value) if _is_given("workers") else None,
         available_file=Path(file) if file else None,
         max_losses=int(_MAX_RESTARTS.value) if _is_given("max_restarts") else None,
@@ -321,7 +325,7 @@ def _kubernetes_faults() -> list[str]:
 def _kubernetes_numbers() -> dict[str, str | int | None]:
     """Returns the job's name and numbers; None for what is not given, or is no number."""
 
-    def number(flag: flags.FlagHolder) -> int | None:
+    def number(flag: flags.FlagHolder[Any]) -> int | None:
         text = flag.value if _is_given(flag.name) else None
         return int(text) if text and text.isascii() and text.isdecimal() else None
 
@@ -361,7 +365,7 @@ def _elastic_faults() -> list[str]:
         elif not _is_at_least(1, int, value):
             faults.append(f"--{name}={value}: must be a whole number, 1 or more")
     if not faults:
-        minimum, maximum = map(int, limits.values())
+        minimum, maximum = (int(value) for value in limits.values() if value)
         between = f"--min_workers={minimum} and --max_workers={maximum}"
         start = int(_WORKERS.value) if _is_at_least(1, int, _WORKERS.value) else minimum
         if minimum > maximum:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from launch import log_files
 
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-_ENDED += ("DEADLINE", "BOOT_FAIL", "PREEMPTED")
+_ENDED = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY",
+    "DEADLINE", "BOOT_FAIL", "PREEMPTED",
+)  # fmt: skip
 _SACCT = ("JobID", "JobName", "State", "ExitCode", "Elapsed", "NodeList", "WorkDir")
 Shown = dict[str, str]
 
@@ -65,9 +67,10 @@ def follow(number: str, quietly: bool = False) -> int:
 
     Returns the job's exit code, 128 + n for signal n.
     """
-    job = _show(number)
-    if job is None:
+    found = _show(number)
+    if found is None:
         return _no_such_job(number)
+    job = found
 
     def is_over() -> bool:
         nonlocal job
