@@ -115,7 +115,7 @@ def _character_table(lowercase: bool) -> CharacterTable:
     return CharacterTable(code_points)
 
 
-class _Numbers(dict):
+class _Numbers(dict[Any, int]):
     """Numbers keys in order of appearance: numbers[key] is key's, a new one if it has none."""
 
     def __init__(self) -> None:

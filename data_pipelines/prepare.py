@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from data_pipelines.prepare_parts import (
     shard_part,
     write_vocabulary,
 )
-from data_pipelines.prepare_runners import Progress, WorkerDiedError, run_here, runner_for
+from data_pipelines.prepare_runners import Function, Progress, WorkerDiedError, run_here, runner_for
 from data_pipelines.sources import Source, class_names, open_source
 from data_pipelines.sources.combined import open_combined
 from data_pipelines.store_writer import finish_store
@@ -417,7 +417,9 @@ def _count_words(drafts: list[Draft], dropped: dict[str, tuple[int, ...]]) -> di
     return total
 
 
-def _runner(config: PrepareConfig, tasks: int) -> Callable:
+def _runner(
+    config: PrepareConfig, tasks: int
+) -> Callable[[Function, Sequence[Any], Progress], None]:
     if config.runner:
         return BeamRunner(config.runner, config.beam_options)
     return runner_for(config.processes, tasks)

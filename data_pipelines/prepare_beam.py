@@ -42,7 +42,10 @@ class BeamRunner:
         self._arguments = [f"--runner={runner}", *shlex.split(options)]
 
     def __call__(
-        self, function: Callable[[Any, Callable], None], tasks: Sequence[Any], progress: Any
+        self,
+        function: Callable[[Any, Callable[[int], None]], None],
+        tasks: Sequence[Any],
+        progress: Any,
     ) -> None:
         """Does all tasks and waits until they are done.
 

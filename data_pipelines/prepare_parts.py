@@ -330,7 +330,7 @@ def _cut_words(vocab: Path, lowercase: bool, words: list[bytes]) -> tuple[np.nda
 
 
 @functools.lru_cache(maxsize=1)
-def _cutter(vocab: Path, lowercase: bool) -> Callable:
+def _cutter(vocab: Path, lowercase: bool) -> Callable[[Any], tuple[Any, Any]]:
     import tensorflow as tf
 
     from data_pipelines.tokenizers.subword import SubwordTokenizer

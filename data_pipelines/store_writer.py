@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.seal import with_seal
-from data_pipelines.token_store import FORMAT, LABEL_DTYPE, OFFSET_DTYPE, VERSION, token_dtype
+from data_pipelines.split_view import LABEL_DTYPE, OFFSET_DTYPE
+from data_pipelines.token_store import FORMAT, VERSION, token_dtype
 
 
 def write_file(path: Path, blocks: Iterable[bytes]) -> dict[str, Any]:

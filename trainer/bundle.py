@@ -25,6 +25,7 @@ from trainer.models.classifier import POOLINGS, Classifier
 from trainer.models.encoder import Encoder
 from trainer.models.text_model import TextModel
 from trainer.safe_files import (
+    Buffer,
     DamagedError,
     file_sha256,
     flat_bytes,
@@ -207,7 +208,7 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
     for name in sorted(tensors):
         array = np.asarray(tensors[name], order="C")
         sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        sha.update(flat_bytes(array))
+        sha.update(flat_bytes(array).data)
     return sha.hexdigest()
 
 
@@ -232,7 +233,7 @@ def save(
         "tensors_sha256": digest(tensors),
         "vocab_file_sha256": hashlib.sha256(vocab).hexdigest(),
     }
-    files = {
+    files: dict[str, bytes | Sequence[Buffer]] = {
         f"{name}.safetensors": tensor_parts(tensors),
         f"{name}.json": sealed(info),
         "vocab.txt": vocab,
@@ -275,7 +276,12 @@ def read_info(folder: Path, name: str, flag: str) -> dict[str, Any]:
 
 def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
     """Returns what is wrong with the fields that this program reads, None if nothing is."""
-    kinds = {"model": dict, "tensors": dict, "tensors_sha256": str, "vocab_sha256": str}
+    kinds: dict[str, type] = {
+        "model": dict,
+        "tensors": dict,
+        "tensors_sha256": str,
+        "vocab_sha256": str,
+    }
     kinds |= {"vocab_file_sha256": str} | ({"max_tokens": int} if name == "classifier" else {})
     kinds |= {"encoder_sha256": str} if name == "decoder" else {}
     for field, kind in kinds.items():

@@ -16,7 +16,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from trainer.distribution.distributor import (
     is_chief,
 )
 from trainer.safe_files import (
+    Buffer,
     DamagedError,
     read_sealed,
     read_tensors,
@@ -45,6 +46,7 @@ from trainer.safe_files import (
 
 FORMAT = "warmstate-checkpoint"
 FORMAT_VERSION = 1
+Restored = tuple[int, dict[str, Any], dict[str, np.ndarray]]  # step, notes, arrays
 NAME = re.compile(r"step-(\d{8,12})")
 
 
@@ -158,9 +160,7 @@ class Checkpointer:
                     f"--resume=never: {self._folder} cannot be removed: {error.strerror}"
                 ) from None
 
-    def restore(
-        self, before: int | None = None
-    ) -> tuple[int, dict[str, Any], dict[str, np.ndarray]] | None:
+    def restore(self, before: int | None = None) -> Restored | None:
         """Sets the variables to the newest good checkpoint; a collective.
 
         Damaged ones that are newer are renamed to NAME.damaged.
@@ -215,7 +215,10 @@ class Checkpointer:
             "encoders": self._encoders,
         }
         try:
-            files = {"state.safetensors": tensor_parts(tensors), "state.json": sealed(state)}
+            files: dict[str, bytes | Sequence[Buffer]] = {
+                "state.safetensors": tensor_parts(tensors),
+                "state.json": sealed(state),
+            }
             write_folder(beside, self._folder / f"step-{step:08d}", files)
             self.saved = time.monotonic()
             self._remove_old()
@@ -232,7 +235,8 @@ class Checkpointer:
         older = folders[: -self._keep]
         if self._keep_best:
             values = {folder: _value_of(folder) for folder in folders}
-            ranked = sorted((f for f in folders if values[f] < math.inf), key=values.get)
+            known = [folder for folder in folders if values[folder] < math.inf]
+            ranked = sorted(known, key=lambda folder: values[folder])
             older = [folder for folder in older if folder not in ranked[: self._keep_best]]
         for folder in older:
             remove(folder)
@@ -353,4 +357,4 @@ def _value_of(folder: Path) -> float:
 
 
 def _step_of(folder: Path) -> int:
-    return int(NAME.fullmatch(folder.name)[1])
+    return int(folder.name.removeprefix("step-"))

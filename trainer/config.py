@@ -353,7 +353,13 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-KINDS = {int: "an integer", float: "a number", str: "", bool: "true or false"}
+KINDS: dict[type, str] = {int: "an integer", float: "a number", str: "", bool: "true or false"}
+
+
+def kind_of(item: dataclasses.Field[Any]) -> type:
+    """Returns the type of a field of Config."""
+    assert isinstance(item.type, type)  # no field's type is written as text
+    return item.type
 
 
 def _boolean(argument: Any) -> bool:
@@ -367,7 +373,7 @@ class _Unusable:
     raw: str
 
 
-class _Parser(flags.ArgumentParser):
+class _Parser(flags.ArgumentParser[Any]):
     """Parses a flag's value, and keeps what it cannot parse for `faults_of` to report."""
 
     def __init__(self, kind: type):
@@ -388,7 +394,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines one absl flag for each field of Config."""
     for item in dataclasses.fields(Config):
         flags.DEFINE(
-            _Parser(item.type),
+            _Parser(kind_of(item)),
             item.name,
             item.default,
             item.metadata["help"],
@@ -405,7 +411,7 @@ def help_text() -> str:
         if item.metadata["group"] != group:
             group = item.metadata["group"]
             lines += ["", f"{group}:"]
-        choices = "|".join(item.metadata["choices"]) or item.type.__name__
+        choices = "|".join(item.metadata["choices"]) or kind_of(item).__name__
         lines.append(f"  --{item.name}={choices}  (default: {item.default!r})")
         lines.append(f"      {item.metadata['help']}")
     return "\n".join(lines).lstrip("\n")
@@ -478,10 +484,10 @@ def step_range(text: str) -> tuple[int, int] | None:
     return found if found and found[0] <= found[1] else None
 
 
-def _value_faults(config: Config, item: dataclasses.Field) -> list[str]:
+def _value_faults(config: Config, item: dataclasses.Field[Any]) -> list[str]:
     value, choices = getattr(config, item.name), item.metadata["choices"]
     if isinstance(value, _Unusable):
-        return [f"--{item.name}={value.raw} is not {KINDS[item.type]}"]
+        return [f"--{item.name}={value.raw} is not {KINDS[kind_of(item)]}"]
     if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

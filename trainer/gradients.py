@@ -1,14 +1,15 @@
 """The gradients of one shard's rows: all at once, or in parts to save memory."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
-Gradient = tf.Tensor | tf.IndexedSlices
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 # rows (tokens, lengths, labels, weights), slice -> the summed loss and its weight; the slice is a
 # number that random draws depend on. Where rows have `carried`, it returns that of each row too, as
 # it is at the row's end.
-LossSum = Callable[[dict, int | tf.Tensor], tuple[tf.Tensor, ...]]
+LossSum = Callable[[dict[str, tf.Tensor], int | tf.Tensor], tuple[tf.Tensor, ...]]
 
 
 def loss_and_gradients(
@@ -28,7 +29,9 @@ def loss_and_gradients(
         that of one slice, up to rounding, but for random draws.
     """
 
-    def of_slice(some: dict, number: int | tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list, list]:
+    def of_slice(
+        some: dict[str, tf.Tensor], number: int | tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]:
         with tf.GradientTape() as tape:
             loss, weight, *carried = loss_sum(some, number)
         return loss, weight, tape.gradient(loss, variables), carried
@@ -43,10 +46,10 @@ def loss_and_gradients(
         part: tf.Tensor,
         loss: tf.Tensor,
         weight: tf.Tensor,
-        sums: list,
-        touched: list,
-        carried: list,
-    ) -> tuple:
+        sums: list[tf.Tensor],
+        touched: list[tf.TensorArray],
+        carried: list[tf.TensorArray],
+    ) -> tuple[Any, ...]:
         start, stop = count * part // parts, count * (part + 1) // parts
         some = {name: tensor[start:stop] for name, tensor in rows.items()}
         part_loss, part_weight, gradients, handed_on = of_slice(some, shard * parts + part)

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from trainer.averages import Averages
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint import Checkpointer, Restored
 from trainer.distribution.distributor import Distributor, is_chief, reduce_inside_step_only
 from trainer.health import StallWatchdog
 from trainer.loss_scale import LossScale
@@ -132,7 +132,7 @@ def _make_run(
         settings.checkpoint_errors, settings.keep_best, task.encoders,
     )  # fmt: skip
     metrics = Metrics(settings.folder / "metrics.jsonl", task.name, settings.trackers)
-    examples = getattr(batches, "examples", lambda step: [])
+    examples: Callable[[int], list[int]] = getattr(batches, "examples", lambda step: [])
     progress = Progress(
         task, settings, distributor, checkpoints, metrics, log, examples, averages, vitals
     )
@@ -168,7 +168,7 @@ def _evaluate_if_cut_off(run: _Run, start: int) -> None:
 
 
 def _take_steps(
-    run: _Run, iterator: Iterator[dict], step: int, stop: tf.Tensor
+    run: _Run, iterator: Iterator[dict[str, tf.Tensor]], step: int, stop: tf.Tensor
 ) -> tuple[list[Outcome], float | None, float | None]:
     """Takes one step after `step`, or in one call those until there is something else to do.
 
@@ -227,13 +227,13 @@ def _step_again(
     """Returns what `replay` says of `settings.replay_step`; rows are settled where the run did."""
     settings, tables = run.settings, run.tables
 
-    def step_again(batch: dict, step: int) -> Outcome:
+    def step_again(batch: dict[str, tf.Tensor], step: int) -> Outcome:
         outcome = run.train_step(batch, tf.constant(0.0))
         if settings.ema or is_evaluated(step, settings):
             tables.settle()
         return outcome
 
-    def restore() -> tuple | None:
+    def restore() -> Restored | None:
         restored = run.checkpoints.restore(before=settings.replay_step)
         tables.after_restore()
         if restored and is_evaluated(restored[0], settings):

@@ -15,7 +15,7 @@ from trainer.text_classifier import Prediction
 PREDICTED = "predicted"
 PROBABILITIES = "probabilities"
 CONTRIBUTIONS = "contributions"
-Write = Callable[[Row, Prediction, list | None], None]
+Write = Callable[[Row, Prediction, list[Any] | None], None]
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def opened(spec: str) -> Iterator[IO[str]]:
         beside.unlink(missing_ok=True)
 
 
-def writer(spec: str, file: IO[str], mark: Callable[[list], str]) -> Write:
+def writer(spec: str, file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
     """Returns write(row, prediction, contributions), which writes a line or a record.
 
     Tables and JSON Lines keep what the row had and add to it: `predicted`, and `probability_NAME`
@@ -62,8 +62,8 @@ def writer(spec: str, file: IO[str], mark: Callable[[list], str]) -> Write:
     return _table_writer(file, kind)
 
 
-def _text_writer(file: IO[str], mark: Callable[[list], str]) -> Write:
-    def write(row: Row, prediction: Prediction, contributions: list | None) -> None:
+def _text_writer(file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
+    def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
         probability = prediction.probabilities[prediction.label]
         text = " ".join(row.text.split())
         file.write(f"{prediction.label}\t{probability:.4f}\t{text}\n")
@@ -74,7 +74,7 @@ def _text_writer(file: IO[str], mark: Callable[[list], str]) -> Write:
 
 
 def _json_writer(file: IO[str]) -> Write:
-    def write(row: Row, prediction: Prediction, contributions: list | None) -> None:
+    def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
         added: dict[str, Any] = {
             PREDICTED: prediction.label,
             PROBABILITIES: prediction.probabilities,
@@ -98,7 +98,7 @@ def _table_writer(file: IO[str], kind: str) -> Write:
             file.write("\t".join(" ".join(v.splitlines()).replace("\t", " ") for v in values))
             file.write("\n")
 
-    def write(row: Row, prediction: Prediction, contributions: list | None) -> None:
+    def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
         named = prediction.probabilities.items()
         added = {PREDICTED: prediction.label} | {f"probability_{n}": str(p) for n, p in named}
         if not columns:

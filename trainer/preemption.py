@@ -10,12 +10,12 @@ import math
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
 
 EXIT_CODE = 143  # what a shell reports for a process ended by TERM
+_STDERR = 2  # the file descriptor
 
 
 class Preempted(Exception):
@@ -69,5 +69,5 @@ class StopRequest:
 
 def _end(why: str) -> None:
     # Not through sys.stderr: its lock may be held by the thread that hangs.
-    os.write(sys.__stderr__.fileno(), f"{why}: ended at once\n".encode())
+    os.write(_STDERR, f"{why}: ended at once\n".encode())
     os._exit(EXIT_CODE)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -47,8 +47,37 @@ def steps_until_due(settings: Settings, step: int) -> int:
     return min(stop for stop in stops if stop > step) - step
 
 
-def new_totals() -> dict[str, Any]:
-    """Returns what `Progress` adds up between two status lines."""
+class Totals(TypedDict):
+    """What `Progress` adds up between two status lines."""
+
+    loss: list[float]
+    tokens: float
+    seconds: float
+    wait_seconds: float
+
+
+class Notes(TypedDict):
+    """What a checkpoint holds of a run beside its variables.
+
+    Attributes:
+      seconds: over all sittings; step_seconds and tokens: of the steps whose time counts.
+      metrics: of the evaluation after `step`: the best or, where none is selected, the last.
+      evaluated_step: the last step after which there was an evaluation.
+      shards: on how many the run was when it was saved.
+    """
+
+    seconds: float
+    tokens: float
+    step_seconds: float
+    metrics: dict[str, float]
+    step: int
+    skipped_steps: int
+    evaluated_step: int
+    shards: int
+
+
+def new_totals() -> Totals:
+    """Returns the totals of no steps."""
     return {"loss": [], "tokens": 0.0, "seconds": 0.0, "wait_seconds": 0.0}
 
 
@@ -76,7 +105,7 @@ class Progress:
         self._examples = examples
         self._averages = averages
         self._vitals = vitals
-        self._notes = {
+        self._notes: Notes = {
             "seconds": 0.0,
             "tokens": 0.0,
             "step_seconds": 0.0,
@@ -107,7 +136,7 @@ class Progress:
                 f"the checkpoint of step {step} in {self._settings.folder} is of another version "
                 "of this program: start again with --resume=never"
             )
-        self._notes = notes
+        self._notes = cast(Notes, notes)
         if is_chief(self._distributor):
             self._log(f"{self._task.name}: resumed after step {step}")
         return step
@@ -161,11 +190,11 @@ class Progress:
         self._steps_here += 1
         if seconds is None:
             return
-        for totals, key in ((recent, "seconds"), (self._notes, "step_seconds")):
-            totals[key] += seconds
+        recent["seconds"] += seconds
         recent["wait_seconds"] += wait_seconds or 0.0
-        for totals in (recent, self._notes):
-            totals["tokens"] += tokens
+        recent["tokens"] += tokens
+        self._notes["step_seconds"] += seconds
+        self._notes["tokens"] += tokens
         self._live.count(step, loss, tokens, seconds, wait_seconds, self._remaining_seconds(step))
 
     def _remaining_seconds(self, step: int) -> float:
@@ -257,7 +286,7 @@ class Progress:
         best = self._notes["metrics"].get(select_by, math.inf)
         better = not select_by or values[select_by] < best
         if better:
-            self._notes.update(metrics=values, step=step)
+            self._notes["metrics"], self._notes["step"] = values, step
         if not is_chief(self._distributor):
             return True
         if better and select_by:
@@ -272,8 +301,7 @@ class Progress:
         if self._settings.check_divergence:
             held = bundle.values(self._task.state)
             check_equal(self._distributor, held, f"after step {step}")
-        notes = {
-            **self._notes,
+        notes = self._notes | {
             "seconds": self._notes["seconds"] + self._elapsed_here(),
             "shards": num_shards(self._distributor),
         }

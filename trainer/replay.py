@@ -18,9 +18,9 @@ class Replayed(Exception):
 def replay(
     step: int,
     names: Iterable[str],
-    restore: Callable[[], tuple | None],
+    restore: Callable[[], tuple[int, dict[str, Any], Any] | None],
     batches: Any,
-    train_step: Callable[[dict, int], Any],
+    train_step: Callable[[Any, int], Any],
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Runs the steps from the newest checkpoint before `step` up to it; a collective.

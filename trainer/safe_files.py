@@ -17,8 +17,9 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def write_durably(path: Path, parts: Sequence[Buffer]) -> None:
     """Writes a new file, of parts one after the other, and flushes it to the disk."""
     with path.open("xb") as file:
         for part in parts:
-            file.write(part)
+            file.write(part if isinstance(part, bytes) else part.data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -150,7 +151,7 @@ def flat_bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def specs(tensors: Mapping[str, np.ndarray]) -> dict[str, list]:
+def specs(tensors: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
     """Returns name -> [dtype, shape], as JSON can hold it and `read_tensors` wants it."""
     return {name: [str(array.dtype), list(array.shape)] for name, array in tensors.items()}
 
@@ -187,7 +188,9 @@ def read_tensors(path: Path, expected: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _layout(path: Path, header: dict, size: int) -> dict[str, tuple[np.dtype, list[int], int]]:
+def _layout(
+    path: Path, header: dict[str, Any], size: int
+) -> dict[str, tuple[np.dtype, list[int], int]]:
     """Returns name -> (dtype, shape, first byte) of tensors that fill `size` bytes, none twice."""
     header.pop("__metadata__", None)
     layout, spans = {}, []
@@ -217,7 +220,7 @@ def _layout(path: Path, header: dict, size: int) -> dict[str, tuple[np.dtype, li
     return layout
 
 
-def _difference(found: dict, expected: Any) -> str:
+def _difference(found: dict[str, Any], expected: Any) -> str:
     if not isinstance(expected, dict):
         return "there is no list of the tensors that it should have"
     names = sorted(found.keys() ^ expected.keys())
@@ -241,7 +244,7 @@ def file_sha256(path: Path, max_bytes: int) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[BufferedReader]:
     """Opens a regular file; errors of reading become DamagedError."""
     try:
         # Not waiting: to open a pipe for reading waits for a writer.

@@ -9,6 +9,7 @@ triangular   rises linearly from 1/32 of the rate, then falls linearly to there:
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -54,11 +55,11 @@ class LearningRate(keras.optimizers.schedules.LearningRateSchedule):
         step = tf.cast(step, tf.float32)
         return schedule.rate * FACTORS[schedule.kind](schedule, step)
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {"schedule": self.schedule.__dict__}
 
     @classmethod
-    def from_config(cls, config: dict) -> "LearningRate":
+    def from_config(cls, config: dict[str, Any]) -> "LearningRate":
         """Returns the schedule that `get_config` describes."""
         return cls(Schedule(**config["schedule"]))
 

@@ -55,7 +55,7 @@ def mean(
     """
     from trainer.distribution.steps import sum_over_batches
 
-    def sums(batch: dict) -> list[tf.Tensor]:
+    def sums(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
         _, states = encoder(batch["tokens"], batch["lengths"])
         weights = batch["weights"][:, None]
         parts = [tf.reduce_sum(part * weights, axis=0) for state in states for part in state]

@@ -307,13 +307,13 @@ class Traced(NamedTuple):
 
     is_sparse: list[bool]
     is_table: list[bool]
-    count_rows: Callable[[dict], list[tf.Tensor]]
+    count_rows: Callable[[dict[str, tf.Tensor]], list[tf.Tensor]]
 
 
 def trace_gradients(
     distributor: Distributor,
     variables: Sequence[keras.Variable],
-    gradients: Callable[[dict], Sequence[Gradient]],
+    gradients: Callable[[dict[str, tf.Tensor]], Sequence[Gradient]],
     batch_spec: Any,
 ) -> Traced:
     """Traces the gradients once, to see which are of a few rows; nothing is computed.
@@ -331,7 +331,7 @@ def trace_gradients(
 
         return remember
 
-    def count(batch: dict) -> list[tf.Tensor]:
+    def count(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
         found = gradients(batch)
         sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in found]
         return [

@@ -14,7 +14,7 @@ from trainer.schedules import Schedule
 # rows (tokens, lengths, labels, weights), step, slice -> the summed loss and its weight; the slice
 # of the global batch is a number that random draws depend on. A task that carries state is given
 # that of each row too, as `carried`, and returns it, as it is at the rows' ends, as a third tensor.
-LossSum = Callable[[dict, tf.Tensor, int | tf.Tensor], tuple[tf.Tensor, ...]]
+LossSum = Callable[[dict[str, tf.Tensor], tf.Tensor, int | tf.Tensor], tuple[tf.Tensor, ...]]
 
 
 @dataclass(frozen=True)

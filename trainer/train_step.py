@@ -44,13 +44,17 @@ class Outcome(NamedTuple):
 
 
 # (batch, stop asked for here) -> outcome
-TrainStep = Callable[[dict, tf.Tensor], Outcome]
+TrainStep = Callable[[dict[str, tf.Tensor], tf.Tensor], Outcome]
 # (iterator of batches, number of steps, stop asked for here) -> outcomes
-SeveralSteps = Callable[[Iterator, int, tf.Tensor], list[Outcome]]
+SeveralSteps = Callable[[Iterator[dict[str, tf.Tensor]], int, tf.Tensor], list[Outcome]]
 # Inside of a step: batch -> a shard's summed loss, its weight, its gradients, what its rows carry.
-ShardGradients = Callable[[dict], tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]]
+ShardGradients = Callable[
+    [dict[str, tf.Tensor]], tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]
+]
 # Inside of a step: (batch, stop) -> outcome, gradients, and carried rows of the global batch.
-GlobalGradients = Callable[[dict, tf.Tensor], tuple[Outcome, list[Gradient], list[tf.Tensor]]]
+GlobalGradients = Callable[
+    [dict[str, tf.Tensor], tf.Tensor], tuple[Outcome, list[Gradient], list[tf.Tensor]]
+]
 
 
 def make_train_step(
@@ -109,12 +113,14 @@ def _shard_gradients(
 ) -> ShardGradients:
     """Returns batch -> a shard's summed loss, its weight, gradients, and what rows carry on."""
 
-    def loss_sum(rows: dict, step: tf.Tensor, part: int | tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def loss_sum(
+        rows: dict[str, tf.Tensor], step: tf.Tensor, part: int | tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         loss, *others = task.loss_sum(rows, step, part)
         return (loss if loss_scale is None else loss * loss_scale.factor(), *others)
 
     def shard_gradients(
-        batch: dict,
+        batch: dict[str, tf.Tensor],
     ) -> tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]:
         rows = local_rows(distributor, batch)
         if task.carried is not None:
@@ -163,7 +169,7 @@ def _global_gradients(
     """
 
     def global_gradients(
-        batch: dict, stop: tf.Tensor
+        batch: dict[str, tf.Tensor], stop: tf.Tensor
     ) -> tuple[Outcome, list[Gradient], list[tf.Tensor]]:
         rows = local_rows(distributor, batch)
         with tables.read_up_to_date():
@@ -211,17 +217,19 @@ def _one_call(
     optimizer: keras.optimizers.Optimizer,
     distributor: Distributor,
     global_gradients: GlobalGradients,
-    signature: list,
+    signature: list[Any],
 ) -> TrainStep:
     """Returns the step as one tf.function, which applies whatever gradients there are."""
 
-    def reduce_and_apply(batch: dict, stop: tf.Tensor) -> tuple[Outcome, list[tf.Tensor]]:
+    def reduce_and_apply(
+        batch: dict[str, tf.Tensor], stop: tf.Tensor
+    ) -> tuple[Outcome, list[tf.Tensor]]:
         outcome, gradients, carried = global_gradients(batch, stop)
         with tf.name_scope("optimizer"):
             optimizer.apply(gradients, list(task.variables.values()))
         return outcome, carried
 
-    def step_and_carry(batch: dict, stop: tf.Tensor) -> Outcome:
+    def step_and_carry(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> Outcome:
         outcome, carried = distributor.run(reduce_and_apply, batch, stop)
         _carry(task, carried)
         return outcome
@@ -234,7 +242,7 @@ def _two_calls(
     optimizer: keras.optimizers.Optimizer,
     distributor: Distributor,
     global_gradients: GlobalGradients,
-    signature: list,
+    signature: list[Any],
     loss_scale: LossScale | None,
 ) -> TrainStep:
     """Returns the step as two tf.functions; the second applies gradients that are finite."""
@@ -252,7 +260,7 @@ def _two_calls(
         autograph=False,
     )
 
-    def train_step(batch: dict, stop: tf.Tensor) -> Outcome:
+    def train_step(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> Outcome:
         outcome, gradients, carried = reduce(batch, stop)
         while loss_scale and np.isfinite(outcome.loss) and not outcome.is_finite():
             if not loss_scale.shrink():
@@ -281,10 +289,14 @@ def make_several_steps(
     """
 
     @tf.function(autograph=False)
-    def run(iterator: Iterator, count: tf.Tensor, stop: tf.Tensor) -> tuple:
+    def run(
+        iterator: Iterator[dict[str, tf.Tensor]], count: tf.Tensor, stop: tf.Tensor
+    ) -> tuple[Any, ...]:
         kinds = train_step.get_concrete_function().structured_outputs
 
-        def step(done: tf.Tensor, _: tf.Tensor, losses: Any, tokens: Any, *last: Any) -> tuple:
+        def step(
+            done: tf.Tensor, _: tf.Tensor, losses: Any, tokens: Any, *last: Any
+        ) -> tuple[Any, ...]:
             outcome = train_step(next(iterator), stop)
             finite = tf.math.is_finite(outcome.loss)
             finite &= tf.reduce_all(tf.math.is_finite(outcome.norms))
@@ -306,7 +318,9 @@ def make_several_steps(
         )
         return losses.stack(), tokens.stack(), stops, norms
 
-    def several_steps(iterator: Iterator, count: int, stop: tf.Tensor) -> list[Outcome]:
+    def several_steps(
+        iterator: Iterator[dict[str, tf.Tensor]], count: int, stop: tf.Tensor
+    ) -> list[Outcome]:
         losses, tokens, stops, norms = run(iterator, tf.constant(count), stop)
         done = len(losses)
         finite = tf.zeros_like(norms)

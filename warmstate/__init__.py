@@ -127,10 +127,10 @@ def finetune(
       InputError: a setting, the store or the encoder is wrong.
     """
     if encoder is None:
-        settings = {"init_weights": "random", "initial_state": "zero"} | settings
+        usual: dict[str, Setting] = {"init_weights": "random", "initial_state": "zero"}
     else:
-        settings = _sizes(Path(encoder)) | {"encoder": str(encoder)} | settings
-    report = _run("finetune", run_dir, store, log, settings)
+        usual = _sizes(Path(encoder)) | {"encoder": str(encoder)}
+    report = _run("finetune", run_dir, store, log, usual | settings)
     return Trained(Path(run_dir) / "classifier", report["finetune"])
 
 
@@ -156,8 +156,8 @@ def evaluate(
     Raises:
       InputError: a setting, the store or the classifier is wrong.
     """
-    settings = {"classifier": str(classifier), "evaluate_split": split} | settings
-    return _run("evaluate", run_dir, store, log, settings)[split]
+    usual: dict[str, Setting] = {"classifier": str(classifier), "evaluate_split": split}
+    return _run("evaluate", run_dir, store, log, usual | settings)[split]
 
 
 def load_encoder(folder: str | Path) -> "TextEncoder":

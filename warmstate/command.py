@@ -11,13 +11,17 @@ import runpy
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from warmstate.flag_tables import launch_flags, prepare_flags, report_flags, trainer_flags
+from warmstate.flag_tables import FlagRow, launch_flags, prepare_flags, report_flags, trainer_flags
 
 USAGE_EXIT_CODE = 2
 INDENT = " " * 6
-WRAPPED = {"subsequent_indent": INDENT, "break_long_words": False, "break_on_hyphens": False}
+WRAPPED: dict[str, Any] = {
+    "subsequent_indent": INDENT,
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}
 HELP = ("--help", "-help", "--helpshort", "--helpfull", "-h")
 
 
@@ -224,7 +228,7 @@ def help_of(name: str) -> str:
     return "\n".join(lines)
 
 
-def flags_of(name: str) -> list:
+def flags_of(name: str) -> list[FlagRow]:
     """Returns a command's flags, in the order of its help."""
     command = COMMANDS[name]
     if command.stage:

@@ -192,9 +192,9 @@ def _quota_cores() -> float | None:
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):
-        quota = _cgroup_number("cpu/cpu.cfs_quota_us")
-        period = _cgroup_number("cpu/cpu.cfs_period_us")
-        return quota / period if quota and period and quota > 0 else None
+        quota_us = _cgroup_number("cpu/cpu.cfs_quota_us")
+        period_us = _cgroup_number("cpu/cpu.cfs_period_us")
+        return quota_us / period_us if quota_us and period_us and quota_us > 0 else None
     return None if quota == "max" else int(quota) / int(period)
 
 

@@ -56,14 +56,14 @@ class FlagRow(NamedTuple):
 
 def trainer_flags(stage: str) -> list[FlagRow]:
     """Returns the trainer's flags that `stage` has a use for."""
-    from trainer.config import Config
+    from trainer.config import Config, kind_of
 
     left_out = {"stage", *STAGE_NOT.get(stage, ())}
     return [
         FlagRow(
             item.metadata["group"],
             item.name,
-            item.type.__name__,
+            kind_of(item).__name__,
             f"(default: {item.default!r})",
             item.metadata["help"],
             item.metadata["choices"] or (("true", "false") if item.type is bool else ()),

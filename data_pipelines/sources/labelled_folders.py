@@ -124,7 +124,7 @@ class LabelledFolders:
         if faults:
             raise InputError("\n".join(faults))
 
-    def _origin(self, match: re.Match) -> str:
+    def _origin(self, match: re.Match[str]) -> str:
         return "unsupervised" if match["label"] == self._layout.unlabelled else match["split"]
 
     def parts(self, split: str) -> list[str]:

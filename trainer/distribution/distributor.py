@@ -30,7 +30,7 @@ class Distributor(Protocol):
     size: int
     num_local_shards: int
 
-    def scope(self) -> contextlib.AbstractContextManager:
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the context in which models and optimizers must be made."""
 
     def run(self, step: Callable[..., Any], *args: Any) -> Any:
@@ -60,7 +60,7 @@ def sum_flat(
     Args:
       sums: for float32 and float64, a function that sums one flat array over the processes.
     """
-    found: list[np.ndarray] = [None] * len(arrays)
+    found: dict[int, np.ndarray] = {}
     for dtype, summed in sums.items():
         chosen = [i for i, array in enumerate(arrays) if array.dtype == dtype]
         if not chosen:
@@ -70,7 +70,7 @@ def sum_flat(
         stops = np.cumsum([arrays[i].size for i in chosen])
         for i, part in zip(chosen, np.split(flat, stops[:-1]), strict=True):
             found[i] = part.reshape(arrays[i].shape)
-    return found
+    return [found[i] for i in range(len(arrays))]
 
 
 def is_chief(distributor: Distributor) -> bool:
@@ -112,14 +112,14 @@ def broadcast_arrays(
     Args:
       arrays: the chief's; other processes pass None and need to know nothing of them.
     """
-    if distributor.size == 1:
+    if arrays is not None and distributor.size == 1:
         return dict(arrays)
-    chief = is_chief(distributor)
-    spec = {k: [str(v.dtype), list(v.shape)] for k, v in arrays.items()} if chief else None
-    spec = gather_objects(distributor, spec)[0]
+    held = arrays if is_chief(distributor) else None
+    known = None if held is None else {k: [str(v.dtype), list(v.shape)] for k, v in held.items()}
+    spec = gather_objects(distributor, known)[0]
     # Adding zeros is exact for every value but -0.0, which becomes 0.0 in all processes alike.
     mine = [
-        (arrays[name] if chief else np.zeros(shape)).astype(_travelling_dtype(dtype))
+        (np.zeros(shape) if held is None else held[name]).astype(_travelling_dtype(dtype))
         for name, (dtype, shape) in spec.items()
     ]
     received = distributor.sum_over_processes(mine)

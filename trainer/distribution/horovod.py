@@ -34,7 +34,7 @@ class HorovodDistributor:
         self.rank: int = hvd.rank()
         self.size: int = hvd.size()
         self._hvd = hvd
-        self._sum = {
+        self._sum: dict[type, Callable[[np.ndarray], tf.Tensor]] = {
             dtype: tf.function(
                 lambda flat: self.all_reduce_sum([flat])[0],
                 input_signature=[tf.TensorSpec([None], dtype)],
@@ -42,7 +42,7 @@ class HorovodDistributor:
             for dtype in (np.float32, np.float64)
         }
 
-    def scope(self) -> contextlib.AbstractContextManager:
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def run(self, step: Callable[..., Any], *args: Any) -> Any:

@@ -67,7 +67,7 @@ def _numbers(ranges: str, text: str, name: str) -> list[str]:
     for each in ranges.split(","):
         match = _RANGE.fullmatch(each)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if last < first or last - first >= MAX_HOSTS:
+        if match is None or last < first or last - first >= MAX_HOSTS:
             raise InputError(f"{name}={text!r}: [{ranges}] must hold ranges such as 01-03,7")
         numbers += [str(n).zfill(len(match[1])) for n in range(first, last + 1)]
     return numbers

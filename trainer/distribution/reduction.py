@@ -62,7 +62,7 @@ def choose_rows(
     distributor: Distributor,
     policy: str,
     is_sparse: Sequence[bool],
-    count_rows: Callable[[dict], Sequence[tf.Tensor]],
+    count_rows: Callable[[dict[str, tf.Tensor]], Sequence[tf.Tensor]],
     batches: tf.data.Dataset,
     sizes: Sequence[tuple[int, int]],
 ) -> list[bool]:

@@ -19,12 +19,12 @@ class TfDistributor:
         self.size = size
         self.num_local_shards = strategy.num_replicas_in_sync // size
         self._strategy = strategy
-        self._sum = {
+        self._sum: dict[type, Callable[[np.ndarray], tf.Tensor]] = {
             dtype: tf.function(self._sum_step, input_signature=[tf.TensorSpec([None], dtype)])
             for dtype in (np.float32, np.float64)
         }
 
-    def scope(self) -> contextlib.AbstractContextManager:
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
         return self._strategy.scope()
 
     def run(self, step: Callable[..., Any], *args: Any) -> Any:

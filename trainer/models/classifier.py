@@ -5,6 +5,8 @@ and the logit. With pooling "concat" it reads the mean and the maximum of all ou
 last one (Howard & Ruder 2018, section 3.3).
 """
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -28,6 +30,8 @@ class Classifier(keras.layers.Layer):
         the means of both's (Miyato et al. 2017, section 4.1).
     """
 
+    built: bool  # Keras's own
+
     def __init__(
         self,
         encoder: Encoder,
@@ -36,7 +40,7 @@ class Classifier(keras.layers.Layer):
         reader: Encoder | None = None,
         pooling: str = "last",
         backward: "Classifier | None" = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.encoder = encoder
@@ -57,7 +61,7 @@ class Classifier(keras.layers.Layer):
             name="output",
         )
 
-    def build(self, input_shape: tuple | None = None) -> None:
+    def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
         """Makes the weights; the shape of the tokens does not matter."""
         for encoder in (self.encoder, self.reader):
             if encoder is not None and not encoder.built:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -71,7 +72,7 @@ class ChronoBias(keras.initializers.Initializer):
         forget = np.log(random.uniform(1.0, max(self.longest, 1.0 + 1e-6), units))
         return tf.constant(np.concatenate([-forget, forget, np.zeros(2 * units)]), dtype)
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {"longest": self.longest, "seed": self.seed}
 
 
@@ -105,7 +106,7 @@ class Encoder(keras.layers.Layer):
         normalised: bool = False,
         precision: str = "float32",
         recompute: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
@@ -137,7 +138,7 @@ class Encoder(keras.layers.Layer):
             name=f"lstm_{layer}",
         )
 
-    def build(self, input_shape: tuple | None = None) -> None:
+    def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
         """Makes the weights; the shape of the tokens does not matter."""
         self.embeddings = self.add_weight(
             shape=(self.vocab_size, self.embedding_dim),
@@ -249,7 +250,7 @@ class Encoder(keras.layers.Layer):
         mask = token_mask(tokens, lengths)
         return self.read(self.words(tokens), mask, states, training=False)
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "vocab_size": self.vocab_size,

@@ -94,7 +94,9 @@ class WarmLSTM(keras.layers.LSTM):
             )
         self.initial_state = initial_state
 
-    def build(self, sequences_shape: tuple, initial_state_shape: Any = None) -> None:
+    def build(
+        self, sequences_shape: tuple[int | None, ...], initial_state_shape: Any = None
+    ) -> None:
         """Makes the weights; see `keras.layers.RNN.build`."""
         super().build(sequences_shape, initial_state_shape)
         if self.initial_state is not None:
@@ -217,9 +219,11 @@ class WarmLSTM(keras.layers.LSTM):
         if self.recurrent_mask is not None:
             recurrent *= tf.cast(self.recurrent_mask, recurrent.dtype)
         bias = self._tensor(cell.bias) if self.use_bias else tf.zeros_like(kernel[0])
+        h, c = initial_state
         outputs, h, c = lstm(
             sequences,
-            *initial_state,
+            h,
+            c,
             kernel,
             recurrent,
             bias,
@@ -367,7 +371,9 @@ def _compiled(
             tensor.set_shape([inputs.shape[0], inputs.shape[1], recurrent.shape[0]])
         return found
 
-    def backward(upstream: tuple, tensors: tuple, kept: tuple) -> tuple[tf.Tensor, ...]:
+    def backward(
+        upstream: tuple[tf.Tensor, ...], tensors: tuple[tf.Tensor, ...], kept: tuple[tf.Tensor, ...]
+    ) -> tuple[tf.Tensor, ...]:
         inputs, _, c, kernel, recurrent, _ = tensors
         _, cells, gates, before = kept
         d_outputs, dh, dc = map(whole, upstream)
@@ -403,7 +409,7 @@ def _compiled(
     return run
 
 
-def _not_before(upstream: tuple, tensors: tuple) -> list[tf.Tensor]:
+def _not_before(upstream: tuple[tf.Tensor, ...], tensors: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:
     """Returns `tensors` as they are, for a second run of the forward loop.
 
     It then neither runs with the first one, nor is taken for the same: its activations would be
@@ -473,7 +479,9 @@ def _forward(
     saved = (array(dtype), *(array(loop_dtype) for _ in _Saved._fields[1:])) if keep else ()
     hs = (array(dtype),) if return_sequences else ()
 
-    def step(t: tf.Tensor, h: tf.Tensor, c: tf.Tensor, saved: tuple, hs: tuple) -> tuple:
+    def step(
+        t: tf.Tensor, h: tf.Tensor, c: tf.Tensor, saved: tuple[Any, ...], hs: Any
+    ) -> tuple[Any, ...]:
         product = tf.concat([columns[t], tf.cast(h, dtype)], 0)
         z = tf.cast(tf.matmul(weights, product), loop_dtype)  # [4 * units, batch]
         input_forget = tf.sigmoid(z[: 2 * units])
@@ -506,7 +514,7 @@ def _loop_dtype(dtype: tf.DType) -> tf.DType:
     return tf.float32 if dtype.size < 4 else dtype
 
 
-def _invariants(units: int, arrays: tuple) -> tuple:
+def _invariants(units: int, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     # The static batch may be known of one operand and not of another; inside a loop it is unknown.
     state = tf.TensorShape([units, None])
     shapes = tf.nest.map_structure(lambda _: tf.TensorShape(None), arrays)
@@ -562,7 +570,7 @@ def _backward(
         dh += tf.cast(d_outputs[0], loop_dtype)
     masked = None if mask is None else tf.cast(~tf.transpose(mask), loop_dtype)[:, tf.newaxis]
 
-    def step(t: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor, dzs: tf.TensorArray) -> tuple:
+    def step(t: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor, dzs: tf.TensorArray) -> tuple[Any, ...]:
         if return_sequences:
             dh += tf.cast(d_outputs[t], loop_dtype)
         input_forget, candidate, output, previous_c, squashed = (

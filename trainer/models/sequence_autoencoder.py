@@ -7,6 +7,8 @@ two halves are two passes of the same layer, the second from the state in which 
 which is the same computation and needs no per-row alignment in a padded batch.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
 from data_pipelines.reserved_ids import END_ID, PADDING_ID
@@ -78,7 +80,9 @@ class SequenceAutoencoder(TextModel):
         mask = tf.ones([batch, 1], tf.bool)
         never = tf.one_hot(PADDING_ID, self.encoder.vocab_size, on_value=-float("inf"))
 
-        def write(i: tf.Tensor, states: States, ended: tf.Tensor, rows: tf.TensorArray) -> tuple:
+        def write(
+            i: tf.Tensor, states: States, ended: tf.Tensor, rows: tf.TensorArray
+        ) -> tuple[Any, ...]:
             top_h, _ = states[-1]
             words = tf.argmax(self.logits(top_h) + never, axis=1, output_type=tf.int32)
             words = tf.where(ended, PADDING_ID, words)

@@ -1,6 +1,6 @@
 """What both pretraining objectives are made of: an encoder and a softmax over the vocabulary."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -44,12 +44,12 @@ class TextModel(keras.layers.Layer):
         Wolf 2017; Inan et al. 2017), rather than the output with a matrix of its own.
     """
 
-    def __init__(self, encoder: Encoder, tied: bool = False, **kwargs):
+    def __init__(self, encoder: Encoder, tied: bool = False, **kwargs: Any):
         super().__init__(**kwargs)
         self.encoder = encoder
         self.tied = tied
 
-    def build(self, input_shape: tuple | None = None) -> None:
+    def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
         """Makes the weights; the shape of the tokens does not matter."""
         if not self.encoder.built:
             self.encoder.build()

@@ -54,7 +54,9 @@ def _losses(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the losses and the logs of the softmax's normalisers: [tokens] each."""
 
-    def chunk(start: tf.Tensor, stop: tf.Tensor, arrays: list[tf.TensorArray], number: tf.Tensor):
+    def chunk(
+        start: tf.Tensor, stop: tf.Tensor, arrays: list[tf.TensorArray], number: tf.Tensor
+    ) -> list[tf.TensorArray]:
         logits = tf.matmul(hidden[start:stop], kernel, transpose_b=True) + bias  # [chunk, vocab]
         normalisers = tf.reduce_logsumexp(logits, axis=1)
         losses = normalisers - tf.gather(logits, targets[start:stop], axis=1, batch_dims=1)
@@ -80,7 +82,7 @@ def _gradients(
     That by the logits is the probabilities, chunk by chunk, less one at each target.
     """
 
-    def chunk(start: tf.Tensor, stop: tf.Tensor, sums: list, number: tf.Tensor) -> list:
+    def chunk(start: tf.Tensor, stop: tf.Tensor, sums: list[Any], number: tf.Tensor) -> list[Any]:
         d_hidden, d_kernel, d_bias = sums
         some = hidden[start:stop]
         logits = tf.matmul(some, kernel, transpose_b=True) + bias  # [chunk, vocab]
@@ -104,11 +106,13 @@ def _gradients(
     )
 
 
-def _over_chunks(hidden: tf.Tensor, size: int, chunk: Callable[..., list], values: list) -> list:
+def _over_chunks(
+    hidden: tf.Tensor, size: int, chunk: Callable[..., list[Any]], values: list[Any]
+) -> list[Any]:
     """Returns what chunk(start, stop, values, number) makes of `values`, `size` tokens each."""
     tokens = tf.shape(hidden)[0]
 
-    def step(number: tf.Tensor, values: list) -> tuple[tf.Tensor, list]:
+    def step(number: tf.Tensor, values: list[Any]) -> tuple[tf.Tensor, list[Any]]:
         start = number * size
         return number + 1, chunk(start, tf.minimum(start + size, tokens), values, number)
 
@@ -185,7 +189,9 @@ def _over_candidates(
     def run(
         target_logits: tf.Tensor, hidden: tf.Tensor, weights: tf.Tensor, offsets: tf.Tensor
     ) -> Any:
-        def forward(start: tf.Tensor, stop: tf.Tensor, arrays: list, number: tf.Tensor) -> list:
+        def forward(
+            start: tf.Tensor, stop: tf.Tensor, arrays: list[Any], number: tf.Tensor
+        ) -> list[Any]:
             logits = product(hidden[start:stop], weights, transpose_b=True) + offsets
             is_target = targets[start:stop, None] == candidates
             logits = tf.where(is_target, logits.dtype.min, logits)
@@ -198,7 +204,7 @@ def _over_candidates(
             return [a.write(number, value) for a, value in zip(arrays, values, strict=True)]
 
         size = _chunk_tokens(weights, CHUNK_SAMPLED_LOGITS)
-        shapes = ([weights.shape[0]], [], [], [])
+        shapes: list[list[int]] = [[weights.shape[0]], [], [], []]
         arrays = [_array(hidden, size, shape) for shape in shapes]
         parts, sums, losses, of_target = _over_chunks(hidden, size, forward, arrays)
         sums, of_target = sums.concat(), of_target.concat()
@@ -206,7 +212,9 @@ def _over_candidates(
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
             factors = upstream / sums
 
-            def backward(start: tf.Tensor, stop: tf.Tensor, found: list, number: tf.Tensor) -> list:
+            def backward(
+                start: tf.Tensor, stop: tf.Tensor, found: list[Any], number: tf.Tensor
+            ) -> list[Any]:
                 d_hidden, d_weights, d_offsets = found
                 d_logits = parts.read(number) * factors[start:stop, None]
                 some = hidden[start:stop]

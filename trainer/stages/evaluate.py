@@ -22,8 +22,8 @@ def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dic
     What it says of each document goes to `folder`/predictions; see predictions.py.
     """
     loaded = bundle.load(classifier_folder, "classifier", "--classifier") if run.is_chief else None
-    info = gather_objects(run.distributor, loaded and loaded.info)[0]
-    tensors = broadcast_arrays(run.distributor, loaded and loaded.tensors)
+    info = gather_objects(run.distributor, loaded.info if loaded else None)[0]
+    tensors = broadcast_arrays(run.distributor, loaded.tensors if loaded else None)
     with run.distributor.scope():
         classifier = bundle.new_classifier(info["model"])
     bundle.assign(bundle.classifier_variables(classifier), tensors)
@@ -40,7 +40,7 @@ def error_and_loss(
 ) -> Callable[[], dict[str, float]]:
     """Returns a collective that gives error_percent, loss (nats) and documents over `batches`."""
 
-    def sums(rows: dict) -> list[tf.Tensor]:
+    def sums(rows: dict[str, tf.Tensor]) -> list[tf.Tensor]:
         logits = classifier.logits(rows["tokens"], rows["lengths"], training=False)
         losses, errors = losses_and_errors(logits, rows["labels"])
         weights = rows["weights"]

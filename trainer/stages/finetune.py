@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -56,7 +57,7 @@ def finetune(
     if config.init_embeddings and init_weights == "random":
         for direction in classifier.directions:
             report["init_embeddings"] = init_embeddings(run, direction.encoder)
-    encoders = {}
+    encoders: dict[str, str] = {}
     if encoder_folder is not None:
         report["broadcast"], encoders = warm_start(
             run, classifier, encoder_folder, init_weights, initial_state
@@ -200,9 +201,9 @@ def warm_start(
 def _received(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:
     """Returns the encoder bundle that the chief reads, in every process, and its bytes."""
     loaded = bundle.load(folder, "encoder", flag) if run.is_chief else None
-    said = loaded and {name: loaded.info[name] for name in ("model", "tensors_sha256")}
+    said = {name: loaded.info[name] for name in ("model", "tensors_sha256")} if loaded else None
     info = gather_objects(run.distributor, said)[0]
-    tensors = broadcast_arrays(run.distributor, loaded and loaded.tensors)
+    tensors = broadcast_arrays(run.distributor, loaded.tensors if loaded else None)
     return bundle.Bundle(tensors, info), sum(array.nbytes for array in tensors.values())
 
 
@@ -210,7 +211,7 @@ def _take_over(
     classifier: Classifier, received: bundle.Bundle, init_weights: str, initial_state: str
 ) -> dict[str, np.ndarray]:
     """Sets one direction's variables from its encoder's bundle; returns what they then hold."""
-    held = {}
+    held: dict[str, np.ndarray] = {}
     if init_weights == "encoder":
         variables = bundle.encoder_variables(classifier.encoder)
         bundle.assign(variables, received.tensors)
@@ -221,15 +222,17 @@ def _take_over(
         states.apply(classifier.encoder, received.state(initial_state))
         held |= bundle.values(bundle.initial_state_variables(classifier.encoder))
     if initial_state == "encode":
-        variables = bundle.encoder_variables(classifier.reader)
+        reader = classifier.reader
+        assert reader is not None  # whoever made this classifier knew the initial state
+        variables = bundle.encoder_variables(reader)
         bundle.assign(variables, received.tensors)
-        states.apply(classifier.reader, received.state("learned"))
-        variables |= bundle.initial_state_variables(classifier.reader)
+        states.apply(reader, received.state("learned"))
+        variables |= bundle.initial_state_variables(reader)
         held |= {f"reader/{name}": value for name, value in bundle.values(variables).items()}
     return held
 
 
-def trained_variables(classifier: Classifier, initial_state: str) -> dict:
+def trained_variables(classifier: Classifier, initial_state: str) -> dict[str, keras.Variable]:
     """Returns what fine-tuning trains: all but the reader, and the state only if it is learned."""
     fixed = () if initial_state == "learned" else ("initial_state/",)
     return {
@@ -248,7 +251,7 @@ def joint_objective(run: Run, classifier: Classifier) -> TextModel:
     return model
 
 
-def softmax_variables(objective: TextModel | None) -> dict:
+def softmax_variables(objective: TextModel | None) -> dict[str, keras.Variable]:
     """Returns what fine-tuning trains of the objective beside the encoder; no bundle holds it."""
     if objective is None:
         return {}
@@ -281,7 +284,7 @@ def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:
     return {name: rate for name, rate in rates.items() if rate != Rate(1.0, 0)}
 
 
-def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict) -> None:
+def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict[str, Any]) -> None:
     """Writes the classifier bundle."""
     info = {
         "model": bundle.classifier_model(classifier),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.batch_plan import BatchPlan
 from data_pipelines.token_store import NO_LABEL
 from trainer.stages.run import Batches
 
@@ -44,9 +45,10 @@ class FinetuneBatches:
         These are the labelled documents, all documents, and the labelled documents' tokens.
         """
         view, plan = self.labelled.view, self.labelled.plan
+        assert isinstance(plan, BatchPlan)  # only pretraining packs documents into rows
         indices = plan.indices(step)
         tokens = np.minimum(view.lengths_of(indices), plan.max_tokens).sum()
-        others = 0 if self.unlabelled is None else len(self.unlabelled.plan.indices(step))
+        others = 0 if self.unlabelled is None else len(self.unlabelled.examples(step))
         return np.array([len(indices), len(indices) + others, tokens], np.float32)
 
     def _with_counts(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -55,7 +57,9 @@ class FinetuneBatches:
         return {**batch, "global_counts": counts}
 
 
-def joined(labelled: dict[str, tf.Tensor], unlabelled: dict[str, tf.Tensor]) -> dict:
+def joined(
+    labelled: dict[str, tf.Tensor], unlabelled: dict[str, tf.Tensor]
+) -> dict[str, tf.Tensor]:
     """Returns one element of two of the same step: each shard's rows, labelled ones first."""
     time = tf.maximum(tf.shape(labelled["tokens"])[1], tf.shape(unlabelled["tokens"])[1])
     parts = [

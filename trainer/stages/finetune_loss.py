@@ -30,7 +30,9 @@ def loss_sum(config: Config, classifier: Classifier, objective: TextModel | None
     """
     objective_loss = objective and pretrain.loss_sum(objective, config)
 
-    def of_rows(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def of_rows(
+        rows: dict[str, tf.Tensor], step: tf.Tensor, shard: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         tokens, lengths, labels = rows["tokens"], rows["lengths"], rows["labels"]
         labelled = rows["weights"] * tf.cast(labels >= 0, tf.float32)
         labels = tf.maximum(labels, 0)
@@ -99,7 +101,7 @@ def loss_sum(config: Config, classifier: Classifier, objective: TextModel | None
     encoders = [direction.encoder for direction in classifier.directions]
 
     def with_dropped_weights(
-        rows: dict, step: tf.Tensor, shard: tf.Tensor
+        rows: dict[str, tf.Tensor], step: tf.Tensor, shard: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         seed = seeds.fold(config.seed, seeds.RECURRENT_WEIGHT_DROPOUT, step)
         with dropped_weights(encoders, config.recurrent_weight_dropout, seed):

@@ -22,7 +22,7 @@ from trainer.distribution.steps import gather_rows
 from trainer.models.classifier import Classifier, losses_and_errors, reversed_words
 from trainer.models.encoder import token_mask
 from trainer.reporting.statistics import probabilities
-from trainer.safe_files import sealed, specs, tensor_parts, write_folder
+from trainer.safe_files import Buffer, sealed, specs, tensor_parts, write_folder
 from trainer.stages.run import Run
 
 STATE_DOCUMENTS = 512
@@ -75,13 +75,13 @@ def predict(
     steps = plan.steps_per_epoch
     batches = run.batches(view, plan)(0, steps)
 
-    def columns(rows: dict) -> tf.Tensor:
+    def columns(rows: dict[str, tf.Tensor]) -> tf.Tensor:
         logits = classifier.logits(rows["tokens"], rows["lengths"], training=False)
         losses, errors = losses_and_errors(logits, rows["labels"])
         beside = tf.stack([tf.cast(rows["labels"], tf.float32), losses, errors], axis=1)
         return tf.concat([beside, tf.cast(logits, tf.float32)], axis=1)
 
-    def states(rows: dict) -> tf.Tensor:
+    def states(rows: dict[str, tf.Tensor]) -> tf.Tensor:
         h, c = final_state(classifier, rows["tokens"], rows["lengths"])
         return tf.concat([tf.cast(rows["labels"], tf.float32)[:, None], h, c], axis=1)
 
@@ -242,7 +242,7 @@ def save(
         "examples": examples,
         "tensors": specs(tensors),
     }
-    files = {
+    files: dict[str, bytes | Sequence[Buffer]] = {
         "predictions.safetensors": tensor_parts(tensors),
         "predictions.json": [sealed(values)],
     }

@@ -186,7 +186,7 @@ def carried_state(run: Run, model: TextModel) -> keras.Variable | None:
     return keras.Variable(np.zeros(shape, np.float32), trainable=False, name="carried")
 
 
-def trained_variables(model: TextModel) -> dict:
+def trained_variables(model: TextModel) -> dict[str, keras.Variable]:
     """Returns what pretraining trains, the learned initial state among it."""
     return {
         **bundle.encoder_variables(model.encoder),
@@ -198,7 +198,9 @@ def trained_variables(model: TextModel) -> dict:
 def loss_sum(model: TextModel, config: Config) -> LossSum:
     """Returns the training loss: sampled softmax, dropout."""
 
-    def of_rows(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def of_rows(
+        rows: dict[str, tf.Tensor], step: tf.Tensor, shard: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         noise = Noise(
             dropout_rate=config.pretrain_dropout,
             embedding_seed=seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard),
@@ -229,7 +231,7 @@ def perplexity(
     Every document or piece starts from the encoder's initial state, whatever training carries on.
     """
 
-    def sums(rows: dict) -> tuple[tf.Tensor, tf.Tensor]:
+    def sums(rows: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         return model.loss_sum(rows["tokens"], rows["lengths"], rows["weights"], training=False)
 
     total = sum_over_batches(run.distributor, sums, batches, run.stop_request)
@@ -248,7 +250,7 @@ def exact_match_percent(run: Run, model: SequenceAutoencoder) -> float:
     A collective. Greedy decoding, up to the end token.
     """
 
-    def sums(rows: dict) -> tuple[tf.Tensor, tf.Tensor]:
+    def sums(rows: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         written, _ = model.reconstruct(
             rows["tokens"], rows["lengths"], run.config.pretrain_max_tokens
         )
@@ -261,7 +263,11 @@ def exact_match_percent(run: Run, model: SequenceAutoencoder) -> float:
 
 
 def save_encoder(
-    run: Run, folder: Path, encoder: Encoder, mean: list[states.LearnedState], metrics: dict
+    run: Run,
+    folder: Path,
+    encoder: Encoder,
+    mean: list[states.LearnedState],
+    metrics: dict[str, Any],
 ) -> str:
     """Writes the encoder bundle: weights, both learned states, and where they are from.
 

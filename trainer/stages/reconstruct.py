@@ -77,9 +77,9 @@ def reconstructor(
             lengths = tf.cast(tokens.row_lengths(), tf.int32)
             written = tf.RaggedTensor.from_tensor(*rewrite(tokens.to_tensor(), lengths)).to_list()
             for text, given, made in zip(some, read, written, strict=True):
-                shown = [[i for i in row if i != END_ID] for row in (given, made)]
-                shown = [tokenizer.decode(row[::-1] if backward else row) for row in shown]
-                found.append(Reconstruction(text, *shown, exact=given == made))
+                rows = [[i for i in row if i != END_ID] for row in (given, made)]
+                seen, again = (tokenizer.decode(r[::-1] if backward else r) for r in rows)
+                found.append(Reconstruction(text, seen, again, exact=given == made))
         return found
 
     return reconstruct

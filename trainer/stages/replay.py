@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import InputError
-from trainer.config import FREE_ON_RESUME, Config
+from trainer.config import FREE_ON_RESUME, Config, kind_of
 
 PARTS = ("pretrain", "warm", "scratch")  # folders that --stage=all trains in
 OF_THIS_PROCESS = ("step", "run_dir", "track", "status_port", "status_host")
@@ -78,7 +78,7 @@ def _of_part(folder: Path, run: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, where: str) -> Config:
-    fields = {item.name: item.type for item in dataclasses.fields(Config)}
+    fields = {item.name: kind_of(item) for item in dataclasses.fields(Config)}
     try:
         saved = json.loads(path.read_text())
         wrong = [name for name, value in saved.items() if not _is_of(value, fields.get(name))]

@@ -62,7 +62,7 @@ class Batcher:
 
     def __init__(self, model: TextClassifier):
         self._model = model
-        self._waiting: list[tuple[Sequence[str], asyncio.Future]] = []
+        self._waiting: list[tuple[Sequence[str], asyncio.Future[Any]]] = []
         self._pending_texts = 0
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "model")
@@ -105,7 +105,7 @@ class Batcher:
                     answer.set_result(found[start : start + len(part)])
                 start += len(part)
 
-    def _next_batch(self) -> list[tuple[Sequence[str], asyncio.Future]]:
+    def _next_batch(self) -> list[tuple[Sequence[str], asyncio.Future[Any]]]:
         """Returns the requests that came first: at least one, and as many as make one batch."""
         count, texts = 0, 0
         for part, _ in self._waiting:
