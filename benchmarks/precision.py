@@ -47,22 +47,16 @@ def compare(curves: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
         },
         "off_by_percent_at_the_end": round(off[last], 4),
         "off_by_percent_at_most": round(max(map(abs, off.values())), 4),
-        "tokens_per_second": {
-            name: round(rows[last]["tokens_per_second"]) for name, rows in curves.items()
-        },
     }
 
 
 def table(results: dict[str, Any]) -> str:
     """Returns what the page says."""
-    speed = results["tokens_per_second"]
-    rows = [
-        f"| {name} | {results['loss'][name][-1][1]:.4f} | {speed[name]:,} |" for name in CHOICES
-    ]
+    rows = [f"| {name} | {results['loss'][name][-1][1]:.4f} |" for name in CHOICES]
     return "\n".join(
         [
-            f"| precision | training loss after {results['steps']:,} steps | tokens/s there |",
-            "|---|---|---|",
+            f"| precision | training loss after {results['steps']:,} steps |",
+            "|---|---|",
             *rows,
             "",
             f"Off by {results['off_by_percent_at_the_end']:+.2f} % at the end, by "

@@ -93,6 +93,9 @@ def make_dataset(
 
     options = tf.data.Options()
     options.deterministic = True
+    # Nothing here is tuned, and the thread that would do it can miss that its iterator ends: who
+    # drops the iterator then waits for it, up to a minute.
+    options.autotune.enabled = False
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return (
         tf.data.Dataset.range(start_step, stop_step)

@@ -145,6 +145,9 @@ class TfdsText:
         paths = [os.path.join(self._folder, name) for name, _ in self._shards[official]]
         dataset = tf.data.TFRecordDataset(paths).skip(start).take(stop - start).batch(READ_BATCH)
         dataset = dataset.map(lambda records: tf.io.parse_example(records, features)).prefetch(2)
+        options = tf.data.Options()
+        options.autotune.enabled = False  # as in data_pipelines.dataset
+        dataset = dataset.with_options(options)
         yield from self._rows(dataset, f"{self._folder}, split {official}", start)
 
     def _rows(self, dataset: Any, where: str, position: int) -> Iterator[tuple[bytes, int | None]]:
