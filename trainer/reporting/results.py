@@ -126,7 +126,7 @@ def table(folder: Path) -> str:
                     f"{name}, {'warm start' if start == 'warm' else 'from scratch'}",
                     spread(errors),
                     f"run here, {len(errors)} seed{'s' if len(errors) > 1 else ''}",
-                    f"{minutes:.0f} min on {cores} cores{together}",
+                    f"{minutes:.0f} min on {cores} core{'s' * (cores > 1)}{together}",
                 )
             )
     lines = ["| model | test error | | time |", "|---|---|---|---|"]
