@@ -8,7 +8,6 @@ minutes, so `make bench` leaves it out; `python -m benchmarks.all --render` puts
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,35 +17,26 @@ from typing import Any
 from benchmarks.machine import facts
 from benchmarks.processes import write_results
 from trainer.precision import CHOICES
+from trainer.reporting.results import curves
 
 
-def logged(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """Returns the training rows of a run's metrics, by step."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row for row in map(json.loads, lines) if "loss" in row}
-
-
-def run(precision: str, steps: int, flags: list[str], run_dir: Path) -> dict[int, dict[str, Any]]:
-    """Pretrains for `steps` steps; returns what was logged."""
+def run(precision: str, steps: int, flags: list[str], run_dir: Path) -> list[list[float]]:
+    """Pretrains for `steps` steps; returns [step, loss] pairs, as they were logged."""
     command = [sys.executable, "-m", "trainer.main", *flags, "--stage=pretrain"]
     command += [f"--pretrain_steps={steps}", f"--precision={precision}", f"--run_dir={run_dir}"]
     subprocess.run(command, check=True)
-    return logged(run_dir)
+    return curves(run_dir / "metrics.jsonl")["loss"]
 
 
-def compare(curves: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
-    """Returns the losses of both by step, and by how many percent bfloat16's is off."""
-    whole, half = (curves[precision] for precision in CHOICES)
-    off = {step: 100 * (half[step]["loss"] / whole[step]["loss"] - 1) for step in whole}
-    last = max(whole)
+def compare(losses: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """Returns the losses of both, and by how many percent bfloat16's is off."""
+    pairs = zip(*(losses[precision] for precision in CHOICES), strict=True)
+    off = [100 * (half / whole - 1) for (_, whole), (_, half) in pairs]
     return {
-        "steps": last,
-        "loss": {
-            name: [[s, round(row["loss"], 5)] for s, row in rows.items()]
-            for name, rows in curves.items()
-        },
-        "off_by_percent_at_the_end": round(off[last], 4),
-        "off_by_percent_at_most": round(max(map(abs, off.values())), 4),
+        "steps": losses[CHOICES[0]][-1][0],
+        "loss": losses,
+        "off_by_percent_at_the_end": round(off[-1], 4),
+        "off_by_percent_at_most": round(max(map(abs, off)), 4),
     }
 
 
@@ -71,8 +61,8 @@ def main() -> None:
     parser.add_argument("--out", default="precision")
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        curves = {name: run(name, options.steps, flags, Path(folder, name)) for name in CHOICES}
-    results = compare(curves)
+        losses = {name: run(name, options.steps, flags, Path(folder, name)) for name in CHOICES}
+    results = compare(losses)
     write_results(options.out, facts(), results)
     print(table(results))
 

@@ -51,10 +51,8 @@ def results(layer: Any, inputs: tf.Tensor, states: list, mask: Any, weights: lis
     return [tensor.numpy() for tensor in run(inputs, *states)]
 
 
-@pytest.mark.parametrize("units", [16, 48, 80])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("return_sequences", [False, True])
-def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
+def problem(units: int) -> tuple[tf.Tensor, list[tf.Tensor], list[np.ndarray]]:
+    """Returns inputs [7, 9, 5], the states to start from, and weights for both layers."""
     random = np.random.default_rng(units)
     inputs = tf.constant(random.normal(size=(7, 9, 5)), tf.float32)
     states = [tf.constant(random.normal(size=(7, units)), tf.float32) for _ in range(2)]
@@ -62,10 +60,21 @@ def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
         random.normal(0, units**-0.5, shape).astype(np.float32)
         for shape in ((5, 4 * units), (units, 4 * units), (4 * units,))
     ]
-    given = None if MASKS[mask] is None else tf.constant(MASKS[mask])
+    return inputs, states, weights
+
+
+def mask_of(name: str) -> tf.Tensor | None:
+    return None if MASKS[name] is None else tf.constant(MASKS[name])
+
+
+@pytest.mark.parametrize("units", [16, 48, 80])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
+    inputs, states, weights = problem(units)
     options = {"return_sequences": return_sequences, "return_state": True}
     ours, keras_ = (
-        results(kind(units, **options), inputs, states, given, weights)
+        results(kind(units, **options), inputs, states, mask_of(mask), weights)
         for kind in (WarmLSTM, keras.layers.LSTM)
     )
     for found, expected in zip(ours, keras_, strict=True):
@@ -75,20 +84,13 @@ def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("return_sequences", [False, True])
 def test_half_precision_is_near_float32(mask: str, return_sequences: bool) -> None:
-    random = np.random.default_rng(5)
-    inputs = tf.constant(random.normal(size=(7, 9, 5)), tf.float32)
-    states = [tf.constant(random.normal(size=(7, 48)), tf.float32) for _ in range(2)]
-    weights = [
-        random.normal(0, 48**-0.5, shape).astype(np.float32)
-        for shape in ((5, 192), (48, 192), (192,))
-    ]
-    given = None if MASKS[mask] is None else tf.constant(MASKS[mask])
+    inputs, states, weights = problem(48)
     half, whole = (
         results(
             WarmLSTM(48, return_sequences=return_sequences, return_state=True, dtype=precision),
             inputs,
             states,
-            given,
+            mask_of(mask),
             weights,
         )
         for precision in ("mixed_bfloat16", "float32")
@@ -154,7 +156,7 @@ def test_words_that_repeat_are_read_as_all_others(
     rows = tf.constant(random.normal(size=(4, 5)), tf.float32)
     words = Words(rows, tf.constant(random.integers(0, 4, (7, 9)), tf.int32))
     state = [tf.constant(random.normal(size=(7, 48)), tf.float32) for _ in range(2)]
-    given = None if MASKS[mask] is None else tf.constant(MASKS[mask])
+    given = mask_of(mask)
     in_tensorflow = layer.read_words(words, given, state)
     monkeypatch.setattr(native, "_in_inference", True)
     graph = tf.function(lambda: layer.read_words(words, given, state)).get_concrete_function().graph
@@ -216,18 +218,12 @@ def test_a_row_alone_has_the_same_bits(factors: tf.DType) -> None:
 
 @pytest.mark.parametrize("return_sequences", [False, True])
 def test_what_is_computed_again_has_the_same_bits(return_sequences: bool) -> None:
-    random = np.random.default_rng(6)
-    inputs = tf.constant(random.normal(size=(7, 9, 5)), tf.float32)
-    states = [tf.constant(random.normal(size=(7, 16)), tf.float32) for _ in range(2)]
-    weights = [
-        random.normal(0, 0.3, shape).astype(np.float32) for shape in ((5, 64), (16, 64), (64,))
-    ]
-    mask = tf.constant(MASKS["padded"])
+    inputs, states, weights = problem(16)
     found = []
     for recompute in (False, True):
         layer = WarmLSTM(16, return_sequences=return_sequences, return_state=True)
         layer.recompute = recompute
-        found.append(results(layer, inputs, states, mask, weights))
+        found.append(results(layer, inputs, states, mask_of("padded"), weights))
     for kept, again in zip(*found, strict=True):
         assert kept.tobytes() == again.tobytes()
 

@@ -501,7 +501,8 @@ class BackwardOp : public OpKernel {
 }  // namespace
 
 // z: [batch, time, 4 * units], what the inputs and the bias give the gates, which are input,
-// forget, candidate and output. mask: bool [batch, time], or empty. factors: of the recurrent products.
+// forget, candidate and output. mask: bool [batch, time], or empty. factors: of the
+// recurrent products.
 REGISTER_OP("WarmstateLstm")
     .Attr("factors: {float, bfloat16} = DT_FLOAT")
     .Input("z: float")

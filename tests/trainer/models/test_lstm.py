@@ -183,14 +183,11 @@ def test_gradients_without_training_are_the_same(sequences: bool) -> None:
 
 PEAK_MEMORY = """
 import json
-import re
 from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
 import tensorflow as tf
+from benchmarks.processes import peak_megabytes
 from trainer.models.lstm import WarmLSTM
-
-def peak_mib():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
 layers = [WarmLSTM(64, return_sequences=True) for _ in range(6)]
 
@@ -207,7 +204,7 @@ def step(values, recompute):
 sums, peaks = [], []
 for steps, recompute in ((1, True), (1, False), (400, True), (400, False)):
     sums.append(float(step(tf.ones([128, steps, 64]), recompute)))
-    peaks.append(peak_mib())
+    peaks.append(peak_megabytes())
 print(json.dumps([*sums[2:], *peaks[1:]]))
 """
 
