@@ -62,7 +62,7 @@ bench-venv: .venv-bench/.installed ## .venv-bench: PyTorch, for `make bench` to 
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-bench: $(INSTALLED) ## speed, measured beside Keras and PyTorch: docs/performance.md
+bench: native ## speed, measured beside Keras and PyTorch: docs/performance.md
 	$(BIN)/python -m benchmarks.all
 
 bench-gpu: $(INSTALLED) ## the same on a GPU

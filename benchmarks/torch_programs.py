@@ -14,6 +14,7 @@ import torch
 from benchmarks.processes import answer_requests, peak_megabytes
 
 torch.set_flush_denormal(True)
+BASE_MEGABYTES = peak_megabytes()
 
 
 class Layer:
@@ -144,6 +145,9 @@ class TrainStep:
 
     def memory(self) -> float:
         return peak_megabytes()
+
+    def base_memory(self) -> float:
+        return BASE_MEGABYTES
 
 
 if __name__ == "__main__":

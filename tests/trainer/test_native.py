@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -18,7 +19,13 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The loops, compiled for this module alone: the other tests run those of TensorFlow."""
+    """The loops, compiled for this module alone, unless this checkout has them.
+
+    A process can load them from one file only.
+    """
+    if native.library_path().exists():
+        yield
+        return
     library = tmp_path_factory.mktemp("native") / "lstm.so"
     build(library)
     with pytest.MonkeyPatch.context() as patch:
@@ -264,3 +271,19 @@ def test_the_functions_of_the_gates_over_their_range(scale: float) -> None:
         for gate, of in ((i, z[0]), (f, z[1]), (o, z[3])):
             np.testing.assert_allclose(gate, 1 / (1 + np.exp(-of)), rtol=1e-6, atol=1e-37)
     np.testing.assert_allclose(g, np.tanh(z[2]), rtol=2e-6)
+
+
+def test_a_build_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "lstm-1.so"
+    monkeypatch.setattr(native, "library_path", lambda: library)
+    monkeypatch.delenv(native.DISABLED, raising=False)
+    assert native.hint() == (
+        "lstm: TensorFlow's loops; python -m trainer.native.build compiles faster ones"
+    )
+    (tmp_path / "lstm-2.so").touch()
+    assert "a build for another source, processor or TensorFlow is there" in native.hint()
+    library.touch()
+    assert native.hint() == ""
+    library.unlink()
+    monkeypatch.setenv(native.DISABLED, "0")
+    assert native.hint() == ""

@@ -28,6 +28,17 @@ def library_path() -> Path:
     return SOURCE.parent / "build" / f"lstm-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
 
 
+def hint() -> str:
+    """Returns what to do where layers could run the compiled loops and do not, "" elsewhere."""
+    if os.environ.get(DISABLED) == "0" or library_path().exists():
+        return ""
+    if tf.config.list_physical_devices("GPU"):
+        return ""
+    others = any(library_path().parent.glob("lstm-*.so"))
+    why = "a build for another source, processor or TensorFlow is there; " if others else ""
+    return f"lstm: TensorFlow's loops; {why}python -m trainer.native.build compiles faster ones"
+
+
 _in_inference = False
 
 

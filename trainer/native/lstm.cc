@@ -184,6 +184,12 @@ inline void multiply(const typename Kind::Factor* panel, int64_t depth,
   }
 }
 
+// Returns how many of `left` rows are multiplied next: as many as fit, but no small rest at the end.
+inline int rows_of_group(int64_t left) {
+  const int64_t groups = (left + kRows - 1) / kRows;
+  return (left + groups - 1) / groups;
+}
+
 template <typename Kind>
 void multiply(int many, const typename Kind::Factor* panel, int64_t depth,
               const typename Kind::Factor* const* rows, Vector (&sums)[kRows][4]) {
@@ -286,16 +292,20 @@ class ForwardOp : public OpKernel {
         }
         for (int64_t u = 0; u < units; u += kWidth) {
           const auto* panel = packed.data() + u * 4 * factors;
-          for (size_t first = 0; first < shown.size(); first += kRows) {
-            const int many = std::min<size_t>(kRows, shown.size() - first);
+          for (size_t first = 0, many; first < shown.size(); first += many) {
+            many = rows_of_group(shown.size() - first);
             Vector sums[kRows][4];
             const typename Kind::Factor* states[kRows];
             for (int m = 0; m < many; ++m) {
               const int64_t now = shown[first + m] * call.steps + t;
               states[m] = last.data() + (first + m) * factors;
               for (int gate = 0; gate < 4; ++gate) {
-                sums[m][gate] = load(z + now * 4 * units + gate * units + u);
+                const float* from = z + now * 4 * units + gate * units + u;
+                sums[m][gate] = load(from);
+                __builtin_prefetch(from + kWidth);  // for the next panel
               }
+              __builtin_prefetch(c + now * units + u, 1);
+              __builtin_prefetch(h + now * units + u, 1);
             }
             multiply<Kind>(many, panel, units, states, sums);
             for (int m = 0; m < many; ++m) {
@@ -366,8 +376,8 @@ class ReadOp : public OpKernel {
         }
         for (int64_t u = 0; u < units; u += kWidth) {
           const float* panel = packed.data() + u * depth;
-          for (size_t first = 0; first < shown.size(); first += kRows) {
-            const int many = std::min<size_t>(kRows, shown.size() - first);
+          for (size_t first = 0, many; first < shown.size(); first += many) {
+            many = rows_of_group(shown.size() - first);
             Vector sums[kRows][4];
             const float* states[kRows];
             for (int m = 0; m < many; ++m) {
@@ -479,8 +489,8 @@ class BackwardOp : public OpKernel {
         }
         for (int64_t p = 0; p < panels; ++p) {
           const int64_t vectors = std::min<int64_t>(4, (units - p * kPanel) / kWidth);
-          for (size_t first = 0; first < shown.size(); first += kRows) {
-            const int many = std::min<size_t>(kRows, shown.size() - first);
+          for (size_t first = 0, many; first < shown.size(); first += many) {
+            many = rows_of_group(shown.size() - first);
             Vector sums[kRows][4] = {};
             const typename Kind::Factor* gradients[kRows];
             for (int m = 0; m < many; ++m) {

@@ -13,11 +13,13 @@ PACKAGES = ("warmstate", "tensorflow", "keras", "numpy", "horovod")
 
 
 def describe() -> dict[str, Any]:
-    """Returns versions, commit, processor, cores, memory in GiB, GPUs and the command line.
+    """Returns versions, commit, processor, cores, memory in GiB, GPUs, loops and the command line.
 
     Imports TensorFlow.
     """
     import tensorflow as tf
+
+    from trainer import native
 
     gpus = [
         tf.config.experimental.get_device_details(device).get("device_name", device.name)
@@ -32,6 +34,7 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "gpus": gpus,
+        "compiled_loops": native.operations(training=True) is not None,
         "command": sys.argv,
     }
 
