@@ -1,6 +1,10 @@
-"""Does the learned state help, apart from the weights? Runs it and writes docs/learned-states.md.
+"""Does the learned state help, apart from the weights? Runs it and writes a page.
 
-    python -m benchmarks.ablation      (make ablation)
+    python -m benchmarks.ablation --flagfile=trainer/configs/ablation.cfg      (make ablation)
+
+and at the scale of the results, with the flags that its flagfile names,
+
+    python -m benchmarks.ablation --flagfile=trainer/configs/imdb_cpu_ablation.cfg ...
 
 Each classifier starts from one of four states, with the encoder's weights or random ones, after
 each objective of pretraining, over several seeds; a seed chooses the weights, the order of the data
@@ -10,6 +14,7 @@ again: a run that was interrupted goes on.
 
 import json
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,13 +44,13 @@ STATES = configuration.INITIAL_STATES
 TEMPLATE = Path(__file__).with_name("ablation.template.md")
 
 
-def cells() -> Iterator[tuple[str, str, str]]:
+def cells(objectives: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Yields (objective, weights, state) of each classifier of a seed.
 
     From random weights and zeros nothing comes from an encoder: that one is made once, under "".
     """
     yield "", "random", "zero"
-    for objective in OBJECTIVES:
+    for objective in objectives:
         for weights in WEIGHTS:
             for state in STATES:
                 if (weights, state) != ("random", "zero"):
@@ -107,15 +112,16 @@ def interval(found: dict[str, float]) -> str:
 
 def reading(result: dict[str, Any]) -> str:
     """Returns what the figures say of weights and of states, in words."""
+    titles = {objective: OBJECTIVES[objective] for objective in result["weights"]}
     lines = [
         f"- The weights of the {title}, from zeros: {interval(result['weights'][objective])} "
         f"points against random weights from zeros, {says(result['weights'][objective])}."
-        for objective, title in OBJECTIVES.items()
+        for objective, title in titles.items()
     ]
     for weights, title in (("encoder", "on top of the encoder's weights"), ("random", "alone")):
         found = [
             of_state
-            for objective in OBJECTIVES
+            for objective in titles
             for of_state in result["differences"][f"{objective}/{weights}"].values()
         ]
         fewer = sum(says(of_state) == "fewer errors" for of_state in found)
@@ -140,12 +146,13 @@ def render(result: dict[str, Any]) -> str:
     """Returns the page."""
     errors = result["test_error_percent"]
     lines = [f"| objective | weights | {' | '.join(STATES)} |", "|---" * (2 + len(STATES)) + "|"]
-    for objective, title in OBJECTIVES.items():
+    titles = {objective: OBJECTIVES[objective] for objective in result["weights"]}
+    for objective, title in titles.items():
         for weights in WEIGHTS:
             row = [errors[name_of(objective, weights, state)] for state in STATES]
             lines.append(f"| {title} | {weights} | {' | '.join(map(mean_and_spread, row))} |")
     readings = []
-    for objective, title in OBJECTIVES.items():
+    for objective, title in titles.items():
         for weights in WEIGHTS:
             for state, found in result["differences"][f"{objective}/{weights}"].items():
                 readings.append(
@@ -157,7 +164,9 @@ def render(result: dict[str, Any]) -> str:
         differences="\n".join(readings),
         reading=reading(result),
         seeds=len(result["seeds"]),
-        labels=result["labelled_documents"],
+        labels=f"{result['labelled_documents']:,}",
+        source=result["source"],
+        flagfile=result["flagfile"],
         documents=f"{result['test_documents']:,}",
         machine=f"{machine['cpu']}, {machine['cores']} cores, TensorFlow {machine['tensorflow']}",
     )
@@ -175,21 +184,23 @@ def main(argv: list[str]) -> None:
     seeds = list(range(FLAGS.seeds))
     errors: dict[str, list[float]] = {}
     for seed in seeds:
-        for cell in cells():
+        for cell in cells(FLAGS.objectives):
             errors.setdefault(name_of(*cell), []).append(test_error(base, store, seed, cell))
     result = {
         "seeds": seeds,
-        "labelled_documents": base.finetune_documents,
+        "source": base.source,
+        "flagfile": next(a for a in sys.argv if a.startswith("--flagfile=")).split("=", 1)[1],
+        "labelled_documents": base.finetune_documents or len(store.split("train")),
         "test_documents": len(store.split("test")),
         "test_error_percent": errors,
         "differences": {
             f"{objective}/{weights}": differences(errors, objective, weights)
-            for objective in OBJECTIVES
+            for objective in FLAGS.objectives
             for weights in WEIGHTS
         },
         "weights": {
             objective: difference(errors[f"{objective}/encoder/zero"], errors["random/zero"])
-            for objective in OBJECTIVES
+            for objective in FLAGS.objectives
         },
         "machine": facts(),
     }
@@ -200,6 +211,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     configuration.define_flags()
+    flags.DEFINE_multi_enum("objectives", [*OBJECTIVES], [*OBJECTIVES], "Which ones.")
     flags.DEFINE_integer("seeds", 3, "How many seeds.", lower_bound=2, upper_bound=10)
     flags.DEFINE_string("out", "benchmarks/results/learned_states.json", "JSON that is written.")
     flags.DEFINE_string("page", "docs/learned-states.md", "Page that is written.")
