@@ -74,6 +74,11 @@ fuzz: $(INSTALLED) ## each fuzz test for MINUTES=10, with new seeds
 soak: $(INSTALLED) ## a run of MINUTES=60 at the demo's size that loses a worker every 2 minutes, and one that does not
 	$(BIN)/python -m tests.integration.soak --minutes=$(or $(MINUTES),60)
 
+audit: ## known vulnerabilities of what is pinned
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
