@@ -83,6 +83,7 @@ def make_dataset(
             arrays = read_bucketed(view, plan, int(step), shards, num_shards)
         return [arrays[name] for name in types]
 
+    @tf.autograph.experimental.do_not_convert
     def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
         arrays = tf.numpy_function(read, [step], list(types.values()), stateful=False)
         element = dict(zip(types, arrays, strict=True))

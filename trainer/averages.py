@@ -44,7 +44,7 @@ class Averages:
                 moved = difference * tf.cast(1 - kept, average.dtype)
                 average.assign(tf.convert_to_tensor(average) + moved)
 
-        self._update = tf.function(update)
+        self._update = tf.function(update, autograph=False)
 
     def update(self, steps: tf.Tensor) -> None:
         """Takes in the variables as they are after `steps` steps; outside of a step."""

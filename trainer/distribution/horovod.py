@@ -38,6 +38,7 @@ class HorovodDistributor:
             dtype: tf.function(
                 lambda flat: self.all_reduce_sum([flat])[0],
                 input_signature=[tf.TensorSpec([None], dtype)],
+                autograph=False,
             )
             for dtype in (np.float32, np.float64)
         }

@@ -42,7 +42,9 @@ def sum_over_batches(
     def step(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
         return distributor.all_reduce_sum([stop, *sums(local_rows(distributor, batch))])
 
-    @tf.function(input_signature=[batches.element_spec, tf.TensorSpec([], tf.float32)])
+    @tf.function(
+        input_signature=[batches.element_spec, tf.TensorSpec([], tf.float32)], autograph=False
+    )
     def run(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
         return distributor.run(step, batch, stop)
 
@@ -81,7 +83,9 @@ def gather_rows(
         stops = distributor.all_reduce_sum([stop])
         return [*stops, *distributor.all_gather_rows(columns(rows), real)]
 
-    @tf.function(input_signature=[batches.element_spec, tf.TensorSpec([], tf.float32)])
+    @tf.function(
+        input_signature=[batches.element_spec, tf.TensorSpec([], tf.float32)], autograph=False
+    )
     def run(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
         return distributor.run(step, batch, stop)
 

@@ -20,7 +20,9 @@ class TfDistributor:
         self.num_local_shards = strategy.num_replicas_in_sync // size
         self._strategy = strategy
         self._sum: dict[type, Callable[[np.ndarray], tf.Tensor]] = {
-            dtype: tf.function(self._sum_step, input_signature=[tf.TensorSpec([None], dtype)])
+            dtype: tf.function(
+                self._sum_step, input_signature=[tf.TensorSpec([None], dtype)], autograph=False
+            )
             for dtype in (np.float32, np.float64)
         }
 

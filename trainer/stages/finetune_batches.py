@@ -51,12 +51,14 @@ class FinetuneBatches:
         others = 0 if self.unlabelled is None else len(self.unlabelled.examples(step))
         return np.array([len(indices), len(indices) + others, tokens], np.float32)
 
+    @tf.autograph.experimental.do_not_convert
     def _with_counts(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         counts = tf.numpy_function(self.global_counts, [batch["step"]], tf.float32, stateful=False)
         counts = tf.tile(tf.reshape(counts, [1, 3]), [tf.size(batch["lengths"]), 1])
         return {**batch, "global_counts": counts}
 
 
+@tf.autograph.experimental.do_not_convert
 def joined(
     labelled: dict[str, tf.Tensor], unlabelled: dict[str, tf.Tensor]
 ) -> dict[str, tf.Tensor]:
