@@ -81,8 +81,11 @@ def run_files(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"{run_dir} holds no finished run: {error}") from None
 
 
-# Folders, which name a machine and not the run.
-MACHINE_FLAGS = ("run_dir", "store", "data_dir", "encoder", "classifier", "backward_encoder")
+# Folders and files, which name a machine and not the run.
+MACHINE_FLAGS = (
+    *("run_dir", "store", "data_dir", "encoder", "classifier", "backward_encoder"),
+    "init_embeddings",
+)
 
 
 def curves(path: Path) -> dict[str, list[list[float]]]:
@@ -125,7 +128,7 @@ def table(folder: Path) -> str:
                     statistics.mean(errors),
                     f"{name}, {'warm start' if start == 'warm' else 'from scratch'}",
                     spread(errors),
-                    f"run here, {len(errors)} seed{'s' if len(errors) > 1 else ''}",
+                    f"run here, {len(errors)} run{'s' if len(errors) > 1 else ''}",
                     f"{minutes:.0f} min on {cores} core{'s' * (cores > 1)}{together}",
                 )
             )

@@ -44,9 +44,9 @@ def test_runs_of_one_recipe_are_one_row_and_the_best_is_first(tmp_path: Path) ->
         results.record(run, folder / f"imdb-seed{seed}.json")
     results.record(write_run(tmp_path / "other", 5.0), folder / "other.json")
     rows = results.table(folder).splitlines()
-    assert rows[2].startswith("| other, warm start | 5.00 % | run here, 1 seed | 10 min on 2 cores")
+    assert rows[2].startswith("| other, warm start | 5.00 % | run here, 1 run | 10 min on 2 cores")
     (both,) = [row for row in rows if row.startswith("| imdb, warm start |")]
-    assert "| 7.50 % (7.00-8.00) | run here, 2 seeds |" in both
+    assert "| 7.50 % (7.00-8.00) | run here, 2 runs |" in both
 
 
 def test_what_the_kept_bundle_gave_goes_with_the_result(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_run_of_one_start_is_one_row(tmp_path: Path) -> None:
     (run / "report.json").write_text(json.dumps(report))
     results.record(run, folder / "tuned-seed0.json")
     (row,) = [row for row in results.table(folder).splitlines() if row.startswith("| tuned")]
-    assert row == "| tuned, from scratch | 9.00 % | run here, 1 seed | 10 min on 2 cores |"
+    assert row == "| tuned, from scratch | 9.00 % | run here, 1 run | 10 min on 2 cores |"
 
 
 def test_the_results_that_are_kept_make_a_table() -> None:
