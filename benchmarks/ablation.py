@@ -110,9 +110,14 @@ def interval(found: dict[str, float]) -> str:
     return f"{found['points']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
+def titles_of(result: dict[str, Any]) -> dict[str, str]:
+    """Returns the names of the objectives that a result is of, in words."""
+    return {objective: OBJECTIVES[objective] for objective in result["weights"]}
+
+
 def reading(result: dict[str, Any]) -> str:
     """Returns what the figures say of weights and of states, in words."""
-    titles = {objective: OBJECTIVES[objective] for objective in result["weights"]}
+    titles = titles_of(result)
     lines = [
         f"- The weights of the {title}, from zeros: {interval(result['weights'][objective])} "
         f"points against random weights from zeros, {says(result['weights'][objective])}."
@@ -146,7 +151,7 @@ def render(result: dict[str, Any]) -> str:
     """Returns the page."""
     errors = result["test_error_percent"]
     lines = [f"| objective | weights | {' | '.join(STATES)} |", "|---" * (2 + len(STATES)) + "|"]
-    titles = {objective: OBJECTIVES[objective] for objective in result["weights"]}
+    titles = titles_of(result)
     for objective, title in titles.items():
         for weights in WEIGHTS:
             row = [errors[name_of(objective, weights, state)] for state in STATES]
@@ -179,6 +184,9 @@ def mean_and_spread(errors: Sequence[float]) -> str:
 
 def main(argv: list[str]) -> None:
     """Trains what is missing, writes the JSON and the page."""
+    named = [a.partition("=")[2] for a in sys.argv if a.startswith("--flagfile=")]
+    if not named:
+        raise app.UsageError("the page names the flags it is of: give them as --flagfile=FILE")
     base = configuration.from_flags()
     store = open_store(base, cluster.resolve({}))
     seeds = list(range(FLAGS.seeds))
@@ -189,7 +197,7 @@ def main(argv: list[str]) -> None:
     result = {
         "seeds": seeds,
         "source": base.source,
-        "flagfile": next(a for a in sys.argv if a.startswith("--flagfile=")).split("=", 1)[1],
+        "flagfile": named[0],
         "labelled_documents": base.finetune_documents or len(store.split("train")),
         "test_documents": len(store.split("test")),
         "test_error_percent": errors,

@@ -18,9 +18,9 @@ from scipy.sparse.linalg import svds
 from data_pipelines.split_view import SplitView
 from data_pipelines.token_store import TokenStore
 from data_pipelines.tokenizers.vocabulary import FIRST_ID, read_lines
+from trainer.stages.pretrain import pretraining_splits
 
 FLAGS = flags.FLAGS
-SPLITS = ("train", "unsupervised")
 WINDOW, NEGATIVE = 5, 5
 CHUNK = 2048  # documents counted at a time
 LONGEST = 10_000  # words of a document
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     """Makes the vectors and writes them."""
     began = time.perf_counter()
     store = TokenStore(FLAGS.store)
-    view = store.split(*(split for split in SPLITS if split in store.splits))
+    view = store.split(*pretraining_splits(store))
     matrix = shifted_information(counts_of_pairs(view, store.vocab_size))
     # Levy & Goldberg: both sides get the root of the singular values.
     left, values, _ = svds(matrix, k=FLAGS.dim, rng=np.random.default_rng(0))

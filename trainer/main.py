@@ -156,7 +156,7 @@ def run_stage(
         remember_config(config, folder)
     if store.note:
         log(f"data: {store.note}")
-    if chief and (to_do := native.hint()):
+    if to_do := native.hint():
         log(to_do)
 
     absl.logging.set_verbosity(absl.logging.WARNING)

@@ -1,6 +1,6 @@
 """How a function of a batch runs on every shard."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -42,21 +42,11 @@ def sum_over_batches(
     def step(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
         return distributor.all_reduce_sum([stop, *sums(local_rows(distributor, batch))])
 
-    @tf.function(
-        input_signature=[batches.element_spec, tf.TensorSpec([], tf.float32)], autograph=False
-    )
-    def run(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
-        return distributor.run(step, batch, stop)
+    results = _batch_by_batch(distributor, step, batches, stop_request)
 
     def total() -> list[np.ndarray]:
-        parts = []
-        for batch in batches:
-            asked = stop_request is not None and stop_request.received
-            stops, *summed = run(batch, tf.constant(float(asked)))
-            if stops.numpy() > 0:
-                raise Preempted("stopped by TERM during an evaluation")
-            # Float64, so that adding up many batches loses nothing.
-            parts.append([tensor.numpy().astype(np.float64) for tensor in summed])
+        # Float64, so that adding up many batches loses nothing.
+        parts = [[tensor.numpy().astype(np.float64) for tensor in summed] for summed in results()]
         return [np.sum(column, axis=0) for column in zip(*parts, strict=True)]
 
     return total
@@ -83,17 +73,34 @@ def gather_rows(
         stops = distributor.all_reduce_sum([stop])
         return [*stops, *distributor.all_gather_rows(columns(rows), real)]
 
+    results = _batch_by_batch(distributor, step, batches, stop_request)
+    return np.concatenate([values.numpy()[real.numpy() > 0] for values, real in results()])
+
+
+def _batch_by_batch(
+    distributor: Distributor,
+    step: Callable[[dict[str, tf.Tensor], tf.Tensor], list[tf.Tensor]],
+    batches: tf.data.Dataset,
+    stop_request: StopRequest | None,
+) -> Callable[[], Iterator[list[tf.Tensor]]]:
+    """Returns a function that yields what `step` gives of each batch, but for the first of it.
+
+    Args:
+      step: (batch, 1 where this process is to stop) -> how many are, and the tensors yielded.
+    """
+
     @tf.function(
         input_signature=[batches.element_spec, tf.TensorSpec([], tf.float32)], autograph=False
     )
     def run(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
         return distributor.run(step, batch, stop)
 
-    parts = []
-    for batch in batches:
-        asked = stop_request is not None and stop_request.received
-        stops, values, real = run(batch, tf.constant(float(asked)))
-        if stops.numpy() > 0:
-            raise Preempted("stopped by TERM during an evaluation")
-        parts.append(values.numpy()[real.numpy() > 0])
-    return np.concatenate(parts)
+    def results() -> Iterator[list[tf.Tensor]]:
+        for batch in batches:
+            asked = stop_request is not None and stop_request.received
+            stops, *found = run(batch, tf.constant(float(asked)))
+            if stops.numpy() > 0:
+                raise Preempted("stopped by TERM during an evaluation")
+            yield found
+
+    return results

@@ -30,11 +30,10 @@ def library_path() -> Path:
 
 def hint() -> str:
     """Returns what to do where layers could run the compiled loops and do not, "" elsewhere."""
-    if os.environ.get(DISABLED) == "0" or library_path().exists():
+    path = library_path()
+    if os.environ.get(DISABLED) == "0" or path.exists() or tf.config.list_physical_devices("GPU"):
         return ""
-    if tf.config.list_physical_devices("GPU"):
-        return ""
-    others = any(library_path().parent.glob("lstm-*.so"))
+    others = any(path.parent.glob("lstm-*.so"))
     why = "a build for another source, processor or TensorFlow is there; " if others else ""
     return f"lstm: TensorFlow's loops; {why}python -m trainer.native.build compiles faster ones"
 

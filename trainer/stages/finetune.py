@@ -21,7 +21,7 @@ from trainer.stages.evaluate import error_and_loss
 from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.finetune_loss import loss_sum
 from trainer.stages.init_embeddings import init_embeddings
-from trainer.stages.pretrain import OBJECTIVES, PRETRAINING_SPLITS, make_encoder
+from trainer.stages.pretrain import OBJECTIVES, make_encoder, pretraining_splits
 from trainer.stages.run import Batches, Run
 from trainer.task import Task
 
@@ -126,8 +126,8 @@ def word_frequencies(run: Run) -> np.ndarray:
     """
     counted = None
     if run.is_chief:
-        splits = [name for name in PRETRAINING_SPLITS if name in run.store.splits]
-        counts = run.store.split(*splits).token_counts(run.store.vocab_size)
+        view = run.store.split(*pretraining_splits(run.store))
+        counts = view.token_counts(run.store.vocab_size)
         counted = {"frequencies": (counts / counts.sum()).astype(np.float32)}
     return broadcast_arrays(run.distributor, counted)["frequencies"]
 

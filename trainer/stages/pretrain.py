@@ -13,6 +13,7 @@ import tensorflow as tf
 from data_pipelines.batch_plan import BatchPlan, PackedPlan
 from data_pipelines.errors import InputError
 from data_pipelines.split_view import SplitView
+from data_pipelines.token_store import TokenStore
 from trainer import bundle, loop, seeds, states
 from trainer.config import Config
 from trainer.distribution.distributor import num_shards
@@ -26,7 +27,11 @@ from trainer.stages.run import Run
 from trainer.task import LossSum, Task
 
 OBJECTIVES = {"sequence_autoencoder": SequenceAutoencoder, "language_model": LanguageModel}
-PRETRAINING_SPLITS = ("train", "unsupervised")
+
+
+def pretraining_splits(store: TokenStore) -> list[str]:
+    """Returns the splits of `store` whose text is for training, with labels or without."""
+    return [name for name in ("train", "unsupervised") if name in store.splits]
 
 
 def pretrain(run: Run, folder: Path) -> dict[str, Any]:
@@ -40,8 +45,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         than model replicas.
     """
     config = run.config
-    splits = [name for name in PRETRAINING_SPLITS if name in run.store.splits]
-    documents = corpus(run, *splits)
+    documents = corpus(run, *pretraining_splits(run.store))
     view, plan = rows_and_order(run, documents)
     with run.distributor.scope():
         model = OBJECTIVES[config.pretrain_objective](
