@@ -28,8 +28,8 @@ from data_pipelines.token_store import TokenStore
 from trainer import config as configuration
 from trainer.config import Config
 from trainer.distribution import cluster
-from trainer.distribution.distributor import make_distributor
-from trainer.main import open_store
+from trainer.distribution.distributor import Distributor, make_distributor
+from trainer.main import open_store, with_precision
 from trainer.preemption import StopRequest
 from trainer.reporting.statistics import mean_of_runs
 from trainer.stages.evaluate import evaluate
@@ -68,19 +68,26 @@ def test_error(base: Config, store: TokenStore, seed: int, cell: tuple[str, str,
         return json.loads(done.read_text())["error_percent"]
     config = replace(base, seed=seed, pretrain_objective=objective or "sequence_autoencoder")
     keras.backend.clear_session()
-    distributor = make_distributor(
-        "one_device", cluster.resolve({}), config.collective_timeout_seconds
-    )
     stop = StopRequest(("TERM",), config.grace_seconds)
-    run = Run(config, distributor, store, stop, lambda line: print(line, flush=True))
+    run = Run(config, one_device(config), store, stop, say)
     if objective and not (encoder / "encoder" / "encoder.json").exists():
         pretrain(run, encoder)
     from_encoder = encoder / "encoder" if objective else None
     finetune(run, folder, from_encoder, weights, state)
     error = evaluate(run, folder / "classifier", "test", folder)["error_percent"]
     done.write_text(json.dumps({"error_percent": error}) + "\n")
-    print(f"{folder.name}: test error {error:.2f} %", flush=True)
+    say(f"{folder.name}: test error {error:.2f} %")
     return error
+
+
+def one_device(config: Config) -> Distributor:
+    """Returns a distributor of this process alone."""
+    return make_distributor("one_device", cluster.resolve({}), config.collective_timeout_seconds)
+
+
+def say(line: str) -> None:
+    """Prints a line at once."""
+    print(line, flush=True)
 
 
 def differences(errors: dict[str, list[float]], objective: str, weights: str) -> dict[str, Any]:
@@ -188,6 +195,8 @@ def main(argv: list[str]) -> None:
     if not named:
         raise app.UsageError("the page names the flags it is of: give them as --flagfile=FILE")
     base = configuration.from_flags()
+    Path(base.run_dir).mkdir(parents=True, exist_ok=True)
+    base = with_precision(base, one_device(base), say)
     store = open_store(base, cluster.resolve({}))
     seeds = list(range(FLAGS.seeds))
     errors: dict[str, list[float]] = {}

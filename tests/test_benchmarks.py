@@ -1,10 +1,14 @@
 """The page of figures is what the last measurement printed."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from benchmarks import ablation
 from benchmarks import all as benchmarks
 from benchmarks.processes import peak_megabytes
 
@@ -13,9 +17,31 @@ def test_the_page_is_that_of_the_results() -> None:
     assert benchmarks.PAGE.read_text() == benchmarks.page(), "run python -m benchmarks.all --render"
 
 
+@pytest.mark.parametrize("scale", [""])
+def test_the_pages_of_states_are_those_of_the_results(scale: str) -> None:
+    repository = Path(__file__).parent.parent
+    results = repository / "benchmarks/results" / f"learned_states{scale.replace('-', '_')}.json"
+    page = repository / "docs" / f"learned-states{scale}.md"
+    assert page.read_text() == ablation.render(json.loads(results.read_text()))
+
+
 def test_the_peak_of_memory_is_that_of_the_process_not_of_who_started_it() -> None:
     held = np.ones(40_000_000)
     program = "from benchmarks.processes import peak_megabytes; print(peak_megabytes())"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, text=True, capture_output=True, check=True)
     assert 1 < float(done.stdout) < 100 < held.nbytes / 2**20 < peak_megabytes()
+
+
+@pytest.mark.slow
+def test_the_ablation_of_states_runs_to_its_page(tmp_path: Path) -> None:
+    out, page = tmp_path / "states.json", tmp_path / "states.md"
+    command = [sys.executable, "-m", "benchmarks.ablation"]
+    command += ["--flagfile=trainer/configs/ablation.cfg", "--scale=smoke", "--precision=auto"]
+    command += ["--objectives=language_model", "--seeds=2", f"--run_dir={tmp_path / 'run'}"]
+    command += [f"--out={out}", f"--page={page}"]
+    subprocess.run(command, check=True)
+    result = json.loads(out.read_text())
+    assert all(len(errors) == 2 for errors in result["test_error_percent"].values())
+    assert len(result["test_error_percent"]) == 2 * len(ablation.STATES)
+    assert page.read_text() == ablation.render(result)
