@@ -180,8 +180,13 @@ def render(result: dict[str, Any]) -> str:
         source=result["source"],
         flagfile=result["flagfile"],
         documents=f"{result['test_documents']:,}",
-        machine=f"{machine['cpu']}, {machine['cores']} cores, TensorFlow {machine['tensorflow']}",
+        machine=f"{machine['cpu']}, {cores_of(machine)}, TensorFlow {machine['tensorflow']}",
     )
+
+
+def cores_of(machine: dict[str, Any]) -> str:
+    """Returns "1 core", "2 cores"."""
+    return f"{machine['cores']} core{'s' * (machine['cores'] > 1)}"
 
 
 def mean_and_spread(errors: Sequence[float]) -> str:

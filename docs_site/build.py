@@ -36,7 +36,8 @@ SECTIONS = {
     ],
     "How it works": [
         "how-it-works.md", "data-batches.md", "distribution.md", "faults.md", "reliability.md",
-        "learned-states.md", "reproduction.md", "performance.md", "decisions.md",
+        "learned-states.md", "learned-states-imdb.md", "reproduction.md", "performance.md",
+        "decisions.md",
     ],
     "Project": ["changelog.md", "contributing.md", "licences.md"],
 }  # fmt: skip

@@ -17,7 +17,7 @@ def test_the_page_is_that_of_the_results() -> None:
     assert benchmarks.PAGE.read_text() == benchmarks.page(), "run python -m benchmarks.all --render"
 
 
-@pytest.mark.parametrize("scale", [""])
+@pytest.mark.parametrize("scale", ["", "-imdb"])
 def test_the_pages_of_states_are_those_of_the_results(scale: str) -> None:
     repository = Path(__file__).parent.parent
     results = repository / "benchmarks/results" / f"learned_states{scale.replace('-', '_')}.json"
