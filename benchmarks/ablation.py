@@ -23,7 +23,7 @@ from typing import Any
 import keras
 from absl import app, flags
 
-from benchmarks.machine import facts
+from benchmarks.machine import facts, in_words
 from data_pipelines.token_store import TokenStore
 from trainer import config as configuration
 from trainer.config import Config
@@ -57,7 +57,13 @@ def cells(objectives: Sequence[str]) -> Iterator[tuple[str, str, str]]:
                     yield objective, weights, state
 
 
-def test_error(base: Config, store: TokenStore, seed: int, cell: tuple[str, str, str]) -> float:
+def test_error(
+    base: Config,
+    store: TokenStore,
+    distributor: Distributor,
+    seed: int,
+    cell: tuple[str, str, str],
+) -> float:
     """Returns the test error, percent, of one classifier; trains what is not there yet."""
     objective, weights, state = cell
     root = Path(base.run_dir)
@@ -69,7 +75,7 @@ def test_error(base: Config, store: TokenStore, seed: int, cell: tuple[str, str,
     config = replace(base, seed=seed, pretrain_objective=objective or "sequence_autoencoder")
     keras.backend.clear_session()
     stop = StopRequest(("TERM",), config.grace_seconds)
-    run = Run(config, one_device(config), store, stop, say)
+    run = Run(config, distributor, store, stop, say)
     if objective and not (encoder / "encoder" / "encoder.json").exists():
         pretrain(run, encoder)
     from_encoder = encoder / "encoder" if objective else None
@@ -78,11 +84,6 @@ def test_error(base: Config, store: TokenStore, seed: int, cell: tuple[str, str,
     done.write_text(json.dumps({"error_percent": error}) + "\n")
     say(f"{folder.name}: test error {error:.2f} %")
     return error
-
-
-def one_device(config: Config) -> Distributor:
-    """Returns a distributor of this process alone."""
-    return make_distributor("one_device", cluster.resolve({}), config.collective_timeout_seconds)
 
 
 def say(line: str) -> None:
@@ -170,7 +171,6 @@ def render(result: dict[str, Any]) -> str:
                 readings.append(
                     f"| {title} | {weights} | {state} | {interval(found)} | {says(found)} |"
                 )
-    machine = result["machine"]
     return TEMPLATE.read_text().format(
         table="\n".join(lines),
         differences="\n".join(readings),
@@ -180,13 +180,8 @@ def render(result: dict[str, Any]) -> str:
         source=result["source"],
         flagfile=result["flagfile"],
         documents=f"{result['test_documents']:,}",
-        machine=f"{machine['cpu']}, {cores_of(machine)}, TensorFlow {machine['tensorflow']}",
+        machine=in_words(result["machine"]),
     )
-
-
-def cores_of(machine: dict[str, Any]) -> str:
-    """Returns "1 core", "2 cores"."""
-    return f"{machine['cores']} core{'s' * (machine['cores'] > 1)}"
 
 
 def mean_and_spread(errors: Sequence[float]) -> str:
@@ -201,13 +196,16 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("the page names the flags it is of: give them as --flagfile=FILE")
     base = configuration.from_flags()
     Path(base.run_dir).mkdir(parents=True, exist_ok=True)
-    base = with_precision(base, one_device(base), say)
-    store = open_store(base, cluster.resolve({}))
+    alone = cluster.resolve({})
+    distributor = make_distributor("one_device", alone, base.collective_timeout_seconds)
+    base = with_precision(base, distributor, say)
+    store = open_store(base, alone)
     seeds = list(range(FLAGS.seeds))
     errors: dict[str, list[float]] = {}
     for seed in seeds:
         for cell in cells(FLAGS.objectives):
-            errors.setdefault(name_of(*cell), []).append(test_error(base, store, seed, cell))
+            error = test_error(base, store, distributor, seed, cell)
+            errors.setdefault(name_of(*cell), []).append(error)
     result = {
         "seeds": seeds,
         "source": base.source,

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import in_words
+
 RESULTS = Path("benchmarks/results")
 TEMPLATE = Path("benchmarks/performance.template.md")
 PAGE = Path("docs/performance.md")
@@ -65,7 +67,7 @@ def of_file(path: Path, table: Any) -> str:
         return "(not run yet)"
     held = json.loads(path.read_text())
     machine = held["machine"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, TensorFlow {machine['tensorflow']}"
+    where = in_words(machine)
     if machine.get("gpu_name"):
         where = f"{machine['gpu_name']}, TensorFlow {machine['tensorflow']}"
     return f"{table(held['results'])}\n\n({where})"

@@ -19,6 +19,12 @@ def facts() -> dict[str, Any]:
     }
 
 
+def in_words(machine: dict[str, Any]) -> str:
+    """Returns what a page says of the machine whose `facts` these are."""
+    cores = machine["cores"]
+    return f"{machine['cpu']}, {cores} core{'s' * (cores > 1)}, TensorFlow {machine['tensorflow']}"
+
+
 def facts_with_gpu() -> dict[str, Any]:
     """Returns `facts`, and what GPU TensorFlow uses, if any."""
     import tensorflow as tf

@@ -12,6 +12,8 @@ from benchmarks import ablation
 from benchmarks import all as benchmarks
 from benchmarks.processes import peak_megabytes
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 
 def test_the_page_is_that_of_the_results() -> None:
     assert benchmarks.PAGE.read_text() == benchmarks.page(), "run python -m benchmarks.all --render"
@@ -19,9 +21,8 @@ def test_the_page_is_that_of_the_results() -> None:
 
 @pytest.mark.parametrize("scale", ["", "-imdb"])
 def test_the_pages_of_states_are_those_of_the_results(scale: str) -> None:
-    repository = Path(__file__).parent.parent
-    results = repository / "benchmarks/results" / f"learned_states{scale.replace('-', '_')}.json"
-    page = repository / "docs" / f"learned-states{scale}.md"
+    results = REPOSITORY / "benchmarks/results" / f"learned_states{scale.replace('-', '_')}.json"
+    page = REPOSITORY / "docs" / f"learned-states{scale}.md"
     assert page.read_text() == ablation.render(json.loads(results.read_text()))
 
 

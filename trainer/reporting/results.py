@@ -108,7 +108,7 @@ def thinned(points: list[list[float]]) -> list[list[float]]:
 def table(folder: Path) -> str:
     """Returns the table of all results in `folder`, best first, runs of one recipe in one row.
 
-    Its time is the quickest run's: the others shared their cores with more.
+    Its time is the quickest run's, with that run's cores.
     """
     rows = [(error, name, f"{error:.2f} %", "published", "") for name, error in PUBLISHED]
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -121,19 +121,19 @@ def table(folder: Path) -> str:
             groups.setdefault(result["name"].partition("-seed")[0], []).append(result)
     for name, results in groups.items():
         starts = list(results[0]["test_error_percent"])
+        quickest = min(results, key=seconds_of)
+        cores = quickest["environment"]["cores"]
+        time = f"{seconds_of(quickest) / 60:.0f} min on {cores} core{'s' * (cores > 1)}"
+        time += ", both starts together" if len(starts) > 1 else ""
         for start in starts:
             errors = [r["test_error_percent"][start] for r in results]
-            quickest = min(results, key=seconds_of)
-            minutes = seconds_of(quickest) / 60
-            cores = quickest["environment"]["cores"]
-            together = ", both starts together" if len(starts) > 1 else ""
             rows.append(
                 (
                     statistics.mean(errors),
                     f"{name}, {'warm start' if start == 'warm' else 'from scratch'}",
                     spread(errors),
                     f"run here, {len(errors)} run{'s' if len(errors) > 1 else ''}",
-                    f"{minutes:.0f} min on {cores} core{'s' * (cores > 1)}{together}",
+                    time,
                 )
             )
     lines = ["| model | test error | | time |", "|---|---|---|---|"]
