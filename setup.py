@@ -23,8 +23,8 @@ setup(
         "trainer": [
             "configs/**/*.cfg",
             "native/lstm.cc",
-            "reporting/page.*",
-            "stages/serve.html",
+            "report_page/page.*",
+            "inference/serve.html",
         ],
         "warmstate": ["py.typed"],
     },

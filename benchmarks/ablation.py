@@ -24,14 +24,14 @@ import keras
 from absl import app, flags
 
 from benchmarks.machine import facts, in_words
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 from trainer import config as configuration
 from trainer.config import Config
 from trainer.distribution import cluster
 from trainer.distribution.distributor import Distributor, make_distributor
+from trainer.distribution.preemption import StopRequest
 from trainer.main import open_store, with_precision
-from trainer.preemption import StopRequest
-from trainer.reporting.statistics import mean_of_runs
+from trainer.report_page.statistics import mean_of_runs
 from trainer.stages.evaluate import evaluate
 from trainer.stages.finetune import finetune
 from trainer.stages.pretrain import pretrain

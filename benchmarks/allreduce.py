@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.task import Task
-from trainer.train_step import make_train_step
+from trainer.training.task import Task
+from trainer.training.train_step import make_train_step
 
 ROWS, TOKENS, UNITS, SAMPLED = 16, 64, 64, 256  # of each worker
 VOCABULARIES = (30_000, 300_000)
@@ -71,8 +71,8 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
         make_distributor,
         reduce_inside_step_only,
     )
-    from trainer.optimizer import make_optimizer
-    from trainer.schedules import Schedule
+    from trainer.training.optimizer import make_optimizer
+    from trainer.training.schedules import Schedule
 
     distributor = make_distributor(kind, clusters.resolve(os.environ), 60.0)
     with distributor.scope():
@@ -100,7 +100,7 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
 
 def records(kind: str, vocab_size: int, distributor, task, milliseconds: dict) -> list[dict]:
     """Returns for each variant its median step, what of it is communication, and its bytes."""
-    from trainer.distribution.reduction import dense_bytes, row_bytes
+    from trainer.training.reduction import dense_bytes, row_bytes
 
     sizes = {name: 4 * int(np.prod(v.shape)) for name, v in task.variables.items()}
     tables = {name: sizes[name] for name in ("embeddings", "softmax/kernel", "softmax/bias")}

@@ -23,16 +23,16 @@ import tensorflow as tf
 
 from benchmarks.machine import facts
 from tests.loop_settings import settings
-from trainer.checkpoint import Checkpointer
 from trainer.config import Config
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import make_distributor
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
-from trainer.optimizer import make_optimizer, optimizer_variables
-from trainer.schedules import Schedule
 from trainer.stages import pretrain
-from trainer.task import Task
-from trainer.train_step import make_train_step
+from trainer.training.checkpoint import Checkpointer
+from trainer.training.optimizer import make_optimizer, optimizer_variables
+from trainer.training.schedules import Schedule
+from trainer.training.task import Task
+from trainer.training.train_step import make_train_step
 
 ROWS, TOKENS = 64, 128
 CONFIG = Config(vocab_size=10_000, embedding_dim=128, units=128, sampled_softmax=256)

@@ -189,7 +189,7 @@ def weak_scaling(repeats: int) -> dict[str, Any]:
 
 def distinct_rows(store: Path) -> float:
     """Returns how many different words a GPU's share of a batch of real reviews has."""
-    from data_pipelines.token_store import TokenStore
+    from data_pipelines.store.token_store import TokenStore
 
     view = TokenStore(store).split("train")
     random = np.random.default_rng(0)

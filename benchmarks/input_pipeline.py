@@ -31,10 +31,10 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from benchmarks import machine
-from data_pipelines.batch_plan import BatchPlan
-from data_pipelines.dataset import make_dataset
-from data_pipelines.split_view import SplitView
-from data_pipelines.token_store import TokenStore
+from data_pipelines.batches.batch_plan import BatchPlan
+from data_pipelines.batches.dataset import make_dataset
+from data_pipelines.store.split_view import SplitView
+from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers.word import WordTokenizer
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.models.encoder import Encoder

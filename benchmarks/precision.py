@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.machine import facts
 from benchmarks.processes import write_results
-from trainer.precision import CHOICES
-from trainer.reporting.results import curves
+from trainer.report_page.results import curves
+from trainer.training.precision import CHOICES
 
 
 def run(precision: str, steps: int, flags: list[str], run_dir: Path) -> list[list[float]]:

@@ -19,7 +19,7 @@ from benchmarks.machine import facts
 from benchmarks.processes import Program, in_turn, min_and_median, write_results
 from benchmarks.train_step import make_store
 from data_pipelines.sources.movie_reviews import MovieReviews
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 
 REVIEWS, DIM, UNITS, MAX_TOKENS = 512, 256, 512, 400
 
@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 from trainer import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
@@ -45,7 +45,7 @@ bundle.save(folder, "classifier", tensors, info, store.vocab_path)
 
 FIRST_ANSWER = """
 import sys
-from trainer.text_classifier import load_classifier
+from trainer.inference.text_classifier import load_classifier
 print(load_classifier(sys.argv[1]).probabilities(["A film that stays with you ."]))
 """
 IMPORT = "import tensorflow"

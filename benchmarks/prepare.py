@@ -98,7 +98,7 @@ def check(data_dir: str, folder: pathlib.Path, every: int = 50) -> int:
     import tensorflow as tf
 
     from data_pipelines.sources import Example, open_source
-    from data_pipelines.token_store import TokenStore
+    from data_pipelines.store.token_store import TokenStore
     from data_pipelines.tokenizers.word import WordTokenizer
 
     store, source = TokenStore(folder), open_source(SOURCE, data_dir)

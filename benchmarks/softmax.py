@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from benchmarks.machine import facts_with_gpu
 from benchmarks.processes import in_turn, min_and_median, write_results
-from trainer.objectives import softmax
+from trainer.losses import softmax
 
 TOKENS, UNITS, VOCAB, SAMPLED = 4096, 512, 30_000, 1024
 Loss = Callable[[tf.Tensor, tf.Variable, tf.Variable], tf.Tensor]

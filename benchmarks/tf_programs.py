@@ -18,8 +18,8 @@ import_quietly()
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from trainer.task import Task  # noqa: E402
-from trainer.train_step import make_train_step  # noqa: E402
+from trainer.training.task import Task  # noqa: E402
+from trainer.training.train_step import make_train_step  # noqa: E402
 
 BASE_MEGABYTES = peak_megabytes()
 
@@ -66,9 +66,9 @@ class OurTrainStep(TrainStep):
         from trainer.distribution.distributor import reduce_inside_step_only
         from trainer.distribution.tf_distribute import one_device
         from trainer.models.sequence_autoencoder import SequenceAutoencoder
-        from trainer.optimizer import make_optimizer
-        from trainer.schedules import Schedule
         from trainer.stages.pretrain import loss_sum, make_encoder, trained_variables
+        from trainer.training.optimizer import make_optimizer
+        from trainer.training.schedules import Schedule
 
         self._batches = read_batches(path)
         config = Config(vocab_size=vocab, embedding_dim=dim, units=units, sampled_softmax=sampled)
@@ -155,7 +155,7 @@ class Predict:
     def load(self, folder: str, texts: str, vocab: int, dim: int, units: int, most: int) -> str:
         del vocab, dim, units, most  # the bundle knows
         from trainer import native
-        from trainer.text_classifier import load_classifier
+        from trainer.inference.text_classifier import load_classifier
 
         native.use_in_inference()  # as --stage=predict does
 

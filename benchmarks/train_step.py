@@ -30,9 +30,9 @@ from benchmarks.processes import (
     torch_is_there,
     write_results,
 )
-from data_pipelines.batch_plan import BatchPlan
+from data_pipelines.batches.batch_plan import BatchPlan
 from data_pipelines.reserved_ids import UNKNOWN_ID
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 
 VOCABULARIES = (30_000, 300_000)
 STORE_WORDS = 42_000  # about all that are seen twice in the reviews

@@ -15,8 +15,8 @@ from absl import app, flags
 from scipy import sparse
 from scipy.sparse.linalg import svds
 
-from data_pipelines.split_view import SplitView
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.split_view import SplitView
+from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers.vocabulary import FIRST_ID, read_lines
 from trainer.stages.pretrain import pretraining_splits
 

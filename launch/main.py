@@ -28,7 +28,12 @@ from typing import Any
 
 from absl import app, flags
 
-from launch import elastic, horovod, kubernetes_command, local, local_jobs, slurm, slurm_jobs
+from launch.kubernetes import command as kubernetes_command
+from launch.local import elastic, horovod
+from launch.local import jobs as local_jobs
+from launch.local import workers as local
+from launch.slurm import jobs as slurm_jobs
+from launch.slurm import script as slurm
 
 PLATFORMS = ("local", "slurm", "k8s")
 ACTIONS = ("status", "logs", "cancel")

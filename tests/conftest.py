@@ -80,7 +80,7 @@ def encoder_bundle(small_store: Path, tmp_path_factory: pytest.TempPathFactory) 
     """
     import numpy as np
 
-    from data_pipelines.token_store import TokenStore
+    from data_pipelines.store.token_store import TokenStore
     from trainer import bundle
     from trainer.models.encoder import Encoder
     from trainer.states import LearnedState

@@ -29,7 +29,7 @@ EDITS = st.lists(
 )
 TARGETS = {
     "bundles and checkpoints": "tests/trainer/test_safe_files.py",
-    "stores": "tests/data_pipelines/test_token_store.py",
+    "stores": "tests/data_pipelines/store/test_token_store.py",
     "flags": "tests/trainer/test_config.py",
     "csv and jsonl": "tests/data_pipelines/sources/test_tables.py",
 }

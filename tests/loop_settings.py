@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from trainer.schedules import Schedule
-from trainer.task import Settings
+from trainer.training.schedules import Schedule
+from trainer.training.task import Settings
 
 
 def settings(**changes: Any) -> Settings:

@@ -27,13 +27,13 @@ from absl import app, flags
 
 from data_pipelines.errors import InputError
 from data_pipelines.quiet_tensorflow import import_quietly
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 from trainer import config as configuration
 from trainer.config import Config
 from trainer.distribution import cluster as clusters
 from trainer.distribution.cluster import Cluster
-from trainer.preemption import EXIT_CODE as PREEMPTED_EXIT_CODE
-from trainer.preemption import Preempted
+from trainer.distribution.preemption import EXIT_CODE as PREEMPTED_EXIT_CODE
+from trainer.distribution.preemption import Preempted
 from trainer.reporting.console import Console
 from trainer.stages import replay
 
@@ -89,13 +89,13 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     import_quietly()
     from trainer import native
-    from trainer.stages import export, predict
+    from trainer.inference import export, predict
 
     if config.stage != "export":
         native.use_in_inference()
     try:
         if config.stage == "serve":
-            from trainer.stages import serve  # its packages are an extra
+            from trainer.inference import serve
 
             serve.serve(config)
         elif config.stage == "export":
@@ -134,11 +134,11 @@ def run_stage(
     from trainer import native
     from trainer.distribution import distributor as distributors
     from trainer.distribution.failures import lost_peer
-    from trainer.preemption import StopRequest
-    from trainer.replay import Replayed, describe
+    from trainer.distribution.preemption import StopRequest
     from trainer.reporting.status_server import Vitals, serve
     from trainer.reporting.trackers import following, make_trackers
     from trainer.stages.run import Run
+    from trainer.training.replay import Replayed, describe
 
     native.use_in_inference()
     if chief:
@@ -199,7 +199,7 @@ def write_report(run: Any, result: dict[str, Any], wall_seconds: float) -> None:
       InputError: report.json cannot be written; all else has been done by then.
     """
     from trainer.distribution.distributor import num_shards
-    from trainer.reporting import report as reports
+    from trainer.reporting import report_file as reports
 
     config, folder = run.config, run.folder
     report = {
@@ -229,7 +229,7 @@ def write_report(run: Any, result: dict[str, Any], wall_seconds: float) -> None:
 
 def write_page(folder: Path, log: Callable[[str], None]) -> str:
     """Writes report.html; returns its path, "" where it could not: it can be drawn later."""
-    from trainer.reporting import html
+    from trainer.report_page import html
 
     page = folder / "report.html"
     try:
@@ -237,7 +237,7 @@ def write_page(folder: Path, log: Callable[[str], None]) -> str:
     except OSError as error:
         log(
             f"warning: {page} cannot be written: {error.strerror or error}; once it can, "
-            f"`python -m trainer.reporting.html {folder}` draws it"
+            f"`python -m trainer.report_page.html {folder}` draws it"
         )
         return ""
     return str(page)
@@ -401,8 +401,8 @@ def with_precision(config: Config, distributor: Any, log: Callable[[str], None])
     """Returns the configuration with a choice in place of --precision=auto; a collective."""
     if config.precision != "auto" or config.stage == "evaluate":  # which reads in float32
         return config
-    from trainer import precision
     from trainer.distribution.distributor import num_shards
+    from trainer.training import precision
 
     finetunes = config.stage == "finetune"
     batch_size = config.finetune_batch_size if finetunes else config.pretrain_batch_size

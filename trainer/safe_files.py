@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.seal import seal_fault, with_seal
-from data_pipelines.store_writer import flush_folder
+from data_pipelines.store.seal import seal_fault, with_seal
+from data_pipelines.store.store_writer import flush_folder
 
 # The names that safetensors gives to the types of NumPy's that we write.
 DTYPES = {

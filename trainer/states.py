@@ -25,8 +25,8 @@ from trainer.models.encoder import Encoder
 
 if TYPE_CHECKING:
     from trainer.distribution.distributor import Distributor
-    from trainer.preemption import StopRequest
-    from trainer.text_encoder import TextEncoder
+    from trainer.distribution.preemption import StopRequest
+    from trainer.inference.text_encoder import TextEncoder
 
 
 class LearnedState(NamedTuple):
@@ -50,7 +50,7 @@ def mean(
     """Returns each layer's final state, averaged over the documents of `batches`.
 
     Args:
-      batches: of `data_pipelines.dataset.make_dataset`; a collective: all processes call it.
+      batches: of `make_dataset`; a collective: all processes call it.
       stop_request: as in `sum_over_batches`.
     """
     from trainer.distribution.steps import sum_over_batches
@@ -132,7 +132,7 @@ def load_encoder(folder: str | Path) -> "TextEncoder":
     Raises:
       InputError: there is no encoder bundle in the folder, or it is damaged.
     """
-    from trainer.text_encoder import load_encoder
+    from trainer.inference.text_encoder import load_encoder
 
     return load_encoder(folder)
 

@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data_pipelines.errors import InputError
 
 if TYPE_CHECKING:
-    from data_pipelines.token_store import TokenStore
+    from data_pipelines.store.token_store import TokenStore
     from trainer import states as states
     from trainer.config import Config
-    from trainer.text_classifier import Prediction, TextClassifier
-    from trainer.text_encoder import TextEncoder
+    from trainer.inference.text_classifier import Prediction, TextClassifier
+    from trainer.inference.text_encoder import TextEncoder
 
 __all__ = [
     *("InputError", "Trained"),
@@ -167,7 +167,7 @@ def load_encoder(folder: str | Path) -> "TextEncoder":
       InputError: there is no encoder bundle in `folder`, or it is damaged.
     """
     _import_quietly()
-    from trainer.text_encoder import load_encoder
+    from trainer.inference.text_encoder import load_encoder
 
     return load_encoder(folder)
 
@@ -179,7 +179,7 @@ def load_classifier(folder: str | Path) -> "TextClassifier":
       InputError: there is no classifier bundle in `folder`, or it is damaged.
     """
     _import_quietly()
-    from trainer.text_classifier import load_classifier
+    from trainer.inference.text_classifier import load_classifier
 
     return load_classifier(folder, flag="folder")
 
@@ -215,7 +215,7 @@ def _run(
     settings: dict[str, Setting],
 ) -> dict[str, Any]:
     """Runs a stage in this process; returns its report."""
-    from data_pipelines.token_store import TokenStore
+    from data_pipelines.store.token_store import TokenStore
     from trainer import main
     from trainer.config import faults_of, raise_if
     from trainer.distribution.cluster import Cluster

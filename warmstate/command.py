@@ -114,7 +114,7 @@ COMMANDS = {
     "report": Command(
         "Looking at runs",
         "report.html of a run, finished or not, or of several, compared",
-        "trainer.reporting.html",
+        "trainer.report_page.html",
         examples=("report runs/a runs/b --out=report.html",),
     ),
     "replay": Command(

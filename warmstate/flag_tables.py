@@ -76,10 +76,10 @@ def trainer_flags(stage: str) -> list[FlagRow]:
 
 def prepare_flags() -> list[FlagRow]:
     """Returns the flags of `data_pipelines.prepare`."""
-    from data_pipelines import prepare
+    from data_pipelines.prepare import command
 
-    prepare.define_flags()
-    return _absl_flags("Flags", "data_pipelines.prepare")
+    command.define_flags()
+    return _absl_flags("Flags", "data_pipelines.prepare.command")
 
 
 def launch_flags() -> list[FlagRow]:
@@ -88,14 +88,14 @@ def launch_flags() -> list[FlagRow]:
 
     groups = {
         "launch.main": "Flags",
-        "launch.slurm": "With --platform=slurm",
-        "launch.kubernetes_command": "With --platform=k8s",
+        "launch.slurm.script": "With --platform=slurm",
+        "launch.kubernetes.command": "With --platform=k8s",
     }
     return [row for module, group in groups.items() for row in _absl_flags(group, module)]
 
 
 def report_flags() -> list[FlagRow]:
-    """Returns the flags of `trainer.reporting.html`, whose other words are folders of runs."""
+    """Returns the flags of `trainer.report_page.html`, whose other words are folders of runs."""
     return [
         FlagRow("Flags", "out", "str", "", "File to write; default: report.html in the first run.")
     ]

@@ -146,7 +146,7 @@ class TfdsText:
         dataset = tf.data.TFRecordDataset(paths).skip(start).take(stop - start).batch(READ_BATCH)
         dataset = dataset.map(lambda records: tf.io.parse_example(records, features)).prefetch(2)
         options = tf.data.Options()
-        options.autotune.enabled = False  # as in data_pipelines.dataset
+        options.autotune.enabled = False  # as in data_pipelines.batches.dataset
         dataset = dataset.with_options(options)
         yield from self._rows(dataset, f"{self._folder}, split {official}", start)
 

@@ -8,8 +8,8 @@ import pytest
 
 from data_pipelines.prepare import PrepareConfig, build_store
 from data_pipelines.sources import Example
-from data_pipelines.store_writer import finish_store, write_shard
-from data_pipelines.token_store import TokenStore, token_dtype
+from data_pipelines.store.store_writer import finish_store, write_shard
+from data_pipelines.store.token_store import TokenStore, token_dtype
 
 Documents = dict[str, list[tuple[str, int | None]]]
 

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[2] / "data_pipelines"
 
 def test_light_modules_do_not_import_tensorflow() -> None:
     program = (
-        "import sys; import data_pipelines.batch_plan, data_pipelines.token_store,"
+        "import sys; import data_pipelines.batches.batch_plan, data_pipelines.store.token_store,"
         "data_pipelines.errors, data_pipelines.prepare, data_pipelines.sources.tfds,"
         "data_pipelines.sources.movie_reviews;"
         "sys.exit('tensorflow' in sys.modules)"

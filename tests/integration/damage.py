@@ -93,9 +93,9 @@ def checkpointer(folder: Path, lines: list[str]):
     """Returns what saves and restores two variables."""
     import keras
 
-    from trainer.checkpoint import Checkpointer
     from trainer.distribution.cluster import Cluster
     from trainer.distribution.distributor import make_distributor
+    from trainer.training.checkpoint import Checkpointer
 
     variables = {
         "weights": keras.Variable(np.arange(60, dtype=np.float32)),

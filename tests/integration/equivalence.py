@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.task import Task
-from trainer.train_step import make_train_step
+from trainer.training.task import Task
+from trainer.training.train_step import make_train_step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -85,7 +85,7 @@ def run_workers(
 ) -> subprocess.CompletedProcess:
     """Runs `command` as `workers` processes under the product's launcher; returns its output."""
     launch = (
-        "import sys; from launch.local import run_local;"
+        "import sys; from launch.local.workers import run_local;"
         f"sys.exit(run_local(sys.argv[1:], {workers}, with_horovod={with_horovod}))"
     )
     return subprocess.run(
@@ -138,8 +138,8 @@ def train(case: Case, distributor) -> dict[str, np.ndarray]:
 
     from tests import loop_settings
     from trainer.distribution.distributor import reduce_inside_step_only
-    from trainer.optimizer import make_optimizer
-    from trainer.schedules import Schedule
+    from trainer.training.optimizer import make_optimizer
+    from trainer.training.schedules import Schedule
 
     task = make_task(case, distributor)
     settings = loop_settings.settings(
@@ -192,8 +192,8 @@ def make_task(case: Case, distributor):
 
 def make_batches(distributor):
     """Returns (start, stop) -> this process's slices of global batches of random documents."""
-    from data_pipelines.batch_plan import BatchPlan
-    from data_pipelines.dataset import make_dataset
+    from data_pipelines.batches.batch_plan import BatchPlan
+    from data_pipelines.batches.dataset import make_dataset
     from trainer.distribution.distributor import num_shards
 
     documents = RandomDocuments()

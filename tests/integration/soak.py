@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, metrics
-from trainer import checkpoint
+from trainer.training import checkpoint
 
 CALIBRATION_STEPS = 60
 SAMPLE_SECONDS = 2.0

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.batch_plan import BatchPlan
-from data_pipelines.token_store import TokenStore
+from data_pipelines.batches.batch_plan import BatchPlan
+from data_pipelines.store.token_store import TokenStore
 from tests.horovod_is_there import needs_horovod
 from tests.integration.jobs import HURT, Job, job, wait_until_gone
 from tests.integration.programs import train

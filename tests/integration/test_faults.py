@@ -16,7 +16,7 @@ import pytest
 
 from tests.integration.jobs import Job, job, wait_until_gone
 from tests.integration.programs import metrics, run, train
-from trainer import checkpoint
+from trainer.training import checkpoint
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("WARMSTATE_FAULT_KILLS", "3"))

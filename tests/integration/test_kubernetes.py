@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import kubernetes
+from launch.kubernetes import manifests as kubernetes
 from tests.horovod_is_there import needs_horovod
 from tests.integration import pod_runner
 from tests.integration.programs import SMALL, metrics, train

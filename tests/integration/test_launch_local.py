@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 LIMIT_SECONDS = 60.0  # of what takes one, on a machine that does much else
 LAUNCHER = """
 import sys
-from launch.local import run_local
+from launch.local.workers import run_local
 workers, grace, restarts = sys.argv[1:4]
 sys.exit(run_local(sys.argv[4:], int(workers), float(grace), int(restarts)))
 """

@@ -26,7 +26,7 @@ def test_the_launcher_shows_the_live_line_of_its_first_worker(tmp_path: Path) ->
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     script = (
-        "import sys; from launch.local import run_local; "
+        "import sys; from launch.local.workers import run_local; "
         f"sys.exit(run_local([sys.executable, '-u', {str(program)!r}], 2))"
     )
     states: list[list[str]] = []

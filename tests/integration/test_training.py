@@ -11,8 +11,8 @@ import safetensors.numpy
 
 from tests.integration.programs import metrics, run, train, train_until
 from trainer import bundle
-from trainer.reporting import run_folder
-from trainer.stages.reconstruct import reconstruct_texts
+from trainer.inference.reconstruct import reconstruct_texts
+from trainer.report_page import run_folder
 
 
 @pytest.fixture(scope="module")

@@ -59,8 +59,8 @@ def test_it_holds_what_the_programs_read_and_no_more(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (
         "trainer/configs/demo.cfg",
-        "trainer/reporting/page.css",
-        "trainer/reporting/page.js",
+        "trainer/report_page/page.css",
+        "trainer/report_page/page.js",
         "launch/k8s/base/job.yaml",
         "launch/k8s/overlays/mpijob/mpijob.yaml",
     ):
@@ -101,5 +101,5 @@ def test_the_programs_run_outside_of_the_checkout(
         python, tmp_path, "-m", "trainer.main", f"--store={small_store}", "--run_dir=run", *sizes
     )
     assert "warm start" in printed and (tmp_path / "run" / "report.html").exists()
-    again = run(python, tmp_path, "-m", "trainer.reporting.html", "run", "--out=again.html")
+    again = run(python, tmp_path, "-m", "trainer.report_page.html", "run", "--out=again.html")
     assert again == "report: again.html\n"

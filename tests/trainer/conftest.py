@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 from trainer import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from data_pipelines.seal import SEAL
+from data_pipelines.store.seal import SEAL
 from trainer import bundle, safe_files, states
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data_pipelines.errors import InputError
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 from tests.trainer.reporting.test_trackers import Notes
 from trainer import main
 from trainer.config import Config
@@ -40,7 +40,7 @@ def test_a_page_that_cannot_be_written_is_a_warning(make_run: Any, tmp_path: Pat
     assert json.loads((tmp_path / "report.json").read_text())["pretrain"] == {"steps": 3}
     warning, result = lines
     assert f"warning: {tmp_path}/report.html cannot be written: Is a directory" in warning
-    assert f"python -m trainer.reporting.html {tmp_path}" in warning
+    assert f"python -m trainer.report_page.html {tmp_path}" in warning
     assert '"steps": 3' in result and "report.html" not in result
     assert [told[0] for told in notes.told] == ["finished"]
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from data_pipelines.errors import InputError
 from tests.fuzzing import EDITS, FUZZ, edited
 from tests.integration import damage
-from trainer import bundle, checkpoint, safe_files
+from trainer import bundle, safe_files
 from trainer.safe_files import DamagedError
+from trainer.training import checkpoint
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),

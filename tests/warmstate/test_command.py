@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 
 from trainer.config import Config
-from trainer.stages import (
-    finetune,
-    finetune_batches,
-    finetune_loss,
-    init_embeddings,
-    predict,
-    pretrain,
-    serve,
-)
+from trainer.inference import predict, serve
+from trainer.stages import finetune, finetune_batches, finetune_loss, init_embeddings, pretrain
 from warmstate import command
 from warmstate.command import COMMANDS
 

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distribution.distributor import Distributor
-from trainer.preemption import Preempted, StopRequest
+from trainer.distribution.preemption import Preempted, StopRequest
 
 PER_ROW = ("tokens", "lengths", "labels", "weights", "carries", "global_counts")
 

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.models.lstm import WarmLSTM, Words
-from trainer.tables import read_rows
+from trainer.training.lazy_rows import read_rows
 
 # For each layer of a stack, the lowest first: [h, c], each [batch, units].
 States = list[list[tf.Tensor]]

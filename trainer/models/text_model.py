@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from trainer.losses import softmax
 from trainer.models.encoder import Encoder, dropout
-from trainer.objectives import softmax
 
 
 class Noise(NamedTuple):

@@ -4,7 +4,7 @@ Three ways, found out once:
 
   terminal  standard output is one: the live line is redrawn in place
   launcher  the launcher says in $WARMSTATE_LIVE_COLUMNS that its own output is a terminal so wide:
-            a live line is then written as launch/screen.py reads it, which redraws it
+            a live line is then written as launch/local/screen.py reads it, which redraws it
   plain     a pipe, a pod: there is no live line, and status lines come at intervals
 """
 

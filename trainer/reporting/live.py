@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from trainer.reporting.console import Console
-from trainer.reporting.status import format_seconds
+from trainer.reporting.metrics_file import format_seconds
 
 REDRAW_SECONDS = 0.1
 RECENT_STEPS = 20

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trainer.preemption import Preempted
+from trainer.distribution.preemption import Preempted
 
 # --track's names -> the package that each needs, which is also the extra that brings it.
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
@@ -152,7 +152,7 @@ class TensorBoard:
     def _write_results(self, report: Mapping[str, Any]) -> None:
         import tensorflow as tf
 
-        from trainer.reporting import run_folder
+        from trainer.report_page import run_folder
 
         run = run_folder.read(self._folder)
         with self._writer("run").as_default():

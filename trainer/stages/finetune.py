@@ -9,21 +9,22 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.split_view import SplitView
-from trainer import bundle, loop, states
+from data_pipelines.store.split_view import SplitView
+from trainer import bundle, states
 from trainer.config import Config
 from trainer.distribution.distributor import broadcast_arrays, gather_objects
 from trainer.distribution.divergence import check_equal
 from trainer.models.classifier import Classifier
 from trainer.models.text_model import TextModel
-from trainer.optimizer import Rate
 from trainer.stages.evaluate import error_and_loss
 from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.finetune_loss import loss_sum
 from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.pretrain import OBJECTIVES, make_encoder, pretraining_splits
 from trainer.stages.run import Batches, Run
-from trainer.task import Task
+from trainer.training import loop
+from trainer.training.optimizer import Rate
+from trainer.training.task import Task
 
 # Initializers take the run's seed plus less than this, for each layer of a stack anew.
 BACKWARD_SEED = 500

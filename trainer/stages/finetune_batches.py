@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.batch_plan import BatchPlan
-from data_pipelines.token_store import NO_LABEL
+from data_pipelines.batches.batch_plan import BatchPlan
+from data_pipelines.store.token_store import NO_LABEL
 from trainer.stages.run import Batches
 
 
@@ -14,7 +14,7 @@ from trainer.stages.run import Batches
 class FinetuneBatches:
     """(start_step, stop_step) -> this process's slices of those global batches.
 
-    Elements are those of `data_pipelines.dataset.make_dataset`, and `global_counts`. The unlabelled
+    Elements are those of `make_dataset`, and `global_counts`. The unlabelled
     rows of each shard come after its labelled ones, with labels of -1.
 
     Attributes:

@@ -4,18 +4,18 @@ import tensorflow as tf
 
 from trainer import seeds
 from trainer.config import Config
-from trainer.models.classifier import Classifier, losses_and_errors
-from trainer.models.encoder import dropped_weights
-from trainer.models.text_model import TextModel
-from trainer.objectives.adversarial import (
+from trainer.losses.adversarial import (
     adversarial_move,
     divergence,
     random_direction,
     virtual_adversarial_move,
 )
-from trainer.objectives.label_gain import linear_weights
+from trainer.losses.label_gain import linear_weights
+from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.encoder import dropped_weights
+from trainer.models.text_model import TextModel
 from trainer.stages import pretrain
-from trainer.task import LossSum
+from trainer.training.task import LossSum
 
 
 def loss_sum(config: Config, classifier: Classifier, objective: TextModel | None = None) -> LossSum:

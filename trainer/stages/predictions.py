@@ -16,12 +16,12 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-from data_pipelines.split_view import SplitView
+from data_pipelines.store.split_view import SplitView
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from trainer.distribution.steps import gather_rows
 from trainer.models.classifier import Classifier, losses_and_errors, reversed_words
 from trainer.models.encoder import token_mask
-from trainer.reporting.statistics import probabilities
+from trainer.report_page.statistics import probabilities
 from trainer.safe_files import Buffer, sealed, specs, tensor_parts, write_folder
 from trainer.stages.run import Run
 

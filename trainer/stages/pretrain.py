@@ -10,11 +10,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.batch_plan import BatchPlan, PackedPlan
+from data_pipelines.batches.batch_plan import BatchPlan, PackedPlan
 from data_pipelines.errors import InputError
-from data_pipelines.split_view import SplitView
-from data_pipelines.token_store import TokenStore
-from trainer import bundle, loop, seeds, states
+from data_pipelines.store.split_view import SplitView
+from data_pipelines.store.token_store import TokenStore
+from trainer import bundle, seeds, states
 from trainer.config import Config
 from trainer.distribution.distributor import num_shards
 from trainer.distribution.steps import sum_over_batches
@@ -24,7 +24,8 @@ from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, TextModel
 from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.run import Run
-from trainer.task import LossSum, Task
+from trainer.training import loop
+from trainer.training.task import LossSum, Task
 
 OBJECTIVES = {"sequence_autoencoder": SequenceAutoencoder, "language_model": LanguageModel}
 

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.batch_plan import BatchPlan, PackedPlan
-from data_pipelines.dataset import make_dataset
-from data_pipelines.split_view import SplitView
-from data_pipelines.token_store import TokenStore
+from data_pipelines.batches.batch_plan import BatchPlan, PackedPlan
+from data_pipelines.batches.dataset import make_dataset
+from data_pipelines.store.split_view import SplitView
+from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers import load_tokenizer
 from trainer import config as configuration
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor, is_chief, num_shards
-from trainer.preemption import StopRequest
+from trainer.distribution.preemption import StopRequest
 from trainer.reporting.status_server import Vitals
 from trainer.reporting.trackers import Tracker
-from trainer.schedules import Schedule
-from trainer.task import Settings
+from trainer.training.schedules import Schedule
+from trainer.training.task import Settings
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from trainer.distribution.cluster import Cluster
 REPOSITORY = Path(__file__).resolve().parents[3]
 LAUNCHER = """
 import sys
-from launch.local import run_local
+from launch.local.workers import run_local
 sys.exit(run_local(sys.argv[2:], int(sys.argv[1]), with_horovod=True))
 """
 
@@ -127,7 +127,7 @@ def test_the_worst_wait_is_within_the_timeout(timeout_seconds: float) -> None:
 
 @needs_horovod
 def test_who_has_not_started_is_named() -> None:
-    from launch.horovod import Rendezvous, worker_environments
+    from launch.local.horovod import Rendezvous, worker_environments
 
     rendezvous = Rendezvous(3)
     first, _, third = worker_environments(3, rendezvous.port)

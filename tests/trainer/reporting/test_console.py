@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from launch import screen
+from launch.local import screen
 from tests.terminal import Screen
 from trainer.reporting import console
 from trainer.reporting.console import Console

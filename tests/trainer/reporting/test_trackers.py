@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.trainer.reporting.test_html import write_run
 
 from data_pipelines.errors import InputError
-from tests.trainer.reporting.test_html import write_run
-from trainer.preemption import Preempted
+from trainer.distribution.preemption import Preempted
 from trainer.reporting import trackers
-from trainer.reporting.status import Metrics
+from trainer.reporting.metrics_file import Metrics
 from trainer.safe_files import sealed, specs, tensor_bytes
 
 WORDS = ["good", "bad", "film"]

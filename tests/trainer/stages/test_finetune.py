@@ -4,8 +4,8 @@ from trainer import bundle
 from trainer.config import Config
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
-from trainer.optimizer import Rate
 from trainer.stages.finetune import encoder_rates, trained_variables
+from trainer.training.optimizer import Rate
 
 
 @pytest.mark.parametrize("state", ["zero", "mean", "learned", "encode"])

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data_pipelines.batch_plan import BatchPlan
+from data_pipelines.batches.batch_plan import BatchPlan
 from data_pipelines.prepare import PrepareConfig, build_store
 from data_pipelines.sources import Example
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 from tests.conftest import SomeReviews
 from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.run import Batches

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers.vocabulary import read_lines
 from trainer.distribution.tf_distribute import one_device
 from trainer.models.encoder import Encoder

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_pipelines.token_store import TokenStore
+from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers import load_tokenizer, make_tokenizer
 from trainer.config import Config
 from trainer.distribution.tf_distribute import TfDistributor, one_device
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
-from trainer.reporting.statistics import probabilities
+from trainer.report_page.statistics import probabilities
 from trainer.stages import predictions
 from trainer.stages.evaluate import error_and_loss
 from trainer.stages.predictions import Predictions
@@ -145,7 +145,7 @@ def test_pieces_put_together_are_the_text(kind: str) -> None:
 
 
 def test_saved_predictions_can_be_read(small_store: Path, tmp_path: Path) -> None:
-    from trainer.reporting import run_folder
+    from trainer.report_page import run_folder
 
     run = make_run(small_store, tmp_path, one_device())
     classifier = make_classifier(run)

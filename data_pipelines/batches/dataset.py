@@ -1,0 +1,177 @@
+"""Plan + store -> `tf.data`: this process's slice of each global batch."""
+
+import numpy as np
+import tensorflow as tf
+
+from data_pipelines.batches.batch_plan import BatchPlan, PackedPlan, shard_rows
+from data_pipelines.reserved_ids import END_ID, PADDING_ID
+from data_pipelines.store.split_view import SplitView
+from data_pipelines.store.token_store import NO_LABEL
+
+# Batches pad to a multiple of this, so that compiled kernels see few different shapes.
+TIME_MULTIPLE = 8
+# The work is copying under Python's lock: a second call only hides the first one's waits.
+PARALLEL_BATCHES = 2
+TYPES = {
+    "tokens": tf.int32,
+    "lengths": tf.int32,
+    "labels": tf.int32,
+    "weights": tf.float32,
+    "row_starts": tf.int32,
+}
+
+
+def make_dataset(
+    view: SplitView,
+    plan: BatchPlan | PackedPlan,
+    *,
+    start_step: int,
+    stop_step: int,
+    first_shard: int,
+    num_local_shards: int,
+    num_shards: int,
+    prefetch_batches: int = 4,
+) -> tf.data.Dataset:
+    """Returns one element a step, from `start_step` up to but without `stop_step`.
+
+    A global batch is cut into `num_shards` slices; this process gets `num_local_shards` of them
+    from `first_shard`, one after the other in one element. A shard whose slice is empty gets one
+    filler row, [END_ID, 0, ...] of length 1, label 0 and weight 0, so that every shard runs the
+    same computation. Every process sees the same `time`: the longest row of the global batch,
+    rounded up to a multiple of 8.
+
+    Args:
+        view: the examples.
+        plan: made of this view. Its `max_tokens` is the width: of a longer example a `BatchPlan`
+            keeps the LAST tokens, a `PackedPlan` all, in several rows.
+        start_step: the first global step; it need not be an epoch's first.
+        stop_step: the global step to stop before.
+        first_shard: this process's first shard.
+        num_local_shards: how many shards this process has.
+        num_shards: shards over all processes.
+        prefetch_batches: batches prepared ahead.
+
+    Returns:
+        Elements that are dicts of:
+        `tokens` int32 [rows, time], right-padded with 0;
+        `lengths` int32 [rows];
+        `labels` int32 [rows], -1 where an example has none, and for packed rows;
+        `weights` float32 [rows], 1 for an example and 0 for filler;
+        `row_starts` int32 [num_local_shards + 1]: shard i's rows are row_starts[i:i + 2];
+        `step` int64 [];
+        with a plan that is `carried` also `carries` float32 [rows]: 1 where the row continues an
+        example from the same row of the step before, 0 where it begins with a new example. A row
+        with nothing left at an epoch's end is filler in its place.
+
+    Raises:
+        ValueError: the plan is not of this view, or there are no such shards.
+    """
+    if plan.num_examples != len(view):
+        raise ValueError(f"a plan of {plan.num_examples} examples for a view of {len(view)}")
+    if num_local_shards < 1 or not 0 <= first_shard <= num_shards - num_local_shards:
+        raise ValueError(
+            f"shards {first_shard} .. {first_shard + num_local_shards - 1} of {num_shards}"
+        )
+    shards = range(first_shard, first_shard + num_local_shards)
+    carried = isinstance(plan, PackedPlan) and plan.carried
+    types = TYPES | ({"carries": tf.float32} if carried else {})
+
+    def read(step: np.int64) -> list[np.ndarray]:
+        if isinstance(plan, PackedPlan):
+            arrays = read_packed(view, plan, int(step), shards, num_shards)
+        else:
+            arrays = read_bucketed(view, plan, int(step), shards, num_shards)
+        return [arrays[name] for name in types]
+
+    @tf.autograph.experimental.do_not_convert
+    def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
+        arrays = tf.numpy_function(read, [step], list(types.values()), stateful=False)
+        element = dict(zip(types, arrays, strict=True))
+        for name in types:
+            element[name].set_shape([None, None] if name == "tokens" else [None])
+        element["row_starts"].set_shape([num_local_shards + 1])
+        return {**element, "step": step}
+
+    options = tf.data.Options()
+    options.deterministic = True
+    # Nothing here is tuned, and the thread that would do it can miss that its iterator ends: who
+    # drops the iterator then waits for it, up to a minute.
+    options.autotune.enabled = False
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return (
+        tf.data.Dataset.range(start_step, stop_step)
+        .map(load, num_parallel_calls=PARALLEL_BATCHES)
+        .prefetch(prefetch_batches)
+        .with_options(options)
+    )
+
+
+def read_bucketed(
+    view: SplitView, plan: BatchPlan, step: int, shards: range, num_shards: int
+) -> dict[str, np.ndarray]:
+    """Returns one element of a `BatchPlan` in NumPy; `make_dataset` describes the arrays.
+
+    Args:
+        view: the examples.
+        plan: made of this view.
+        step: the global step.
+        shards: the shards wanted, one after the other.
+        num_shards: shards over all processes.
+    """
+    indices = plan.indices(step)
+    rows, row_starts = _rows_of(len(indices), shards, num_shards)
+    real = rows >= 0
+    time = _padded(min(int(view.lengths_of(indices).max()), plan.max_tokens))
+    arrays = _filler(len(rows), time, row_starts)
+    own = indices[rows[real]]
+    arrays["tokens"][real], arrays["lengths"][real] = view.gather(own, plan.max_tokens, time)
+    arrays["labels"][real] = view.labels_of(own)
+    arrays["weights"][real] = 1
+    return arrays
+
+
+def read_packed(
+    view: SplitView, plan: PackedPlan, step: int, shards: range, num_shards: int
+) -> dict[str, np.ndarray]:
+    """Returns one element of a `PackedPlan` in NumPy; arguments as for `read_bucketed`."""
+    starts, stops = plan.ranges(step)
+    rows, row_starts = _rows_of(len(starts), shards, num_shards)
+    time = _padded(int((stops - starts).max()))
+    arrays = _filler(len(rows), time, row_starts)
+    real = (rows >= 0) & (starts[rows] < stops[rows])
+    starts, stops = starts[rows[real]], stops[rows[real]]
+    parts = plan.parts(plan.epoch_of(step), starts, stops)
+    inside = np.arange(time) < (stops - starts)[:, None]
+    tokens = np.full(inside.shape, PADDING_ID, np.int32)
+    tokens[inside] = view.gather_parts(parts.example, parts.start, parts.stop)
+    arrays["tokens"][real] = tokens
+    arrays["lengths"][real] = stops - starts
+    arrays["labels"][real] = NO_LABEL
+    arrays["weights"][real] = 1
+    inside_example = parts.start[np.searchsorted(parts.row, np.arange(len(starts)))] > 0
+    arrays["carries"] = np.zeros(len(rows), np.float32)
+    arrays["carries"][real] = inside_example & plan.continues(step)
+    return arrays
+
+
+def _rows_of(num_rows: int, shards: range, num_shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of a global batch that shards get, -1 for filler, and row_starts."""
+    slices = [np.arange(*shard_rows(num_rows, shard, num_shards)) for shard in shards]
+    slices = [rows if len(rows) else np.array([-1]) for rows in slices]
+    return np.concatenate(slices), np.cumsum([0, *map(len, slices)], dtype=np.int32)
+
+
+def _filler(num_rows: int, time: int, row_starts: np.ndarray) -> dict[str, np.ndarray]:
+    tokens = np.full((num_rows, time), PADDING_ID, np.int32)
+    tokens[:, 0] = END_ID
+    return {
+        "tokens": tokens,
+        "lengths": np.ones(num_rows, np.int32),
+        "labels": np.zeros(num_rows, np.int32),
+        "weights": np.zeros(num_rows, np.float32),
+        "row_starts": row_starts,
+    }
+
+
+def _padded(time: int) -> int:
+    return -(-time // TIME_MULTIPLE) * TIME_MULTIPLE

@@ -1,0 +1,5 @@
+"""Turns a source's text into a token store: `python -m data_pipelines.prepare`."""
+
+from data_pipelines.prepare.build import PrepareConfig, build_store, ensure_store
+
+__all__ = ["PrepareConfig", "build_store", "ensure_store"]

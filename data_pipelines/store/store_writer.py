@@ -1,0 +1,144 @@
+"""Writes the folder that `token_store.TokenStore` reads: shards, one by one, then the rest.
+
+Shards may be written by many processes at once, each its own; `finish_store` comes last.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.store.seal import with_seal
+from data_pipelines.store.split_view import LABEL_DTYPE, OFFSET_DTYPE
+from data_pipelines.store.token_store import FORMAT, VERSION, token_dtype
+
+
+def write_file(path: Path, blocks: Iterable[bytes]) -> dict[str, Any]:
+    """Writes a file beside `path`, through to the disk, and renames it to `path`.
+
+    So the file is there whole or not at all, and two processes that write the same do no harm.
+
+    Returns:
+        The manifest's entry for it: `bytes` and `sha256`.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with temporary.open("wb") as file:
+            for block in blocks:
+                file.write(block)
+                digest.update(block)
+                size += len(block)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_shard(
+    folder: Path,
+    name: str,
+    token_blocks: Iterable[np.ndarray],
+    lengths: np.ndarray,
+    labels: np.ndarray,
+    dtype: np.dtype,
+) -> dict[str, Any]:
+    """Writes one shard's three files.
+
+    Args:
+        folder: where; it exists.
+        name: SPLIT-00003-of-00017.
+        token_blocks: the ids, in pieces [tokens of the piece], sum(lengths) of them in all.
+        lengths: tokens of each document, its end token included [examples].
+        labels: label of each document, -1 for none [examples].
+        dtype: of the ids on disk, from `token_dtype`; the same for all shards of a store.
+
+    Returns:
+        The manifest's entry for the shard.
+
+    Raises:
+        ValueError: the tokens are not as many as the lengths say.
+    """
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(OFFSET_DTYPE)
+    files = {
+        "tokens": write_file(
+            folder / f"{name}.tokens", (block.astype(dtype).tobytes() for block in token_blocks)
+        ),
+        "offsets": write_file(folder / f"{name}.offsets", [offsets.tobytes()]),
+        "labels": write_file(folder / f"{name}.labels", [labels.astype(LABEL_DTYPE).tobytes()]),
+    }
+    tokens = int(offsets[-1])
+    if files["tokens"]["bytes"] != tokens * dtype.itemsize:
+        raise ValueError(f"shard {name}: {files['tokens']['bytes']} bytes for {tokens} tokens")
+    return {"name": name, "examples": len(labels), "tokens": tokens, "files": files}
+
+
+def finish_store(
+    building: Path,
+    folder: Path,
+    vocab: bytes,
+    facts: Mapping[str, Any],
+    shards: Mapping[str, list[dict[str, Any]]],
+    bad_examples: Mapping[str, int] | None = None,
+) -> None:
+    """Writes the vocabulary and the manifest, and renames `building` to `folder`.
+
+    Files of `building` that are no part of the store are removed.
+
+    Args:
+        building: holds the files of all shards.
+        folder: where the store is to be, on the same file system; does not exist, or is empty.
+        vocab: the contents of vocab.txt.
+        facts: the manifest's `source`, `note`, `num_classes`, `tokenizer`, `vocab_size`,
+            `vocab_sha256` and `prepare_config`.
+        shards: what `write_shard` returned, by split, in order.
+        bad_examples: documents left out, by split.
+    """
+    splits = {
+        split: {
+            "examples": sum(entry["examples"] for entry in entries),
+            "tokens": sum(entry["tokens"] for entry in entries),
+            "bad_examples": (bad_examples or {}).get(split, 0),
+            "shards": entries,
+        }
+        for split, entries in shards.items()
+    }
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        **facts,
+        "vocab_file": write_file(building / "vocab.txt", [vocab]),
+        "token_dtype": token_dtype(facts["vocab_size"]).name,
+        "splits": splits,
+    }
+    text = json.dumps(with_seal(manifest), indent=1, ensure_ascii=False) + "\n"
+    write_file(building / "manifest.json", [text.encode()])
+    wanted = {"vocab.txt", "manifest.json"} | {
+        f"{entry['name']}.{kind}"
+        for entries in shards.values()
+        for entry in entries
+        for kind in entry["files"]
+    }
+    for path in building.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+    flush_folder(building)
+    os.rename(building, folder)
+    flush_folder(folder.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes the names in `folder` to the disk: a rename is not safe before that."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

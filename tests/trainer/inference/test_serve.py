@@ -1,0 +1,232 @@
+import asyncio
+import contextlib
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.errors import InputError
+from tests.processes import ended
+from trainer.inference.text_classifier import load_classifier
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+TEXTS = ["A fine film.", "bad, bad, bad", "So long " * 40, "café crème"]
+MAX_BODY_BYTES = 200_000
+
+
+@pytest.fixture(scope="module")
+def server(classifier_bundle: Path) -> Iterator[tuple[subprocess.Popen, int]]:
+    """Yields a server's process and its port."""
+    flags = [f"--classifier={classifier_bundle}", "--port=0", f"--max_body_bytes={MAX_BODY_BYTES}"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "trainer.main", "--stage=serve", "--max_texts=50", *flags],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with ended(process, seconds=280):
+        line = process.stdout.readline()
+        assert "at http://127.0.0.1:" in line, line + process.stdout.read()
+        yield process, int(line.rsplit(":", 1)[1])
+
+
+def ask(port: int, body: object, path: str = "/predict") -> tuple[int, dict]:
+    """Posts JSON, or bytes as they are; returns the status and the answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", path, data)
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read())
+    finally:
+        connection.close()
+
+
+def get(port: int, path: str) -> tuple[int, http.client.HTTPMessage, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        return reply.status, reply.headers, reply.read()
+    finally:
+        connection.close()
+
+
+def test_one_text_and_many(server: tuple, classifier_bundle: Path) -> None:
+    _, port = server
+    expected = [p._asdict() for p in load_classifier(classifier_bundle).predict(TEXTS)]
+    status, answer = ask(port, {"texts": TEXTS})
+    assert status == 200
+    assert [a["label"] for a in answer["predictions"]] == [e["label"] for e in expected]
+    for found, wanted in zip(answer["predictions"], expected, strict=True):
+        assert found["probabilities"] == pytest.approx(wanted["probabilities"], abs=2e-6)
+    assert ask(port, {"text": TEXTS[0]})[1]["predictions"] == answer["predictions"][:1]
+    assert ask(port, {"texts": []}) == (200, {"predictions": []})
+
+
+def test_many_clients_at_once_each_get_their_own_answer(server: tuple) -> None:
+    _, port = server
+    texts = [f"the film number {i} was {'good' if i % 3 else 'bad'}" for i in range(120)]
+    _, answer = ask(port, {"texts": texts[:50]})
+    with ThreadPoolExecutor(16) as clients:
+        alone = list(clients.map(lambda text: ask(port, {"text": text}), texts))
+    assert {status for status, _ in alone} == {200}
+    for (_, found), wanted in zip(alone, answer["predictions"], strict=False):
+        assert found["predictions"][0]["label"] == wanted["label"]
+        probabilities = found["predictions"][0]["probabilities"]
+        assert probabilities == pytest.approx(wanted["probabilities"], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b"{", 400, "not JSON"),
+        (b"\xff", 400, "not JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
+        (b"", 400, "not JSON"),
+        (["a"], 422, "the body must be"),
+        ({"text": "a", "texts": ["b"]}, 422, "the body must be"),
+        ({"texts": "a"}, 422, "must be a list"),
+        ({"texts": ["a", " "]}, 422, "text 2: the text is empty"),
+        ({"texts": ["a", 3]}, 422, "text 2: it is no text"),
+        ({"text": "\ud800"}, 422, "lone surrogate"),
+        ({"text": "a\0b"}, 422, "NUL"),
+        ({"texts": ["a"] * 51}, 413, "51 texts are more than 50"),
+        ({"text": "x" * MAX_BODY_BYTES}, 413, "--max_body_bytes"),
+        ({"text": "x" * 10_000_000}, 413, "--max_body_bytes"),
+    ],
+)
+def test_what_is_refused(server: tuple, body: object, status: int, says: str) -> None:
+    found, answer = ask(server[1], body)
+    assert (found, says in answer["error"]) == (status, True), answer
+
+
+def raw(port: int, *parts: bytes) -> bytes:
+    """Sends bytes as they are, as far as the server takes them; returns all that it answers."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        with contextlib.suppress(OSError):  # it has answered, and hung up
+            for part in parts:
+                connection.sendall(part)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while found := connection.recv(1 << 16):
+                answer += found
+        return answer
+
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+
+
+def test_the_bound_of_a_body_does_not_trust_what_is_said_of_its_length(server: tuple) -> None:
+    _, port = server
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    chunk = b"%x\r\n" % 50_000 + b"x" * 50_000 + b"\r\n"
+    assert b" 413 " in raw(port, chunked, *[chunk] * 5, b"0\r\n\r\n").partition(b"\r\n")[0]
+    # One that would never end is left after a while.
+    assert b" 413 " in raw(port, chunked, *[chunk] * 400).partition(b"\r\n")[0]
+    # What is announced as too large is refused unread, as is what no number is.
+    huge = HEAD + b"Content-Length: %d\r\n\r\n"
+    assert b" 413 " in raw(port, huge % 10**12, b"x").partition(b"\r\n")[0]
+    assert b" 400 " in raw(port, HEAD + b"Content-Length: -1\r\n\r\n").partition(b"\r\n")[0]
+    # Of one that says nothing there is no body; one that has more than it says is cut there.
+    assert b" 400 " in raw(port, HEAD + b"\r\n", b'{"text": "a"}').partition(b"\r\n")[0]
+    cut = HEAD + b"Content-Length: 3\r\n\r\n"
+    assert b" 400 " in raw(port, cut, b'{"text": "a"}').partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"localhost", 200),
+        (b"LOCALHOST:8000", 200),
+        (b"127.0.0.1:80", 200),
+        (b"[::1]:8000", 200),
+        (b"evil.example", 421),
+        (b"127.0.0.1.evil.example:8000", 421),
+        (b"localhost.evil.example", 421),
+        (b"10.0.0.1", 421),
+        (b"[::1", 421),
+        (b"", 421),
+    ],
+)
+def test_on_loopback_only_its_names_are_answered(server: tuple, host: bytes, status: int) -> None:
+    _, port = server
+    for line in (b"GET /healthz", b"GET /", b"POST /predict"):
+        body = b'{"text": "good"}'
+        head = b"%s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        answer = raw(port, head % (line, host, len(body)) + body)
+        assert b" %d " % status in answer.partition(b"\r\n")[0], (line, answer)
+
+
+def test_health_page_and_what_is_not_there(server: tuple) -> None:
+    _, port = server
+    status, _, body = get(port, "/healthz")
+    assert (status, json.loads(body)) == (200, {"status": "ok", "classes": ["neg", "pos"]})
+    status, headers, body = get(port, "/")
+    assert status == 200 and b"<title>warmstate</title>" in body
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert b"http://" not in body and b"https://" not in body  # nothing of elsewhere
+    assert get(port, "/predict")[0] == 405
+    assert get(port, "/nothing")[0] == 404
+
+
+def test_a_port_that_is_taken_is_said(server: tuple, classifier_bundle: Path) -> None:
+    flags = (f"--classifier={classifier_bundle}", f"--port={server[1]}")
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.main", "--stage=serve", *flags],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert f"--port={server[1]} cannot be had: Address already in use" in done.stderr
+
+
+def test_a_request_alone_is_answered_however_large(classifier_bundle: Path) -> None:
+    from trainer.inference.serve import PENDING_TEXTS, Batcher
+
+    async def ask_all() -> int:
+        batcher = Batcher(load_classifier(classifier_bundle))
+        worker = asyncio.create_task(batcher.work())
+        found = await batcher.probabilities(["film"] * (PENDING_TEXTS + 1))
+        worker.cancel()
+        return len(found)
+
+    assert asyncio.run(ask_all()) == PENDING_TEXTS + 1
+
+
+def test_an_address_of_ipv6_is_one() -> None:
+    from trainer.inference.serve import listening
+
+    if not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    with listening("::1", 0) as listener:
+        assert listener.getsockname()[0] == "::1"
+    with pytest.raises(InputError, match="--host=no host --port=1 cannot be had"):
+        listening("no host", 1)
+
+
+def test_term_answers_what_was_asked_and_stops(server: tuple) -> None:
+    """Comes last: it ends the module's server."""
+    process, port = server
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    texts = {"texts": ["a long text " * 300] * 50}
+    connection.request("POST", "/predict", json.dumps(texts).encode())
+    assert get(port, "/healthz")[0] == 200  # what was sent before is read by now
+    process.send_signal(signal.SIGTERM)
+    reply = connection.getresponse()
+    assert reply.status == 200 and len(json.loads(reply.read())["predictions"]) == 50
+    connection.close()
+    assert process.wait(timeout=30) == 0
+    assert "stopped" in process.stdout.read()

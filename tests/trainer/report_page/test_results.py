@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.errors import InputError
+from tests.conftest import REPOSITORY
+from trainer.report_page import results
+
+
+def write_run(folder: Path, warm: float = 7.5, stage: str = "all") -> Path:
+    """Writes what a run leaves that a result is made of."""
+    part = folder / "warm"
+    part.mkdir(parents=True)
+    report = {
+        "stage": stage,
+        "test_error_percent": {"warm": warm, "scratch": 9.0},
+        "wall_seconds": 600.0,
+        "config": {"run_dir": str(folder), "data_dir": "/data", "units": 8},
+    }
+    environment = {"cores": 2, "command": ["main.py", f"--run_dir={folder}"]}
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "environment.json").write_text(json.dumps(environment))
+    lines = [{"stage": "finetune", "step": step, "loss": 1 / step} for step in range(1, 1001)]
+    (part / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_result_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    out = tmp_path / "imdb-seed0.json"
+    result = results.record(write_run(tmp_path / "run"), out)
+    assert json.loads(out.read_text()) == result
+    assert str(tmp_path) not in out.read_text() and "/data" not in out.read_text()
+    assert result["config"] == {"units": 8} and result["environment"] == {"cores": 2}
+    curve = result["curves"]["warm"]["loss"]
+    assert len(curve) == results.CURVE_POINTS and curve[-1] == [1000, 0.001]
+
+
+def test_runs_of_one_recipe_are_one_row_and_the_best_is_first(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for seed, error in enumerate((7.0, 8.0)):
+        run = write_run(tmp_path / f"run-{seed}", error)
+        results.record(run, folder / f"imdb-seed{seed}.json")
+    results.record(write_run(tmp_path / "other", 5.0), folder / "other.json")
+    rows = results.table(folder).splitlines()
+    assert rows[2].startswith("| other, warm start | 5.00 % | run here, 1 run | 10 min on 2 cores")
+    (both,) = [row for row in rows if row.startswith("| imdb, warm start |")]
+    assert "| 7.50 % (7.00-8.00) | run here, 2 runs |" in both
+
+
+def test_what_the_kept_bundle_gave_goes_with_the_result(tmp_path: Path) -> None:
+    run, evaluation = write_run(tmp_path / "run"), write_run(tmp_path / "evaluated")
+    out = tmp_path / "imdb-seed0.json"
+    with pytest.raises(InputError, match="is no run of --stage=evaluate"):
+        results.record(run, out, evaluation)
+    found = {"stage": "evaluate", "test": {"error_percent": 7.51, "documents": 25000}}
+    (evaluation / "report.json").write_text(json.dumps(found))
+    assert results.record(run, out, evaluation)["kept_bundle"]["test"] == found["test"]
+
+
+def test_the_time_is_that_of_all_sittings() -> None:
+    parts = {"pretrain": {"seconds": 500.0}, "warm": {"seconds": 300.0}}
+    assert results.seconds_of({"wall_seconds": 90.0, **parts}) == 800
+    assert results.seconds_of({"wall_seconds": 900.0, **parts}) == 900
+
+
+def test_a_run_of_one_start_is_one_row(tmp_path: Path) -> None:
+    folder, run = tmp_path / "results", write_run(tmp_path / "run")
+    folder.mkdir()
+    report = json.loads((run / "report.json").read_text())
+    del report["test_error_percent"]["warm"]
+    (run / "report.json").write_text(json.dumps(report))
+    results.record(run, folder / "tuned-seed0.json")
+    (row,) = [row for row in results.table(folder).splitlines() if row.startswith("| tuned")]
+    assert row == "| tuned, from scratch | 9.00 % | run here, 1 run | 10 min on 2 cores |"
+
+
+def test_the_results_that_are_kept_make_a_table() -> None:
+    kept = list((REPOSITORY / "results").glob("*.json"))
+    rows = results.table(REPOSITORY / "results").splitlines()
+    assert kept and sum("run here" in row for row in rows) >= 2
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no finished run"):
+        results.record(tmp_path, tmp_path / "a.json")
+    with pytest.raises(InputError, match="is of --stage=pretrain"):
+        results.record(write_run(tmp_path / "run", stage="pretrain"), tmp_path / "a.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(results.BEGIN)
+    with pytest.raises(InputError, match="needs the lines"):
+        results.write_table(readme, tmp_path)
+
+
+def test_what_lies_in_the_place_of_a_kept_classifier_stays(
+    classifier_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "other.json").write_text("{}")
+    command = ["halve", str(classifier_bundle), f"--out={tmp_path}/results"]
+    assert results.main(command) == 2
+    assert "results is there already: name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "results" / "other.json").read_text() == "{}"
+    assert results.main([*command[:2], f"--out={tmp_path}/results/kept"]) == 0
+
+
+def test_a_table_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert results.main(["table", f"--results={tmp_path}", f"--readme={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.training.gradients import dense, distinct_rows, divided, loss_and_gradients
+
+VOCAB_SIZE, WIDTH = 7, 3
+
+
+def bag_of_words() -> tuple:
+    random = np.random.default_rng(0)
+    table = tf.Variable(random.normal(size=(VOCAB_SIZE, WIDTH)), dtype=tf.float64)
+    kernel = tf.Variable(random.normal(size=(WIDTH, 2)), dtype=tf.float64)
+    rows = {
+        "tokens": tf.constant(random.integers(0, VOCAB_SIZE - 2, (5, 4)), tf.int32),
+        "lengths": tf.fill([5], 4),
+    }
+
+    def loss_sum(some: dict, shard: int | tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        embedded = tf.reduce_sum(tf.nn.embedding_lookup(table, some["tokens"]), axis=1)
+        outputs = tf.tanh(tf.matmul(embedded, kernel))
+        return tf.reduce_sum(outputs**2), tf.cast(tf.shape(outputs)[0], tf.float64)
+
+    return loss_sum, [table, kernel], rows
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5, 8])
+def test_in_parts_the_gradients_are_those_of_the_whole(parts: int) -> None:
+    loss_sum, variables, rows = bag_of_words()
+
+    @tf.function
+    def run(count: int) -> tuple:
+        loss, weight, gradients, _ = loss_and_gradients(loss_sum, variables, rows, 0, count)
+        assert isinstance(gradients[0], tf.IndexedSlices)
+        return loss, weight, [dense(g) for g in gradients]
+
+    expected, found = run(1), run(parts)
+    for one, other in zip(tf.nest.flatten(expected), tf.nest.flatten(found), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-13, atol=1e-15)
+
+
+def test_each_part_draws_as_the_shard_that_it_would_be() -> None:
+    def loss_sum(rows: dict, shard: int | tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        seen.append(shard)
+        return variable * tf.cast(shard, tf.float32), tf.constant(1.0)
+
+    variable = tf.Variable(1.0)
+    seen: list = []
+    loss, _, _, _ = tf.function(loss_and_gradients)(
+        loss_sum, [variable], {"lengths": tf.ones([6], tf.int32)}, 2, 3
+    )
+    assert loss == 6 + 7 + 8
+
+
+def test_distinct_rows_are_the_same_gradient() -> None:
+    slices = tf.IndexedSlices(
+        tf.constant([[1.0], [2.0], [4.0], [8.0]]),
+        tf.constant([3, 1, 3, 0], tf.int64),
+        tf.constant([5, 1], tf.int64),
+    )
+    distinct = distinct_rows(slices)
+    assert distinct.indices.numpy().tolist() == [3, 1, 0]
+    np.testing.assert_array_equal(dense(distinct), dense(slices))
+    np.testing.assert_array_equal(dense(slices)[:, 0], [8, 2, 0, 5, 0])
+    np.testing.assert_array_equal(dense(divided(slices, tf.constant(2.0)))[:, 0], [4, 1, 0, 2.5, 0])
+
+
+@pytest.mark.parametrize("parts", [2, 5, 8])
+def test_what_rows_carry_is_put_together_from_the_parts(parts: int) -> None:
+    variable = tf.Variable(2.0)
+    rows = {"lengths": tf.ones([5], tf.int32), "carried": tf.reshape(tf.range(10.0), [5, 2])}
+
+    def loss_sum(some: dict, shard: int | tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return tf.reduce_sum(some["carried"]) * variable, variable, some["carried"] + 1
+
+    for count in (1, parts):
+        loss, _, _, carried = tf.function(loss_and_gradients)(loss_sum, [variable], rows, 0, count)
+        assert loss == 90
+        np.testing.assert_array_equal(carried, [rows["carried"] + 1])

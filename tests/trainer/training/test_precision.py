@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.errors import InputError
+from trainer.distribution.tf_distribute import one_device
+from trainer.training import precision
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.5, "mixed_bfloat16"), (0.95, "float32")])
+def test_it_must_be_clearly_faster_and_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, chosen: str
+) -> None:
+    lines: list[str] = []
+    sizes = (4, 3, 5)
+
+    def choose(bfloat16_seconds: float, resume: bool) -> str:
+        times = {"float32": 1.0, "mixed_bfloat16": bfloat16_seconds}
+        monkeypatch.setattr(precision, "measure", lambda *sizes: times)
+        return precision.choose(one_device(), tmp_path, sizes, resume, lines.append)
+
+    assert choose(seconds, resume=True) == chosen
+    assert f"precision: {chosen}; with bfloat16 the LSTM is {1 / seconds:.2f} times" in lines[0]
+    other = 1.45 - seconds  # the machine has changed its mind
+    assert choose(other, resume=True) == chosen
+    assert choose(other, resume=False) != chosen
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("name", ["precision.txt", "precision.txt.new"])
+def test_what_cannot_be_remembered_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(precision, "measure", lambda *sizes: dict.fromkeys(precision.CHOICES, 1.0))
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="precision.txt: Is a directory: .* or set --precision"):
+        precision.choose(one_device(), tmp_path, (2, 3, 4), True, print)
+
+
+def test_both_are_measured() -> None:
+    times = precision.measure(2, 3, 4)
+    assert set(times) == set(precision.CHOICES) and min(times.values()) > 0

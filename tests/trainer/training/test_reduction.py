@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.training.gradients import dense
+from trainer.training.lazy_rows import trace_gradients
+from trainer.training.reduction import choose_rows, dense_bytes, reduce_gradients, row_bytes
+
+WIDTH = 4
+
+
+def gradients_of(distributor: object, vocab_size: int) -> tuple:
+    """Returns a table's gradient, other rows on each shard and one row on both; a whole one."""
+    first = 2 * distributor.local_shard()
+    indices = tf.cast(tf.stack([first, first + 1, first + 1, vocab_size - 1]), tf.int64)
+    values = tf.reshape(tf.range(4.0 * WIDTH), [4, WIDTH]) + tf.cast(first, tf.float32)
+    table = tf.IndexedSlices(values, indices, tf.constant([vocab_size, WIDTH], tf.int64))
+    return table, tf.fill([3], 1.0 + tf.cast(first, tf.float32))
+
+
+@pytest.mark.parametrize("compress", ["none", "fp16", "bf16"])
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_shards_are_summed_whichever_way(two_shards: object, as_rows: bool, compress: str) -> None:
+    def reduced() -> list[tf.Tensor]:
+        return reduce_gradients(
+            two_shards, gradients_of(two_shards, 10), [as_rows, False], compress
+        )
+
+    table, whole = tf.function(lambda: two_shards.run(reduced))()
+    expected = np.zeros((10, WIDTH), np.float32)
+    for first in (0, 2):
+        values = np.arange(4.0 * WIDTH).reshape(4, WIDTH) + first
+        for row, index in zip(values, [first, first + 1, first + 1, 9], strict=True):
+            expected[index] += row
+    np.testing.assert_array_equal(table, expected)  # small whole numbers: exact in every type
+    np.testing.assert_array_equal(whole, [4, 4, 4])
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(4, False), (1000, True)])
+def test_auto_takes_the_fewer_bytes(two_shards: object, vocab_size: int, rows: bool) -> None:
+    batches = tf.data.Dataset.from_tensors(0)
+    sizes = [(4 * WIDTH * vocab_size, 4 * WIDTH), (12, 4)]
+
+    traced = trace_gradients(
+        two_shards, [], lambda _: gradients_of(two_shards, vocab_size), batches.element_spec
+    )
+
+    def chosen(policy: str) -> list[bool]:
+        return choose_rows(two_shards, policy, traced.is_sparse, traced.count_rows, batches, sizes)
+
+    assert chosen("auto") == [rows, False]
+    assert chosen("rows") == [True, False]
+    assert chosen("dense") == [False, False]
+    # Three distinct rows a shard, of two shards.
+    assert row_bytes(3, 4 * WIDTH, two_shards) == 3 * (16 + 8)
+    assert dense_bytes(100, two_shards) == 100
+
+
+def test_one_shard_sends_nothing() -> None:
+    from trainer.distribution.tf_distribute import one_device
+
+    distributor = one_device()
+    table, whole = gradients_of(distributor, 10)
+    reduced = reduce_gradients(distributor, [table, whole], [False, False], "fp16")
+    np.testing.assert_array_equal(reduced[0], dense(table))
+    np.testing.assert_array_equal(reduced[1], whole)

@@ -1,0 +1,92 @@
+"""Which words a classifier's answer rests on, by leaving each out.
+
+The contribution of a token is how much the log-odds of the predicted class fall when the text is
+read without it (leave-one-out; Li, Monroe & Jurafsky 2016, "Understanding neural networks through
+representation erasure"). Unlike gradient times input it asks the model itself, saturated gates
+included; it costs one reading of the text a token.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from data_pipelines.tokenizers.subword_vocabulary import CONTINUED
+from trainer.inference.text_classifier import TextClassifier
+
+BATCH_SIZE = 64
+SHOWN = 0.1  # of the largest contribution: what is less is not marked
+# Foreground and background of a terminal with 256 colours, for weak to strong contributions.
+FOR = ("\x1b[38;5;255;48;5;22m", "\x1b[38;5;255;48;5;28m", "\x1b[38;5;16;48;5;40m")
+AGAINST = ("\x1b[38;5;255;48;5;52m", "\x1b[38;5;255;48;5;124m", "\x1b[38;5;16;48;5;203m")
+RESET = "\x1b[0m"
+
+
+class Contribution(NamedTuple):
+    """A token as the tokenizer cuts it, and what it adds to the predicted class's log-odds."""
+
+    piece: str
+    log_odds: float
+
+
+def contributions(model: TextClassifier, text: str) -> list[Contribution]:
+    """Returns the contribution of each token that is read of `text`, in order."""
+    texts = tf.constant([text])
+    ids = model.token_ids(texts)[0].numpy()
+    count = len(ids) - 1  # the end of the text is never left out
+    if count == 0:
+        return []
+    pieces = model.tokenizer.split(texts)[0].numpy()[-count:]
+    whole = log_odds(model, ids[None])[0]
+    predicted = int(np.argmax(whole))
+    without = np.empty(count)
+    for start in range(0, count, BATCH_SIZE):
+        left_out = range(start, min(start + BATCH_SIZE, count))
+        rows = np.stack([np.delete(ids, place) for place in left_out])
+        without[left_out] = log_odds(model, rows)[:, predicted]
+    changes = whole[predicted] - without
+    return [
+        Contribution(piece.decode("utf-8", "replace"), round(float(change), 4))
+        for piece, change in zip(pieces, changes, strict=True)
+    ]
+
+
+def log_odds(model: TextClassifier, ids: np.ndarray) -> np.ndarray:
+    """Returns the log-odds of each class against all others: float64 [batch, classes].
+
+    Args:
+      ids: int32 [batch, time], without padding.
+    """
+    lengths = np.full(len(ids), ids.shape[1], np.int32)
+    logits = model.logits(ids.astype(np.int32), lengths).numpy().astype(np.float64)
+    others = [
+        np.logaddexp.reduce(np.delete(logits, c, axis=1), axis=1) for c in range(logits.shape[1])
+    ]
+    return logits - np.stack(others, axis=1)
+
+
+def marked(found: list[Contribution], tokenizer_kind: str, in_colour: bool) -> str:
+    """Returns the text with the tokens marked that matter.
+
+    Args:
+      tokenizer_kind: one of `data_pipelines.tokenizers.TOKENIZERS`.
+      in_colour: green for the predicted class and red against it, the lighter the more; or else
+        the number behind the token, as in "a fine[+2.1] film".
+    """
+    largest = max((abs(c.log_odds) for c in found), default=0.0)
+    text = ""
+    for piece, change in found:
+        continues = tokenizer_kind == "subword" and piece.startswith(CONTINUED)
+        if text and not continues and tokenizer_kind in ("word", "subword"):
+            text += " "
+        piece = piece.removeprefix(CONTINUED) if continues else piece
+        share = abs(change) / largest if largest else 0.0
+        text += _mark(piece, change, share, in_colour) if share >= SHOWN else piece
+    return text
+
+
+def _mark(piece: str, change: float, share: float, in_colour: bool) -> str:
+    if not in_colour:
+        return f"{piece}[{change:+.1f}]"
+    colours = FOR if change > 0 else AGAINST
+    return f"{colours[min(int(share * len(colours)), len(colours) - 1)]}{piece}{RESET}"

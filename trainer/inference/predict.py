@@ -1,0 +1,114 @@
+"""--stage=predict: texts -> labels and probabilities, or what an autoencoder makes of them.
+
+Rows come out in the order in which they go in.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_pipelines.errors import InputError
+from data_pipelines.prepare.windows import windows
+from data_pipelines.rows import Row, kind_and_path, read_rows
+from trainer import bundle
+from trainer.config import Config
+from trainer.inference.explanation import contributions, marked
+from trainer.inference.prediction_files import opened, writer
+from trainer.inference.reconstruct import reconstructor
+from trainer.inference.text_classifier import load_classifier
+
+# A window of rows is read, sorted by length, classified and written before the next is read.
+WINDOW_ROWS = 4096
+WINDOW_CHARACTERS = 1 << 24
+FAULTS_SHOWN = 20
+
+
+def predict(config: Config, texts: Sequence[str]) -> None:
+    """Classifies `texts`, or else --input, and writes to --output.
+
+    Raises:
+      InputError: a file is not as it must be, or rows hold no text; the other rows are written, and
+        each of these is named on standard error.
+    """
+    model = load_classifier(Path(config.classifier))
+    tokenizer_kind = model.tokenizer.config()["type"]
+    rows = Rows(config, texts)
+    output = config.output or "-"
+    with opened(output) as file:
+        in_colour = file.isatty()
+        write = writer(output, file, lambda found: marked(found, tokenizer_kind, in_colour))
+        for window in rows.usable():
+            for row, prediction in zip(
+                window, model.predict([r.text for r in window]), strict=True
+            ):
+                write(row, prediction, contributions(model, row.text) if config.explain else None)
+            file.flush()
+    rows.raise_if_bad()
+
+
+def reconstruct(config: Config, texts: Sequence[str]) -> None:
+    """Has the autoencoder of --encoder write `texts`, or else --input, again; see `predict`.
+
+    A line of text becomes three: whether what it read and what it wrote are the same, and both.
+    """
+    folder, output = Path(config.encoder), config.output or "-"
+    trained = bundle.read_info(folder, "encoder", "--encoder").get("config", {})
+    max_tokens = trained.get("pretrain_max_tokens", config.pretrain_max_tokens)
+    read_and_write = reconstructor(folder, max_tokens)
+    rows = Rows(config, texts)
+    with opened(output) as file:
+        for window in rows.usable():
+            found = read_and_write([row.text for row in window])
+            for row, made in zip(window, found, strict=True):
+                if kind_and_path(output)[0] == "jsonl":
+                    added = {"read": made.read, "written": made.written, "exact": made.exact}
+                    line = json.dumps({**row.values, **added}, ensure_ascii=False)
+                else:
+                    same = "the same" if made.exact else "not the same"
+                    line = f"{same}\n\tread\t{made.read}\n\twrote\t{made.written}"
+                file.write(line + "\n")
+            file.flush()
+    rows.raise_if_bad()
+
+
+class Rows:
+    """The rows of the command line or of --input, in windows; those without a text are named."""
+
+    def __init__(self, config: Config, texts: Sequence[str]):
+        source = config.input or "-"
+        self._rows = _rows_of(texts) if texts else read_rows(source, config.text_key or "text")
+        # Whoever types lines wants each answered.
+        typed = not texts and source == "-" and sys.stdin.isatty()
+        self._most_rows = 1 if typed else WINDOW_ROWS
+        self._total = self._bad = 0
+
+    def usable(self) -> Iterator[list[Row]]:
+        """Yields the rows that hold a text, in order."""
+        for window in windows(self._rows, self._most_rows, WINDOW_CHARACTERS):
+            self._total += len(window)
+            for row in window:
+                if row.fault:
+                    self._bad += 1
+                    _name_fault(row, self._bad)
+            yield [row for row in window if not row.fault]
+
+    def raise_if_bad(self) -> None:
+        """Raises InputError if there were rows without a text."""
+        if self._bad:
+            raise InputError(
+                f"{self._bad:,} of {self._total:,} rows hold no text that can be used; they are "
+                "left out of the output"
+            )
+
+
+def _rows_of(texts: Sequence[str]) -> Iterator[Row]:
+    for number, text in enumerate(texts, 1):
+        yield Row(f"argument {number}", text, {"text": text}, "" if text.strip() else "it is empty")
+
+
+def _name_fault(row: Row, number: int) -> None:
+    if number <= FAULTS_SHOWN:
+        print(f"error: {row.where}: {row.fault}", file=sys.stderr)
+    if number == FAULTS_SHOWN:
+        print("error: (further rows of this kind are only counted)", file=sys.stderr)

@@ -1,0 +1,127 @@
+"""Predictions as lines of text, CSV, TSV or JSON Lines."""
+
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from data_pipelines.errors import InputError
+from data_pipelines.rows import Row, kind_and_path
+from trainer.inference.text_classifier import Prediction
+
+PREDICTED = "predicted"
+PROBABILITIES = "probabilities"
+CONTRIBUTIONS = "contributions"
+Write = Callable[[Row, Prediction, list[Any] | None], None]
+
+
+@contextlib.contextmanager
+def opened(spec: str) -> Iterator[IO[str]]:
+    """Opens where predictions go; a file appears under its name when all is written.
+
+    Args:
+      spec: `[KIND:]PATH`; "-" is standard output.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    _, path = kind_and_path(spec)
+    if path == "-":
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    beside = Path(path + ".new")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"--output={spec} cannot be written: {error.strerror}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def writer(spec: str, file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
+    """Returns write(row, prediction, contributions), which writes a line or a record.
+
+    Tables and JSON Lines keep what the row had and add to it: `predicted`, and `probability_NAME`
+    for each class in a table, or `probabilities` in JSON Lines (and `contributions`, if there are
+    any). A line of text is the label, its probability and the text, tabs between them.
+
+    Args:
+      mark: contributions -> the text with marks; a line of text has it below.
+    """
+    kind, _ = kind_and_path(spec)
+    if kind == "text":
+        return _text_writer(file, mark)
+    if kind == "jsonl":
+        return _json_writer(file)
+    return _table_writer(file, kind)
+
+
+def _text_writer(file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
+    def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
+        probability = prediction.probabilities[prediction.label]
+        text = " ".join(row.text.split())
+        file.write(f"{prediction.label}\t{probability:.4f}\t{text}\n")
+        if contributions is not None:
+            file.write(f"\t\t{mark(contributions)}\n")
+
+    return write
+
+
+def _json_writer(file: IO[str]) -> Write:
+    def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
+        added: dict[str, Any] = {
+            PREDICTED: prediction.label,
+            PROBABILITIES: prediction.probabilities,
+        }
+        if contributions is not None:
+            added[CONTRIBUTIONS] = contributions
+        _refuse_clash(row, added)
+        file.write(json.dumps({**row.values, **added}, ensure_ascii=False) + "\n")
+
+    return write
+
+
+def _table_writer(file: IO[str], kind: str) -> Write:
+    csv_lines = csv.writer(file, lineterminator="\n")
+    columns: list[str] = []
+
+    def write_line(values: list[str]) -> None:
+        if kind == "csv":
+            csv_lines.writerow(values)
+        else:  # nothing is quoted in TSV
+            file.write("\t".join(" ".join(v.splitlines()).replace("\t", " ") for v in values))
+            file.write("\n")
+
+    def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
+        named = prediction.probabilities.items()
+        added = {PREDICTED: prediction.label} | {f"probability_{n}": str(p) for n, p in named}
+        if not columns:
+            _refuse_clash(row, added)
+            columns.extend([*row.values, *added])
+            write_line(columns)
+        if set(columns) != set(row.values) | set(added):
+            raise InputError(
+                f"{row.where} has {', '.join(row.values)}, not what the first row had: "
+                "choose --output=jsonl:PATH, where each record has its own keys"
+            )
+        values = {**row.values, **added}
+        write_line([_as_text(values[name]) for name in columns])
+
+    return write
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _refuse_clash(row: Row, added: Mapping[str, Any]) -> None:
+    if both := [name for name in added if name in row.values]:
+        raise InputError(
+            f"{row.where} has {', '.join(both)} already, as predictions are called: rename it first"
+        )

@@ -1,0 +1,279 @@
+"""--stage=serve: a classifier answers over HTTP, from one process on the CPU.
+
+  GET  /         a page to try sentences
+  POST /predict  {"text": "..."} or {"texts": ["...", ...]}
+                 -> {"predictions": [{"label": "pos", "probabilities": {"neg": 0.1, "pos": 0.9}}]}
+  GET  /healthz  200 while it serves
+
+What comes while the model computes is put together into the next batch, so nobody waits for a
+timer. A fault is {"error": "..."}: 400 what is no JSON, 413 what is too large or too many, 421 a
+Host that is not this machine while it listens on loopback, 422 texts that are none, 503 when more
+is waiting than can be answered soon.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from data_pipelines.errors import InputError
+from data_pipelines.sources.text import text_fault
+from trainer.config import Config
+from trainer.inference.text_classifier import TextClassifier, load_classifier
+
+BATCH_TEXTS = 256
+PENDING_TEXTS = 4096
+READ_AND_DROPPED = 64  # times --max_body_bytes: so far a refused body is read, to be answered
+GRACE_SECONDS = 20
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Refusal(Exception):
+    """A request that is not answered: the status and why."""
+
+    def __init__(self, status: int, why: str):
+        super().__init__(why)
+        self.status = status
+
+
+class Batcher:
+    """Answers requests together: one batch is computed while the next one gathers."""
+
+    def __init__(self, model: TextClassifier):
+        self._model = model
+        self._waiting: list[tuple[Sequence[str], asyncio.Future[Any]]] = []
+        self._pending_texts = 0
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "model")
+
+    async def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns float32 [texts, classes].
+
+        Raises:
+          Refusal: too much is waiting.
+        """
+        # A request alone is answered however large: --max_texts is its limit.
+        if self._pending_texts and self._pending_texts + len(texts) > PENDING_TEXTS:
+            raise Refusal(503, f"{self._pending_texts} texts are waiting: try again later")
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.append((texts, answer))
+        self._pending_texts += len(texts)
+        self._arrived.set()
+        try:
+            return await answer
+        finally:
+            self._pending_texts -= len(texts)
+
+    async def work(self) -> None:
+        """Computes for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            batch = self._next_batch()
+            texts = [text for part, _ in batch for text in part]
+            try:
+                found = await loop.run_in_executor(self._thread, self._model.probabilities, texts)
+            except Exception as error:
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(error)
+                continue
+            start = 0
+            for part, answer in batch:
+                if not answer.done():  # it is, where the client is gone
+                    answer.set_result(found[start : start + len(part)])
+                start += len(part)
+
+    def _next_batch(self) -> list[tuple[Sequence[str], asyncio.Future[Any]]]:
+        """Returns the requests that came first: at least one, and as many as make one batch."""
+        count, texts = 0, 0
+        for part, _ in self._waiting:
+            if count and texts + len(part) > BATCH_TEXTS:
+                break
+            count, texts = count + 1, texts + len(part)
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        if not self._waiting:
+            self._arrived.clear()
+        return batch
+
+
+class OnlyLoopback:
+    """Middleware that answers requests to this machine's own names alone.
+
+    Otherwise a page of elsewhere could ask a server on loopback, and read what it answers, by a
+    name of its own that it lets point to 127.0.0.1 (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            host = Request(scope).headers.get("host", "")
+            if not is_loopback(host):
+                why = f"Host {host!r:.99} is not this machine: ask localhost, or set another --host"
+                app = JSONResponse({"error": why}, 421)
+        await app(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a Host header, or an address, is one of this machine's own."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def application(
+    model: TextClassifier, max_body_bytes: int, max_texts: int, only_loopback: bool
+) -> Starlette:
+    """Returns the ASGI application.
+
+    Args:
+      only_loopback: whether it listens on loopback: then only requests to there are answered.
+    """
+    page = (resources.files("trainer.inference") / "serve.html").read_text(encoding="utf-8")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.batcher = Batcher(model)
+        worker = asyncio.create_task(app.state.batcher.work())
+        yield
+        worker.cancel()
+
+    async def index(request: Request) -> Response:
+        return HTMLResponse(page, headers=PAGE_HEADERS)
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok", "classes": list(model.class_names)})
+
+    async def predict(request: Request) -> Response:
+        try:
+            texts = texts_of(await body_of(request, max_body_bytes), max_texts)
+            found = await request.app.state.batcher.probabilities(texts)
+        except Refusal as refusal:
+            return JSONResponse({"error": str(refusal)}, refusal.status)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        answers = [model.prediction(row)._asdict() for row in found]
+        return JSONResponse({"predictions": answers})
+
+    routes = [
+        Route("/", index),
+        Route("/healthz", health),
+        Route("/predict", predict, methods=["POST"]),
+    ]
+    middleware = [Middleware(OnlyLoopback)] if only_loopback else []
+    return Starlette(routes=routes, lifespan=lifespan, middleware=middleware)
+
+
+async def body_of(request: Request, max_bytes: int) -> bytes:
+    """Returns the body.
+
+    Raises:
+      Refusal: it is larger than `max_bytes`, whatever it says of its length. It is read to its
+        end first, within reason: a client that is still sending would not see the answer.
+    """
+    said = request.headers.get("content-length", "")
+    size = int(said) if said.isdecimal() else 0
+    parts = []
+    if size <= READ_AND_DROPPED * max_bytes:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size <= max_bytes:
+                parts.append(part)
+            elif size > READ_AND_DROPPED * max_bytes:
+                break
+    if size > max_bytes:
+        raise Refusal(413, f"the body is larger than {max_bytes} bytes (--max_body_bytes)")
+    return b"".join(parts)
+
+
+def texts_of(body: bytes, max_texts: int) -> list[str]:
+    """Returns the texts of a request's body.
+
+    Raises:
+      Refusal: it is no JSON object, or has no texts, or more than `max_texts`.
+    """
+    try:
+        values: Any = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is not JSON: {error}") from None
+    if not isinstance(values, dict) or len(values.keys() & {"text", "texts"}) != 1:
+        raise Refusal(422, 'the body must be {"text": "..."} or {"texts": ["...", ...]}')
+    texts = [values["text"]] if "text" in values else values["texts"]
+    if not isinstance(texts, list):
+        raise Refusal(422, "'texts' must be a list")
+    if len(texts) > max_texts:
+        raise Refusal(413, f"{len(texts)} texts are more than {max_texts} (--max_texts)")
+    for number, text in enumerate(texts, 1):
+        fault = text_fault(text) if isinstance(text, str) else "it is no text"
+        if fault:
+            raise Refusal(422, f"text {number}: {fault}")
+    return texts
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens, of IPv6 where the address is.
+
+    Raises:
+      InputError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise InputError(f"--host={host} --port={port} cannot be had: {error.strerror}") from None
+
+
+def serve(config: Config) -> None:
+    """Serves until TERM or INT; what is being answered then is answered first.
+
+    Raises:
+      InputError: the classifier is not usable, or the address cannot be had.
+    """
+    model = load_classifier(Path(config.classifier))
+    model.probabilities(["the first text makes the graphs"])
+    listener = listening(config.host, config.port)
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    app = application(model, config.max_body_bytes, config.max_texts, is_loopback(host))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+    # The server restores these and raises the signal again when it has stopped.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    print(f"serving {config.classifier} at http://{host}:{port}", flush=True)
+    server.run(sockets=[listener])
+    print("stopped", flush=True)

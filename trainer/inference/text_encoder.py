@@ -1,0 +1,63 @@
+"""An encoder bundle, ready to use: raw text in, states out."""
+
+from pathlib import Path
+
+import tensorflow as tf
+
+from data_pipelines.tokenizers import Tokenizer
+from trainer import bundle, states
+from trainer.inference.text_classifier import bundle_tokenizer
+from trainer.models.encoder import Encoder, States
+
+
+class TextEncoder(tf.Module):
+    """An encoder with the tokenizer that it was trained with, all of it in-graph.
+
+    Attributes:
+      encoder: starts from the learned state.
+      tokenizer: of the text that it was trained on.
+    """
+
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer):
+        super().__init__(name="text_encoder")
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    def of_texts(self, texts: tf.Tensor) -> tuple[tf.RaggedTensor, States]:
+        """Returns outputs of the top layer, ragged [texts, (tokens), units], and final states.
+
+        The states are for each layer [h, c], each [texts, units]. An end-of-text token comes last.
+        """
+        ids = self.tokenizer.encode(texts)
+        lengths = tf.cast(ids.row_lengths(), tf.int32)
+        outputs, final = self.encoder(ids.to_tensor(), lengths)
+        return tf.RaggedTensor.from_tensor(outputs, lengths), final
+
+    def __call__(self, texts: tf.Tensor, training: bool = False) -> States:
+        """Returns the final states alone, as a Keras encoder does.
+
+        Args:
+          texts: string [texts].
+          training: must be False.
+        """
+        if training:
+            raise ValueError("a TextEncoder reads; to train its encoder, use --stage=finetune")
+        return self.of_texts(texts)[1]
+
+
+def load_encoder(folder: str | Path, flag: str = "folder") -> TextEncoder:
+    """Returns the encoder that pretraining wrote to `folder`, with its learned state.
+
+    Args:
+      flag: what named the folder, for the error.
+
+    Raises:
+      InputError: there is no encoder bundle in `folder`, or it is damaged.
+    """
+    folder = Path(folder)
+    loaded = bundle.load(folder, "encoder", flag)
+    encoder = bundle.new_encoder(loaded.info["model"])
+    bundle.assign(bundle.encoder_variables(encoder), loaded.tensors)
+    states.apply(encoder, loaded.state("learned"))
+    return TextEncoder(encoder, bundle_tokenizer(folder, loaded.info, flag))

@@ -1,0 +1,249 @@
+"""Cross-entropy over a large vocabulary: exact, and sampled for training.
+
+The sampled softmax estimates the full one by importance sampling (Bengio & Senecal 2003; Jean et
+al. 2015, section 3): the normaliser is the target's own term plus those of a few random words,
+each divided by the number of times that it is expected among them. The target's term is exact, so
+the estimate of the normaliser is unbiased, also where frequent words are drawn many times.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from trainer.training.lazy_rows import read_rows
+
+# Logits held at a time: 64 MiB of float32.
+CHUNK_LOGITS = 1 << 24
+# And of the sampled softmax: 2 MiB, which a cache holds.
+CHUNK_SAMPLED_LOGITS = 1 << 19
+
+
+def cross_entropy(
+    hidden: tf.Tensor, targets: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+) -> tf.Tensor:
+    """Returns the exact cross-entropy, in nats: [tokens], of the type of `hidden`.
+
+    [tokens, vocab_size] is never held, but CHUNK_LOGITS of it at a time, and the gradient computes
+    them again: four products of that size in place of three. Differentiable once.
+
+    Args:
+      hidden: [tokens, units].
+      targets: int32 [tokens].
+      kernel: [vocab_size, units].
+      bias: [vocab_size].
+    """
+
+    targets = tf.convert_to_tensor(targets)
+
+    @tf.custom_gradient
+    def run(hidden: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> Any:
+        losses, normalisers = _losses(hidden, targets, kernel, bias)
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            return _gradients(upstream, hidden, targets, kernel, bias, normalisers)
+
+        return losses, gradient
+
+    return run(*map(tf.convert_to_tensor, (hidden, kernel, bias)))
+
+
+def _losses(
+    hidden: tf.Tensor, targets: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the losses and the logs of the softmax's normalisers: [tokens] each."""
+
+    def chunk(
+        start: tf.Tensor, stop: tf.Tensor, arrays: list[tf.TensorArray], number: tf.Tensor
+    ) -> list[tf.TensorArray]:
+        logits = tf.matmul(hidden[start:stop], kernel, transpose_b=True) + bias  # [chunk, vocab]
+        normalisers = tf.reduce_logsumexp(logits, axis=1)
+        losses = normalisers - tf.gather(logits, targets[start:stop], axis=1, batch_dims=1)
+        values = (losses, normalisers)
+        return [a.write(number, value) for a, value in zip(arrays, values, strict=True)]
+
+    size = _chunk_tokens(kernel, CHUNK_LOGITS)
+    arrays = [_array(hidden, size, []) for _ in range(2)]
+    losses, normalisers = _over_chunks(hidden, size, chunk, arrays)
+    return losses.concat(), normalisers.concat()
+
+
+def _gradients(
+    upstream: tf.Tensor,
+    hidden: tf.Tensor,
+    targets: tf.Tensor,
+    kernel: tf.Tensor,
+    bias: tf.Tensor,
+    normalisers: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the gradients by hidden, kernel and bias.
+
+    That by the logits is the probabilities, chunk by chunk, less one at each target.
+    """
+
+    def chunk(start: tf.Tensor, stop: tf.Tensor, sums: list[Any], number: tf.Tensor) -> list[Any]:
+        d_hidden, d_kernel, d_bias = sums
+        some = hidden[start:stop]
+        logits = tf.matmul(some, kernel, transpose_b=True) + bias  # [chunk, vocab]
+        d_logits = tf.exp(logits - normalisers[start:stop, None]) * upstream[start:stop, None]
+        return [
+            d_hidden.write(number, tf.matmul(d_logits, kernel)),
+            d_kernel + tf.matmul(d_logits, some, transpose_a=True),
+            d_bias + tf.reduce_sum(d_logits, axis=0),
+        ]
+
+    size = _chunk_tokens(kernel, CHUNK_LOGITS)
+    width = [hidden.shape[1]]
+    sums = [_array(hidden, size, width), tf.zeros_like(kernel), tf.zeros_like(bias)]
+    d_hidden, d_kernel, d_bias = _over_chunks(hidden, size, chunk, sums)
+    vocab_size = kernel.shape[0]
+    weighted = upstream[:, None]
+    return (
+        d_hidden.concat() - weighted * tf.gather(kernel, targets),
+        d_kernel - tf.math.unsorted_segment_sum(weighted * hidden, targets, vocab_size),
+        d_bias - tf.math.unsorted_segment_sum(upstream, targets, vocab_size),
+    )
+
+
+def _over_chunks(
+    hidden: tf.Tensor, size: int, chunk: Callable[..., list[Any]], values: list[Any]
+) -> list[Any]:
+    """Returns what chunk(start, stop, values, number) makes of `values`, `size` tokens each."""
+    tokens = tf.shape(hidden)[0]
+
+    def step(number: tf.Tensor, values: list[Any]) -> tuple[tf.Tensor, list[Any]]:
+        start = number * size
+        return number + 1, chunk(start, tf.minimum(start + size, tokens), values, number)
+
+    count = _num_chunks(hidden, size)
+    _, values = tf.while_loop(
+        lambda number, values: number < count, step, (0, values), parallel_iterations=1
+    )
+    return values
+
+
+def _array(hidden: tf.Tensor, size: int, shape: list[int]) -> tf.TensorArray:
+    return tf.TensorArray(
+        hidden.dtype, _num_chunks(hidden, size), infer_shape=False, element_shape=[None, *shape]
+    )
+
+
+def _chunk_tokens(kernel: tf.Tensor, logits: int) -> int:
+    return max(1, logits // kernel.shape[0])
+
+
+def _num_chunks(hidden: tf.Tensor, size: int) -> tf.Tensor:
+    return tf.maximum(1, -(-tf.shape(hidden)[0] // size))
+
+
+def sampled_cross_entropy(
+    hidden: tf.Tensor,
+    targets: tf.Tensor,
+    kernel: tf.Tensor,
+    bias: tf.Tensor,
+    num_sampled: int,
+    seed: tf.Tensor,
+    products: tf.DType = tf.float32,
+) -> tf.Tensor:
+    """Returns the sampled cross-entropy, in nats: float32 [tokens].
+
+    The candidates are drawn with replacement from the log-uniform distribution, which suits ids
+    sorted by falling frequency, and are shared by all tokens. Shapes as in `cross_entropy`.
+
+    Args:
+      num_sampled: number of candidates.
+      seed: int32 [2]; the candidates are a function of it alone, so that all workers, given
+        the same seed, share them, and N workers compute what one would.
+      products: the type that the candidates' products are made in.
+    """
+    vocab_size = kernel.shape[0]
+    candidates = log_uniform_candidates(vocab_size, num_sampled, seed)
+    # Read together, so that a word's gradient is one row even where it is both.
+    read = tf.concat([targets, candidates], 0)
+    weights, biases = read_rows(kernel, read), read_rows(bias, read)
+    target_weights, candidate_weights = tf.split(weights, [tf.size(targets), num_sampled])
+    target_biases, candidate_biases = tf.split(biases, [tf.size(targets), num_sampled])
+    candidate_weights.set_shape([num_sampled, kernel.shape[1]])  # unknown of rows that were read
+    candidate_biases.set_shape([num_sampled])
+    target_logits = tf.reduce_sum(hidden * target_weights, axis=1) + target_biases
+    offsets = candidate_biases - log_expected_count(candidates, vocab_size, num_sampled)
+    run = _over_candidates(targets, candidates, products)
+    return run(target_logits, hidden, candidate_weights, offsets)
+
+
+def _over_candidates(
+    targets: tf.Tensor, candidates: tf.Tensor, products: tf.DType
+) -> Callable[..., tf.Tensor]:
+    """Returns the loss as a function of the target's logits and the candidates' factors.
+
+    Of [tokens, candidates] one array is held, and all that is done to it is done chunk by chunk,
+    while it is in the cache: differentiated by TensorFlow, each of a dozen operations would pass
+    through the memory.
+    """
+
+    def product(a: tf.Tensor, b: tf.Tensor, **transposed: bool) -> tf.Tensor:
+        return tf.cast(tf.matmul(tf.cast(a, products), tf.cast(b, products), **transposed), a.dtype)
+
+    @tf.custom_gradient
+    def run(
+        target_logits: tf.Tensor, hidden: tf.Tensor, weights: tf.Tensor, offsets: tf.Tensor
+    ) -> Any:
+        def forward(
+            start: tf.Tensor, stop: tf.Tensor, arrays: list[Any], number: tf.Tensor
+        ) -> list[Any]:
+            logits = product(hidden[start:stop], weights, transpose_b=True) + offsets
+            is_target = targets[start:stop, None] == candidates
+            logits = tf.where(is_target, logits.dtype.min, logits)
+            target = target_logits[start:stop]
+            largest = tf.maximum(tf.reduce_max(logits, axis=1), target)
+            parts = tf.exp(logits - largest[:, None])  # [chunk, candidates]
+            of_target = tf.exp(target - largest)
+            sums = tf.reduce_sum(parts, axis=1) + of_target
+            values = (parts, sums, tf.math.log(sums) + largest - target, of_target / sums)
+            return [a.write(number, value) for a, value in zip(arrays, values, strict=True)]
+
+        size = _chunk_tokens(weights, CHUNK_SAMPLED_LOGITS)
+        shapes: list[list[int]] = [[weights.shape[0]], [], [], []]
+        arrays = [_array(hidden, size, shape) for shape in shapes]
+        parts, sums, losses, of_target = _over_chunks(hidden, size, forward, arrays)
+        sums, of_target = sums.concat(), of_target.concat()
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            factors = upstream / sums
+
+            def backward(
+                start: tf.Tensor, stop: tf.Tensor, found: list[Any], number: tf.Tensor
+            ) -> list[Any]:
+                d_hidden, d_weights, d_offsets = found
+                d_logits = parts.read(number) * factors[start:stop, None]
+                some = hidden[start:stop]
+                return [
+                    d_hidden.write(number, product(d_logits, weights)),
+                    d_weights + product(d_logits, some, transpose_a=True),
+                    d_offsets + tf.reduce_sum(d_logits, axis=0),
+                ]
+
+            d_hidden = _array(hidden, size, [hidden.shape[1]])
+            found = [d_hidden, tf.zeros_like(weights), tf.zeros_like(offsets)]
+            with tf.name_scope("softmax_backward"):  # for a profile
+                d_hidden, d_weights, d_offsets = _over_chunks(hidden, size, backward, found)
+            return upstream * (of_target - 1.0), d_hidden.concat(), d_weights, d_offsets
+
+        return losses.concat(), gradient
+
+    return run
+
+
+def log_uniform_candidates(vocab_size: int, num_sampled: int, seed: tf.Tensor) -> tf.Tensor:
+    """Returns int32 [num_sampled] ids, P(id) = log((id + 2) / (id + 1)) / log(vocab_size + 1)."""
+    uniform = tf.random.stateless_uniform([num_sampled], seed, dtype=tf.float32)
+    ids = tf.exp(uniform * math.log(vocab_size + 1)) - 1.0
+    return tf.minimum(tf.cast(ids, tf.int32), vocab_size - 1)
+
+
+def log_expected_count(ids: tf.Tensor, vocab_size: int, num_sampled: int) -> tf.Tensor:
+    """Returns the log of how often each id is expected among the candidates: float32."""
+    ids = tf.cast(ids, tf.float32)
+    probability = tf.math.log1p(1.0 / (ids + 1.0)) / math.log(vocab_size + 1)
+    return tf.math.log(probability * num_sampled)

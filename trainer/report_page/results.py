@@ -1,0 +1,210 @@
+"""results/*.json: one file a run, written from what the run left; and the table made of them.
+
+  python -m trainer.report_page.results record RUN_DIR --out=results/NAME.json
+  python -m trainer.report_page.results halve RUN_DIR/warm/classifier --out=results/NAME
+  python -m trainer.report_page.results table            # README.md, between its two marks
+
+Nothing is typed by hand but the published rows below.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import InputError
+from trainer.safe_files import refuse_to_replace, replace_text
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+# Test error on IMDB's official split, percent.
+PUBLISHED = (
+    ("NBSVM-bi (Wang & Manning 2012)", 8.78),
+    ("LSTM from scratch (Dai & Le 2015)", 13.50),
+    ("LM-LSTM (Dai & Le 2015)", 7.64),
+    ("SA-LSTM (Dai & Le 2015)", 7.24),
+    ("virtual adversarial LSTM (Miyato et al. 2017)", 5.91),
+    ("ULMFiT, one model (Howard & Ruder 2018)", 5.30),
+)
+CURVES = ("loss", "perplexity", "error_percent", "learning_rate")
+CURVE_POINTS = 200
+
+
+def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[str, Any]:
+    """Writes and returns the result of the finished run of --stage=all in `run_dir`.
+
+    Args:
+      evaluation: folder of a run of --stage=evaluate on the float16 bundle that is kept beside
+        the result (`halve`): what it found goes in as well, for who evaluates it again.
+
+    Raises:
+      InputError: the run has not ended, is of another stage, or its files are damaged.
+    """
+    report, environment = run_files(run_dir)
+    if report["stage"] != "all":
+        raise InputError(f"{run_dir} is of --stage={report['stage']}: a result is of --stage=all")
+    result = {
+        "kind": "run",
+        "name": path.stem,
+        **report,
+        "environment": {k: v for k, v in environment.items() if k != "command"},  # it names folders
+        "curves": {
+            str(metrics.parent.relative_to(run_dir)): curves(metrics)
+            for metrics in sorted(run_dir.rglob("metrics.jsonl"))
+        },
+    }
+    result["config"] = {
+        name: value for name, value in report["config"].items() if name not in MACHINE_FLAGS
+    }
+    if evaluation is not None:
+        found, _ = run_files(evaluation)
+        if "test" not in found:
+            raise InputError(f"{evaluation} is no run of --stage=evaluate on the test split")
+        result["kept_bundle"] = {"test": found["test"]}
+    replace_text(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def run_files(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the report and the environment of a finished run.
+
+    Raises:
+      InputError: the run has not ended, or its files are damaged.
+    """
+    try:
+        report = json.loads((run_dir / "report.json").read_text())
+        return report, json.loads((run_dir / "environment.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run_dir} holds no finished run: {error}") from None
+
+
+# Folders and files, which name a machine and not the run.
+MACHINE_FLAGS = (
+    *("run_dir", "store", "data_dir", "encoder", "classifier", "backward_encoder"),
+    "init_embeddings",
+)
+
+
+def curves(path: Path) -> dict[str, list[list[float]]]:
+    """Returns [step, value] pairs of each curve of a metrics.jsonl, at most CURVE_POINTS each."""
+    found: dict[str, list[list[float]]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        for name in CURVES:
+            if isinstance(row.get(name), int | float) and math.isfinite(row[name]):
+                found.setdefault(name, []).append([row["step"], float(f"{row[name]:.5g}")])
+    return {name: thinned(points) for name, points in found.items()}
+
+
+def thinned(points: list[list[float]]) -> list[list[float]]:
+    """Returns at most CURVE_POINTS of the points, evenly spaced, the last one among them."""
+    stride = -(-len(points) // CURVE_POINTS)
+    return points[::-1][::stride][::-1] if stride else []
+
+
+def table(folder: Path) -> str:
+    """Returns the table of all results in `folder`, best first, runs of one recipe in one row.
+
+    Its time is the quickest run's, with that run's cores.
+    """
+    rows = [(error, name, f"{error:.2f} %", "published", "") for name, error in PUBLISHED]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        if result["kind"] == "baseline":
+            error = result["test_error_percent"]
+            rows.append((error, result["title"], f"{error:.2f} %", "run here", "minutes"))
+        else:
+            groups.setdefault(result["name"].partition("-seed")[0], []).append(result)
+    for name, results in groups.items():
+        starts = list(results[0]["test_error_percent"])
+        quickest = min(results, key=seconds_of)
+        cores = quickest["environment"]["cores"]
+        time = f"{seconds_of(quickest) / 60:.0f} min on {cores} core{'s' * (cores > 1)}"
+        time += ", both starts together" if len(starts) > 1 else ""
+        for start in starts:
+            errors = [r["test_error_percent"][start] for r in results]
+            rows.append(
+                (
+                    statistics.mean(errors),
+                    f"{name}, {'warm start' if start == 'warm' else 'from scratch'}",
+                    spread(errors),
+                    f"run here, {len(errors)} run{'s' if len(errors) > 1 else ''}",
+                    time,
+                )
+            )
+    lines = ["| model | test error | | time |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {error} | {how} | {time} |" for _, name, error, how, time in sorted(rows)
+    ]
+    return "\n".join(lines)
+
+
+def seconds_of(result: dict[str, Any]) -> float:
+    """Returns how long a run took, all of its sittings together.
+
+    `wall_seconds` is of the last one; the parts' own seconds go on where a run goes on.
+    """
+    parts = (result.get(part, {}).get("seconds", 0.0) for part in ("pretrain", "warm", "scratch"))
+    return max(result["wall_seconds"], sum(parts))
+
+
+def spread(errors: Sequence[float]) -> str:
+    """Returns the mean of `errors` and, of several, their range."""
+    mean = f"{statistics.mean(errors):.2f} %"
+    return mean if len(errors) == 1 else f"{mean} ({min(errors):.2f}-{max(errors):.2f})"
+
+
+def write_table(readme: Path, folder: Path) -> None:
+    """Puts the table between the marks of `readme`.
+
+    Raises:
+      InputError: the file has not both marks.
+    """
+    text = readme.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"{readme} needs the lines {BEGIN} and {END}, where the table goes")
+    replace_text(readme, f"{before}{BEGIN}\n{table(folder)}\n{END}{after}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_run = commands.add_parser("record", help="write the result of a finished run")
+    of_run.add_argument("run_dir", type=Path)
+    of_run.add_argument("--out", type=Path, required=True)
+    of_run.add_argument("--evaluation", type=Path, help="of the bundle that `halve` wrote")
+    of_half = commands.add_parser("halve", help="keep a classifier in float16")
+    of_half.add_argument("classifier", type=Path)
+    of_half.add_argument("--out", type=Path, required=True)
+    of_table = commands.add_parser("table", help="write the table into the README")
+    of_table.add_argument("--results", type=Path, default=Path("results"))
+    of_table.add_argument("--readme", type=Path, default=Path("README.md"))
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "record":
+            record(options.run_dir, options.out, options.evaluation)
+        elif options.command == "halve":
+            from trainer import bundle  # with TensorFlow, which nothing else here needs
+
+            refuse_to_replace(options.out, "--out")
+            bundle.halve(options.classifier, options.out, "classifier", MACHINE_FLAGS)
+        else:
+            write_table(options.readme, options.results)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

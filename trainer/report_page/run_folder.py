@@ -1,0 +1,269 @@
+"""A run's folder, read for its report: whatever is there, of a run that goes on or that died.
+
+Nothing here is trusted: files that are missing or damaged are named in `faults`, and left out.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.report_page.statistics import probabilities
+from trainer.safe_files import DamagedError, read_sealed, read_tensors
+
+# The parts of a run that --stage=all makes; a run of one stage is its only part itself.
+PARTS = ("pretrain", "scratch", "warm")
+MAX_METRICS_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier said of each document; see trainer/stages/predictions.py.
+
+    Attributes:
+      info: predictions.json.
+      tensors: document [n], label [n], logits [n, outputs], state/label [m], state/h and state/c
+        [m, units].
+    """
+
+    info: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def label(self) -> np.ndarray:
+        """The right classes: int32 [n]."""
+        return self.tensors["label"]
+
+    @property
+    def probability(self) -> np.ndarray:
+        """Of each class: float64 [n, classes]."""
+        return probabilities(self.tensors["logits"])
+
+    @property
+    def is_wrong(self) -> np.ndarray:
+        """Bool [n]."""
+        return self.probability.argmax(axis=1) != self.label
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training, or one evaluation.
+
+    Attributes:
+      name: "pretrain", "scratch", "warm", or "classifier" where it is not known which.
+      metrics: the lines of its metrics.jsonl.
+      predictions: None where there are none.
+      states: of its encoder bundle, by name ("learned/h"), float32 [units].
+    """
+
+    name: str
+    metrics: list[dict[str, Any]]
+    predictions: Predictions | None = None
+    states: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run's folder holds.
+
+    Attributes:
+      name: the folder's.
+      report: report.json; empty before the run has ended.
+      config: the flags that it was given.
+      environment: what it ran with.
+      parts: by name.
+      faults: files that could not be read, one line each.
+      last_written: when its metrics last grew, Unix time; 0 where there are none.
+    """
+
+    name: str
+    report: dict[str, Any]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    parts: dict[str, Part]
+    faults: list[str]
+    last_written: float
+
+
+def read(folder: Path) -> RunFolder:
+    """Returns what is in the run's folder.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or nothing of a run in it.
+    """
+    faults: list[str] = []
+    report = _read_json(folder / "report.json", faults)
+    config = _read_json(folder / "config.json", faults) or report.get("config")
+    config = config if isinstance(config, dict) else {}
+    environment = _read_json(folder / "environment.json", faults)
+    parts = {}
+    for place in (folder, *(folder / name for name in PARTS)):
+        if part := _read_part(place, place == folder, config, faults):
+            parts[part.name] = part
+    if not (parts or report or config):
+        raise FileNotFoundError(
+            f"{folder} holds no run: no config.json, metrics.jsonl, report.json"
+        )
+    times = [_number(line.get("unix_time")) for part in parts.values() for line in part.metrics]
+    return RunFolder(
+        name=folder.resolve().name,
+        report=report,
+        config=config,
+        environment=environment,
+        parts=parts,
+        faults=faults,
+        last_written=max((time for time in times if time is not None), default=0.0),
+    )
+
+
+def _read_part(
+    folder: Path, is_whole_run: bool, config: Mapping[str, Any], faults: list[str]
+) -> Part | None:
+    metrics = _read_metrics(folder / "metrics.jsonl", faults)
+    predictions = _read_predictions(folder / "predictions", faults)
+    states = _read_states(folder / "encoder", faults)
+    if not (metrics or predictions or states):
+        return None
+    name = folder.name
+    if is_whole_run:
+        is_pretraining = states or (metrics and metrics[0].get("stage") == "pretrain")
+        starts = predictions.info if predictions else config
+        name = "pretrain" if is_pretraining else _start_of(starts)
+    return Part(name, metrics, predictions, states)
+
+
+def _start_of(values: Mapping[str, Any]) -> str:
+    """Returns which start flags, or a classifier's own words, describe."""
+    weights, state = values.get("init_weights"), values.get("initial_state")
+    if weights is None or state is None:
+        return "classifier"
+    return "scratch" if (weights, state) == ("random", "zero") else "warm"
+
+
+def _read_json(path: Path, faults: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
+        return values
+    except (OSError, ValueError, RecursionError) as error:
+        faults.append(f"{path}: {error}")
+        return {}
+
+
+def _read_metrics(path: Path, faults: list[str]) -> list[dict[str, Any]]:
+    """Returns the lines that are whole; the last one may be half written."""
+    if not path.exists():
+        return []
+    lines, damaged = [], 0
+    try:
+        if path.stat().st_size > MAX_METRICS_BYTES:
+            raise OSError(f"larger than {MAX_METRICS_BYTES} bytes")
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    values = json.loads(line)
+                    lines.append({"stage": str(values["stage"]), **_numbers(values)})
+                except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
+                    damaged += line.endswith("\n")
+    except OSError as error:
+        faults.append(f"{path}: {error}")
+    if damaged:
+        faults.append(f"{path}: {damaged} damaged lines are left out")
+    return [line for line in lines if "step" in line]
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: _number(value) for name, value in values.items()}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    number = float(value) if abs(value) < 1e300 else math.inf
+    return number if math.isfinite(number) else None
+
+
+def _read_predictions(folder: Path, faults: list[str]) -> Predictions | None:
+    if not folder.exists():
+        return None
+    try:
+        info = read_sealed(folder / "predictions.json")
+        tensors = read_tensors(folder / "predictions.safetensors", info.get("tensors"))
+        if fault := _predictions_fault(info, tensors):
+            raise DamagedError(f"{folder} is damaged: {fault}")
+        return Predictions(info, tensors)
+    except DamagedError as error:
+        faults.append(str(error))
+        return None
+
+
+def _predictions_fault(info: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str | None:
+    classes = info.get("classes")
+    if type(classes) is not int or classes < 2:
+        return f"'classes' is {classes!r:.99}"
+    outputs = 1 if classes == 2 else classes
+    shapes = {name: array.shape for name, array in tensors.items()}
+    documents = len(tensors.get("label", ()))
+    if shapes.get("logits") != (documents, outputs) or not documents:
+        return f"logits of shape {shapes.get('logits')} for {documents} labels, {classes} classes"
+    if shapes.get("document") != (documents,):
+        return f"documents of shape {shapes.get('document')} for {documents} labels"
+    for name in ("label", "state/label"):
+        labels = tensors.get(name, np.zeros(0, np.int32))
+        if (
+            labels.dtype.kind != "i"
+            or labels.size
+            and not 0 <= labels.min() <= labels.max() < classes
+        ):
+            return f"{name!r} holds what is no class"
+    rows = len(tensors.get("state/label", ()))
+    for name in ("state/h", "state/c"):
+        if len(shapes.get(name, ())) != 2 or shapes[name][0] != rows:
+            return f"{name!r} is of shape {shapes.get(name)} for {rows} labels"
+    if not all(np.isfinite(array).all() for array in tensors.values()):
+        return "numbers that are not finite"
+    return _examples_fault(info.get("examples"), classes)
+
+
+def _examples_fault(examples: Any, classes: int) -> str | None:
+    if not isinstance(examples, list):
+        return "'examples' is no list"
+    for example in examples:
+        try:
+            pieces, added = example["pieces"], example["contributions"]
+            good = (
+                len(pieces) == len(added)
+                and all(isinstance(piece, str) for piece in pieces)
+                and all(_number(x) is not None for x in [*added, example["probability"]])
+                and all(example[name] in range(classes) for name in ("label", "predicted"))
+            )
+        except (KeyError, TypeError) as error:
+            return f"an example: {error!r:.99}"
+        if not good:
+            return "an example does not hold what it must"
+    return None
+
+
+def _read_states(folder: Path, faults: list[str]) -> dict[str, np.ndarray]:
+    """Returns the learned states of an encoder bundle, by what follows "states/" in their names."""
+    if not (folder / "encoder.json").exists():
+        return {}
+    try:
+        info = read_sealed(folder / "encoder.json")
+        tensors = read_tensors(folder / "encoder.safetensors", info.get("tensors"))
+    except DamagedError as error:
+        faults.append(str(error))
+        return {}
+    return {
+        name.removeprefix("states/"): array
+        for name, array in tensors.items()
+        if name.startswith("states/") and array.ndim == 1 and np.isfinite(array).all()
+    }

@@ -1,0 +1,100 @@
+"""A step's gradients: from each shard's part to the global batch's sum, in few bytes.
+
+The gradient of an embedding table is zero but for the rows of the words in the batch. Its rows
+can travel as they are (every worker gets every other's: bytes grow with the workers and the
+words of a batch) or the whole table can be summed like any dense gradient (bytes grow with the
+vocabulary). `choose_rows` takes the smaller, from sizes measured on the run's first batch: not
+on the batch at which a run resumes, so that a resumed run adds in the same order.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.distribution.distributor import Distributor, num_shards
+from trainer.training.gradients import Gradient, dense, distinct_rows
+
+COMPRESSED = {"none": None, "fp16": tf.float16, "bf16": tf.bfloat16}
+_INDEX_BYTES = 8
+
+
+def reduce_gradients(
+    distributor: Distributor,
+    gradients: Sequence[Gradient],
+    as_rows: Sequence[bool],
+    compress: str = "none",
+    stay_rows: Sequence[bool] | None = None,
+) -> list[Gradient]:
+    """Returns, inside a step, each gradient summed over all shards: dense, but for `stay_rows`.
+
+    Args:
+      gradients: this shard's.
+      as_rows: whether each travels as rows, from `choose_rows`; needs tf.IndexedSlices.
+      compress: "none", "fp16" or "bf16": the type in which dense gradients are sent and added.
+      stay_rows: which of those that do not travel whole are returned as tf.IndexedSlices of
+        distinct rows.
+    """
+    stay_rows = stay_rows or [False] * len(gradients)
+    if num_shards(distributor) == 1:
+        return [
+            distinct_rows(gradient) if stay else dense(gradient)
+            for gradient, stay in zip(gradients, stay_rows, strict=True)
+        ]
+    narrow = COMPRESSED[compress]
+    sums: list[Gradient | None] = [None] * len(gradients)
+    whole = [i for i, rows in enumerate(as_rows) if not rows]
+    sent = [dense(gradients[i]) for i in whole]
+    sent_as = [tf.cast(g, narrow) if narrow else g for g in sent]
+    received = distributor.all_reduce_sum(sent_as) if sent else []
+    for i, gradient, reduced in zip(whole, sent, received, strict=True):
+        sums[i] = tf.cast(reduced, gradient.dtype)
+    for i, gradient in enumerate(gradients):
+        if as_rows[i]:
+            rows = distinct_rows(gradient)
+            values, indices = distributor.all_gather_rows(rows.values, rows.indices)
+            rows = tf.IndexedSlices(values, indices, rows.dense_shape)
+            sums[i] = distinct_rows(rows) if stay_rows[i] else dense(rows)
+    return sums
+
+
+def choose_rows(
+    distributor: Distributor,
+    policy: str,
+    is_sparse: Sequence[bool],
+    count_rows: Callable[[dict[str, tf.Tensor]], Sequence[tf.Tensor]],
+    batches: tf.data.Dataset,
+    sizes: Sequence[tuple[int, int]],
+) -> list[bool]:
+    """Returns which gradients travel as rows; a collective, outside of a step.
+
+    Args:
+      policy: "dense", "rows" or "auto".
+      is_sparse: whether each gradient is of a few rows; no other can travel as rows.
+      count_rows: batch -> how many distinct rows each gradient has on this shard.
+      batches: the run's first global batch.
+      sizes: bytes of each gradient, whole, and of one of its rows.
+    """
+    if num_shards(distributor) == 1 or policy == "dense":
+        return [False] * len(sizes)
+    if policy == "rows":
+        return list(is_sparse)
+    counts = [float(n) for n in count_rows(next(iter(batches)))]
+    # The first local shard's, so that this is a mean over processes.
+    (total,) = distributor.sum_over_processes([np.array(counts, np.float32)])
+    rows = total / distributor.size
+    return [
+        sparse and bool(row_bytes(mean, width, distributor) < dense_bytes(size, distributor))
+        for sparse, mean, (size, width) in zip(is_sparse, rows, sizes, strict=True)
+    ]
+
+
+def dense_bytes(size: float, distributor: Distributor) -> float:
+    """Returns the bytes that each shard sends to sum `size` bytes in a ring."""
+    shards = num_shards(distributor)
+    return 2 * (shards - 1) / shards * size
+
+
+def row_bytes(rows: float, width: float, distributor: Distributor) -> float:
+    """Returns the bytes that each shard sends so that all have its `rows` rows of `width` bytes."""
+    return (num_shards(distributor) - 1) * rows * (width + _INDEX_BYTES)
