@@ -72,7 +72,7 @@ def flags_of(program: str) -> set[str]:
 
         return {item.name for item in dataclasses.fields(Config)} | {"flagfile", "help"}
     package = {"launch.main": "launch", "data_pipelines.prepare": "data_pipelines"}[program]
-    text = "\n".join(path.read_text() for path in (REPOSITORY / package).glob("*.py"))
+    text = "\n".join(path.read_text() for path in (REPOSITORY / package).rglob("*.py"))
     return set(re.findall(r'"([a-z][a-z0-9_]+)"', text)) | {"flagfile", "help"}
 
 

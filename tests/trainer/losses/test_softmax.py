@@ -100,7 +100,7 @@ from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
 import tensorflow as tf
 from trainer.objectives import softmax
-from tests.trainer.objectives.test_softmax import plain_cross_entropy
+from tests.trainer.losses.test_softmax import plain_cross_entropy
 
 def step(loss, tokens):
     tensors = [tf.random.normal(s) for s in ([tokens, 32], [30_000, 32], [30_000])]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.trainer.reporting.test_run_folder import EXAMPLE, write_metrics, write_predictions
 
 from tests.browser import Page, chromium, open_browser
+from tests.trainer.report_page.test_run_folder import EXAMPLE, write_metrics, write_predictions
 from trainer.report_page import html, run_folder
 from trainer.safe_files import sealed, specs, tensor_bytes
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.trainer.reporting.test_run_folder import write_predictions
 
+from tests.trainer.report_page.test_run_folder import write_predictions
 from trainer.report_page import run_folder, verdict
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.trainer.reporting.test_html import write_run
 
 from data_pipelines.errors import InputError
+from tests.trainer.report_page.test_html import write_run
 from trainer.distribution.preemption import Preempted
 from trainer.reporting import trackers
 from trainer.reporting.metrics_file import Metrics

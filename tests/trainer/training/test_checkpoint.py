@@ -151,7 +151,7 @@ from pathlib import Path
 import numpy as np
 import tests.conftest
 from data_pipelines.errors import InputError
-from tests.trainer.test_checkpoint import Setup
+from tests.trainer.training.test_checkpoint import Setup
 
 setup = Setup(Path(sys.argv[1]), errors=sys.argv[2])
 setup.save(1, {})

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.trainer.test_tables import Batches
 
 from tests import loop_settings
+from tests.trainer.training.test_lazy_rows import Batches
 from trainer.distribution.tf_distribute import one_device
 from trainer.training import checkpoint, loop, loss_scale
 from trainer.training.health import NonFiniteError
