@@ -28,7 +28,8 @@ from data_pipelines.store.token_store import TokenStore
 from trainer import config as configuration
 from trainer.config import Config
 from trainer.distribution import cluster
-from trainer.distribution.distributor import Distributor, make_distributor
+from trainer.distribution.distributor import Distributor
+from trainer.distribution.make import make_distributor
 from trainer.distribution.preemption import StopRequest
 from trainer.main import open_store, with_precision
 from trainer.report_page.statistics import mean_of_runs

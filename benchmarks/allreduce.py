@@ -65,12 +65,8 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
 
     from tests import loop_settings
     from trainer.distribution import cluster as clusters
-    from trainer.distribution.distributor import (
-        barrier,
-        is_chief,
-        make_distributor,
-        reduce_inside_step_only,
-    )
+    from trainer.distribution.distributor import reduce_inside_step_only
+    from trainer.distribution.make import make_distributor
     from trainer.training.optimizer import make_optimizer
     from trainer.training.schedules import Schedule
 
@@ -89,12 +85,12 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for number, batch in enumerate(batches(0, repeats + 2)):
         for name, step in steps.items():
-            barrier(distributor)
+            distributor.barrier()
             began = time.perf_counter()
             float(step(batch, tf.constant(0.0))[0])
             if number >= 2:  # the first one traces
                 milliseconds[name].append(1e3 * (time.perf_counter() - began))
-    if is_chief(distributor):
+    if distributor.is_chief:
         out.write_text(json.dumps(records(kind, vocab_size, distributor, task, milliseconds)))
 
 

@@ -25,7 +25,7 @@ from benchmarks.machine import facts
 from tests.loop_settings import settings
 from trainer.config import Config
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.distributor import make_distributor
+from trainer.distribution.make import make_distributor
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
 from trainer.stages import pretrain
 from trainer.training.checkpoint import Checkpointer

@@ -84,7 +84,7 @@ import numpy as np
 from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
 from trainer.distribution import cluster
-from trainer.distribution.distributor import barrier, broadcast_arrays, is_chief, make_distributor
+from trainer.distribution.make import make_distributor
 from trainer.distribution.divergence import check_equal
 kind, megabytes, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 distributor = make_distributor(kind, cluster.resolve(os.environ), 60.0)
@@ -92,12 +92,12 @@ random = np.random.default_rng(distributor.rank)
 arrays = {"weights": random.normal(size=megabytes * 250_000).astype(np.float32)}
 seconds = []
 for _ in range(6):
-    barrier(distributor)
+    distributor.barrier()
     began = time.perf_counter()
-    received = broadcast_arrays(distributor, arrays if is_chief(distributor) else None)
+    received = distributor.broadcast_arrays(arrays if distributor.is_chief else None)
     seconds.append(time.perf_counter() - began)
 check_equal(distributor, received, "after the broadcast")
-if is_chief(distributor):
+if distributor.is_chief:
     assert np.array_equal(received["weights"], arrays["weights"])
     json.dump(statistics.median(seconds[1:]), open(out, "w"))
 """

@@ -132,8 +132,8 @@ def run_stage(
     import tensorflow as tf
 
     from trainer import native
-    from trainer.distribution import distributor as distributors
     from trainer.distribution.failures import lost_peer
+    from trainer.distribution.make import make_distributor
     from trainer.distribution.preemption import StopRequest
     from trainer.reporting.status_server import Vitals, serve
     from trainer.reporting.trackers import following, make_trackers
@@ -162,7 +162,7 @@ def run_stage(
     absl.logging.set_verbosity(absl.logging.WARNING)
     tf.config.experimental.enable_op_determinism()
     try:
-        distributor = distributors.make_distributor(
+        distributor = make_distributor(
             config.distributor, cluster, config.collective_timeout_seconds
         )
         stop_request = StopRequest(("TERM", config.preemption_signal), config.grace_seconds)
@@ -177,7 +177,7 @@ def run_stage(
     except (InputError, Preempted):
         raise
     except Replayed as done:
-        log("\n".join(["", *describe(done.args[0], distributors.num_shards(distributor))]))
+        log("\n".join(["", *describe(done.args[0], distributor.num_shards)]))
     except Exception as error:
         reason = lost_peer(error)
         if reason is None and cluster.size == 1:
@@ -198,13 +198,12 @@ def write_report(run: Any, result: dict[str, Any], wall_seconds: float) -> None:
     Raises:
       InputError: report.json cannot be written; all else has been done by then.
     """
-    from trainer.distribution.distributor import num_shards
     from trainer.reporting import report_file as reports
 
     config, folder = run.config, run.folder
     report = {
         "stage": config.stage,
-        "world_size": num_shards(run.distributor),
+        "world_size": run.distributor.num_shards,
         "data_note": run.store.note,
         **result,
         "wall_seconds": round(wall_seconds, 1),
@@ -401,12 +400,11 @@ def with_precision(config: Config, distributor: Any, log: Callable[[str], None])
     """Returns the configuration with a choice in place of --precision=auto; a collective."""
     if config.precision != "auto" or config.stage == "evaluate":  # which reads in float32
         return config
-    from trainer.distribution.distributor import num_shards
     from trainer.training import precision
 
     finetunes = config.stage == "finetune"
     batch_size = config.finetune_batch_size if finetunes else config.pretrain_batch_size
-    rows = max(1, batch_size // num_shards(distributor))
+    rows = max(1, batch_size // distributor.num_shards)
     sizes = (rows, config.embedding_dim, config.units)
     resume = config.resume == "auto"
     folder = replay.folder_of_run(config) if config.step else Path(config.run_dir)

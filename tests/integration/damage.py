@@ -94,7 +94,7 @@ def checkpointer(folder: Path, lines: list[str]):
     import keras
 
     from trainer.distribution.cluster import Cluster
-    from trainer.distribution.distributor import make_distributor
+    from trainer.distribution.make import make_distributor
     from trainer.training.checkpoint import Checkpointer
 
     variables = {

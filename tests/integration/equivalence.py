@@ -107,7 +107,7 @@ def main(kind: str, folder: Path) -> None:
     import tensorflow as tf
 
     from trainer.distribution import cluster as clusters
-    from trainer.distribution.distributor import make_distributor
+    from trainer.distribution.make import make_distributor
 
     if kind == "multi_worker" and "TF_CONFIG" not in os.environ:  # one worker
         task = {"type": "worker", "index": 0}
@@ -194,7 +194,6 @@ def make_batches(distributor):
     """Returns (start, stop) -> this process's slices of global batches of random documents."""
     from data_pipelines.batches.batch_plan import BatchPlan
     from data_pipelines.batches.dataset import make_dataset
-    from trainer.distribution.distributor import num_shards
 
     documents = RandomDocuments()
     plan = BatchPlan(documents, max_tokens=20, global_batch=GLOBAL_BATCH, seed=0)
@@ -206,7 +205,7 @@ def make_batches(distributor):
         stop_step=stop,
         first_shard=distributor.rank * local,
         num_local_shards=local,
-        num_shards=num_shards(distributor),
+        num_shards=distributor.num_shards,
     )
 
 

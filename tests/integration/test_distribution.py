@@ -57,7 +57,7 @@ import numpy as np
 from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
 from trainer.distribution import cluster
-from trainer.distribution.distributor import make_distributor
+from trainer.distribution.make import make_distributor
 from trainer.distribution.divergence import DivergenceError, check_equal
 distributor = make_distributor("auto", cluster.resolve(os.environ), 60.0)
 held = {"kernel": np.ones(3), "bias": np.full(3, distributor.rank == 2)}

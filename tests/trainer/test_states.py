@@ -11,7 +11,7 @@ from data_pipelines.errors import InputError
 from tests.conftest import REPOSITORY
 from trainer import states
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.distributor import make_distributor
+from trainer.distribution.make import make_distributor
 from trainer.models.encoder import Encoder
 
 

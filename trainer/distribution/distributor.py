@@ -1,132 +1,143 @@
 """The one seam between the training code and the way in which workers are run.
 
-Two words. A *process* has a rank; a *shard* is one replica of the model: a process drives one
-or more of them (one a GPU), and each takes its slice of every global batch.
+A *process* has a rank. A *shard* is one replica of the model: a process drives one or more of them
+(one a GPU), and each takes its slice of every global batch.
 """
 
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.errors import InputError
-from trainer.distribution.cluster import Cluster, distributor_faults
 
+class Distributor:
+    """The workers of a run, as the training code sees them.
 
-class Distributor(Protocol):
-    """What the training code may ask of the workers.
+    `run`, `sum_over_processes`, `barrier`, `gather_objects` and `broadcast_arrays` are collectives:
+    every process calls them, in the same order.
 
     Attributes:
-      rank: index of this process; 0 is the chief.
-      size: number of processes.
-      num_local_shards: model replicas in this process.
+        rank: Index of this process; 0 is the chief.
+        size: Number of processes.
+        num_local_shards: Model replicas in this process.
     """
 
-    rank: int
-    size: int
-    num_local_shards: int
+    def __init__(self, rank: int, size: int, num_local_shards: int = 1):
+        self.rank = rank
+        self.size = size
+        self.num_local_shards = num_local_shards
+        self._sums: dict[type, Callable[[np.ndarray], tf.Tensor]] = {
+            dtype: tf.function(
+                self._sum, input_signature=[tf.TensorSpec([None], dtype)], autograph=False
+            )
+            for dtype in (np.float32, np.float64)
+        }
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the context in which models and optimizers must be made."""
+        raise NotImplementedError
 
     def run(self, step: Callable[..., Any], *args: Any) -> Any:
-        """Runs `step(*args)` once on each local shard (inside a tf.function); returns the first
-        shard's result."""
+        """Runs `step(*args)` once on each local shard, inside a tf.function.
+
+        Returns:
+            The first shard's result.
+        """
+        raise NotImplementedError
 
     def local_shard(self) -> int | tf.Tensor:
         """Returns, inside `step`, the index of the shard among this process's shards."""
+        raise NotImplementedError
 
     def all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Returns, inside `step`, each tensor summed over all shards of all processes."""
+        raise NotImplementedError
 
     def all_gather_rows(self, values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns, inside `step`, all shards' values [rows, width] and indices [rows], by shard.
+        """Returns, inside `step`, the values [rows, width] and indices [rows] of all shards.
 
-        Each shard may have another number of rows, none as well."""
+        They are ordered by shard. Shards may have different numbers of rows, or none.
+        """
+        raise NotImplementedError
+
+    @property
+    def is_chief(self) -> bool:
+        """True in the one process that reads and writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def num_shards(self) -> int:
+        """Model replicas over all processes."""
+        return self.size * self.num_local_shards
 
     def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns each float array summed over all processes; outside of `step`."""
+        """Returns each float array summed over all processes; call it outside of `step`."""
+        if self.size == 1:
+            return [np.asarray(array) for array in arrays]
+        found: dict[int, np.ndarray] = {}
+        for dtype, summed in self._sums.items():
+            chosen = [i for i, array in enumerate(arrays) if array.dtype == dtype]
+            if not chosen:
+                continue
+            # One flat array, so that arrays of other shapes need no other graph.
+            flat = summed(np.concatenate([arrays[i].ravel() for i in chosen])).numpy()
+            stops = np.cumsum([arrays[i].size for i in chosen])
+            for i, part in zip(chosen, np.split(flat, stops[:-1]), strict=True):
+                found[i] = part.reshape(arrays[i].shape)
+        return [found[i] for i in range(len(arrays))]
 
+    def _sum(self, flat: tf.Tensor) -> tf.Tensor:
+        def step(flat: tf.Tensor) -> tf.Tensor:
+            # Only one shard a process contributes, so that a process counts once.
+            counts = tf.cast(tf.equal(self.local_shard(), 0), flat.dtype)
+            return self.all_reduce_sum([flat * counts])[0]
 
-def sum_flat(
-    arrays: Sequence[np.ndarray], sums: Mapping[type, Callable[[np.ndarray], tf.Tensor]]
-) -> list[np.ndarray]:
-    """Returns each array summed over all processes, by one call a type.
+        return self.run(step, flat)
 
-    Args:
-      sums: for float32 and float64, a function that sums one flat array over the processes.
-    """
-    found: dict[int, np.ndarray] = {}
-    for dtype, summed in sums.items():
-        chosen = [i for i, array in enumerate(arrays) if array.dtype == dtype]
-        if not chosen:
-            continue
-        # One flat array, so that arrays of other shapes need no other graph.
-        flat = summed(np.concatenate([arrays[i].ravel() for i in chosen])).numpy()
-        stops = np.cumsum([arrays[i].size for i in chosen])
-        for i, part in zip(chosen, np.split(flat, stops[:-1]), strict=True):
-            found[i] = part.reshape(arrays[i].shape)
-    return [found[i] for i in range(len(arrays))]
+    def barrier(self) -> None:
+        """Waits until every process has called it."""
+        self.sum_over_processes([np.zeros(1, np.float32)])
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Returns every process's `value` (anything that JSON can hold), by rank."""
+        payload = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        lengths = np.zeros(self.size, np.float32)
+        lengths[self.rank] = len(payload)
+        (lengths,) = self.sum_over_processes([lengths])
+        # Bytes travel as float32, which holds them exactly and which every backend can sum.
+        rows = np.zeros((self.size, int(lengths.max())), np.float32)
+        rows[self.rank, : len(payload)] = payload
+        (rows,) = self.sum_over_processes([rows])
+        return [
+            json.loads(row[: int(length)].astype(np.uint8).tobytes())
+            for row, length in zip(rows, lengths, strict=True)
+        ]
 
-def is_chief(distributor: Distributor) -> bool:
-    """Returns True in the one process that reads, writes and speaks."""
-    return distributor.rank == 0
+    def broadcast_arrays(self, arrays: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        """Returns the chief's arrays, in every process; integers must be within 2**53.
 
-
-def num_shards(distributor: Distributor) -> int:
-    """Returns the number of model replicas over all processes."""
-    return distributor.size * distributor.num_local_shards
-
-
-def barrier(distributor: Distributor) -> None:
-    """Returns when every process has come here."""
-    distributor.sum_over_processes([np.zeros(1, np.float32)])
-
-
-def gather_objects(distributor: Distributor, value: Any) -> list[Any]:
-    """Returns every process's `value` (anything that JSON can hold), by rank."""
-    payload = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = np.zeros(distributor.size, np.float32)
-    lengths[distributor.rank] = len(payload)
-    (lengths,) = distributor.sum_over_processes([lengths])
-    # Bytes travel as float32, which holds them exactly and which every backend can sum.
-    rows = np.zeros((distributor.size, int(lengths.max())), np.float32)
-    rows[distributor.rank, : len(payload)] = payload
-    (rows,) = distributor.sum_over_processes([rows])
-    return [
-        json.loads(row[: int(length)].astype(np.uint8).tobytes())
-        for row, length in zip(rows, lengths, strict=True)
-    ]
-
-
-def broadcast_arrays(
-    distributor: Distributor, arrays: dict[str, np.ndarray] | None
-) -> dict[str, np.ndarray]:
-    """Returns the chief's arrays, in every process; integers must be within 2**53.
-
-    Args:
-      arrays: the chief's; other processes pass None and need to know nothing of them.
-    """
-    if arrays is not None and distributor.size == 1:
-        return dict(arrays)
-    held = arrays if is_chief(distributor) else None
-    known = None if held is None else {k: [str(v.dtype), list(v.shape)] for k, v in held.items()}
-    spec = gather_objects(distributor, known)[0]
-    # Adding zeros is exact for every value but -0.0, which becomes 0.0 in all processes alike.
-    mine = [
-        (np.zeros(shape) if held is None else held[name]).astype(_travelling_dtype(dtype))
-        for name, (dtype, shape) in spec.items()
-    ]
-    received = distributor.sum_over_processes(mine)
-    return {
-        name: array.astype(dtype)
-        for (name, (dtype, _)), array in zip(spec.items(), received, strict=True)
-    }
+        Args:
+            arrays: The chief's; ignored in other processes, which may pass None.
+        """
+        if arrays is not None and self.size == 1:
+            return dict(arrays)
+        held = arrays if self.is_chief else None
+        known = None if held is None else {k: [str(v.dtype), [*v.shape]] for k, v in held.items()}
+        spec = self.gather_objects(known)[0]
+        # Adding zeros is exact for every value but -0.0, which becomes 0.0 in all processes alike.
+        mine = [
+            (np.zeros(shape) if held is None else held[name]).astype(_travelling_dtype(dtype))
+            for name, (dtype, shape) in spec.items()
+        ]
+        received = self.sum_over_processes(mine)
+        return {
+            name: array.astype(dtype)
+            for (name, (dtype, _)), array in zip(spec.items(), received, strict=True)
+        }
 
 
 def _travelling_dtype(dtype: str) -> np.dtype:
@@ -161,27 +172,3 @@ def update_each_copy(
         strategy.extended.update(variable.value, update, args=args, group=False)
 
     tf.distribute.get_replica_context().merge_call(each, args=args)
-
-
-def make_distributor(kind: str, cluster: Cluster, collective_timeout_seconds: float) -> Distributor:
-    """Returns the distributor of `kind`, one of config.DISTRIBUTORS.
-
-    "auto" is horovod or multi_worker where the environment names peers, else one_device.
-
-    Raises:
-      InputError: `kind` does not fit the environment.
-    """
-    from trainer.distribution import horovod, tf_distribute
-
-    if faults := distributor_faults(kind, cluster):
-        raise InputError("\n".join(faults))
-    if kind == "auto":
-        several = "horovod" if cluster.horovod else "multi_worker"
-        kind = several if cluster.size > 1 else "one_device"
-    if kind == "horovod":
-        return horovod.horovod(cluster, collective_timeout_seconds)
-    if kind == "multi_worker":
-        return tf_distribute.multi_worker(cluster, collective_timeout_seconds)
-    if kind == "mirrored":
-        return tf_distribute.mirrored()
-    return tf_distribute.one_device()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from trainer import bundle
-from trainer.distribution.distributor import Distributor, gather_objects
+from trainer.distribution.distributor import Distributor
 
 
 class DivergenceError(RuntimeError):
@@ -29,7 +29,7 @@ def check_equal(distributor: Distributor, arrays: Mapping[str, np.ndarray], when
       DivergenceError: in every worker, naming each array that differs, and the workers that hold
         something else than most do.
     """
-    faults = differences(gather_objects(distributor, digests(arrays)))
+    faults = differences(distributor.gather_objects(digests(arrays)))
     if faults:
         raise DivergenceError(f"workers hold different values {when}: " + "; ".join(faults))
 

@@ -15,33 +15,21 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.distributor import sum_flat
+from trainer.distribution.distributor import Distributor
 
 START_SECONDS = 300.0  # within which all processes must have come to `hvd.init()`
 
 
-class HorovodDistributor:
-    """A Distributor (see distributor.py) over an initialised `horovod.tensorflow`."""
-
-    num_local_shards = 1
+class HorovodDistributor(Distributor):
+    """A Distributor over an initialised `horovod.tensorflow`."""
 
     def __init__(self, hvd: ModuleType):
-        self.rank: int = hvd.rank()
-        self.size: int = hvd.size()
+        super().__init__(hvd.rank(), hvd.size())
         self._hvd = hvd
-        self._sum: dict[type, Callable[[np.ndarray], tf.Tensor]] = {
-            dtype: tf.function(
-                lambda flat: self.all_reduce_sum([flat])[0],
-                input_signature=[tf.TensorSpec([None], dtype)],
-                autograph=False,
-            )
-            for dtype in (np.float32, np.float64)
-        }
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -74,11 +62,6 @@ class HorovodDistributor:
             self._hvd.allgather(values, name="gather_values"),
             self._hvd.allgather(indices, name="gather_indices"),
         )
-
-    def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        if self.size == 1:
-            return [np.asarray(array) for array in arrays]
-        return sum_flat(arrays, self._sum)
 
 
 def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistributor:

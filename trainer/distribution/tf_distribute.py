@@ -4,27 +4,18 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.distributor import sum_flat
+from trainer.distribution.distributor import Distributor
 
 
-class TfDistributor:
-    """A Distributor (see distributor.py) over any synchronous tf.distribute strategy."""
+class TfDistributor(Distributor):
+    """A Distributor over any synchronous tf.distribute strategy."""
 
     def __init__(self, strategy: tf.distribute.Strategy, rank: int, size: int):
-        self.rank = rank
-        self.size = size
-        self.num_local_shards = strategy.num_replicas_in_sync // size
+        super().__init__(rank, size, strategy.num_replicas_in_sync // size)
         self._strategy = strategy
-        self._sum: dict[type, Callable[[np.ndarray], tf.Tensor]] = {
-            dtype: tf.function(
-                self._sum_step, input_signature=[tf.TensorSpec([None], dtype)], autograph=False
-            )
-            for dtype in (np.float32, np.float64)
-        }
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return self._strategy.scope()
@@ -50,19 +41,6 @@ class TfDistributor:
             context.all_gather(tf.identity(values), axis=0),
             context.all_gather(tf.identity(indices), axis=0),
         )
-
-    def sum_over_processes(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        if self.size == 1:
-            return [np.asarray(array) for array in arrays]
-        return sum_flat(arrays, self._sum)
-
-    def _sum_step(self, flat: tf.Tensor) -> tf.Tensor:
-        def step(flat: tf.Tensor) -> tf.Tensor:
-            # Only one shard a process contributes, so that a process counts once.
-            counts = tf.cast(tf.equal(self.local_shard(), 0), flat.dtype)
-            return self.all_reduce_sum([flat * counts])[0]
-
-        return self.run(step, flat)
 
 
 def one_device() -> TfDistributor:

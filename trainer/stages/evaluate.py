@@ -7,7 +7,6 @@ from typing import Any
 import tensorflow as tf
 
 from trainer import bundle
-from trainer.distribution.distributor import broadcast_arrays, gather_objects
 from trainer.distribution.steps import sum_over_batches
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.stages.predictions import predict, save
@@ -22,8 +21,8 @@ def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dic
     What it says of each document goes to `folder`/predictions; see predictions.py.
     """
     loaded = bundle.load(classifier_folder, "classifier", "--classifier") if run.is_chief else None
-    info = gather_objects(run.distributor, loaded.info if loaded else None)[0]
-    tensors = broadcast_arrays(run.distributor, loaded.tensors if loaded else None)
+    info = run.distributor.gather_objects(loaded.info if loaded else None)[0]
+    tensors = run.distributor.broadcast_arrays(loaded.tensors if loaded else None)
     with run.distributor.scope():
         classifier = bundle.new_classifier(info["model"])
     bundle.assign(bundle.classifier_variables(classifier), tensors)

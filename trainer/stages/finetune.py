@@ -12,7 +12,6 @@ import tensorflow as tf
 from data_pipelines.store.split_view import SplitView
 from trainer import bundle, states
 from trainer.config import Config
-from trainer.distribution.distributor import broadcast_arrays, gather_objects
 from trainer.distribution.divergence import check_equal
 from trainer.models.classifier import Classifier
 from trainer.models.text_model import TextModel
@@ -130,7 +129,7 @@ def word_frequencies(run: Run) -> np.ndarray:
         view = run.store.split(*pretraining_splits(run.store))
         counts = view.token_counts(run.store.vocab_size)
         counted = {"frequencies": (counts / counts.sum()).astype(np.float32)}
-    return broadcast_arrays(run.distributor, counted)["frequencies"]
+    return run.distributor.broadcast_arrays(counted)["frequencies"]
 
 
 def make_classifier(run: Run, with_reader: bool, bidirectional: bool = False) -> Classifier:
@@ -188,7 +187,7 @@ def warm_start(
         encoders["--backward_encoder"] = received.info["tensors_sha256"]
         theirs = _take_over(classifier.backward, received, init_weights, initial_state)
         held |= {f"backward/{name}": value for name, value in theirs.items()}
-    digests = gather_objects(run.distributor, bundle.digest(held))
+    digests = run.distributor.gather_objects(bundle.digest(held))
     if len(set(digests)) > 1:
         check_equal(run.distributor, held, "after the broadcast")  # raises, and says what differs
     seconds = time.perf_counter() - began
@@ -203,8 +202,8 @@ def _received(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:
     """Returns the encoder bundle that the chief reads, in every process, and its bytes."""
     loaded = bundle.load(folder, "encoder", flag) if run.is_chief else None
     said = {name: loaded.info[name] for name in ("model", "tensors_sha256")} if loaded else None
-    info = gather_objects(run.distributor, said)[0]
-    tensors = broadcast_arrays(run.distributor, loaded.tensors if loaded else None)
+    info = run.distributor.gather_objects(said)[0]
+    tensors = run.distributor.broadcast_arrays(loaded.tensors if loaded else None)
     return bundle.Bundle(tensors, info), sum(array.nbytes for array in tensors.values())
 
 

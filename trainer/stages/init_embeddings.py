@@ -6,7 +6,6 @@ The paper's word2vec row (Dai & Le 2015, table 2): all else is drawn at random.
 from data_pipelines.errors import InputError
 from data_pipelines.tokenizers.vocabulary import FIRST_ID, read_lines
 from data_pipelines.word_vectors import read_word_vectors
-from trainer.distribution.distributor import broadcast_arrays
 from trainer.models.encoder import Encoder
 from trainer.stages.run import Run
 
@@ -34,7 +33,7 @@ def init_embeddings(run: Run, encoder: Encoder) -> dict[str, int]:
                 f"{run.store.vocab_path}"
             )
         found = {"ids": places + FIRST_ID, "vectors": vectors}
-    found = broadcast_arrays(run.distributor, found)
+    found = run.distributor.broadcast_arrays(found)
     table = encoder.embeddings.numpy()
     table[found["ids"]] = found["vectors"]
     encoder.embeddings.assign(table)

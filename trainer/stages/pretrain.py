@@ -16,7 +16,6 @@ from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
 from trainer import bundle, seeds, states
 from trainer.config import Config
-from trainer.distribution.distributor import num_shards
 from trainer.distribution.steps import sum_over_batches
 from trainer.models.encoder import Encoder, dropped_weights
 from trainer.models.language_model import LanguageModel
@@ -179,7 +178,7 @@ def carried_state(run: Run, model: TextModel) -> keras.Variable | None:
     Every process holds it for all rows: it is small beside the gradients that the step sums, and
     a run may then resume on any number of workers. Call it in the scope.
     """
-    config, shards = run.config, num_shards(run.distributor)
+    config, shards = run.config, run.distributor.num_shards
     if config.pretrain_packing != "stream":
         return None
     if config.pretrain_batch_size < shards:

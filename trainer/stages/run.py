@@ -15,7 +15,7 @@ from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers import load_tokenizer
 from trainer import config as configuration
 from trainer.config import Config
-from trainer.distribution.distributor import Distributor, is_chief, num_shards
+from trainer.distribution.distributor import Distributor
 from trainer.distribution.preemption import StopRequest
 from trainer.reporting.status_server import Vitals
 from trainer.reporting.trackers import Tracker
@@ -43,7 +43,7 @@ class Run:
     @property
     def is_chief(self) -> bool:
         """Returns True in the one process that writes and speaks."""
-        return is_chief(self.distributor)
+        return self.distributor.is_chief
 
     def plan(
         self,
@@ -145,7 +145,7 @@ class Batches:
             stop_step=stop_step,
             first_shard=self.distributor.rank * local,
             num_local_shards=local,
-            num_shards=num_shards(self.distributor),
+            num_shards=self.distributor.num_shards,
         )
 
     def examples(self, step: int) -> list[int]:

@@ -26,12 +26,7 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer import bundle
-from trainer.distribution.distributor import (
-    Distributor,
-    broadcast_arrays,
-    gather_objects,
-    is_chief,
-)
+from trainer.distribution.distributor import Distributor
 from trainer.safe_files import (
     Buffer,
     DamagedError,
@@ -107,7 +102,7 @@ class Checkpointer:
           InputError: in every worker, where `errors` is "stop" and the write before failed.
         """
         self.wait()
-        if not is_chief(self._distributor):
+        if not self._distributor.is_chief:
             return
         # What is read stays as it is: TensorFlow gives a variable that a step changes new memory
         # while the old one is held. To copy it here would delay the step.
@@ -125,7 +120,7 @@ class Checkpointer:
           InputError: as `save`.
         """
         self.close()
-        error = gather_objects(self._distributor, self._error)[0]
+        error = self._distributor.gather_objects(self._error)[0]
         self._error = ""
         if error and self._errors == "stop":
             raise InputError(error)
@@ -152,7 +147,7 @@ class Checkpointer:
         Raises:
           InputError: they cannot be removed; in the chief only.
         """
-        if is_chief(self._distributor):
+        if self._distributor.is_chief:
             try:
                 remove(self._folder)
             except OSError as error:
@@ -177,21 +172,21 @@ class Checkpointer:
             they are), or the newest good one is not of this model, or not from this encoder.
         """
         state, tensors, error = None, {}, ""
-        if is_chief(self._distributor):
+        if self._distributor.is_chief:
             try:
                 state, tensors = self._read_newest(before) or (None, {})
             except InputError as found:
                 error = str(found)
             except OSError as found:
                 error = f"the checkpoints in {self._folder} cannot be read: {found.strerror}"
-        state, error = gather_objects(self._distributor, [state, error])[0]
+        state, error = self._distributor.gather_objects([state, error])[0]
         if error:
             raise InputError(error)
         if state is None:
             return None
         mine = {k: v for k, v in tensors.items() if not k.startswith("+")}
-        chief = is_chief(self._distributor)
-        bundle.assign(self._variables, broadcast_arrays(self._distributor, mine if chief else None))
+        chief = self._distributor.is_chief
+        bundle.assign(self._variables, self._distributor.broadcast_arrays(mine if chief else None))
         kept = {k[1:]: v for k, v in tensors.items() if k.startswith("+")}
         return state["step"], state["notes"], kept
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from trainer.distribution.distributor import Distributor, is_chief, reduce_inside_step_only
+from trainer.distribution.distributor import Distributor, reduce_inside_step_only
 from trainer.distribution.preemption import Preempted, StopRequest
 from trainer.reporting.metrics_file import Metrics
 from trainer.reporting.profile import Profiler
@@ -136,7 +136,7 @@ def _make_run(
     progress = Progress(
         task, settings, distributor, checkpoints, metrics, log, examples, averages, vitals
     )
-    profiled = settings.profile_steps if is_chief(distributor) else (0, 0)
+    profiled = settings.profile_steps if distributor.is_chief else (0, 0)
     profiler = Profiler(*profiled, settings.folder / "profile", log)
     several_steps = make_several_steps(train_step)
     return _Run(
@@ -240,6 +240,6 @@ def _step_again(
             tables.settle()
         return restored
 
-    say = log if is_chief(run.distributor) else lambda line: None
+    say = log if run.distributor.is_chief else lambda line: None
     names = list(run.task.variables)
     return replay(settings.replay_step, names, restore, batches, step_again, say)

@@ -7,7 +7,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-from trainer.distribution.distributor import Distributor, gather_objects, is_chief
+from trainer.distribution.distributor import Distributor
 from trainer.models.lstm import WarmLSTM
 from trainer.safe_files import replace_text
 
@@ -37,7 +37,7 @@ def choose(
       InputError: in every worker: the choice cannot be read or remembered.
     """
     chosen, fault = "", ""
-    if is_chief(distributor):
+    if distributor.is_chief:
         path = folder / "precision.txt"
         try:
             chosen = _remembered(path) if resume else ""
@@ -49,7 +49,7 @@ def choose(
                 f"--precision=auto: the choice is kept in {path}: {error.strerror}: make room or "
                 f"make it writable, or set --precision to one of {', '.join(CHOICES)}"
             )
-    chosen, fault = gather_objects(distributor, [chosen, fault])[0]
+    chosen, fault = distributor.gather_objects([chosen, fault])[0]
     if fault:
         raise InputError(fault)
     return chosen

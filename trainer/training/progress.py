@@ -10,12 +10,7 @@ import numpy as np
 
 from data_pipelines.errors import InputError
 from trainer import bundle
-from trainer.distribution.distributor import (
-    Distributor,
-    broadcast_arrays,
-    is_chief,
-    num_shards,
-)
+from trainer.distribution.distributor import Distributor
 from trainer.distribution.divergence import check_equal
 from trainer.distribution.preemption import Preempted
 from trainer.reporting.live import LiveStatus
@@ -137,7 +132,7 @@ class Progress:
                 "of this program: start again with --resume=never"
             )
         self._notes = cast(Notes, notes)
-        if is_chief(self._distributor):
+        if self._distributor.is_chief:
             self._log(f"{self._task.name}: resumed after step {step}")
         return step
 
@@ -147,7 +142,7 @@ class Progress:
         Raises:
           InputError: in every worker: it cannot be read or written, unless that is a warning.
         """
-        if is_chief(self._distributor):
+        if self._distributor.is_chief:
             folder = self._settings.folder
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +178,7 @@ class Progress:
         vitals, now = self._vitals, time.monotonic()
         vitals.step, vitals.loss, vitals.beat = step, loss, now
         vitals.saved = self._checkpoints.saved
-        if is_chief(self._distributor) and now - self._line_time > HEARTBEAT_SECONDS:
+        if self._distributor.is_chief and now - self._line_time > HEARTBEAT_SECONDS:
             self._write_metrics(step, heartbeat=True)
             self._log(f"{self._task.name} step {step}/{self._settings.steps} · goes on")
         recent = self._since_report
@@ -218,7 +213,7 @@ class Progress:
                 f"{name}: {said}; {skipped - 1} were left out before it, and "
                 f"--max_skipped_steps={settings.max_skipped_steps}; {advice}"
             )
-        if is_chief(self._distributor):
+        if self._distributor.is_chief:
             self._write_metrics(step, skipped_steps=skipped)
             self._log(f"{name}: {said}; left out, {skipped} of {settings.max_skipped_steps}")
 
@@ -239,7 +234,7 @@ class Progress:
         """Says how far the run is."""
         recent, settings = self._since_report, self._settings
         self._since_report = new_totals()
-        if not is_chief(self._distributor):
+        if not self._distributor.is_chief:
             return
         # There is none where all these steps were left out.
         loss = {"loss": float(np.mean(recent["loss"]))} if recent["loss"] else {}
@@ -287,7 +282,7 @@ class Progress:
         better = not select_by or values[select_by] < best
         if better:
             self._notes["metrics"], self._notes["step"] = values, step
-        if not is_chief(self._distributor):
+        if not self._distributor.is_chief:
             return True
         if better and select_by:
             self._best = bundle.values(self._task.variables)
@@ -303,7 +298,7 @@ class Progress:
             check_equal(self._distributor, held, f"after step {step}")
         notes = self._notes | {
             "seconds": self._notes["seconds"] + self._elapsed_here(),
-            "shards": num_shards(self._distributor),
+            "shards": self._distributor.num_shards,
         }
         evaluated = self._settings.keep_best and self._notes["evaluated_step"] == step
         self._checkpoints.save(step, notes, self._best, self._value if evaluated else None)
@@ -311,8 +306,8 @@ class Progress:
     def finish(self) -> Result:
         """Sets the variables to the best ones, if the task selects; returns the result."""
         if self._task.select_by:
-            chief = is_chief(self._distributor)
-            best = broadcast_arrays(self._distributor, self._best if chief else None)
+            chief = self._distributor.is_chief
+            best = self._distributor.broadcast_arrays(self._best if chief else None)
             bundle.assign(self._task.variables, best)
         elif self._averages:
             self._averages.put_in_place()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.distribution.distributor import Distributor, num_shards
+from trainer.distribution.distributor import Distributor
 from trainer.training.gradients import Gradient, dense, distinct_rows
 
 COMPRESSED = {"none": None, "fp16": tf.float16, "bf16": tf.bfloat16}
@@ -36,7 +36,7 @@ def reduce_gradients(
         distinct rows.
     """
     stay_rows = stay_rows or [False] * len(gradients)
-    if num_shards(distributor) == 1:
+    if distributor.num_shards == 1:
         return [
             distinct_rows(gradient) if stay else dense(gradient)
             for gradient, stay in zip(gradients, stay_rows, strict=True)
@@ -75,7 +75,7 @@ def choose_rows(
       batches: the run's first global batch.
       sizes: bytes of each gradient, whole, and of one of its rows.
     """
-    if num_shards(distributor) == 1 or policy == "dense":
+    if distributor.num_shards == 1 or policy == "dense":
         return [False] * len(sizes)
     if policy == "rows":
         return list(is_sparse)
@@ -91,10 +91,10 @@ def choose_rows(
 
 def dense_bytes(size: float, distributor: Distributor) -> float:
     """Returns the bytes that each shard sends to sum `size` bytes in a ring."""
-    shards = num_shards(distributor)
+    shards = distributor.num_shards
     return 2 * (shards - 1) / shards * size
 
 
 def row_bytes(rows: float, width: float, distributor: Distributor) -> float:
     """Returns the bytes that each shard sends so that all have its `rows` rows of `width` bytes."""
-    return (num_shards(distributor) - 1) * rows * (width + _INDEX_BYTES)
+    return (distributor.num_shards - 1) * rows * (width + _INDEX_BYTES)

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.distribution.distributor import Distributor, num_shards
+from trainer.distribution.distributor import Distributor
 from trainer.distribution.steps import local_rows
 from trainer.training.gradients import Gradient, divided, loss_and_gradients
 from trainer.training.lazy_rows import Rule, Tables, rule_of, trace_gradients
@@ -86,7 +86,7 @@ def make_train_step(
     as_rows = choose_rows(
         distributor, settings.sparse_reduce, traced.is_sparse, traced.count_rows, first, sizes
     )
-    one_shard = num_shards(distributor) == 1
+    one_shard = distributor.num_shards == 1
     by_rows = [
         is_table and (one_shard or r) for is_table, r in zip(traced.is_table, as_rows, strict=True)
     ]
@@ -347,6 +347,6 @@ def in_global_batch(distributor: Distributor, rows: tf.Tensor, shape: tuple[int,
 def shard_range(distributor: Distributor, num_rows: int) -> tuple[int | tf.Tensor, int | tf.Tensor]:
     """Returns, inside a step, this shard's slice [start, stop) of `num_rows` rows."""
     shard = distributor.local_shard() + distributor.rank * distributor.num_local_shards
-    shards = num_shards(distributor)
+    shards = distributor.num_shards
     # As `data_pipelines.batches.batch_plan.shard_rows`; the shard may be a tensor.
     return num_rows * shard // shards, num_rows * (shard + 1) // shards

@@ -16,7 +16,8 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from trainer.distribution import cluster as clusters  # noqa: E402
-from trainer.distribution import distributor as distributors  # noqa: E402
+from trainer.distribution.distributor import reduce_inside_step_only  # noqa: E402
+from trainer.distribution.make import make_distributor  # noqa: E402
 
 OPTIMIZERS = {"SGD": {"momentum": 0.9}, "Adam": {}, "AdamW": {}, "Nadam": {}}
 INPUTS = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
@@ -82,7 +83,7 @@ def trained(distributor, name: str, rows: slice) -> list[list[float]]:
     layer.build((None, 4))
     optimizer = getattr(keras.optimizers, name)(0.05, **OPTIMIZERS[name])
     optimizer.build(layer.trainable_variables)
-    distributors.reduce_inside_step_only(optimizer)
+    reduce_inside_step_only(optimizer)
     inputs, targets = tf.constant(INPUTS[rows]), tf.constant(TARGETS[rows])
 
     def step() -> None:
@@ -107,25 +108,23 @@ def outside_of_a_step(distributor) -> dict:
                 [np.full((2, 2), rank, np.float32), np.array(2.0**-40 + rank), np.float32([1])]
             )
         ],
-        "objects": distributors.gather_objects(distributor, {"rank": rank, "é": [rank] * rank}),
+        "objects": distributor.gather_objects({"rank": rank, "é": [rank] * rank}),
         "arrays": {
             name: [str(array.dtype), array.tolist()]
-            for name, array in distributors.broadcast_arrays(
-                distributor, arrays if rank == 0 else None
-            ).items()
+            for name, array in distributor.broadcast_arrays(arrays if rank == 0 else None).items()
         },
     }
 
 
 def main(folder: Path) -> None:
     cluster = clusters.resolve(os.environ)
-    distributor = distributors.make_distributor("auto", cluster, 60.0)
+    distributor = make_distributor("auto", cluster, 60.0)
     shares = np.array_split(np.arange(len(INPUTS)), distributor.size)
     share = shares[distributor.rank]
     result = {
         "kind": type(distributor).__name__,
         "shard": distributor.local_shard(),
-        "shards": distributors.num_shards(distributor),
+        "shards": distributor.num_shards,
         "reduced": reduced(distributor),
         "digests": random_sum_digests(distributor, times=30),
         "gathered": gathered(distributor, (2, 0, 3)[: distributor.size]),
@@ -135,7 +134,7 @@ def main(folder: Path) -> None:
             name: trained(distributor, name, slice(share[0], share[-1] + 1)) for name in OPTIMIZERS
         },
     }
-    distributors.barrier(distributor)
+    distributor.barrier()
     (folder / f"{distributor.rank}.json").write_text(json.dumps(result))
 
 

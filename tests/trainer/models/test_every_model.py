@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.distributor import make_distributor
+from trainer.distribution.make import make_distributor
 from trainer.distribution.steps import local_rows
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder

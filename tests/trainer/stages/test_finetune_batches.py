@@ -42,7 +42,7 @@ def half_labelled_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches(store: TokenStore, rank: int, size: int, local: int) -> FinetuneBatches:
-    distributor = SimpleNamespace(rank=rank, size=size, num_local_shards=local)
+    distributor = SimpleNamespace(rank=rank, num_local_shards=local, num_shards=size * local)
 
     def of(split: str, batch_size: int) -> Batches:
         view = store.split(split)

@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.distributor import make_distributor
+from trainer.distribution.distributor import Distributor
+from trainer.distribution.make import make_distributor
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpointer
 
@@ -220,13 +221,12 @@ def test_a_checkpoint_of_another_model_is_no_damage(setup: Setup, tmp_path: Path
         setup.checkpoints.restore()
 
 
-class TwoWorkers:
+class TwoWorkers(Distributor):
     """A distributor of two processes as two threads: both must come to every collective."""
 
-    size, num_local_shards = 2, 1
-
     def __init__(self, rank: int, shared: dict):
-        self.rank, self._shared = rank, shared
+        super().__init__(rank, size=2)
+        self._shared = shared
 
     def sum_over_processes(self, arrays: list) -> list:
         barrier, mine = self._shared["barrier"], [np.asarray(array) for array in arrays]

@@ -18,7 +18,7 @@ from data_pipelines.errors import InputError
 from tests import loop_settings
 from trainer import safe_files
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.distributor import make_distributor
+from trainer.distribution.make import make_distributor
 from trainer.distribution.preemption import Preempted
 from trainer.distribution.steps import sum_over_batches
 from trainer.reporting.status_server import Vitals, serve
