@@ -22,7 +22,8 @@ PAGES = sorted(
     + list((REPOSITORY / "docs").rglob("*.md"))
 )
 RUNNABLE = re.compile(r"<!-- runnable -->\n+```\w*\n(.*?)```", re.S)
-BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```", re.S | re.M)
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```", re.S | re.M)
+SHELLS = ("", "sh", "bash", "console")
 OUR_PROGRAMS = ("trainer.main", "launch.main", "data_pipelines.prepare")
 SCRIPT = re.compile(rf"^(?:\$ )?warmstate ({'|'.join(COMMANDS)})\b")
 STANDS_FOR_MORE = re.compile(r"^(<.*|\.\.\.|TRAINER_FLAGS|FLAGS|\[.*)$")
@@ -31,7 +32,8 @@ STANDS_FOR_MORE = re.compile(r"^(<.*|\.\.\.|TRAINER_FLAGS|FLAGS|\[.*)$")
 def commands(page: Path) -> list[list[str]]:
     """Returns the words of each command in the page that starts one of our programs."""
     found = []
-    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    for block in (text for language, text in blocks if language in SHELLS):
         for line in block.replace("\\\n", " ").splitlines():
             line = SCRIPT.sub(lambda found: f"python -m {COMMANDS[found[1]].module}", line)
             if not any(f"-m {program}" in line for program in OUR_PROGRAMS):

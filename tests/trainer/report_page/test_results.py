@@ -82,6 +82,16 @@ def test_the_results_that_are_kept_make_a_table() -> None:
     assert kept and sum("run here" in row for row in rows) >= 2
 
 
+@pytest.mark.parametrize(
+    ("page", "names"), [("README.md", results.HEADLINE), ("docs/reproduction.md", ())]
+)
+def test_the_pages_show_the_kept_results(page: str, names: tuple[str, ...]) -> None:
+    text = (REPOSITORY / page).read_text()
+    shown = text.partition(results.BEGIN)[2].partition(results.END)[0].strip()
+    assert shown == results.table(REPOSITORY / "results", names)
+    assert len(shown.splitlines()) >= 2 + len(names)
+
+
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no finished run"):
         results.record(tmp_path, tmp_path / "a.json")
