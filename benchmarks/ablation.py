@@ -24,6 +24,7 @@ import keras
 from absl import app, flags
 
 from benchmarks.machine import facts, in_words
+from data_pipelines import flag_fields
 from data_pipelines.store.token_store import TokenStore
 from trainer import config as configuration
 from trainer.config import Config
@@ -231,7 +232,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configuration.define_flags()
+    flag_fields.define([Config])
     flags.DEFINE_multi_enum("objectives", [*OBJECTIVES], [*OBJECTIVES], "Which ones.")
     flags.DEFINE_integer("seeds", 3, "How many seeds.", lower_bound=2, upper_bound=10)
     flags.DEFINE_string("out", "benchmarks/results/learned_states.json", "JSON that is written.")

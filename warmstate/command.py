@@ -4,25 +4,21 @@ A command is a module that runs as `python -m MODULE` does, in this process and 
 flags; help and shell completion are made of those flags, without TensorFlow.
 """
 
-import difflib
 import importlib.metadata
 import os
 import runpy
 import sys
-import textwrap
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from warmstate.flag_tables import FlagRow, launch_flags, prepare_flags, report_flags, trainer_flags
-
-USAGE_EXIT_CODE = 2
-INDENT = " " * 6
-WRAPPED: dict[str, Any] = {
-    "subsequent_indent": INDENT,
-    "break_long_words": False,
-    "break_on_hyphens": False,
-}
-HELP = ("--help", "-help", "--helpshort", "--helpfull", "-h")
+from data_pipelines.flag_fields import (
+    HELP_WORDS,
+    USAGE_EXIT_CODE,
+    Field,
+    did_you_mean,
+    help_text,
+)
+from warmstate import flag_tables
 
 
 class Command(NamedTuple):
@@ -162,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if not words or words[0] in HELP:
+    if not words or words[0] in HELP_WORDS:
         print(overview())
         return 0 if words else USAGE_EXIT_CODE
     if words[0] == "--version":
@@ -170,14 +166,13 @@ def _run(words: list[str]) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, COMMANDS)
         print(f"error: {name!r} is not a command of warmstate{hint}", file=sys.stderr)
         print("`warmstate --help` lists the commands", file=sys.stderr)
         return USAGE_EXIT_CODE
     command = COMMANDS[name]
     end = rest.index("--") if "--" in rest else len(rest)
-    if set(rest[:end]) & set(HELP):
+    if set(rest[:end]) & HELP_WORDS:
         print(help_of(name))
         return 0
     # Last, because a flagfile may name another stage; but before what is no flag.
@@ -217,21 +212,10 @@ def help_of(name: str) -> str:
     command = COMMANDS[name]
     lines = [f"warmstate {name}: {command.summary}", "", "Examples:"]
     lines += [f"  warmstate {example}" for example in command.examples]
-    group = ""
-    for flag in flags_of(name):
-        if flag.group != group:
-            group = flag.group
-            lines += ["", f"{group}:"]
-        values = "|".join(flag.choices) or flag.kind
-        lines.append(f"  --{flag.name}={values}  {flag.default}".rstrip())
-        lines += textwrap.wrap(" ".join(flag.help.split()), 94, initial_indent=INDENT, **WRAPPED)
-    return "\n".join(lines)
+    text = help_text(flags_of(name))
+    return "\n".join(lines + (["", text] if text else []))
 
 
-def flags_of(name: str) -> list[FlagRow]:
+def flags_of(name: str) -> list[Field]:
     """Returns a command's flags, in the order of its help."""
-    command = COMMANDS[name]
-    if command.stage:
-        return trainer_flags(command.stage)
-    tables = {"prepare": prepare_flags, "launch": launch_flags, "report": report_flags}
-    return tables.get(name, list)()
+    return flag_tables.flags_of(name, COMMANDS[name].stage)

@@ -3,14 +3,23 @@
 The script that is printed holds all words, so that nothing is started while somebody types.
 """
 
-import difflib
 import functools
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from data_pipelines.flag_fields import (
+    FLAGFILE_HELP,
+    USAGE_EXIT_CODE,
+    Field,
+    choices_of,
+    did_you_mean,
+    fields_of,
+    flag,
+    kind_of,
+)
 from warmstate.command import COMMANDS, flags_of
-from warmstate.flag_tables import FLAGFILE, FlagRow
 
 
 def bash() -> str:
@@ -20,7 +29,7 @@ def bash() -> str:
         for name in COMMANDS
         if _flags(name)
     )
-    choices = {f.name: f.choices for name in COMMANDS for f in _flags(name) if f.choices}
+    choices = {f.name: choices_of(f) for name in COMMANDS for f in _flags(name) if choices_of(f)}
     values = "\n".join(
         f'    --{flag}) COMPREPLY=($(compgen -W {shlex.quote(" ".join(words))} -- "$value")) ;;'
         for flag, words in sorted(choices.items())
@@ -93,10 +102,10 @@ compdef _warmstate warmstate
 """
 
 
-def _zsh_flag(flag: FlagRow) -> str:
-    escaped = "".join(f"\\{c}" if c in "[]:\\" else c for c in _first_sentence(flag.help))
-    values = f"({' '.join(flag.choices)})" if flag.choices else "_files"
-    return shlex.quote(f"--{flag.name}=[{escaped}]:{flag.kind}:{values}")
+def _zsh_flag(item: Field) -> str:
+    escaped = "".join(f"\\{c}" if c in "[]:\\" else c for c in _first_sentence(item))
+    values = f"({' '.join(choices_of(item))})" if choices_of(item) else "_files"
+    return shlex.quote(f"--{item.name}=[{escaped}]:{kind_of(item).__name__}:{values}")
 
 
 def fish() -> str:
@@ -112,11 +121,12 @@ def fish() -> str:
     for name, command in COMMANDS.items():
         about = _fish_quoted(command.summary)
         lines.append(f"complete -c warmstate -n __fish_use_subcommand -a {name} -d {about}")
-        for flag in _flags(name):
-            values = f" -x -a {_fish_quoted(' '.join(flag.choices))}" if flag.choices else " -r"
+        for item in _flags(name):
+            words = " ".join(choices_of(item))
+            values = f" -x -a {_fish_quoted(words)}" if words else " -r"
             lines.append(
-                f"complete -c warmstate -n '__fish_seen_subcommand_from {name}' -l {flag.name}"
-                f"{values} -d {_fish_quoted(_first_sentence(flag.help))}"
+                f"complete -c warmstate -n '__fish_seen_subcommand_from {name}' -l {item.name}"
+                f"{values} -d {_fish_quoted(_first_sentence(item))}"
             )
     return "\n".join(lines) + "\n"
 
@@ -126,15 +136,20 @@ def _fish_quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _first_sentence(text: str) -> str:
-    return " ".join(text.split()).split(". ")[0].split("; ")[0].rstrip(".")
+def _first_sentence(item: Field) -> str:
+    text: str = item.metadata["help"]
+    return text.split(". ")[0].split("; ")[0].rstrip(".")
+
+
+@dataclass
+class _Flagfile:
+    flagfile: str = flag("", "", FLAGFILE_HELP)
 
 
 @functools.cache
-def _flags(name: str) -> list[FlagRow]:
+def _flags(name: str) -> list[Field]:
     found = flags_of(name)
-    extra = FlagRow("", FLAGFILE, "str", "", "A file of flags, one a line")
-    return [*found, extra] if found else []
+    return [*found, *fields_of([_Flagfile]).values()] if found else []
 
 
 SHELLS: dict[str, Callable[[], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
@@ -146,10 +161,9 @@ def main(arguments: list[str]) -> int:
         print(SHELLS[arguments[0]](), end="")
         return 0
     given = " ".join(arguments)
-    near = difflib.get_close_matches(given, SHELLS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(given, SHELLS)
     print(f"error: {given!r} is not one of {', '.join(SHELLS)}{hint}", file=sys.stderr)
-    return 2
+    return USAGE_EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The flags of each program as a table, for help and completion; imports no TensorFlow."""
+"""The flags of each command, for help and completion; imports no TensorFlow."""
 
-import dataclasses
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
-FLAGFILE = "flagfile"
-# Groups of the trainer's flags that a stage has a use for.
+from data_pipelines.flag_fields import Field, fields_of, flag
+
+# Groups of the trainer's flags that a stage reads.
 _EVERY_RUN = ("Run", "Data", "Model", "Optimization", "Distribution")
 STAGE_GROUPS = {
     "all": (*_EVERY_RUN, "Pretraining", "Fine-tuning", "Evaluation"),
@@ -16,15 +16,15 @@ STAGE_GROUPS = {
     "export": ("Evaluation", "Prediction"),
     "serve": ("Evaluation", "Serving"),
 }
-# Of those, what a stage has no use for.
+# Flags of those groups that a stage does not read.
 STAGE_NOT = {
     "predict": ("evaluate_split",),
     "export": ("evaluate_split", "input", "text_key", "explain", "reconstruct"),
     "serve": ("evaluate_split",),
 }
-# Of other groups, what it has.
+# Flags of other groups that a stage reads.
 STAGE_ALSO = {
-    "finetune": (  # of the objective of --joint_weight
+    "finetune": (  # for the objective of --joint_weight
         "pretrain_objective",
         "pretrain_dropout",
         "pretrain_word_dropout",
@@ -37,85 +37,33 @@ STAGE_ALSO = {
 }
 
 
-class FlagRow(NamedTuple):
-    """A flag.
-
-    Attributes:
-      kind: of its value: int, float, str or bool.
-      default: as the help shows it.
-      choices: the values that it may have, if they are few.
-    """
-
-    group: str
-    name: str
-    kind: str
-    default: str
-    help: str
-    choices: tuple[str, ...] = ()
+@dataclass
+class _Report:
+    out: str = flag("Flags", "", "File to write. Default: report.html in the run's folder.")
 
 
-def trainer_flags(stage: str) -> list[FlagRow]:
-    """Returns the trainer's flags that `stage` has a use for."""
-    from trainer.config import Config, kind_of
+def flags_of(name: str, stage: str) -> list[Field]:
+    """Returns the flags of a command, those of the trainer's `stage` if it has one."""
+    if stage:
+        return _trainer_flags(stage)
+    if name == "prepare":
+        from data_pipelines.prepare.command import Options
+
+        return list(fields_of([Options]).values())
+    if name == "launch":
+        from launch.main import TABLES
+
+        return list(fields_of(TABLES).values())
+    return list(fields_of([_Report]).values()) if name == "report" else []
+
+
+def _trainer_flags(stage: str) -> list[Field]:
+    from trainer.config import Config
 
     left_out = {"stage", *STAGE_NOT.get(stage, ())}
     return [
-        FlagRow(
-            item.metadata["group"],
-            item.name,
-            kind_of(item).__name__,
-            f"(default: {item.default!r})",
-            item.metadata["help"],
-            item.metadata["choices"] or (("true", "false") if item.type is bool else ()),
-        )
-        for item in dataclasses.fields(Config)
-        if (item.metadata["group"] in STAGE_GROUPS[stage] and item.name not in left_out)
-        or item.name in STAGE_ALSO.get(stage, ())
+        item
+        for name, item in fields_of([Config]).items()
+        if (item.metadata["group"] in STAGE_GROUPS[stage] and name not in left_out)
+        or name in STAGE_ALSO.get(stage, ())
     ]
-
-
-def prepare_flags() -> list[FlagRow]:
-    """Returns the flags of `data_pipelines.prepare`."""
-    from data_pipelines.prepare import command
-
-    command.define_flags()
-    return _absl_flags("Flags", "data_pipelines.prepare.command")
-
-
-def launch_flags() -> list[FlagRow]:
-    """Returns the launcher's flags."""
-    from launch import main as _  # noqa: F401
-
-    groups = {
-        "launch.main": "Flags",
-        "launch.slurm.script": "With --platform=slurm",
-        "launch.kubernetes.command": "With --platform=k8s",
-    }
-    return [row for module, group in groups.items() for row in _absl_flags(group, module)]
-
-
-def report_flags() -> list[FlagRow]:
-    """Returns the flags of `trainer.report_page.html`, whose other words are folders of runs."""
-    return [
-        FlagRow("Flags", "out", "str", "", "File to write; default: report.html in the first run.")
-    ]
-
-
-def _absl_flags(group: str, module: str) -> list[FlagRow]:
-    from absl import flags
-
-    return [
-        FlagRow(
-            group,
-            flag.name,
-            "bool" if flag.boolean else flag.flag_type().replace("string", "str"),
-            _default(flag.default),
-            flag.help,
-            ("true", "false") if flag.boolean else (),
-        )
-        for flag in flags.FLAGS.flags_by_module_dict()[module]
-    ]
-
-
-def _default(value: Any) -> str:
-    return "" if value is None else f"(default: {value!r})"

@@ -28,7 +28,9 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
+from data_pipelines.flag_fields import flag
 from data_pipelines.prepare.beam import BeamRunner, beam_faults
 from data_pipelines.prepare.parts import (
     BadExamples,
@@ -58,70 +60,64 @@ CONTENT = (
     *("tokenizer", "vocab_size", "min_count", "lowercase"),
 )
 DRAFT_VERSION = 1  # of the drafts' format and of the rules by which text becomes words
+_source, _tokens = functools.partial(flag, "Source"), functools.partial(flag, "Tokens")
+_execution = functools.partial(flag, "Execution")
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """What to prepare, and how.
+    """What to prepare, and how. Each field is a flag of `prepare` and carries its help.
 
-    Attributes:
-        source: a spec of `sources.open_source`; or "", and these two:
-        unlabelled: spec of the source of the unlabelled text.
-        labelled: spec of the source of train, validation and test.
-        data_dir: folder of prepared TFDS data sets, for `tfds:` sources.
-        text_key, label_key, id_key: see `sources.SourceOptions`; for --source or --labelled.
-        unlabelled_text_key: the same, for --unlabelled.
-        tokenizer: what text is split into, one of `tokenizers.TOKENIZERS`.
-        vocab_size: ids in all, the 3 reserved ones included; rarer words become unknown. For
-            characters and bytes, of which there may be fewer: ids at most.
-        min_count: words seen fewer times in training text become unknown, or shape no subwords.
-        lowercase: whether text is lower-cased; None: yes, unless it is split into bytes.
-        max_bad_examples: how many documents may be unusable; they are left out.
-        processes: how many tokenize: 1 means this one, 0 one a core. Does not change the result.
-        runner: a runner of Apache Beam; "" means processes of this machine.
-        beam_options: Beam's own flags, as on a command line.
+    Raises:
+        InputError: A value is out of range, or two contradict each other.
     """
 
-    source: str = ""
-    unlabelled: str = ""
-    labelled: str = ""
-    data_dir: str | None = None
-    text_key: str = ""
-    label_key: str = ""
-    id_key: str = ""
-    unlabelled_text_key: str = ""
-    tokenizer: str = "word"
-    vocab_size: int = 20_000
-    min_count: int = 2
-    lowercase: bool | None = None
-    max_bad_examples: int = 0
-    processes: int = 1
-    runner: str = ""
-    beam_options: str = ""
+    # fmt: off
+    source: str = _source("", "Source of the text; see docs/data-sources.md.")
+    unlabelled: str = _source("", "Source of unlabelled text. Replaces --source, together with "
+        "--labelled.")
+    labelled: str = _source("", "Source of labelled documents. Replaces --source, together with "
+        "--unlabelled.")
+    data_dir: str | None = _source(None, "Folder of prepared TFDS data sets, for tfds: sources.")
+    text_key: str = _source("", "Column or key of the text. Default: text.")
+    label_key: str = _source("", "Column or key of the label. Default: label.")
+    id_key: str = _source("", "Column or key of the id. Default: file name and position.")
+    unlabelled_text_key: str = _source("", "Column or key of the text of --unlabelled. "
+        "Default: text.")
+    tokenizer: str = _tokens("word", "Unit of text that becomes a token.", choices=TOKENIZERS)
+    vocab_size: int = _tokens(20_000, "Vocabulary size, including the 3 reserved ids. Characters "
+        "and bytes may need fewer.", at_least=4)
+    min_count: int = _tokens(2, "Smallest count of a word in training text. Rarer words become "
+        "unknown, and do not shape subwords.", at_least=1)
+    lowercase: bool | None = _tokens(None, "Lower-case the text. Default: true, except for "
+        "bytes.")
+    max_bad_examples: int = _source(0, "Number of unusable documents to leave out before prepare "
+        "stops.",
+        at_least=0)
+    processes: int = _execution(1, "Number of processes that tokenize. 0: one per core. The result "
+        "is the same.", at_least=0)
+    runner: str = _execution("", "Apache Beam runner: DirectRunner, FlinkRunner, SparkRunner or "
+        "DataflowRunner. Default: processes of this machine.")
+    beam_options: str = _execution("", "Options for Apache Beam, e.g. '--flink_master=HOST:8081'.")
+    # fmt: on
 
     def __post_init__(self) -> None:
-        least = {"vocab_size": 4, "min_count": 1, "max_bad_examples": 0, "processes": 0}
-        faults = [
-            f"--{name}={getattr(self, name)} must be at least {bound}"
-            for name, bound in least.items()
-            if getattr(self, name) < bound
-        ]
+        if faults := flag_fields.all_faults(self, PrepareConfig._faults):
+            raise InputError("\n".join(faults))
+        if self.lowercase is None:
+            object.__setattr__(self, "lowercase", self.tokenizer != "byte")
+
+    def _faults(self) -> list[str]:
+        faults = []
         if bool(self.source) == bool(self.unlabelled or self.labelled) or (
             bool(self.unlabelled) != bool(self.labelled)
         ):
             faults.append("--source is required, or --unlabelled and --labelled instead of it")
         if self.unlabelled_text_key and not self.unlabelled:
             faults.append(f"--unlabelled_text_key={self.unlabelled_text_key} needs --unlabelled")
-        if self.lowercase is None:
-            object.__setattr__(self, "lowercase", self.tokenizer != "byte")
-        faults += self._tokenizer_faults()
-        faults += beam_faults(self.runner, self.beam_options)
-        if faults:
-            raise InputError("\n".join(faults))
+        return faults + self._byte_faults() + beam_faults(self.runner, self.beam_options)
 
-    def _tokenizer_faults(self) -> list[str]:
-        if self.tokenizer not in TOKENIZERS:
-            return [f"--tokenizer={self.tokenizer} is not one of {', '.join(TOKENIZERS)}"]
+    def _byte_faults(self) -> list[str]:
         if self.tokenizer != "byte":
             return []
         faults = []

@@ -1,80 +1,65 @@
 """The command `python -m data_pipelines.prepare`: its flags, its messages and its exit codes."""
 
-import dataclasses
 import functools
 import sys
-from typing import Any
+from dataclasses import dataclass
 
-from absl import flags, logging
+from absl import logging
 
+from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
+from data_pipelines.flag_fields import flag
 from data_pipelines.prepare.build import PrepareConfig, ensure_store
 from data_pipelines.prepare.runners import WorkerDiedError
-from data_pipelines.tokenizers import TOKENIZERS
+
+TITLE = """\
+Tokenizes text into a store on disk, from which the trainer reads.
+
+  python -m data_pipelines.prepare --source=movie_reviews --out=runs/store"""
 
 
-def define_flags() -> None:
-    # In a function, because a program that imports this module has flags of the same names.
-    flags.DEFINE_string("out", None, "The folder to write the token store to.")
-    flags.DEFINE_string("source", "", "Where the text comes from: see docs/data-sources.md.")
-    flags.DEFINE_string("unlabelled", "", "Instead of --source: where unlabelled text comes from.")
-    flags.DEFINE_string("labelled", "", "With --unlabelled: where labelled documents come from.")
-    flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data sets, for tfds: sources.")
-    flags.DEFINE_string("text_key", "", "Column or key of the text; empty means text.")
-    flags.DEFINE_string("label_key", "", "Column or key of the label; empty means label.")
-    flags.DEFINE_string("id_key", "", "Column or key of the id; empty: file name and position.")
-    flags.DEFINE_string("unlabelled_text_key", "", "--text_key of --unlabelled.")
-    flags.DEFINE_string("tokenizer", "word", f"What text is split into: {', '.join(TOKENIZERS)}.")
-    flags.DEFINE_integer(
-        "vocab_size",
-        20_000,
-        "Ids in all, the 3 reserved ones included; for characters and bytes, at most.",
+@dataclass(frozen=True)
+class Options(PrepareConfig):
+    """The flags of the command."""
+
+    processes: int = flag(
+        "Execution",
+        0,
+        "Number of processes that tokenize. 0: one per core. The result is the same.",
+        at_least=0,
     )
-    flags.DEFINE_integer("min_count", 2, "Rarer words become unknown, or shape no subwords.")
-    flags.DEFINE_boolean("lowercase", None, "Whether to lower-case text; default: if not bytes.")
-    flags.DEFINE_integer(
-        "max_bad_examples", 0, "How many documents that cannot be used are left out; more: stop."
-    )
-    flags.DEFINE_integer("processes", 0, "Processes that tokenize; 0 means one a core.")
-    flags.DEFINE_string(
-        "runner", "", "DirectRunner, FlinkRunner, SparkRunner or DataflowRunner of Apache Beam."
-    )
-    flags.DEFINE_string("beam_options", "", "Beam's own flags, e.g. '--flink_master=HOST:8081'.")
+    out: str = flag("Output", "", "Folder to write the token store to.")
 
 
-def _config_from_flags() -> PrepareConfig:
-    values = flags.FLAGS
-    faults = [] if values.out else ["--out is required"]
-    names = [field.name for field in dataclasses.fields(PrepareConfig)]
-    given: dict[str, Any] = {name: values[name].value for name in names}
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parses the command line; prints the help, or all faults, and exits, if there is cause to."""
+    if flag_fields.HELP_WORDS & set(arguments[1:]):
+        print(flag_fields.program_help(TITLE, [Options]))
+        sys.exit(0)
+    faults, words = flag_fields.parse(arguments)
+    faults += [f"{word!r} is not a flag" for word in words]
     try:
-        config = PrepareConfig(**given)
+        if not flag_fields.from_flags(Options).out:
+            faults.append("--out is required")
     except InputError as error:
         faults.append(str(error))
     if faults:
-        raise InputError("\n".join(faults))
-    return config
+        print("\n".join(faults), file=sys.stderr)
+        sys.exit(flag_fields.USAGE_EXIT_CODE)
+    return arguments[:1]
 
 
-def main(arguments: list[str]) -> int:
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of every split that it reads
+def main(_: list[str]) -> int:
+    """Prepares the store that the flags describe; returns the exit code."""
+    logging.set_verbosity(logging.WARNING)  # TFDS logs every split that it reads
+    options = flag_fields.from_flags(Options)
     try:
-        if len(arguments) > 1:
-            raise InputError(f"{arguments[1]!r} is not a flag")
-        # Flushed, so that a log file or a pod's log shows progress as it is made.
-        ensure_store(_config_from_flags(), flags.FLAGS.out, functools.partial(print, flush=True))
+        # Flushed, so that a log file or a pod's log shows progress at once.
+        ensure_store(options, options.out, functools.partial(print, flush=True))
     except InputError as error:
         print(error, file=sys.stderr)
-        return 2
+        return flag_fields.USAGE_EXIT_CODE
     except WorkerDiedError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-def parse_flags(arguments: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(arguments)
-    except flags.Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

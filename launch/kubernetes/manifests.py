@@ -16,7 +16,6 @@ import yaml
 _HERE = Path(__file__).resolve().parents[1]
 # In a wheel they are in this package, in a checkout beside it.
 MANIFESTS = _HERE / "k8s" if (_HERE / "k8s").is_dir() else _HERE.parent / "k8s"
-OVERLAYS = ("indexed-job", "jobset", "mpijob", "trainjob", "elastic")
 JOB_KINDS = ("Job", "JobSet", "MPIJob", "TrainJob")  # of the overlays
 LONGEST_NAME = 40  # controllers append to it, and a pod's name must stay a DNS label of 63
 _TEMPLATE = ("Job", "warmstate-template")
@@ -34,7 +33,7 @@ class Options:
     """What the flags say about a job.
 
     Attributes:
-      overlay: which kind of job, one of `OVERLAYS`.
+      overlay: which kind of job, one of `platform.OVERLAYS`.
       workers: pods; of the overlay elastic the processes in its pod to begin with.
       min_workers, max_workers: of the overlay elastic.
       with_horovod: whether they find each other by Horovod; of the overlay elastic.
@@ -63,8 +62,6 @@ class Options:
     def faults(self) -> list[str]:
         """Returns one line for each reason why there can be no such job."""
         faults = []
-        if self.overlay not in OVERLAYS:
-            faults.append(f"--overlay={self.overlay}: must be one of {', '.join(OVERLAYS)}")
         if not re.fullmatch(_RFC_1035, self.name) or len(self.name) > LONGEST_NAME:
             faults.append(
                 f"--name={self.name}: must be a-z, 0-9 and -, start with a letter, not end with -, "
@@ -89,14 +86,6 @@ class Options:
                 "k8s/base/job.yaml"
             )
         return faults
-
-
-def parse_node_selector(text: str) -> dict[str, str] | None:
-    """Returns the labels in "key=value,key=value"; None if `text` is not of that form."""
-    pairs = [pair.partition("=") for pair in text.split(",") if pair]
-    if not all(key and equals for key, equals, _ in pairs):
-        return None
-    return {key: value for key, _, value in pairs}
 
 
 def render(options: Options) -> list[Document]:

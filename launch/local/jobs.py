@@ -19,9 +19,9 @@ from pathlib import Path
 
 from launch import log_files
 from launch.local import workers as local
+from launch.platform import NAME
 
 FOLDER = "local-jobs"
-NAME = r"[A-Za-z0-9][\w.-]*"
 
 
 @dataclass

@@ -12,155 +12,121 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from absl import flags
+from data_pipelines.flag_fields import flag
+from launch.platform import NAME, ClusterOptions
 
 SAVE_SECONDS = 60  # before the time limit; SLURM may take up to 60 seconds more
 WAIT_SECONDS = 120  # for the others after the first worker's end, above the collective timeout
-NAME = r"[A-Za-z0-9][\w.-]*"
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # sbatch(1), --time
-
-_PARTITION = flags.DEFINE_string("partition", None, "slurm: where the job may run")
-_ACCOUNT = flags.DEFINE_string("account", None, "slurm: who pays")
-_TIME_LIMIT = flags.DEFINE_string(
-    "time_limit",
-    None,
-    "slurm: of one sitting (minutes, hours:minutes:seconds or days-hours); a job that is not done "
-    "by then goes back into the queue",
-)
-_CPUS_PER_WORKER = flags.DEFINE_string("cpus_per_worker", None, "slurm: cores for each worker")
-_FLAGS = (_PARTITION, _ACCOUNT, _TIME_LIMIT, _CPUS_PER_WORKER)
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is asked of SLURM; what is None is left to the cluster.
+class SlurmOptions(ClusterOptions):
+    """Flags of --platform=slurm; SLURM decides what is not given."""
 
-    Attributes:
-      workers: tasks.
-      folder: the tasks' working folder, and where the logs are.
-      max_restarts: how often the job may have been started again when a failure puts it back into
-        the queue; its time limit and a preemption always do.
-      time_limit: as sbatch reads it: minutes, hours:minutes:seconds, days-hours.
-    """
-
-    workers: int
-    folder: Path
-    name: str = "warmstate"
-    max_restarts: int = 0
-    cpus_per_worker: int | None = None
-    gpus_per_worker: int | None = None
-    partition: str | None = None
-    account: str | None = None
-    time_limit: str | None = None
-
-    @property
-    def log_folder(self) -> Path:
-        """Where <job>.log is, and <job>-worker-<rank>.log."""
-        return self.folder / "slurm-logs"
+    # fmt: off
+    cpus_per_worker: int | None = flag("SLURM", None, "Number of cores for each worker.",
+        at_least=1)
+    partition: str | None = flag("SLURM", None, "Partition to submit to.")
+    account: str | None = flag("SLURM", None, "Account to charge.")
+    time_limit: str | None = flag("SLURM", None, "Time limit of one sitting: minutes, "
+        "hours:minutes:seconds or days-hours. A job that needs longer goes back into the queue.")
+    # fmt: on
 
 
-def script(command: Sequence[str], job: Job) -> str:
-    """Returns the batch script that runs `command` as `job.workers` tasks."""
+def log_folder(folder: Path) -> Path:
+    """Returns the folder of <job>.log and <job>-worker-<rank>.log."""
+    return folder / "slurm-logs"
+
+
+def script(command: Sequence[str], options: SlurmOptions, folder: Path) -> str:
+    """Returns the batch script that runs `command` in `folder`, one task a worker."""
+    cpus = options.cpus_per_worker
     return _TEMPLATE.format(
-        options="\n".join(f"#SBATCH {option}" for option in _options(job)),
-        threads=_THREADS.format(job.cpus_per_worker) if job.cpus_per_worker else "",
-        srun=" \\\n    ".join([*_srun(job), shlex.join(command)]),
-        max_restarts=job.max_restarts,
+        options="\n".join(f"#SBATCH {option}" for option in _sbatch_options(options, folder)),
+        threads=_THREADS.format(cpus) if cpus else "",
+        srun=" \\\n    ".join([*_srun(options, folder), shlex.join(command)]),
+        max_restarts=options.max_restarts or 0,
     )
 
 
-def submit(command: Sequence[str], job: Job) -> tuple[int, str]:
-    """Gives the script to `sbatch`, prints the job's number; returns sbatch's code and that."""
-    # SLURM makes no folder for a log, and ends a job that cannot write its own without a word.
-    job.log_folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["sbatch", "--parsable"], input=script(command, job), text=True, stdout=subprocess.PIPE
-    )
+def submit(command: Sequence[str], options: SlurmOptions) -> tuple[int, str]:
+    """Submits the script with `sbatch`, and prints how to follow it.
+
+    Returns:
+        The exit code of sbatch, and the job's number.
+    """
+    here = Path.cwd()
+    # SLURM makes no folder for a log, and silently ends a job that cannot write its own.
+    log_folder(here).mkdir(exist_ok=True)
+    text = script(command, options, here)
+    done = subprocess.run(["sbatch", "--parsable"], input=text, text=True, stdout=subprocess.PIPE)
     number = done.stdout.strip().split(";")[0]
     if done.returncode == 0:
         print(
             f"job {number}\n"
             f"  state: squeue --job={number}\n"
-            f"  lines: tail -F {shlex.quote(str(job.log_folder))}/{number}-worker-0.log\n"
+            f"  lines: tail -F {shlex.quote(str(log_folder(here)))}/{number}-worker-0.log\n"
             f"  end:   scancel {number}",
             flush=True,
         )
     return done.returncode, number
 
 
-def job_of_flags(
-    name: str | None, workers: int, gpus_per_worker: int | None, max_restarts: int
-) -> Job:
-    """Returns the job that the flags ask for; `value_faults` must have found nothing."""
-    cpus = _CPUS_PER_WORKER.value
-    return Job(
-        workers=workers,
-        folder=Path.cwd(),
-        **({} if name is None else {"name": name}),
-        max_restarts=max_restarts,
-        cpus_per_worker=None if cpus is None else int(cpus),
-        gpus_per_worker=gpus_per_worker,
-        partition=_PARTITION.value,
-        account=_ACCOUNT.value,
-        time_limit=_TIME_LIMIT.value,
-    )
-
-
-def value_faults(name: str | None, will_submit: bool) -> list[str]:
-    """Returns one line for each flag of this module, or place, with which no job can be made."""
-    found = []
+def faults(options: SlurmOptions) -> list[str]:
+    """Returns one line for each reason why the job cannot be submitted."""
+    found, here = [], Path.cwd()
+    name, limit = options.name, options.time_limit
     if name is not None and (name.isdecimal() or not re.fullmatch(NAME, name)):
         found.append(f"--name={name}: must be letters, digits, . - and _, and not a number")
-    cpus, limit = _CPUS_PER_WORKER.value, _TIME_LIMIT.value
-    if cpus is not None and not re.fullmatch(r"[1-9]\d*", cpus):
-        found.append(f"--cpus_per_worker={cpus}: must be a whole number, 1 or more")
-    for flag in (_PARTITION, _ACCOUNT):
-        if flag.value is not None and not re.fullmatch(r"[\w.,@+-]+", flag.value):
-            found.append(f"--{flag.name}={flag.value}: must be letters, digits and any of .,@+-_")
+    for flag_name in ("partition", "account"):
+        value = getattr(options, flag_name)
+        if value is not None and not re.fullmatch(r"[\w.,@+-]+", value):
+            found.append(f"--{flag_name}={value}: must be letters, digits and any of .,@+-_")
     if limit is not None and not _TIME.fullmatch(limit):
         found.append(f"--time_limit={limit}: must be minutes, hours:minutes:seconds or days-hours")
-    if re.search(r"[%\s\"'\\]", str(Path.cwd())):
-        found.append(f"--platform=slurm: blanks, quotes, % or \\ in the folder's name {Path.cwd()}")
-    if will_submit and not os.access(Path.cwd(), os.W_OK):
-        found.append(f"--platform=slurm: logs go to {Path.cwd()}, which cannot be written")
-    if will_submit and shutil.which("sbatch") is None:
+    if options.with_horovod:
+        found.append(
+            "--distributor=horovod: needs --platform=local or --platform=k8s; on SLURM use auto, "
+            "or horovodrun in an allocation"
+        )
+    if re.search(r"[%\s\"'\\]", str(here)):
+        found.append(f"--platform=slurm: blanks, quotes, % or \\ in the folder's name {here}")
+    if not options.dry_run and not os.access(here, os.W_OK):
+        found.append(f"--platform=slurm: logs go to {here}, which cannot be written")
+    if not options.dry_run and shutil.which("sbatch") is None:
         found.append("--platform=slurm: there is no sbatch here; --dry_run prints the script")
     return found
 
 
-def given_flags() -> list[str]:
-    """Returns this module's flags that were given, for platforms that have no use for them."""
-    return [f"--{flag.name}={flag.value}" for flag in _FLAGS if flag.value is not None]
-
-
-def _options(job: Job) -> list[str]:
+def _sbatch_options(options: SlurmOptions, folder: Path) -> list[str]:
     given = {
-        "--cpus-per-task": job.cpus_per_worker,
-        "--gpus-per-task": job.gpus_per_worker,
-        "--partition": job.partition,
-        "--account": job.account,
-        "--time": job.time_limit,
+        "--cpus-per-task": options.cpus_per_worker,
+        "--gpus-per-task": options.gpus_per_worker,
+        "--partition": options.partition,
+        "--account": options.account,
+        "--time": options.time_limit,
     }
     return [
-        f"--job-name={job.name}",
-        f"--ntasks={job.workers}",
+        f"--job-name={options.name or 'warmstate'}",
+        f"--ntasks={options.workers or 1}",
         *(f"{name}={value}" for name, value in given.items() if value is not None),
         "--requeue",
         f"--signal=TERM@{SAVE_SECONDS}",
         "--open-mode=append",
-        f"--chdir={job.folder}",
-        f"--output={job.log_folder}/%j.log",
+        f"--chdir={folder}",
+        f"--output={log_folder(folder)}/%j.log",
     ]
 
 
-def _srun(job: Job) -> list[str]:
-    # srun does not take --cpus-per-task over from sbatch.
-    cpus = [f"--cpus-per-task={job.cpus_per_worker}"] if job.cpus_per_worker else []
+def _srun(options: SlurmOptions, folder: Path) -> list[str]:
+    # srun does not inherit --cpus-per-task from sbatch.
+    cpus = [f"--cpus-per-task={options.cpus_per_worker}"] if options.cpus_per_worker else []
     return [
-        f"srun --ntasks={job.workers} --distribution=block",
+        f"srun --ntasks={options.workers or 1} --distribution=block",
         f"--kill-on-bad-exit=0 --wait={WAIT_SECONDS}",
         *cpus,
-        f"--open-mode=append --output={job.log_folder}/%j-worker-%t.log",
+        f"--open-mode=append --output={log_folder(folder)}/%j-worker-%t.log",
     ]
 
 

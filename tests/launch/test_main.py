@@ -47,13 +47,13 @@ def test_all_faults_at_once():
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
-        "launch: --stage=all: not a launcher flag; trainer flags come after --",
-        "launch: x: not a launcher flag; trainer flags come after --",
-        "launch: --platform=mars: must be one of local, slurm, k8s",
-        "launch: --workers=0: must be a whole number, 1 or more",
-        "launch: --distributor=mpi: must be one of auto, horovod",
-        "launch: --max_restarts=-1: must be a whole number, 0 or more",
-        "launch: --grace_seconds=nan: must be seconds, 0 or more",
+        "launch: --stage is not a flag of this program; trainer flags come after --",
+        "launch: x is not a flag; trainer flags come after --",
+        "launch: --platform=mars is not one of local, slurm, k8s",
+        "launch: --workers=0 must be at least 1",
+        "launch: --distributor=mpi is not one of auto, horovod",
+        "launch: --max_restarts=-1 must be at least 0",
+        "launch: --grace_seconds=nan is not a finite number",
     ]
 
 
@@ -62,9 +62,9 @@ def test_all_faults_of_an_action_at_once():
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines() == [
         "launch: status a/b: no job can have that name",
+        "launch: --workers=2: status has no such flag",
         "launch: --follow: status has no such flag",
         "launch: --namespace=n: needs --platform=k8s",
-        "launch: --workers=2: status has no such flag",
         "launch: --queue=q: status has no such flag",
     ]
     (line,) = launch("cancel").stderr.splitlines()
@@ -72,7 +72,7 @@ def test_all_faults_of_an_action_at_once():
     (line,) = launch("logs", "a", "b", "--platform=k8s").stderr.splitlines()
     assert line == "launch: logs a b: must be logs NAME, of one job"
     (line,) = launch("logs", "a", "--platform=mars").stderr.splitlines()
-    assert line == "launch: --platform=mars: must be one of local, slurm, k8s"
+    assert line == "launch: --platform=mars is not one of local, slurm, k8s"
 
 
 def test_what_means_nothing_here_is_refused():
@@ -91,6 +91,44 @@ def test_one_fault_is_one_line(flag):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert flag in line
+
+
+@pytest.mark.parametrize("platform", ["local", "slurm", "k8s"])
+@pytest.mark.parametrize("number", ["+4", "1_000", "\uff14", "0x4", " 4", "4.0", "9" * 30])
+def test_a_number_is_read_as_it_is_checked(platform, number):
+    result = launch(f"--platform={platform}", f"--workers={number}", "--dry_run")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"launch: --workers={number} is not an integer\n"
+
+
+def test_more_workers_than_the_machine_can_start_are_one_line(trainer_folder):
+    limited = [sys.executable, "-m", "launch.main", "--workers=400"]
+    result = subprocess.run(
+        ["bash", "-c", 'ulimit -n 128; exec "$@"', "bash", *limited],
+        cwd=trainer_folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (2, "")
+    assert result.stdout == (
+        "launch: --workers=400: cannot be started: Too many open files; start fewer\n"
+    )
+
+
+@pytest.mark.parametrize("program", ["launch.main", "data_pipelines.prepare", "trainer.main"])
+def test_help_starts_with_what_the_program_does_and_lists_every_flag(program):
+    command = [sys.executable, "-m", program, "--help"]
+    printed = subprocess.check_output(command, cwd=REPOSITORY, text=True)
+    expected = {
+        "launch.main": ("Starts trainer processes", "workers", "overlay", "time_limit"),
+        "data_pipelines.prepare": ("Tokenizes text", "source", "min_count", "out"),
+        "trainer.main": ("warmstate: pretrain", "stage", "units", "port"),
+    }
+    start, *names = expected[program]
+    assert printed.startswith(start)
+    assert all(f"\n  --{name}=" in printed for name in names)
+    assert printed.endswith("Flags after it override it.\n")
 
 
 def test_a_flag_without_its_value():
@@ -132,7 +170,7 @@ def test_the_launcher_imports_no_tensors():
     imports = "import sys, launch.main; print(*sys.modules)"
     printed = subprocess.check_output([sys.executable, "-c", imports], cwd=REPOSITORY, text=True)
     assert "launch.local.workers" in printed.split()
-    assert {"tensorflow", "trainer", "data_pipelines", "horovod"}.isdisjoint(printed.split())
+    assert {"tensorflow", "trainer", "numpy", "yaml", "horovod"}.isdisjoint(printed.split())
 
 
 @needs_horovod

@@ -46,7 +46,7 @@ def test_help_of_a_command_lists_its_flags(name: str) -> None:
         "finetune": ("Fine-tuning:", "--initial_state=zero|mean|learned|encode"),
         "predict": ("--explain=true|false", "--classifier=str"),
         "replay": ("--run_dir=str", "--step=int"),
-        "launch": ("--workers=str", "With --platform=k8s:", "--overlay=str"),
+        "launch": ("--workers=int", "Kubernetes:", "--overlay=indexed-job|jobset|"),
     }
     for words in expected.get(name, ()):
         assert words in printed
@@ -99,7 +99,7 @@ def test_help_and_completion_leave_tensorflow_out() -> None:
         (("pretrian",), 2, "'pretrian' is not a command of warmstate; did you mean pretrain?"),
         (("help", "prepair"), 2, "did you mean prepare?"),
         (("pretrain", "--pretrain_step=3"), 2, "did you mean --pretrain_steps"),
-        (("prepare", "--sorce=x"), 2, "Did you mean: processes, source"),
+        (("prepare", "--sorce=x"), 2, "did you mean --source?"),
         (("launch", "--workrs=2", "--", "--stage=pretrain"), 2, "did you mean --workers?"),
         (("predict", "--classifier=/no", "a text"), 2, "is no classifier bundle"),
         (("completion", "bsh"), 2, "did you mean bash?"),

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import InputError
-from trainer.config import FREE_ON_RESUME, Config, kind_of
+from data_pipelines.flag_fields import kind_of
+from trainer.config import FREE_ON_RESUME, Config
 
 PARTS = ("pretrain", "warm", "scratch")  # folders that --stage=all trains in
 OF_THIS_PROCESS = ("step", "run_dir", "track", "status_port", "status_host")

@@ -17,7 +17,8 @@ import yaml
 
 from launch.kubernetes import jobs as kubernetes_jobs
 from launch.kubernetes import manifests as kubernetes
-from launch.kubernetes.manifests import OVERLAYS, Options
+from launch.kubernetes.manifests import Options
+from launch.kubernetes.platform import OVERLAYS
 
 REPOSITORY = Path(__file__).parents[3]
 CRDS = REPOSITORY.parent / "shared" / "k8s" / "crds"
@@ -423,7 +424,7 @@ def test_all_faults_at_once() -> None:
         (["--elastic", "--min_workers=1"], "--elastic: needs --max_workers"),
         (["--min_workers=1"], "--min_workers=1: needs --elastic"),
         (["--overlay=trainjob", "--max_restarts=1"], "--max_restarts=1: with --overlay=trainjob"),
-        (["--gpus_per_worker=0"], "--gpus_per_worker=0: must be a whole number"),
+        (["--gpus_per_worker=0"], "--gpus_per_worker=0 must be at least 1"),
         (["--grace_seconds=9"], "--grace_seconds=9: needs --platform=local"),
         (["--partition=p"], "--partition=p: needs --platform=slurm"),
         (

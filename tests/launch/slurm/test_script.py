@@ -4,6 +4,7 @@ On a real SLURM: tests/integration/test_slurm.py.
 """
 
 import os
+import re
 import resource
 import shlex
 import subprocess
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from launch.slurm import script as slurm
+from launch.slurm.script import SlurmOptions
 
 REPOSITORY = Path(__file__).parents[3]
 TRAINER = ["python", "-m", "trainer.main", "--source=a 'b' $c"]
+HOME = Path("/home/me")
 LAUNCHER = [sys.executable, "-m", "launch.main", "--platform=slurm"]
 
 
@@ -33,7 +36,7 @@ def options(script: str) -> list[str]:
 
 
 def test_what_is_not_given_is_left_to_the_cluster() -> None:
-    script = slurm.script(TRAINER, slurm.Job(workers=3, folder=Path("/home/me")))
+    script = slurm.script(TRAINER, SlurmOptions(workers=3), HOME)
     assert options(script) == [
         "--job-name=warmstate",
         "--ntasks=3",
@@ -47,9 +50,8 @@ def test_what_is_not_given_is_left_to_the_cluster() -> None:
 
 
 def test_what_is_given_stands_in_the_script() -> None:
-    job = slurm.Job(
+    options_given = SlurmOptions(
         workers=3,
-        folder=Path("/home/me"),
         max_restarts=7,
         cpus_per_worker=4,
         gpus_per_worker=2,
@@ -57,7 +59,7 @@ def test_what_is_given_stands_in_the_script() -> None:
         account="us",
         time_limit="1-12",
     )
-    script = slurm.script(TRAINER, job)
+    script = slurm.script(TRAINER, options_given, HOME)
     wanted = ("cpus-per-task=4", "gpus-per-task=2", "partition=gpu", "account=us", "time=1-12")
     assert {f"--{option}" for option in wanted} < set(options(script))
     assert "TF_NUM_INTRAOP_THREADS=4 " in script and '"$restarts" -lt 7 ]' in script
@@ -68,8 +70,8 @@ def test_what_is_given_stands_in_the_script() -> None:
 
 
 def test_the_script_s_srun_starts_the_trainer_itself() -> None:
-    job = slurm.Job(workers=2, folder=Path("/home/me"), cpus_per_worker=4)
-    script = slurm.script(TRAINER, job).replace("\\\n", " ")
+    given = SlurmOptions(workers=2, cpus_per_worker=4)
+    script = slurm.script(TRAINER, given, HOME).replace("\\\n", " ")
     (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
     words = shlex.split(line)
     # No shell between srun and the trainer, which must get TERM.
@@ -89,9 +91,9 @@ def run_script(
     folder: Path, srun: str, max_restarts: int = 0, restarts: int = 0, preempted: str = "None"
 ) -> tuple[int, list[str]]:
     """Runs the script with `srun` as that shell code; returns its exit code and the requeues."""
-    job = slurm.Job(workers=2, folder=folder, max_restarts=max_restarts)
+    given = SlurmOptions(workers=2, max_restarts=max_restarts)
     script = folder / "script"
-    script.write_text(slurm.script(TRAINER, job))
+    script.write_text(slurm.script(TRAINER, given, folder))
     job_state = f"   PreemptEligibleTime=2026-11-24T23:42:36 PreemptTime={preempted}"
     scontrol = f'[ "$1" = show ] && echo "{job_state}" || echo "$@" >> {folder}/requeues'
     for name, body in (("srun", srun), ("scontrol", scontrol)):
@@ -152,7 +154,7 @@ def test_dry_run_prints_the_script_at_once(tmp_path: Path) -> None:
     # The processor's seconds, which other programs do not lengthen.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     command = [sys.executable, "-u", "-m", "trainer.main", "--seed=1"]
-    assert done.stdout == slurm.script(command, slurm.Job(workers=2, folder=tmp_path))
+    assert done.stdout == slurm.script(command, SlurmOptions(workers=2), tmp_path)
     assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
 
 
@@ -179,7 +181,8 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
     more = ("--gpus_per_worker=one", "--distributor=horovod", "--workers=-1")
     done = launch(*flags, *more, folder=folder, path="/nowhere")
     assert (done.returncode, done.stdout) == (2, "")
-    starts = [line.removeprefix("launch: ").split(": ")[0] for line in done.stderr.splitlines()]
+    faults = [line.removeprefix("launch: ") for line in done.stderr.splitlines()]
+    starts = [re.split(": | must | is not ", fault)[0] for fault in faults]
     assert {*flags, *more, "--platform=slurm"} <= set(starts)
     assert starts.count("--platform=slurm") == 2  # the folder, and no sbatch
 
