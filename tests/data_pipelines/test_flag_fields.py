@@ -28,10 +28,11 @@ def parse(*words: str) -> tuple[Options, list[str], list[str], dict[str, str]]:
     return flag_fields.from_flags(Options, values), faults, rest, given
 
 
+WORDS = ("--workers=3", "a", "--rate", "1e-3", "--noquiet", "--", "-b")
+
+
 def test_values_have_their_types_and_what_was_given_is_known() -> None:
-    options, faults, words, given = parse(
-        "--workers=3", "a", "--rate", "1e-3", "--noquiet", "--", "-b"
-    )
+    options, faults, words, given = parse(*WORDS)
     assert options == Options(workers=3, rate=0.001)
     assert (faults, words) == ([], ["a", "-b"])
     assert given == {"workers": "--workers=3", "rate": "--rate=0.001", "quiet": "--quiet=False"}

@@ -66,16 +66,14 @@ def wrong(program: str, words: list[str]) -> list[str]:
 
 
 def flags_of(program: str) -> set[str]:
-    """Returns the names of a program's flags, from the sources: no two can be imported together."""
-    if program == "trainer.main":
-        import dataclasses
+    """Returns the names of a program's flags."""
+    from data_pipelines.flag_fields import fields_of
+    from data_pipelines.prepare.command import Options
+    from launch.main import TABLES
+    from trainer.config import Config
 
-        from trainer.config import Config
-
-        return {item.name for item in dataclasses.fields(Config)} | {"flagfile", "help"}
-    package = {"launch.main": "launch", "data_pipelines.prepare": "data_pipelines"}[program]
-    text = "\n".join(path.read_text() for path in (REPOSITORY / package).rglob("*.py"))
-    return set(re.findall(r'"([a-z][a-z0-9_]+)"', text)) | {"flagfile", "help"}
+    tables = {"trainer.main": [Config], "launch.main": TABLES, "data_pipelines.prepare": [Options]}
+    return fields_of(tables[program]).keys() | {"flagfile", "help"}
 
 
 FLAGS = {program: flags_of(program) for program in OUR_PROGRAMS}
