@@ -174,7 +174,7 @@ def given(flag_values: flags.FlagValues, tables: Iterable[type]) -> dict[str, st
     """Returns the flags of the command line as they would be written, by name."""
     found = {name: flag_values[name] for name in fields_of(tables) if flag_values[name].present}
     return {
-        name: f"--{name}" if each.value is True else f"--{name}={each.value}"
+        name: f"--{name}" if each.value is True else f"--{name}={_written(each.value)}"
         for name, each in found.items()
     }
 
@@ -182,6 +182,10 @@ def given(flag_values: flags.FlagValues, tables: Iterable[type]) -> dict[str, st
 def value_faults(options: Any) -> list[str]:
     """Returns one line for each value that is not of its flag's type, choices or bounds."""
     return [fault for item in dataclasses.fields(options) for fault in _faults(item, options)]
+
+
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def all_faults(options: Table, compare: Callable[[Table], list[str]]) -> list[str]:

@@ -7,91 +7,35 @@ Kustomize only what those folders use: resources, replacements, and the annotati
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from launch.kubernetes.options import KubernetesOptions
+
 _HERE = Path(__file__).resolve().parents[1]
 # In a wheel they are in this package, in a checkout beside it.
 MANIFESTS = _HERE / "k8s" if (_HERE / "k8s").is_dir() else _HERE.parent / "k8s"
 JOB_KINDS = ("Job", "JobSet", "MPIJob", "TrainJob")  # of the overlays
-LONGEST_NAME = 40  # controllers append to it, and a pod's name must stay a DNS label of 63
 _TEMPLATE = ("Job", "warmstate-template")
 _ELASTIC = ("Job", "warmstate-elastic")
 _LOCAL = "config.kubernetes.io/local-config"
 _GPU = "nvidia.com/gpu"
-_RFC_1035 = "[a-z]([-a-z0-9]*[a-z0-9])?"  # a Service's name, and so a job's
-_RFC_1123 = "[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
 _MISSING = object()
+SHARED_RUNTIME = KubernetesOptions(overlay="trainjob", workers=2)  # of all TrainJobs
 Document = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the flags say about a job.
+def render(options: KubernetesOptions, trainer_flags: Sequence[str] = ()) -> list[Document]:
+    """Returns the objects to create, in that order, as `kubectl kustomize` would.
 
-    Attributes:
-      overlay: which kind of job, one of `platform.OVERLAYS`.
-      workers: pods; of the overlay elastic the processes in its pod to begin with.
-      min_workers, max_workers: of the overlay elastic.
-      with_horovod: whether they find each other by Horovod; of the overlay elastic.
-      trainer_flags: of each worker; relative paths start from /app, whose `runs` is the volume.
-      max_restarts: restarts of all workers; None leaves the manifests' number.
-      run_volume, data_volume: claims that exist; empty makes warmstate-runs, warmstate-data.
-      queue: of Kueue, which then decides when the job starts; empty starts it at once.
+    Args:
+        trainer_flags: Flags of each worker; without them, those of the manifests. Relative paths
+            start from /app, whose `runs` is a volume.
     """
-
-    overlay: str = "indexed-job"
-    name: str = "warmstate"
-    namespace: str = ""
-    image: str = ""
-    workers: int = 2
-    min_workers: int = 1
-    max_workers: int = 2
-    with_horovod: bool = True
-    gpus_per_worker: int = 0
-    run_volume: str = ""
-    data_volume: str = ""
-    queue: str = ""
-    node_selector: Mapping[str, str] = field(default_factory=dict)
-    max_restarts: int | None = None
-    trainer_flags: Sequence[str] = ()
-
-    def faults(self) -> list[str]:
-        """Returns one line for each reason why there can be no such job."""
-        faults = []
-        if not re.fullmatch(_RFC_1035, self.name) or len(self.name) > LONGEST_NAME:
-            faults.append(
-                f"--name={self.name}: must be a-z, 0-9 and -, start with a letter, not end with -, "
-                f"and have at most {LONGEST_NAME} characters"
-            )
-        for flag in ("namespace", "run_volume", "data_volume", "queue"):
-            if (value := getattr(self, flag)) and not re.fullmatch(_RFC_1123, value):
-                faults.append(f"--{flag}={value}: must be a name of a-z, 0-9, - and .")
-        if self.overlay == "elastic" and self.gpus_per_worker and not self.with_horovod:
-            faults.append(
-                f"--gpus_per_worker={self.gpus_per_worker}: workers of one pod share its GPUs only "
-                "with --distributor=horovod"
-            )
-        if self.overlay in ("mpijob", "elastic") and self.gpus_per_worker > 1:
-            faults.append(
-                f"--gpus_per_worker={self.gpus_per_worker}: with Horovod a worker has one GPU; ask "
-                "for more --workers"
-            )
-        if self.overlay == "trainjob" and self.max_restarts is not None:
-            faults.append(
-                f"--max_restarts={self.max_restarts}: with --overlay=trainjob the runtime says it, "
-                "k8s/base/job.yaml"
-            )
-        return faults
-
-
-def render(options: Options) -> list[Document]:
-    """Returns the objects to create, in that order, as `kubectl kustomize` would."""
-    resources, replacements = _load(MANIFESTS / "overlays" / options.overlay)
-    _fill(resources, options)
+    resources, replacements = _load(MANIFESTS / "overlays" / options.kind)
+    _fill(resources, options, trainer_flags)
     _replace(resources, replacements)
     documents = [
         document
@@ -102,9 +46,9 @@ def render(options: Options) -> list[Document]:
         if document["kind"] != "ClusterTrainingRuntime":
             if options.namespace:
                 document["metadata"]["namespace"] = options.namespace
-        elif options != Options("trainjob"):  # everybody's: what is this job's is in the TrainJob
+        elif options != SHARED_RUNTIME or trainer_flags:  # what is this job's is in the TrainJob
             documents[index] = next(
-                each for each in render(Options("trainjob")) if each["kind"] == document["kind"]
+                each for each in render(SHARED_RUNTIME) if each["kind"] == document["kind"]
             )
     # What others refer to comes first.
     return sorted(documents, key=lambda document: document["kind"] in JOB_KINDS)
@@ -173,17 +117,25 @@ def _find(document: Document, path: str, create: bool) -> tuple[Any, Any]:
     return holder, key
 
 
-def _fill(resources: dict[tuple[str, str], Document], options: Options) -> None:
+def _fill(
+    resources: dict[tuple[str, str], Document],
+    options: KubernetesOptions,
+    trainer_flags: Sequence[str],
+) -> None:
     """Writes `options` where `_replace` takes values from."""
     for (kind, name), document in resources.items():
         if name == "warmstate" and kind != "ClusterTrainingRuntime":
-            document["metadata"]["name"] = options.name
+            document["metadata"]["name"] = options.job_name
     claims = {"warmstate-runs": options.run_volume, "warmstate-data": options.data_volume}
     for name, given in claims.items():
         if given:
             claim = resources["PersistentVolumeClaim", name]
             claim["metadata"] |= {"name": given, "annotations": {_LOCAL: "true"}}
     _fill_template(resources[_TEMPLATE]["spec"], options)
+    if trainer_flags:
+        (trainer,) = resources[_TEMPLATE]["spec"]["template"]["spec"]["containers"]
+        # Kubernetes would put a variable's value for $(NAME).
+        trainer["args"] = [flag.replace("$(", "$$(") for flag in trainer_flags]
     if _ELASTIC in resources:
         _fill_elastic(resources[_ELASTIC]["spec"], options)
     (kind,) = {kind for kind, name in resources if kind in JOB_KINDS and name == "warmstate"}
@@ -198,34 +150,33 @@ def _fill(resources: dict[tuple[str, str], Document], options: Options) -> None:
         _fill_train_job(job["spec"], options)
 
 
-def _fill_template(spec: Document, options: Options) -> None:
-    restarts = options.max_restarts
+def _fill_template(spec: Document, options: KubernetesOptions) -> None:
+    restarts, workers = options.max_restarts, options.workers or 1
     if restarts is None:
         restarts = spec["backoffLimit"] // spec["completions"]
-    spec["backoffLimit"] = restarts * options.workers
-    spec["completions"] = spec["parallelism"] = options.workers
+    spec["backoffLimit"] = restarts * workers
+    spec["completions"] = spec["parallelism"] = workers
     spec["suspend"] = bool(options.queue)
     pod = spec["template"]["spec"]
-    pod["nodeSelector"] |= options.node_selector
+    pod["nodeSelector"] |= options.node_labels
     (trainer,) = pod["containers"]
     trainer["image"] = options.image or trainer["image"]
-    if options.trainer_flags:
-        trainer["args"] = _arguments(options)
     if options.gpus_per_worker:
         for amounts in trainer["resources"].values():
             amounts[_GPU] = str(options.gpus_per_worker)
     (hosts,) = (each for each in trainer["env"] if each["name"] == "WARMSTATE_HOSTS")
-    hosts["value"] = hosts["value"].replace("[0-1]", f"[0-{options.workers - 1}]")
+    hosts["value"] = hosts["value"].replace("[0-1]", f"[0-{workers - 1}]")
 
 
-def _fill_elastic(spec: Document, options: Options) -> None:
+def _fill_elastic(spec: Document, options: KubernetesOptions) -> None:
+    largest = options.max_workers or 1
     if options.max_restarts is not None:
         spec["backoffLimit"] = options.max_restarts
     (trainer,) = spec["template"]["spec"]["containers"]
     numbers = {
         "--min_workers": options.min_workers,
-        "--max_workers": options.max_workers,
-        "--workers": options.workers,
+        "--max_workers": largest,
+        "--workers": options.workers or largest,
     }
     names = [word.partition("=")[0] for word in trainer["command"]]
     trainer["command"] = [
@@ -238,27 +189,22 @@ def _fill_elastic(spec: Document, options: Options) -> None:
     for amounts, of_one in zip(
         trainer["resources"].values(), one["resources"].values(), strict=True
     ):
-        amounts["cpu"] = str(int(of_one["cpu"]) * options.max_workers)
-        amounts["memory"] = f"{int(of_one['memory'].removesuffix('Gi')) * options.max_workers}Gi"
+        amounts["cpu"] = str(int(of_one["cpu"]) * largest)
+        amounts["memory"] = f"{int(of_one['memory'].removesuffix('Gi')) * largest}Gi"
         if options.gpus_per_worker:
-            amounts[_GPU] = str(options.gpus_per_worker * options.max_workers)
+            amounts[_GPU] = str(options.gpus_per_worker * largest)
 
 
-def _arguments(options: Options) -> list[str]:
-    # Kubernetes would put a variable's value for $(NAME).
-    return [flag.replace("$(", "$$(") for flag in options.trainer_flags]
-
-
-def _fill_mpi_job(spec: Document, options: Options) -> None:
+def _fill_mpi_job(spec: Document, options: KubernetesOptions) -> None:
     policy = spec["runPolicy"]
     policy["suspend"] = bool(options.queue)
     if options.max_restarts is not None:
         policy["backoffLimit"] = options.max_restarts
     command = spec["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]["command"]
-    command[command.index("-np") + 1] = str(options.workers)
+    command[command.index("-np") + 1] = str(options.workers or 1)
 
 
-def _fill_train_job(spec: Document, options: Options) -> None:
+def _fill_train_job(spec: Document, options: KubernetesOptions) -> None:
     trainer = spec["trainer"]
     if options.image:
         trainer["image"] = options.image
@@ -268,8 +214,8 @@ def _fill_train_job(spec: Document, options: Options) -> None:
         _fill_template(template, options)
         trainer["resourcesPerNode"] = template["template"]["spec"]["containers"][0]["resources"]
     pod: Document = {}
-    if options.node_selector:
-        pod["nodeSelector"] = dict(options.node_selector)
+    if labels := options.node_labels:
+        pod["nodeSelector"] = labels
     claims = {"runs": options.run_volume, "data": options.data_volume}
     volumes = [
         {"name": name, "persistentVolumeClaim": {"claimName": claim}}

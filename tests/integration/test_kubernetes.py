@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.kubernetes import manifests as kubernetes
+from launch.kubernetes.options import KubernetesOptions
 from tests.horovod_is_there import needs_horovod
 from tests.integration import pod_runner
 from tests.integration.programs import SMALL, metrics, train
@@ -26,9 +27,7 @@ def job(
     claims["warmstate-runs"].mkdir(parents=True)
     shutil.copytree(store, claims["warmstate-data"] / "store")
     trainer_flags = [*SMALL, "--store=/data/store", "--run_dir=runs/run", *flags]
-    documents = kubernetes.render(
-        kubernetes.Options(workers=2, trainer_flags=trainer_flags, **options)
-    )
+    documents = kubernetes.render(KubernetesOptions(workers=2, **options), trainer_flags)
     with pod_runner.indexed_job(documents, claims, folder / "pods") as running:
         yield running
 
@@ -118,7 +117,7 @@ def test_a_queued_job_has_no_pods_until_it_is_resumed(small_store: Path, tmp_pat
 
 
 def test_environment_as_the_job_controller_and_the_kubelet_make_it() -> None:
-    documents = kubernetes.render(kubernetes.Options(name="a-job", workers=12))
+    documents = kubernetes.render(KubernetesOptions(name="a-job", workers=12))
     (manifest,) = (document for document in documents if document["kind"] == "Job")
     pod = pod_runner.pod_manifest(manifest, 11, "abcde")
     environment = pod_runner.container_environment(pod, pod_runner.IMAGE_ENVIRONMENT)

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,7 @@ import yaml
 
 from launch.kubernetes import jobs as kubernetes_jobs
 from launch.kubernetes import manifests as kubernetes
-from launch.kubernetes.manifests import Options
-from launch.kubernetes.platform import OVERLAYS
+from launch.kubernetes.options import OVERLAYS, KubernetesOptions
 
 REPOSITORY = Path(__file__).parents[3]
 CRDS = REPOSITORY.parent / "shared" / "k8s" / "crds"
@@ -31,18 +31,29 @@ FILLED = {
     "run_volume": "my-runs",
     "data_volume": "my-data",
     "queue": "gpus",
-    "node_selector": {"disk": "fast"},
-    "trainer_flags": ["--stage=pretrain", "--run_dir=runs/$(NOT_A_VARIABLE)"],
+    "node_selector": "disk=fast",
     "gpus_per_worker": 1,
 }
+TRAINER_FLAGS = ["--stage=pretrain", "--run_dir=runs/$(NOT_A_VARIABLE)"]
 
 
-def options(overlay: str, filled: bool) -> Options:
+def options(overlay: str = "indexed-job", **given: Any) -> KubernetesOptions:
+    """Returns the options whose manifests `kubectl kustomize` makes, changed by `given`."""
+    usual: dict[str, Any] = {"overlay": overlay, "workers": 2}
+    if overlay in ("mpijob", "elastic"):
+        usual["distributor"] = "horovod"
+    if overlay == "elastic":
+        usual |= {"elastic": True, "min_workers": 1, "max_workers": 2}
+    return KubernetesOptions(**usual | given)
+
+
+def filled(overlay: str) -> list[Document]:
     restarts = {} if overlay == "trainjob" else {"max_restarts": 5}
-    return Options(overlay, **FILLED, **restarts) if filled else Options(overlay)
+    return kubernetes.render(options(overlay, **FILLED, **restarts), TRAINER_FLAGS)
 
 
-ALL = [pytest.param(options(o, f), id=f"{o}-{f}") for o in OVERLAYS for f in (False, True)]
+ALL = [pytest.param(kubernetes.render(options(o)), id=o) for o in OVERLAYS]
+ALL += [pytest.param(filled(o), id=f"{o}-filled") for o in OVERLAYS]
 
 
 def by_name(documents: list[Document]) -> dict[tuple[str, str], Document]:
@@ -82,7 +93,7 @@ def pod_templates(document: Document) -> Iterator[Document]:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kustomize_makes_what_the_launcher_renders(overlay: str) -> None:
     assert kustomize(REPOSITORY / "k8s" / "overlays" / overlay) == by_name(
-        kubernetes.render(Options(overlay))
+        kubernetes.render(options(overlay))
     )
 
 
@@ -112,11 +123,8 @@ def test_kustomize_makes_the_same_of_the_same_values(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(mine))
     names = ("namespace", "image", "workers", "queue", "node_selector", "gpus_per_worker")
     rendered = kubernetes.render(
-        Options(
-            **{name: FILLED[name] for name in names},
-            max_restarts=5,
-            trainer_flags=["--stage=pretrain", "--run_dir=runs/a"],
-        )
+        options(**{name: FILLED[name] for name in names}, max_restarts=5),
+        ["--stage=pretrain", "--run_dir=runs/a"],
     )
     assert kustomize(tmp_path) == by_name(rendered)
 
@@ -130,7 +138,7 @@ def test_the_patch_in_the_readme(tmp_path: Path) -> None:
     (rendered,) = (
         document
         for document in kubernetes.render(
-            Options(workers=4, namespace="team", image="REGISTRY/warmstate:0.1.0-gpu")
+            options(workers=4, namespace="team", image="REGISTRY/warmstate:0.1.0-gpu")
         )
         if document["kind"] == "Job"
     )
@@ -177,9 +185,9 @@ def test_a_name_prefix_reaches_every_name(overlay: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ALL)
-def test_core_kinds_are_valid_and_no_field_is_unknown(given: Options) -> None:
+def test_core_kinds_are_valid_and_no_field_is_unknown(given: list[Document]) -> None:
     validate = pytest.importorskip("kubernetes_validate").validate
-    for document in kubernetes.render(given):
+    for document in given:
         if "." not in document["apiVersion"].partition("/")[0]:
             validate(document, "1.36", strict=True)
         # Custom resources are not looked into by the API server: do what their controllers do.
@@ -228,15 +236,17 @@ def custom_kinds() -> dict[tuple[str, str], jsonschema.Draft202012Validator]:
 
 
 @pytest.mark.parametrize("given", ALL)
-def test_custom_kinds_are_valid_and_no_field_is_unknown(given: Options, custom_kinds) -> None:
-    for document in kubernetes.render(given):
+def test_custom_kinds_are_valid_and_no_field_is_unknown(
+    given: list[Document], custom_kinds
+) -> None:
+    for document in given:
         if "." in document["apiVersion"].partition("/")[0]:
             validator = custom_kinds[document["apiVersion"], document["kind"]]
             assert [error.message for error in validator.iter_errors(document)] == []
 
 
 def test_the_strict_schemas_refuse_a_typo(custom_kinds) -> None:
-    documents = by_name(kubernetes.render(Options("jobset")))
+    documents = by_name(kubernetes.render(options("jobset")))
     job_set = documents["JobSet", "warmstate"]
     (spec,) = job_specs(job_set)
     spec["template"]["spec"]["terminationGracePeriod"] = 1
@@ -278,8 +288,8 @@ def restricted_faults(pod: Document) -> list[str]:
 
 
 @pytest.mark.parametrize("given", ALL)
-def test_pods_are_restricted_and_say_where_they_write(given: Options) -> None:
-    templates = [t for document in kubernetes.render(given) for t in pod_templates(document)]
+def test_pods_are_restricted_and_say_where_they_write(given: list[Document]) -> None:
+    templates = [t for document in given for t in pod_templates(document)]
     assert templates
     for template in templates:
         pod = template["spec"]
@@ -307,7 +317,7 @@ def test_the_restricted_check_finds_faults() -> None:
 
 
 def test_flags_reach_the_pods() -> None:
-    documents = by_name(kubernetes.render(options("indexed-job", filled=True)))
+    documents = by_name(filled("indexed-job"))
     assert documents.keys() == {("Job", "reviews"), ("Service", "reviews")}
     assert {each["metadata"]["namespace"] for each in documents.values()} == {"team"}
     job = documents["Job", "reviews"]
@@ -325,11 +335,11 @@ def test_flags_reach_the_pods() -> None:
 
 
 def test_a_train_job_leaves_the_cluster_s_runtime_as_it_is() -> None:
-    filled = by_name(kubernetes.render(options("trainjob", filled=True)))
-    plain = by_name(kubernetes.render(Options("trainjob")))
+    given = by_name(filled("trainjob"))
+    plain = by_name(kubernetes.render(options("trainjob")))
     runtime = "ClusterTrainingRuntime", "warmstate"
-    assert filled[runtime] == plain[runtime]
-    spec = filled["TrainJob", "reviews"]["spec"]
+    assert given[runtime] == plain[runtime]
+    spec = given["TrainJob", "reviews"]["spec"]
     assert spec["runtimeRef"] == {"name": "warmstate"}
     assert spec["trainer"]["numNodes"] == 4
     assert spec["trainer"]["env"][2]["value"] == "$(WARMSTATE_JOB)-[0-3].$(WARMSTATE_SERVICE)"
@@ -345,9 +355,9 @@ def test_a_train_job_leaves_the_cluster_s_runtime_as_it_is() -> None:
 
 
 def test_mpi_pods_have_the_settings_of_the_others() -> None:
-    (template, worker) = (t for d in kubernetes.render(Options("mpijob")) for t in pod_templates(d))
+    (template, worker) = (t for d in kubernetes.render(options("mpijob")) for t in pod_templates(d))
     mpi = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
-    (job,) = pod_templates(by_name(kubernetes.render(Options()))["Job", "warmstate"])
+    (job,) = pod_templates(by_name(kubernetes.render(options()))["Job", "warmstate"])
     (trainer,) = job["spec"]["containers"]
     cpus = trainer["resources"]["limits"]["cpu"]
     places = {f"WARMSTATE_{name}" for name in ("JOB", "SERVICE", "HOSTS", "PORT")}
@@ -394,7 +404,7 @@ def test_dry_run_prints_the_manifests(overlay: str) -> None:
         before.children_system
     )
     assert printed.returncode == 0, printed.stderr
-    assert list(yaml.safe_load_all(printed.stdout)) == kubernetes.render(Options(overlay))
+    assert list(yaml.safe_load_all(printed.stdout)) == kubernetes.render(options(overlay))
     for package in ("tensorflow", "keras", "numpy", "kubernetes", "trainer"):
         assert f"| {package}\n" not in printed.stderr.replace("|   ", "| ")
 
@@ -405,13 +415,13 @@ def test_all_faults_at_once() -> None:
     printed = dry_run(*flags)
     faults = [line for line in printed.stderr.splitlines() if line.startswith("launch: ")]
     assert printed.returncode == 2
-    assert [fault.split(":")[1].strip() for fault in faults] == [
-        "--node_selector=disk",
-        "--overlay=heap",
+    assert [re.split(": must|: needs|: elastic| is not", fault[8:])[0] for fault in faults] == [
+        "--available_workers=file",
         "--overlay=heap",
         "--name=Reviews",
         "--queue=a b",
-        "--available_workers=file",
+        "--node_selector=disk",
+        "--overlay=heap",
     ]
 
 
@@ -444,7 +454,7 @@ def test_an_elastic_job_has_one_pod_with_what_all_its_workers_need() -> None:
     (job,) = (
         document
         for document in kubernetes.render(
-            Options("elastic", workers=3, min_workers=2, max_workers=4, gpus_per_worker=1)
+            options("elastic", workers=3, min_workers=2, max_workers=4, gpus_per_worker=1)
         )
         if document["kind"] == "Job"
     )
@@ -456,7 +466,7 @@ def test_an_elastic_job_has_one_pod_with_what_all_its_workers_need() -> None:
         assert (amounts["cpu"], amounts["memory"], amounts["nvidia.com/gpu"]) == ("8", "16Gi", "4")
     (job,) = (
         document
-        for document in kubernetes.render(Options("elastic", with_horovod=False))
+        for document in kubernetes.render(options("elastic", distributor="auto"))
         if document["kind"] == "Job"
     )
     (container,) = job["spec"]["template"]["spec"]["containers"]
@@ -464,9 +474,9 @@ def test_an_elastic_job_has_one_pod_with_what_all_its_workers_need() -> None:
 
 
 def test_names_stay_labels() -> None:
-    assert Options(name="a" * 40).faults() == []
-    assert len(Options(name="a" * 41).faults()) == 1
-    assert len(Options(name="1a").faults()) == 1
+    assert options(name="a" * 40).faults() == []
+    assert len(options(name="a" * 41).faults()) == 1
+    assert len(options(name="1a").faults()) == 1
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):
