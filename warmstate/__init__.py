@@ -217,8 +217,8 @@ def _run(
     """Runs a stage in this process; returns its report."""
     from data_pipelines.store.token_store import TokenStore
     from trainer import main
-    from trainer.config import faults_of, raise_if
     from trainer.distribution.cluster import Cluster
+    from trainer.preflight import faults_of, raise_if
 
     opened = store if isinstance(store, TokenStore) else TokenStore(store)
     config = _config(
@@ -232,7 +232,8 @@ def _run(
 
 
 def _config(settings: dict[str, Setting]) -> "Config":
-    from trainer.config import Config, raise_if
+    from trainer.config import Config
+    from trainer.preflight import raise_if
 
     kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
     _check_names(settings, list(kinds))

@@ -1,0 +1,375 @@
+"""Everything that can be wrong before any training: all faults at once, each with its remedy.
+
+`faults_of` needs the flags alone; the others read bundles, the store or the run's folder.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines import flag_fields
+from data_pipelines.errors import InputError
+from data_pipelines.rows import kind_and_path
+from data_pipelines.store.token_store import TokenStore
+from trainer.config import FREE_ON_RESUME, USING_STAGES, Config, step_range
+from trainer.distribution.cluster import Cluster, distributor_faults
+from trainer.reporting import trackers
+
+
+def faults_of(config: Config, cluster: Cluster) -> list[str]:
+    """Returns every fault of the configuration that needs no data to be seen, one line each."""
+    return flag_fields.all_faults(config, lambda readable: _faults(readable, cluster))
+
+
+def _faults(config: Config, cluster: Cluster) -> list[str]:
+    faults = _address_faults(config) + _run_dir_faults(config)
+    if config.stage in USING_STAGES:
+        return faults + _using_faults(config, cluster)
+    faults += trackers.faults_of(config.track)
+    faults += distributor_faults(config.distributor, cluster)
+    faults += _batch_size_faults(config, cluster)
+    faults += _pretraining_faults(config)
+    faults += _step_faults(config)
+    faults += _source_faults(config)
+    faults += _finetuning_faults(config)
+    return faults + _stage_faults(config)
+
+
+def _address_faults(config: Config) -> list[str]:
+    """Returns a fault for each folder that is an address; docs/decisions.md says why."""
+    return [
+        f"--{name}={getattr(config, name)} is an address: it must be a folder of a file system, on "
+        "which files are flushed and renamed; train in a local one or a volume, and copy bundles "
+        "and checkpoints with the store's own tool"
+        for name in ("run_dir", "store", "encoder", "backward_encoder", "classifier")
+        if "://" in getattr(config, name)
+    ]
+
+
+def _folder_faults(flag: str, folder: str) -> list[str]:
+    """Returns a fault if `folder` cannot be written or made."""
+    path = Path(folder).absolute()
+    if path.exists() and not path.is_dir():
+        return [f"{flag}={folder} is a file; name a folder"]
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return []
+    except OSError as error:
+        return [f"{flag}={folder} cannot be written: {existing}: {error.strerror}"]
+
+
+def _run_dir_faults(config: Config) -> list[str]:
+    """Returns a fault if the stage writes a run's folder and cannot; see `_address_faults`."""
+    if config.stage in USING_STAGES or "://" in config.run_dir:
+        return []
+    if not config.run_dir:
+        return ["--run_dir is not set: name the folder that the run may write"]
+    return [] if config.stage == "replay" else _folder_faults("--run_dir", config.run_dir)
+
+
+def _batch_size_faults(config: Config, cluster: Cluster) -> list[str]:
+    """Returns what is wrong with global batches for so many workers."""
+    faults = []
+    for stage in ("pretrain", "finetune"):
+        name = f"{stage}_batch_size"
+        if config.stage in ("all", stage) and getattr(config, name) < cluster.size:
+            faults.append(
+                f"--{name}={getattr(config, name)} is smaller than the number of workers, "
+                f"{cluster.size}: some would have nothing to do"
+            )
+    return faults
+
+
+def _pretraining_faults(config: Config) -> list[str]:
+    """Returns which flags of pretraining do not go together."""
+    faults = []
+    if config.uses_softmax and config.sampled_softmax >= config.vocab_size:
+        faults.append(
+            f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
+            f"{config.vocab_size}; 0 is the exact softmax"
+        )
+    tokens = config.pretrain_tokens_per_batch
+    if tokens and tokens < config.pretrain_max_tokens:
+        faults.append(
+            f"--pretrain_tokens_per_batch={tokens} must be at least --pretrain_max_tokens="
+            f"{config.pretrain_max_tokens}, the longest row; 0 counts rows instead"
+        )
+    packing = config.pretrain_packing
+    if tokens and packing != "none":
+        faults.append(
+            f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing={packing}: its rows "
+            "have one length; set --pretrain_batch_size instead"
+        )
+    if config.reconstruct_documents and config.pretrain_objective != "sequence_autoencoder":
+        faults.append(
+            f"--reconstruct_documents={config.reconstruct_documents} with --pretrain_objective="
+            f"{config.pretrain_objective}: only a sequence_autoencoder writes texts again"
+        )
+    if packing == "stream" and config.pretrain_objective != "language_model":
+        faults.append(
+            f"--pretrain_packing=stream with --pretrain_objective={config.pretrain_objective}: "
+            "only a language model carries its state from row to row; use concat or none"
+        )
+    return faults
+
+
+def _step_faults(config: Config) -> list[str]:
+    """Returns which flags of how steps are taken do not go together."""
+    faults = []
+    if config.profile_steps and step_range(config.profile_steps) is None:
+        faults.append(
+            f"--profile_steps={config.profile_steps} must be A:B, two step numbers from 1, A at "
+            "most B, as in --profile_steps=20:30"
+        )
+    if config.steps_per_call > 1 and config.on_nonfinite == "skip":
+        faults.append(
+            f"--steps_per_call={config.steps_per_call} with --on_nonfinite=skip: whether a step is "
+            "left out is decided after each; set --steps_per_call=1 or --on_nonfinite=stop"
+        )
+    if config.steps_per_call > 1 and config.precision == "mixed_float16":
+        faults.append(
+            f"--steps_per_call={config.steps_per_call} with --precision=mixed_float16: a step that "
+            "overflows is tried again; set --steps_per_call=1 or --precision=mixed_bfloat16"
+        )
+    if config.steps_per_call > 1 and config.finetune_ema:
+        faults.append(
+            f"--steps_per_call={config.steps_per_call} with --finetune_ema={config.finetune_ema}: "
+            "the weights are averaged after each step; set one of them back"
+        )
+    return faults
+
+
+def _source_faults(config: Config) -> list[str]:
+    """Returns a fault if it is not clear which texts are read."""
+    faults = []
+    pair = (config.unlabelled, config.labelled)
+    if any(pair) and (config.source or not all(pair)):
+        faults.append(
+            f"--source={config.source} --unlabelled={pair[0]} --labelled={pair[1]}: give either "
+            "--source, or both --unlabelled and --labelled"
+        )
+    return faults
+
+
+def _finetuning_faults(config: Config) -> list[str]:
+    """Returns which flags of fine-tuning do not go together."""
+    faults = []
+    for name in ("encoder_frozen_steps", "unfreeze_every_steps"):
+        if config.optimizer == "adamw" and getattr(config, name):
+            faults.append(
+                f"--{name}={getattr(config, name)} with --optimizer=adamw: its weight decay would "
+                "move the frozen weights; use --optimizer=adam"
+            )
+    if config.label_gain == "linear" and config.pooling != "last":
+        faults.append(
+            f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
+            "predicted from that word's output; use --pooling=last"
+        )
+    vectors = config.init_embeddings
+    if vectors and "://" not in vectors and not Path(vectors).is_file():
+        faults.append(f"--init_embeddings={vectors} is not a file")
+    if vectors and config.stage == "finetune" and config.init_weights == "encoder":
+        faults.append(
+            f"--init_embeddings={vectors} with --init_weights=encoder: the encoder has embeddings; "
+            "set --init_weights=random, or leave one out"
+        )
+    if config.unlabelled_batch_size and not config.virtual_adversarial_weight:
+        faults.append(
+            f"--unlabelled_batch_size={config.unlabelled_batch_size} needs "
+            "--virtual_adversarial_weight: no other loss reads documents without labels"
+        )
+    return faults
+
+
+def _stage_faults(config: Config) -> list[str]:
+    faults = []
+    if config.stage == "finetune" and not config.encoder and config.needs_encoder:
+        why = (
+            "--init_weights=encoder"
+            if config.init_weights == "encoder"
+            else f"--initial_state={config.initial_state}"
+        )
+        faults.append(
+            f"{why} needs an encoder: set --encoder to a bundle that --stage=pretrain wrote, or "
+            "train from scratch with --init_weights=random --initial_state=zero"
+        )
+    for name in ("encoder", "backward_encoder"):
+        if config.stage == "all" and getattr(config, name):
+            faults.append(f"--stage=all trains an encoder of its own: leave --{name} out")
+    if config.stage == "all" and config.pretrain_direction == "backward":
+        faults.append(
+            "--pretrain_direction=backward with --stage=all, whose classifier reads forward: "
+            "pretrain with --stage=pretrain, and give the encoder to fine-tuning as "
+            "--backward_encoder"
+        )
+    if config.stage == "finetune" and config.backward_encoder and not config.needs_encoder:
+        faults.append(
+            f"--backward_encoder={config.backward_encoder} is not read with --init_weights=random "
+            "--initial_state=zero: leave it out, or take weights or a state from encoders"
+        )
+    if config.stage == "evaluate" and not config.classifier:
+        faults.append("--stage=evaluate needs --classifier: a bundle that --stage=finetune wrote")
+    if (config.stage == "replay") != (config.step > 0):
+        faults.append(
+            f"--step={config.step} with --stage={config.stage}: replay needs a step, counted from "
+            "1, and nothing else takes one"
+        )
+    return faults
+
+
+def _using_faults(config: Config, cluster: Cluster) -> list[str]:
+    """Returns what is wrong with a stage that uses a trained model."""
+    stage, faults = config.stage, []
+    if cluster.size > 1:
+        faults.append(f"--stage={stage} is for one process; the environment names {cluster.size}")
+    if config.reconstruct and not (config.encoder and stage == "predict"):
+        faults.append("--reconstruct needs --stage=predict and --encoder, an encoder bundle")
+    if config.reconstruct and config.explain:
+        faults.append("--reconstruct and --explain: choose one")
+    if not config.classifier and not config.reconstruct:
+        faults.append(f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote")
+    if stage == "export" and not config.output:
+        faults.append("--stage=export needs --output: the folder that the model is written to")
+    missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]
+    if stage == "serve" and missing:
+        faults.append(
+            f"--stage=serve needs {' and '.join(missing)}: pip install -c constraints.txt "
+            "-e '.[serve]' in a clone of warmstate"
+        )
+    if (config.explain or config.reconstruct) and kind_and_path(config.output)[0] in ("csv", "tsv"):
+        flag = "explain" if config.explain else "reconstruct"
+        faults.append(f"--{flag} with --output={config.output}: choose text or jsonl")
+    if stage == "predict" and config.output.endswith((".gz", ".zst")):
+        faults.append(f"--output={config.output}: what is written is not compressed; name it so")
+    return faults
+
+
+def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
+    """Returns one line for each flag in which a resumed run differs from `saved`."""
+    return [
+        f"--{name} was {saved[name]!r} and is now {value!r}"
+        for name, value in dataclasses.asdict(config).items()
+        if name not in FREE_ON_RESUME and name in saved and saved[name] != value
+    ]
+
+
+def raise_if(faults: Sequence[str]) -> None:
+    """Raises InputError with all the faults, if there are any."""
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def encoders_of(config: Config) -> list[tuple[str, str, str]]:
+    """Returns flag, folder and direction of the encoder bundles that --stage=finetune reads."""
+    if config.stage != "finetune" or not config.needs_encoder:
+        return []
+    found = [("--encoder", config.encoder, "forward")]
+    if config.backward_encoder:
+        found.append(("--backward_encoder", config.backward_encoder, "backward"))
+    return found
+
+
+def bundle_faults(config: Config) -> list[str]:
+    """Returns why bundles that flags name cannot be used with this model."""
+    from trainer import bundle
+
+    faults: list[str] = []
+    for flag, folder, direction in encoders_of(config):
+        with _added_to(faults):
+            info = bundle.read_info(Path(folder), "encoder", flag)
+            model, reads = info["model"], info.get("direction", "forward")
+            if reads != direction:
+                faults.append(
+                    f"{flag}={folder} reads {reads}: --encoder needs a bundle that reads forward, "
+                    "--backward_encoder one trained with --pretrain_direction=backward"
+                )
+            faults += [
+                f"--{name}={getattr(config, name)}, but the encoder in {flag}={folder} "
+                f"has {model[name]}; set --{name}={model[name]}"
+                for name in ("embedding_dim", "units", "num_layers")
+                if getattr(config, name) != model[name]
+            ]
+    if config.stage == "evaluate":
+        with _added_to(faults):
+            bundle.read_info(Path(config.classifier), "classifier", "--classifier")
+    return faults
+
+
+def resume_faults(config: Config, folder: Path) -> list[str]:
+    """Returns why --resume=auto cannot continue the run in `folder`, if there is one."""
+    path = folder / "config.json"
+    if config.resume != "auto" or not path.exists():
+        return []
+    try:
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        return [
+            f"--run_dir={folder}: {path}, the record of the run's flags, is damaged: {error}; "
+            "remove it if the flags are the same, or start again with --resume=never"
+        ]
+    return [
+        f"--run_dir={folder} holds a run of other settings: {line}; name another --run_dir, or "
+        "start again with --resume=never"
+        for line in differences(config, saved)
+    ]
+
+
+def store_faults(config: Config, store: TokenStore) -> list[str]:
+    """Returns which flags ask for something that the store does not have."""
+    faults = []
+    if config.stage in ("all", "finetune"):
+        wanted, there = config.finetune_documents, len(store.split("train"))
+        if wanted > there:
+            faults.append(
+                f"--finetune_documents={wanted} is more than the {there} labelled documents that "
+                "the store has for training; 0 takes all"
+            )
+        if config.unlabelled_batch_size and "unsupervised" not in store.splits:
+            faults.append(
+                f"--unlabelled_batch_size={config.unlabelled_batch_size}, but the store has no "
+                "unsupervised split: leave it out, or name a --store with unlabelled text"
+            )
+    kind = store.tokenizer_config["type"]
+    if config.tokenizer not in ("word", kind):
+        faults.append(f"--tokenizer={config.tokenizer}, but the store's is {kind}")
+    if config.uses_softmax and config.sampled_softmax >= store.vocab_size:
+        faults.append(
+            f"--sampled_softmax={config.sampled_softmax} must be below the store's vocabulary of "
+            f"{store.vocab_size}; 0 is the exact softmax"
+        )
+    return faults
+
+
+def vocabulary_faults(config: Config, vocab_sha256: str) -> list[str]:
+    """Returns which bundles were made with a vocabulary other than the store's."""
+    from trainer import bundle
+
+    named = [("encoder", flag, folder) for flag, folder, _ in encoders_of(config)]
+    if config.stage == "evaluate":
+        named.append(("classifier", "--classifier", config.classifier))
+    faults = []
+    for name, flag, folder in named:
+        theirs = bundle.read_info(Path(folder), name, flag)["vocab_sha256"]
+        if theirs != vocab_sha256:
+            faults.append(
+                f"{flag}={folder} was made with another vocabulary (SHA-256 {theirs[:12]}) than "
+                f"the store's ({vocab_sha256[:12]}): name the --store that it was trained on"
+            )
+    return faults
+
+
+@contextlib.contextmanager
+def _added_to(faults: list[str]) -> Iterator[None]:
+    """Adds the InputError that its block raises to `faults`."""
+    try:
+        yield
+    except InputError as error:
+        faults.append(str(error))
