@@ -20,6 +20,7 @@ setup(
     package_dir={"launch.k8s": "k8s"},  # the manifests, which the launcher fills
     package_data={
         "launch.k8s": ["base/*", "overlays/*/*", "Dockerfile*", "README.md", "sshd_config"],
+        "launch": ["local/loopback.c"],
         "trainer": [
             "configs/**/*.cfg",
             "native/lstm.cc",

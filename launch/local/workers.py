@@ -21,9 +21,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
-from launch.local import horovod, screen
+from launch.local import horovod, loopback, screen
 
 CONFIGURATION_EXIT_CODE = 2
 LOST_PEER_EXIT_CODE = 75  # EX_TEMPFAIL: of a trainer whose peer is gone
@@ -125,8 +126,13 @@ def run_together(
         stack.callback(_end, processes)
         rendezvous = horovod.Rendezvous(workers) if with_horovod else None
         port = rendezvous.port if rendezvous else None
+        preloaded = None
+        if workers > 1 and not with_horovod:
+            preloaded, warning = stack.enter_context(loopback.library())
+            if warning:
+                say(warning)
         columns = screen.columns()
-        for additions in worker_environments(workers, os.environ, port):
+        for additions in worker_environments(workers, os.environ, port, preloaded):
             if columns and not processes:  # the first speaks for all
                 additions |= {screen.COLUMNS_VARIABLE: str(columns)}
             processes.append(_start(command, additions, mask))
@@ -163,13 +169,17 @@ def shell_commands(command: Sequence[str], workers: int, with_horovod: bool = Fa
 
 
 def worker_environments(
-    workers: int, inherited: Mapping[str, str], rendezvous_port: int | None = None
+    workers: int,
+    inherited: Mapping[str, str],
+    rendezvous_port: int | None = None,
+    preloaded: Path | None = None,
 ) -> list[dict[str, str]]:
     """Returns, for each worker, the variables to add to the `inherited` environment.
 
     The processor's cores are divided among the workers; a thread variable that is in `inherited`
     stays as it is. With a `rendezvous_port` they get Horovod's variables; else two or more get
-    TensorFlow's `TF_CONFIG`, with ports free a moment ago.
+    TensorFlow's `TF_CONFIG`, with ports free a moment ago, and preload the library of
+    loopback.py from `preloaded`.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     defaults = {name: str(threads) for name in THREAD_VARIABLES} | {"TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -180,9 +190,16 @@ def worker_environments(
         return [place | common for place in places]
     if workers == 1:
         return [common]
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in _free_ports(workers)]}
-    tasks = [{"type": "worker", "index": index} for index in range(workers)]
-    return [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": t}), **common} for t in tasks]
+    ports = _free_ports(workers)
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    environments = []
+    for index, port in enumerate(ports):
+        task = {"type": "worker", "index": index}
+        variables = {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task}), **common}
+        if preloaded:
+            variables |= loopback.variables(preloaded, port, inherited)
+        environments.append(variables)
+    return environments
 
 
 def _free_ports(count: int) -> list[int]:
