@@ -10,6 +10,7 @@
 On several workers: python -m launch.main --platform=local --workers=2 -- FLAGS
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,7 +31,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.quiet_tensorflow import import_quietly
 from data_pipelines.store.token_store import TokenStore
 from trainer import config as configuration
-from trainer import preflight
+from trainer import preflight, run_lock
 from trainer.config import Config
 from trainer.distribution import cluster as clusters
 from trainer.distribution.cluster import Cluster
@@ -109,16 +110,23 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run_stage(
-    config: Config,
-    cluster: Cluster,
-    say: Callable[[str], None] | None = None,
-) -> None:
-    """Prepares the data, makes the distributor, runs the stage, writes the report.
+def run_stage(config: Config, cluster: Cluster, say: Callable[[str], None] | None = None) -> None:
+    """Runs the stage; the chief holds the lock of the run's folder meanwhile.
 
     Args:
-      say: takes the lines of a process alone, which are printed without it.
+        say: Takes the lines of a single process, which are otherwise printed.
+
+    Raises:
+        InputError: The input is wrong, or another run uses the folder.
     """
+    writes = cluster.rank == 0 and config.stage != "replay"
+    folder = Path(config.run_dir)
+    with run_lock.held(folder, say or print) if writes else contextlib.nullcontext():
+        _run_stage(config, cluster, say)
+
+
+def _run_stage(config: Config, cluster: Cluster, say: Callable[[str], None] | None) -> None:
+    """Prepares the data, makes the distributor, runs the stage, writes the report."""
     began = time.perf_counter()
     chief = cluster.rank == 0
     if config.stage == "replay":

@@ -9,8 +9,9 @@ import pytest
 from data_pipelines.errors import InputError
 from data_pipelines.store.token_store import TokenStore
 from tests.trainer.reporting.test_trackers import Notes
-from trainer import main
+from trainer import main, run_lock
 from trainer.config import Config
+from trainer.distribution.cluster import Cluster
 from trainer.distribution.tf_distribute import one_device
 from trainer.stages.run import Run
 
@@ -54,3 +55,16 @@ def test_a_report_that_cannot_be_written_is_an_error_once_all_is_said(
         main.write_report(run, RESULT, 1.0)
     assert '"steps": 3' in lines[-1] and (tmp_path / "report.html").is_file()
     assert [told[0] for told in notes.told] == ["finished"]
+
+
+def test_a_folder_in_use_ends_a_run_before_any_work(
+    tmp_path: Path, small_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.0)
+    config = Config(stage="pretrain", run_dir=str(tmp_path), store=str(small_store))
+    with (
+        run_lock.held(tmp_path, print, {}),
+        pytest.raises(InputError, match="is in use by process"),
+    ):
+        main.run_stage(config, Cluster(rank=0, size=1), lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == [run_lock.FILE]
