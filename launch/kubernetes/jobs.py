@@ -1,29 +1,38 @@
-"""Jobs at the API server: creates what manifests.py renders, follows and ends it."""
+"""Jobs at the API server: starts what manifests.py renders, follows it and ends it."""
 
 import json
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
+from launch.kubernetes.api import Api, explanation
 from launch.kubernetes.manifests import JOB_KINDS, Document
+from launch.kubernetes.problems import lost_node, pending_reason, problems
 
-# The chief's last line where WARMSTATE_PRINT_REPORT is set; horovodrun puts something before it.
+UNREACHABLE_EXIT_CODE = 69  # EX_UNAVAILABLE: the job may still run
+# The chief's last line if WARMSTATE_PRINT_REPORT is set; horovodrun puts a prefix before it.
 _REPORT = re.compile(r"report\.json: (\{.*\})\s*$")
-_REPORT_IS_IN_LAST_LINES = 200
+_REPORT_IS_IN_LAST_LINES = "200"
 _POLL_SECONDS = 2.0
+_PROBLEMS_SECONDS = 10.0  # between two looks at pending pods and events
+_OUTAGE_SECONDS = 300.0  # an API server that is away for longer ends --wait
+_DELETION_SECONDS = 300.0  # a job that is deleted is waited for so long before it is started again
+_OURS = ("app.kubernetes.io/name", "warmstate")
+# Which data a claim holds is the user's: it stays when the job goes.
+_OWNED = ("Service", "NetworkPolicy")
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a kind of job says that it has ended, and which pods are its.
+    """How a kind of job tells that it has ended, and the labels of its pods.
 
     Attributes:
-      succeeded: type of the condition.
-      pods, chief: label selectors, {} stands for the job's name.
+        succeeded: Type of the condition.
+        pods, chief: Label selectors; {} stands for the job's name.
     """
 
     api_version: str
@@ -36,7 +45,7 @@ _INDEX = "batch.kubernetes.io/job-completion-index"
 _OF_JOB = "batch.kubernetes.io/job-name={}"
 _OF_JOB_SET = "jobset.sigs.k8s.io/jobset-name={}"
 _OF_MPI_JOB = "training.kubeflow.org/job-name={}"
-# Who makes others of them comes first: a TrainJob has a JobSet of its name.
+# A TrainJob makes a JobSet of its name, and a JobSet makes Jobs: the makers come first.
 _KINDS = {
     "TrainJob": _Kind(
         "trainer.kubeflow.org/v1alpha1", "Complete", _OF_JOB_SET, f"{_OF_JOB_SET},{_INDEX}=0"
@@ -54,200 +63,201 @@ _KINDS = {
 }
 
 
-class Api:
-    """The API server that the kubeconfig (or, in a pod, the service account) names.
+def start(documents: Sequence[Document], api: Api) -> int:
+    """Creates the objects; if one is refused, deletes those that were created.
 
-    Attributes:
-      errors: what its methods raise where the server refuses something or cannot be reached.
+    Returns:
+        0, or 1 if the name is taken.
 
     Raises:
-      ImportError: the extra `warmstate[k8s]` is not installed.
-      kubernetes.config.ConfigException: there is no configuration.
+        Api.errors: The server refuses an object or cannot be reached.
     """
-
-    def __init__(self, namespace: str):
-        from kubernetes import client, config
-        from urllib3.exceptions import HTTPError
-
-        try:
-            config.load_kube_config()
-            context = config.list_kube_config_contexts()[1]["context"]
-        except config.ConfigException:
-            config.load_incluster_config()
-            context = {}
-        self.namespace = namespace or context.get("namespace", "default")
-        self._core = client.CoreV1Api()
-        self._batch = client.BatchV1Api()
-        self._custom = client.CustomObjectsApi()
-        self._error = client.ApiException
-        self.errors = (client.ApiException, HTTPError)
-
-    def create(self, document: Document) -> bool:
-        """Creates an object, with no unknown field let pass; returns False if it is there."""
-        strict: dict[str, Any] = {"body": document, "field_validation": "Strict"}
-        kind = document["kind"]
-        try:
-            if kind == "Service":
-                self._core.create_namespaced_service(self.namespace, **strict)
-            elif kind == "PersistentVolumeClaim":
-                self._core.create_namespaced_persistent_volume_claim(self.namespace, **strict)
-            elif kind == "Job":
-                self._batch.create_namespaced_job(self.namespace, **strict)
-            elif kind == "ClusterTrainingRuntime":
-                self._custom.create_cluster_custom_object(*_resource(document), **strict)
+    (job,) = (each for each in documents if each["kind"] in JOB_KINDS)
+    if not _name_is_free(documents, job, api):
+        return 1
+    created: list[Document] = []
+    try:
+        for document in documents:
+            found = api.get(document)
+            if found is None:
+                created.append(document | api.create(document))
+                _say(f"created {_title(document)}")
             else:
-                group, version, plural = _resource(document)
-                self._custom.create_namespaced_custom_object(
-                    group, version, self.namespace, plural, **strict
-                )
-        except self._error as error:
-            if error.status == 409:
-                return False
-            raise
-        return True
-
-    def find_job(self, name: str) -> Document | None:
-        """Returns the job of that name, of whatever kind; None if there is none."""
-        for kind, facts in _KINDS.items():
-            document: Document = {
-                "apiVersion": facts.api_version,
-                "kind": kind,
-                "metadata": {"name": name},
-            }
-            try:
-                return document | self.get(document)
-            except self._error as error:
-                if error.status != 404:  # so it is where the kind itself is not known
-                    raise
-        return None
-
-    def get(self, document: Document) -> Document:
-        """Returns the job that `document` names, as it is now."""
-        group, version, plural = _resource(document)
-        found = self._custom.get_namespaced_custom_object(
-            group, version, self.namespace, plural, document["metadata"]["name"]
-        )
-        return cast(Document, found)
-
-    def delete(self, document: Document) -> None:
-        """Deletes the job that `document` names, its pods, and its Service."""
-        group, version, plural = _resource(document)
-        name = document["metadata"]["name"]
-        self._custom.delete_namespaced_custom_object(
-            group, version, self.namespace, plural, name, propagation_policy="Background"
-        )
-        if document["kind"] == "Job":  # the other kinds' controllers made theirs
-            # It answers with the Service or a Status, of which the client knows the one.
-            answer = self._core.delete_namespaced_service(
-                name, self.namespace, _preload_content=False
-            )
-            if answer.status != 404:
-                self._check(answer)
-
-    def pods(self, selector: str) -> list[Any]:
-        """Returns the pods, oldest first."""
-        pods = self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
-        return sorted(pods, key=lambda pod: pod.metadata.creation_timestamp)
-
-    def log_lines(self, pod: str, follow: bool) -> Iterator[str]:
-        """Yields the lines that the pod has printed, with `follow` until it ends."""
-        # Not read into memory, and so not the str that the client's types promise.
-        stream: Any = self._core.read_namespaced_pod_log(
-            pod, self.namespace, follow=follow, _preload_content=False
-        )
-        self._check(stream)
-        for line in stream:
-            yield line.decode(errors="replace")
-
-    def last_lines(self, pod: str) -> list[str]:
-        """Returns the last lines that the pod has printed."""
-        response: Any = self._core.read_namespaced_pod_log(
-            pod, self.namespace, tail_lines=_REPORT_IS_IN_LAST_LINES, _preload_content=False
-        )
-        self._check(response)
-        return response.data.decode(errors="replace").splitlines()
-
-    def _check(self, response: Any) -> None:
-        """Raises what the client raises itself where it reads the answer."""
-        if response.status >= 300:
-            raise self._error(response.status, response.reason, body=response.data.decode())
-
-
-def _resource(document: Document) -> tuple[str, str, str]:
-    group, version = document["apiVersion"].split("/")
-    return group, version, document["kind"].lower() + "s"
-
-
-def submit(documents: Sequence[Document], api: Api) -> int:
-    """Creates what is not there yet; returns 1 if the job itself is, else 0."""
-    for document in documents:
-        title = f"{document['kind']} {document['metadata']['name']}"
-        if api.create(document):
-            _say(f"created {title}")
-        elif document["kind"] in JOB_KINDS:
-            _say(f"{title} is there already: choose another --name, or `launch cancel` it")
-            return 1
-        else:
-            _say(f"{title} is there already")
+                _say(f"{_title(document)} is there already")
+        owner = next(each for each in created if each["kind"] == job["kind"])
+        for document in documents:
+            if document["kind"] in _OWNED:
+                api.own(document, owner)
+    except api.errors:
+        for document in reversed(created):
+            api.delete(document)
+            _say(f"deleted {_title(document)} again")
+        raise
     return 0
 
 
+def _name_is_free(documents: Sequence[Document], job: Document, api: Api) -> bool:
+    for document in documents:
+        found = api.get(document) if document["kind"] in _OWNED else None
+        if found and not _is_ours(found):
+            _say(f"{_title(document)} is there, and not of warmstate: choose another --name")
+            return False
+    found = api.get(job)
+    if found and found["metadata"].get("deletionTimestamp"):
+        _say(f"{_title(job)} is being deleted; waiting until its pods have ended")
+        limit = time.monotonic() + _DELETION_SECONDS
+        while found and time.monotonic() < limit:
+            time.sleep(_POLL_SECONDS)
+            found = api.get(job)
+    if found:
+        _say(f"{_title(job)} is there already: choose another --name, or `launch cancel` it")
+    return found is None
+
+
 def wait(job: Document, api: Api, follow: bool) -> int:
-    """Waits until the job has ended.
+    """Waits until the job has ended; prints why its pods do not run, if they do not.
 
     With `follow` prints what its chief prints, and writes the report to NAME-report.json.
 
-    Returns the exit code: 0, or 1 after saying what the failed pods said.
+    Returns:
+        0; 1 after printing what the failed pods said; 69 if the API server is away for minutes.
     """
     kind, name = _KINDS[job["kind"]], job["metadata"]["name"]
     chief = _Chief(api, kind.chief.format(name))
+    watch = _ProblemWatch(api, kind.pods.format(name))
+    outage = _Outage()
     while True:
-        conditions = _conditions(api.get(job))
-        # After the last look at the conditions: a chief that ended with the job is read as well.
-        if follow:
-            chief.print_lines()
-        if kind.succeeded in conditions:
-            _say(f"{job['kind']} {name} is complete")
+        try:
+            found = api.get(job)
+            if found is None:
+                _say(f"{_title(job)} was deleted")
+                return 1
+            found = job | found
+            ended = kind.succeeded in _conditions(found) or "Failed" in _conditions(found)
             if follow:
-                chief.fetch_report(Path(f"{name}-report.json"))
-            return 0
-        if "Failed" in conditions:
-            _say(f"{job['kind']} {name} failed: {conditions['Failed'].get('message', '')}")
-            for pod in api.pods(kind.pods.format(name)):
-                _say_why_failed(pod)
-            return 1
+                chief.look(is_last=ended)
+            if ended:
+                return _end(found, api, chief if follow else None)
+            watch.look(found)
+            outage.is_over()
+        except api.errors as error:
+            if not api.is_outage(error):
+                raise
+            if not outage.may_end(explanation(error)):
+                return UNREACHABLE_EXIT_CODE
         time.sleep(_POLL_SECONDS)
+
+
+def _end(job: Document, api: Api, chief: "_Chief | None") -> int:
+    kind, name, conditions = _KINDS[job["kind"]], job["metadata"]["name"], _conditions(job)
+    if kind.succeeded in conditions:
+        _say(f"{_title(job)} is complete")
+        if chief:
+            chief.fetch_report(Path(f"{name}-report.json"))
+        return 0
+    _say(f"{_title(job)} failed: {conditions['Failed'].get('message', '')}")
+    for pod in api.pods(kind.pods.format(name)):
+        for container in pod["status"].get("containerStatuses", []):
+            ended = container["state"].get("terminated", {})
+            if code := ended.get("exitCode"):
+                said = ended.get("message", "")
+                _say(f"{pod['metadata']['name']} exited with code {code}: {said}")
+    return 1
+
+
+class _Outage:
+    """The time since the API server was last reached."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def may_end(self, reason: str) -> bool:
+        """Returns whether to try again after a request that failed for `reason`."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+            _say(f"the API server is away ({reason}); the job goes on, trying again")
+        if now - self._began < _OUTAGE_SECONDS:
+            return True
+        _say(
+            f"the API server was away for {_OUTAGE_SECONDS:.0f} s. The job may still run: "
+            "`launch logs NAME --follow` later"
+        )
+        return False
+
+    def is_over(self) -> None:
+        """Notes that a request was answered."""
+        if self._began is not None:
+            _say(f"the API server is back after {time.monotonic() - self._began:.0f} s")
+        self._began = None
+
+
+class _ProblemWatch:
+    """Prints each reason why pods do not run once."""
+
+    def __init__(self, api: Api, selector: str):
+        self._api, self._selector = api, selector
+        self._said: set[str] = set()
+        self._next = 0.0
+
+    def look(self, job: Document) -> None:
+        """Looks for problems, at most every ten seconds and only while pods are missing."""
+        status, wanted = job.get("status", {}), job["spec"].get("parallelism")
+        all_run = job["kind"] == "Job" and wanted and status.get("ready") == wanted
+        if all_run or _is_suspended(job) or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _PROBLEMS_SECONDS
+        for line in problems(job, self._selector, self._api):
+            if line not in self._said:
+                self._said.add(line)
+                _say(line)
 
 
 class _Chief:
     """The pods that were the chief one after the other, and what was printed of each."""
 
     def __init__(self, api: Api, selector: str):
-        self._api = api
-        self._selector = selector
+        self._api, self._selector = api, selector
         self._printed: dict[str, int] = {}  # lines
         self._read: set[str] = set()
+        self._reader: threading.Thread | None = None
 
-    def print_lines(self) -> None:
-        """Prints what is new, of a pod that runs until it ends."""
-        for pod in self._api.pods(self._selector):
-            name, phase = pod.metadata.name, pod.status.phase
-            if phase == "Pending" or name in self._read:
-                continue
+    def look(self, is_last: bool) -> None:
+        """Starts to print what is new, in a thread; `is_last` waits until all is printed."""
+        if is_last and self._reader:
+            self._reader.join()
+        if self._reader and self._reader.is_alive():
+            return
+        pods = [
+            (pod["metadata"]["name"], pod["status"]["phase"])
+            for pod in self._api.pods(self._selector)
+        ]
+        unread = [pod for pod in pods if pod[1] != "Pending" and pod[0] not in self._read]
+        if unread:
+            self._reader = threading.Thread(target=self._print, args=[unread], daemon=True)
+            self._reader.start()
+        if is_last and self._reader:
+            self._reader.join()
+
+    def _print(self, pods: Sequence[tuple[str, str]]) -> None:
+        for name, phase in pods:
             try:
-                for number, line in enumerate(self._api.log_lines(name, follow=True)):
+                for number, line in enumerate(self._api.log_lines(name, follow="true")):
                     if number >= self._printed.get(name, 0):
                         self._printed[name] = number + 1
                         _print_line(line)
             except self._api.errors as error:
-                _say(f"{name}: its lines cannot be read: {explanation(error)}")
+                if not self._api.is_outage(error):  # `wait` tells of an outage
+                    _say(f"{name}: its log cannot be read: {explanation(error)}")
             if phase in ("Succeeded", "Failed"):
                 self._read.add(name)
 
     def fetch_report(self, file: Path) -> None:
         """Writes the report that the last chief printed."""
         for pod in reversed(self._api.pods(self._selector)):
-            for line in reversed(self._api.last_lines(pod.metadata.name)):
+            name = pod["metadata"]["name"]
+            lines = [*self._api.log_lines(name, tailLines=_REPORT_IS_IN_LAST_LINES)]
+            for line in reversed(lines):
                 if found := _REPORT.search(line):
                     file.write_text(json.dumps(json.loads(found[1]), indent=2) + "\n")
                     _say(f"report: {file}")
@@ -256,50 +266,83 @@ class _Chief:
 
 
 def status(name: str, api: Api) -> int:
-    """Prints how the job and its pods are; returns 1 if there is none, else 0."""
-    job = api.find_job(name)
+    """Prints the state of the job and of its pods; returns 1 if there is none, else 0."""
+    job = _find(name, api)
     if job is None:
-        return _no_such_job(name, api)
-    print(f"{job['kind']} {name}: {_state(job)}")
-    for pod in api.pods(_KINDS[job["kind"]].pods.format(name)):
-        code = _exit_code(pod)
-        ended = "" if code is None else f", exit code {code}"
-        print(f"  {pod.metadata.name}: {pod.status.phase}{ended}")
+        return 1
+    print(f"{_title(job)}: {_state(job)}")
+    selector = _KINDS[job["kind"]].pods.format(name)
+    for pod in api.pods(selector):
+        print(f"  {pod['metadata']['name']}: {_pod_state(pod)}")
+    if not _is_suspended(job) and not _has_ended(job):
+        for line in problems(job, selector, api):
+            print(f"  {line}")
     return 0
 
 
 def logs(name: str, api: Api, should_follow: bool) -> int:
     """Prints what the chief's pods printed, with `should_follow` until the job has ended."""
-    job = api.find_job(name)
+    job = _find(name, api)
     if job is None:
-        return _no_such_job(name, api)
+        return 1
     if should_follow:
         return wait(job, api, follow=True)
     for pod in api.pods(_KINDS[job["kind"]].chief.format(name)):
-        if pod.status.phase != "Pending":
-            for line in api.log_lines(pod.metadata.name, follow=False):
+        if pod["status"]["phase"] != "Pending":
+            for line in api.log_lines(pod["metadata"]["name"]):
                 _print_line(line)
     return 0
 
 
 def cancel(name: str, api: Api) -> int:
     """Deletes the job; its pods save their state first, and the volumes stay."""
-    job = api.find_job(name)
+    job = _find(name, api)
     if job is None:
-        return _no_such_job(name, api)
+        return 1
+    if not _is_ours(job):
+        _say(f"{_title(job)} is not of warmstate (its label {_OURS[0]} says so): left as it is")
+        return 1
     api.delete(job)
-    print(f"{job['kind']} {name}: deleted; its pods save their state and stop, its volumes stay")
+    for kind, version in (("Service", "v1"), ("NetworkPolicy", "networking.k8s.io/v1")):
+        document: Document = {"apiVersion": version, "kind": kind, "metadata": {"name": name}}
+        found = api.get(document)
+        # With an owner it goes when the job has gone. Without one, kubectl made it.
+        if found and _is_ours(found) and not found["metadata"].get("ownerReferences"):
+            api.delete(document)
+    print(f"{_title(job)}: deleted; its pods save their state and stop, its volumes stay")
     return 0
 
 
-def explanation(error: Exception) -> str:
-    """Returns one line that says what the API server, or the way to it, has against a request."""
-    body = getattr(error, "body", None)
-    try:
-        message = json.loads(body)["message"] if body else ""
-    except (ValueError, KeyError, TypeError):
-        message = str(body)
-    return " ".join(str(message or getattr(error, "reason", "") or error).split())
+def _find(name: str, api: Api) -> Document | None:
+    """Returns the job of that name, of whatever kind; says so if there is none."""
+    refusals = []
+    for kind, facts in _KINDS.items():
+        document: Document = {
+            "apiVersion": facts.api_version,
+            "kind": kind,
+            "metadata": {"name": name},
+        }
+        try:
+            if found := api.get(document):
+                return document | found
+        except api.errors as error:
+            # A user of one namespace gets 403, also for kinds that the cluster does not know.
+            if getattr(error, "status", None) != 403:
+                raise
+            refusals.append(explanation(error))
+    _say(f"the namespace {api.namespace} has no {', '.join(_KINDS)} named {name} that you may see")
+    for refusal in refusals:
+        _say(refusal)
+    return None
+
+
+def _is_ours(document: Document) -> bool:
+    key, value = _OURS
+    return bool(document["metadata"].get("labels", {}).get(key) == value)
+
+
+def _title(document: Document) -> str:
+    return f"{document['kind']} {document['metadata']['name']}"
 
 
 def _conditions(job: Document) -> Mapping[str, Document]:
@@ -308,41 +351,42 @@ def _conditions(job: Document) -> Mapping[str, Document]:
     return {each["type"]: each for each in conditions if each["status"] == "True"}
 
 
+def _has_ended(job: Document) -> bool:
+    return bool({_KINDS[job["kind"]].succeeded, "Failed"} & _conditions(job).keys())
+
+
+def _is_suspended(job: Document) -> bool:
+    policy = job["spec"].get("runPolicy", job["spec"])  # of an MPIJob
+    return bool(policy.get("suspend"))
+
+
 def _state(job: Document) -> str:
     conditions = _conditions(job)
     if _KINDS[job["kind"]].succeeded in conditions:
         return "complete"
     if "Failed" in conditions:
         return f"failed: {conditions['Failed'].get('message', '')}"
-    policy = job["spec"].get("runPolicy", job["spec"])  # of an MPIJob
-    if policy.get("suspend"):
-        return "suspended, waits for its queue"
-    return "has not ended"
+    if job["metadata"].get("deletionTimestamp"):
+        return "deleted; its pods save their state and stop"
+    return "suspended, waits for its queue" if _is_suspended(job) else "has not ended"
 
 
-def _exit_code(pod: Any) -> int | None:
-    for container in pod.status.container_statuses or []:
-        if container.state.terminated:
-            return container.state.terminated.exit_code
-    return None
+def _pod_state(pod: Document) -> str:
+    if line := lost_node(pod):
+        return f"Terminating: {line}"
+    if pod["metadata"].get("deletionTimestamp"):
+        return "Terminating"
+    for container in pod["status"].get("containerStatuses", []):
+        if ended := container["state"].get("terminated"):
+            return f"{pod['status']['phase']}, exit code {ended['exitCode']}"
+    phase: str = pod["status"]["phase"]
+    reason = pending_reason(pod) if phase == "Pending" else ""
+    return f"{phase}: {reason}" if reason else phase
 
 
 def _print_line(line: str) -> None:
     if not _REPORT.search(line):
         print(line, end="" if line.endswith("\n") else "\n", flush=True)
-
-
-def _say_why_failed(pod: Any) -> None:
-    for container in pod.status.container_statuses or []:
-        ended = container.state.terminated
-        if ended and ended.exit_code:
-            _say(f"{pod.metadata.name} exited with code {ended.exit_code}: {ended.message or ''}")
-
-
-def _no_such_job(name: str, api: Api) -> int:
-    kinds = ", ".join(_KINDS)
-    _say(f"the namespace {api.namespace} has no {kinds} named {name}")
-    return 1
 
 
 def _say(line: str) -> None:

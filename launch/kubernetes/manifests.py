@@ -151,10 +151,9 @@ def _fill(
 
 
 def _fill_template(spec: Document, options: KubernetesOptions) -> None:
-    restarts, workers = options.max_restarts, options.workers or 1
-    if restarts is None:
-        restarts = spec["backoffLimit"] // spec["completions"]
-    spec["backoffLimit"] = restarts * workers
+    workers = options.workers or 1
+    if options.max_restarts is not None:
+        spec["backoffLimitPerIndex"] = options.max_restarts
     spec["completions"] = spec["parallelism"] = workers
     spec["suspend"] = bool(options.queue)
     pod = spec["template"]["spec"]
@@ -170,8 +169,6 @@ def _fill_template(spec: Document, options: KubernetesOptions) -> None:
 
 def _fill_elastic(spec: Document, options: KubernetesOptions) -> None:
     largest = options.max_workers or 1
-    if options.max_restarts is not None:
-        spec["backoffLimit"] = options.max_restarts
     (trainer,) = spec["template"]["spec"]["containers"]
     numbers = {
         "--min_workers": options.min_workers,

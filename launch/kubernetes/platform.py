@@ -3,15 +3,17 @@
 PyYAML and the Kubernetes client are imported only when this platform is used.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.kubernetes.options import KubernetesOptions
 from launch.platform import Platform
 
 if TYPE_CHECKING:
-    from launch.kubernetes.jobs import Api
+    from launch.kubernetes.api import Api
 
 
 class Kubernetes(Platform[KubernetesOptions]):
@@ -42,7 +44,7 @@ class Kubernetes(Platform[KubernetesOptions]):
         (job,) = (each for each in documents if each["kind"] in manifests.JOB_KINDS)
 
         def create(api: "Api") -> int:
-            code = jobs.submit(documents, api)
+            code = jobs.start(documents, api)
             if code == 0 and (options.wait or options.follow):
                 code = jobs.wait(job, api, options.follow)
             return code
@@ -65,26 +67,33 @@ class Kubernetes(Platform[KubernetesOptions]):
         return self._with_api(lambda api: jobs.cancel(name, api))
 
     def _with_api(self, use: Callable[["Api"], int]) -> int:
-        """Returns what `use` does; 2 if no cluster is configured, 1 if the cluster refuses."""
+        """Returns what `use` does; 2 without a cluster, 1 if it refuses, 69 if it is away."""
         from launch.kubernetes import jobs
+        from launch.kubernetes.api import Api, explanation
 
         try:
             from kubernetes.config import ConfigException
 
-            api = jobs.Api(self.options.namespace or "")
+            api = Api(self.options.namespace or "")
         except ImportError as error:
-            print(
-                f"launch: --platform=k8s: needs pip install -e '.[k8s]' in a clone of "
-                f"warmstate ({error})",
-                file=sys.stderr,
-            )
-            return 2
+            return _fail(f"needs pip install -e '.[k8s]' in a clone of warmstate ({error})", 2)
         except ConfigException as error:
-            print(f"launch: --platform=k8s: KUBECONFIG names no cluster: {error}", file=sys.stderr)
-            return 2
+            return _fail(_no_cluster(error), 2)
         try:
             return use(api)
         except api.errors as error:
-            reason = jobs.explanation(error)
-            print(f"launch: --platform=k8s: the API server: {reason}", file=sys.stderr)
-            return 1
+            code = jobs.UNREACHABLE_EXIT_CODE if api.is_outage(error) else 1
+            return _fail(f"the API server: {explanation(error)}", code)
+
+
+def _no_cluster(error: Exception) -> str:
+    files = os.environ.get("KUBECONFIG") or "~/.kube/config"
+    there = [name for name in files.split(os.pathsep) if Path(name).expanduser().is_file()]
+    if not there:
+        return f"there is no kubeconfig {files}: set KUBECONFIG, or run this in a pod"
+    return f"the kubeconfig {files} names no cluster: {error}"
+
+
+def _fail(reason: str, code: int) -> int:
+    print(f"launch: --platform=k8s: {reason}", file=sys.stderr)
+    return code

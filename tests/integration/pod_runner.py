@@ -4,10 +4,10 @@ What is real: the command, with the pod's environment and nothing else, as the p
 capabilities, under a root file system that is read-only but for the pod's mounts, in namespaces of
 its own for network and host name, under the host names of the headless Service; TERM, grace period,
 KILL; a new pod with a new address in place of a failed one; `podFailurePolicy`, `backoffLimit`,
-`successPolicy`, `suspend`.
+`backoffLimitPerIndex`, `successPolicy`, `suspend`.
 What is not: images (this checkout and its virtual environment take their place), limits of memory
-and CPU, seccomp, scheduling, the controller's pauses before it makes a pod again, and what kills a
-pod without a word to the controller.
+and CPU, seccomp, scheduling, and what kills a pod without a word to the controller. The
+controller's pauses before it makes a pod again are noted, not waited for.
 
 Needs root, and `ip`, `unshare` and `setpriv` (Debian: iproute2, util-linux).
 """
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,8 @@ class IndexedJob:
     Attributes:
       pods: all that were made, oldest first.
       condition: type and reason once the Job has ended.
-      counted: failures that count against `backoffLimit`.
+      counted: failures that count against the limits, those that `podFailurePolicy` ignores apart.
+      pauses: seconds that the controller would have waited before each pod that it made again.
     """
 
     def __init__(
@@ -165,6 +167,8 @@ class IndexedJob:
         self.pods: list[Pod] = []
         self.condition: tuple[str, str] | None = None
         self.counted = 0
+        self.pauses: list[float] = []
+        self._counted_of_index: Counter[int] = Counter()
         self._verdict: tuple[str, str] | None = None  # the condition, once all pods have ended
 
     def start(self) -> None:
@@ -241,6 +245,9 @@ class IndexedJob:
             self._judge(pod)
         if self._verdict is None:
             if pod.exit_code:
+                failed = [each.index for each in self.pods if each.exit_code]
+                pause = backoff_seconds(self._spec, failed.count(pod.index), len(failed))
+                self.pauses.append(pause)
                 self._make_pod(pod.index)
             elif all(self._has_succeeded(i) for i in range(self._spec["completions"])):
                 self.condition = ("Complete", "CompletionsReached")
@@ -264,8 +271,13 @@ class IndexedJob:
             self._verdict = ("Failed", "PodFailurePolicy")
         elif action == "Count":
             self.counted += 1
-            if self.counted > self._spec["backoffLimit"]:
+            self._counted_of_index[pod.index] += 1
+            per_index = self._spec.get("backoffLimitPerIndex")
+            if per_index is None and self.counted > self._spec["backoffLimit"]:
                 self._verdict = ("Failed", "BackoffLimitExceeded")
+            elif per_index is not None and self._counted_of_index[pod.index] > per_index:
+                assert self._spec["maxFailedIndexes"] == 0
+                self._verdict = ("Failed", "MaxFailedIndexesExceeded")
         else:
             assert action == "Ignore", action
 
@@ -413,6 +425,20 @@ def indexed_job(
         stack.callback(job.close)
         job.start()
         yield job
+
+
+def backoff_seconds(spec: Mapping[str, Any], of_index: int, of_job: int) -> float:
+    """Returns the Job controller's pause before it makes a pod again.
+
+    Ten seconds after the first failure, twice as long after each further one, 600 s at most. The
+    failures that `podFailurePolicy` ignores count as well.
+
+    Args:
+      of_index: failed pods of the index.
+      of_job: failed pods of the Job, which count without `backoffLimitPerIndex`.
+    """
+    failures = of_index if "backoffLimitPerIndex" in spec else of_job
+    return float(min(10 * 2 ** (failures - 1), 600))
 
 
 def failure_action(policy: Mapping[str, Any], pod: Pod) -> str:

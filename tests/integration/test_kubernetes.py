@@ -51,6 +51,7 @@ def test_two_pods_train_lose_one_and_end_with_the_same_bits(
     # more pods finished.
     assert [pod.exit_code for pod in running.pods[:2]] == [143, 143]
     assert len(running.pods) == 4 and running.counted == 0
+    assert running.pauses == [10, 10]
     assert any("resumed after step" in line for pod in running.pods[2:] for line in pod.lines)
     run = tmp_path / "job" / "runs" / "run"
     printed = [line for pod in running.pods for line in pod.lines if line[:13] == "report.json: "]
@@ -107,6 +108,45 @@ def test_a_wrong_flag_fails_the_job_at_once(small_store: Path, tmp_path: Path) -
     for pod in failed:
         assert "error: " in pod.termination_message
         assert "--pretrain_steps=many" in pod.termination_message
+
+
+def test_an_index_that_fails_too_often_fails_the_job(tmp_path: Path, small_store: Path) -> None:
+    flags = ("--stage=finetune", "--encoder=/data/none")  # as of an error that no retry mends
+    with job(tmp_path, small_store, *flags, max_restarts=0) as running:
+        for pod in running.pods:
+            pod.process.kill()
+        condition = running.wait()
+    assert condition == ("Failed", "MaxFailedIndexesExceeded")
+    assert len(running.pods) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "workers", "measured"),
+    [
+        ({"backoffLimit": 6}, 2, (20, 80, 320)),
+        ({"backoffLimit": 12}, 4, (81,)),
+        ({"backoffLimit": 24}, 8, (603,)),
+        ({"backoffLimitPerIndex": 3, "maxFailedIndexes": 0}, 8, (12,)),
+    ],
+)
+def test_the_pauses_are_those_that_were_measured(
+    spec: dict[str, int], workers: int, measured: tuple[float, ...]
+) -> None:
+    """On a real control plane (v1.36): seconds until the pods were back after all were deleted."""
+    for disruption, seconds in enumerate(measured, start=1):
+        pause = pod_runner.backoff_seconds(spec, disruption, disruption * workers)
+        assert 0 <= seconds - pause <= 3
+
+
+@pytest.mark.parametrize("overlay", ["indexed-job", "jobset", "trainjob"])
+@pytest.mark.parametrize("workers", [2, 8, 64, 512])
+def test_the_pauses_of_our_jobs_do_not_grow_with_the_workers(workers: int, overlay: str) -> None:
+    documents = kubernetes.render(KubernetesOptions(workers=workers, overlay=overlay))
+    text = json.dumps(documents)
+    assert '"backoffLimitPerIndex": 3' in text and '"backoffLimit"' not in text
+    spec = {"backoffLimitPerIndex": 3}
+    pauses = [pod_runner.backoff_seconds(spec, n, n * workers) for n in (1, 2, 3)]
+    assert pauses == [10, 20, 40]
 
 
 def test_a_queued_job_has_no_pods_until_it_is_resumed(small_store: Path, tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
 """The manifests: as Kustomize makes them, as schemas want them, as `restricted` pods must be."""
 
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import jsonschema
 import pytest
 import yaml
 
-from launch.kubernetes import jobs as kubernetes_jobs
 from launch.kubernetes import manifests as kubernetes
 from launch.kubernetes.options import OVERLAYS, KubernetesOptions
 
@@ -103,7 +100,7 @@ def test_kustomize_makes_the_same_of_the_same_values(tmp_path: Path) -> None:
     values = {
         "/spec/completions": 4,
         "/spec/parallelism": 4,
-        "/spec/backoffLimit": 20,
+        "/spec/backoffLimitPerIndex": 5,
         "/spec/suspend": True,
         f"{pod}/nodeSelector/disk": "fast",
         f"{pod}/containers/0/args": ["--stage=pretrain", "--run_dir=runs/a"],
@@ -184,11 +181,16 @@ def test_a_name_prefix_reaches_every_name(overlay: str, tmp_path: Path) -> None:
         assert spec["trainer"]["env"][1]["value"] == "my-warmstate"
 
 
+def is_custom(document: Document) -> bool:
+    group = document["apiVersion"].partition("/")[0]
+    return "." in group and group != "networking.k8s.io"
+
+
 @pytest.mark.parametrize("given", ALL)
 def test_core_kinds_are_valid_and_no_field_is_unknown(given: list[Document]) -> None:
     validate = pytest.importorskip("kubernetes_validate").validate
     for document in given:
-        if "." not in document["apiVersion"].partition("/")[0]:
+        if not is_custom(document):
             validate(document, "1.36", strict=True)
         # Custom resources are not looked into by the API server: do what their controllers do.
         metadata = {"name": "inner"}
@@ -240,7 +242,7 @@ def test_custom_kinds_are_valid_and_no_field_is_unknown(
     given: list[Document], custom_kinds
 ) -> None:
     for document in given:
-        if "." in document["apiVersion"].partition("/")[0]:
+        if is_custom(document):
             validator = custom_kinds[document["apiVersion"], document["kind"]]
             assert [error.message for error in validator.iter_errors(document)] == []
 
@@ -288,6 +290,25 @@ def restricted_faults(pod: Document) -> list[str]:
 
 
 @pytest.mark.parametrize("given", ALL)
+def test_only_the_job_s_own_pods_reach_its_workers(given: list[Document]) -> None:
+    documents = {each["kind"]: each for each in given}
+    policy = documents["NetworkPolicy"]["spec"]
+    selector = policy["podSelector"]["matchLabels"]
+    peers, numbers = policy["ingress"]
+    assert policy["policyTypes"] == ["Ingress"] and "ports" not in peers
+    assert peers["from"] == [{"podSelector": {"matchLabels": selector}}]
+    assert numbers["ports"] == [{"port": 8080, "protocol": "TCP"}] and "from" not in numbers
+    name = documents["NetworkPolicy"]["metadata"]["name"]
+    assert name in selector.values()  # another job's pods have another name
+    for document in given:
+        for template in pod_templates(document):
+            labels = template["metadata"]["labels"]
+            if "TrainJob" in documents:  # as its controllers label the pods
+                labels = labels | {"jobset.sigs.k8s.io/jobset-name": name}
+            assert selector.items() <= labels.items()
+
+
+@pytest.mark.parametrize("given", ALL)
 def test_pods_are_restricted_and_say_where_they_write(given: list[Document]) -> None:
     templates = [t for document in given for t in pod_templates(document)]
     assert templates
@@ -318,12 +339,12 @@ def test_the_restricted_check_finds_faults() -> None:
 
 def test_flags_reach_the_pods() -> None:
     documents = by_name(filled("indexed-job"))
-    assert documents.keys() == {("Job", "reviews"), ("Service", "reviews")}
+    assert documents.keys() == {(kind, "reviews") for kind in ("Job", "Service", "NetworkPolicy")}
     assert {each["metadata"]["namespace"] for each in documents.values()} == {"team"}
     job = documents["Job", "reviews"]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert job["spec"]["suspend"] is True
-    assert job["spec"]["backoffLimit"] == 20  # pods: five restarts of four workers
+    assert job["spec"]["backoffLimitPerIndex"] == 5 and "backoffLimit" not in job["spec"]
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["subdomain"] == "reviews"
@@ -477,221 +498,3 @@ def test_names_stay_labels() -> None:
     assert options(name="a" * 40).faults() == []
     assert len(options(name="a" * 41).faults()) == 1
     assert len(options(name="1a").faults()) == 1
-
-
-class StandIn(http.server.BaseHTTPRequestHandler):
-    """Answers like an API server whose jobs end at once: what the client sends, and can read."""
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.created.append((self.path, body["kind"]))
-        there = body["kind"] in self.server.there
-        self._answer(409 if there else 201, {"kind": "Status", "code": 409} if there else body)
-
-    def do_GET(self) -> None:
-        if "/log" in self.path:
-            if not self.server.log:
-                return self._refuse(400, "the container is waiting to start")
-            return self._answer(200, self.server.log)
-        if "/pods" in self.path:
-            self.server.asked.append(self.path)
-            return self._answer(200, {"kind": "PodList", "items": [self.server.pod]})
-        if f"/{self.server.plural}/warmstate" not in self.path:
-            return self._refuse(404, "the server could not find the requested resource")
-        if self.server.refusal:
-            return self._refuse(403, self.server.refusal)
-        condition = {"type": self.server.end, "status": "True", "message": "code 2 met FailJob"}
-        self._answer(200, {"spec": {}, "status": {"conditions": [condition]}})
-
-    def do_DELETE(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.deleted.append(self.path)
-        self._answer(200, {"kind": "Status", "status": "Success"})
-
-    def _refuse(self, code: int, message: str) -> None:
-        self._answer(code, {"kind": "Status", "code": code, "message": message})
-
-    def _answer(self, code: int, answer: Document | str) -> None:
-        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
-        self.send_response(code)
-        self.send_header(
-            "Content-Type", "text/plain" if isinstance(answer, str) else "application/json"
-        )
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *words: object) -> None:
-        """Prints nothing."""
-
-
-@pytest.fixture
-def api_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Yields a stand-in for an API server, which the kubeconfig names."""
-    pytest.importorskip("kubernetes.config")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.created, server.there, server.end = [], (), "Complete"
-    server.asked, server.deleted, server.plural, server.refusal = [], [], "jobs", ""
-    server.log = 'pretrain step 1/1\nreport.json: {"steps": 1}\n\nreport: runs/run/report.json\n'
-    ended = {"exitCode": 2, "reason": "Error", "message": "error: --units=0: must be above 0"}
-    statuses = [{"name": "trainer", "state": {"terminated": ended}}]
-    for status in statuses:
-        status |= {"image": "i", "imageID": "i", "ready": False, "restartCount": 0}
-    server.pod = {
-        "metadata": {"name": "warmstate-0-abcde", "creationTimestamp": "2026-01-01T00:00:00Z"},
-        "spec": {"containers": [{"name": "trainer"}]},
-        "status": {"phase": "Failed", "containerStatuses": statuses},
-    }
-    config = {
-        "clusters": [
-            {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
-        ],
-        "users": [{"name": "u", "user": {}}],
-        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": "team"}}],
-        "current-context": "x",
-    }
-    (tmp_path / "kubeconfig").write_text(json.dumps(config | {"apiVersion": "v1"}))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-    # Which the client reads when it is imported.
-    location = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
-    monkeypatch.setattr(location, str(tmp_path / "kubeconfig"))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def launch(*words: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    size = () if words and words[0] in ("status", "logs", "cancel") else ("--workers=2",)
-    return subprocess.run(
-        [sys.executable, "-m", "launch.main", "--platform=k8s", *size, *words],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_a_job_is_created_with_strict_validation_and_followed(
-    api_server: Any, tmp_path: Path
-) -> None:
-    done = launch("--follow", "--", "--stage=all", folder=tmp_path)
-    assert (done.returncode, done.stderr.count("created")) == (0, 4), done.stderr
-    assert done.stdout == "pretrain step 1/1\n\nreport: runs/run/report.json\n"
-    assert "launch: report: warmstate-report.json\n" in done.stderr
-    assert json.loads((tmp_path / "warmstate-report.json").read_text()) == {"steps": 1}
-    kinds = [kind for _, kind in api_server.created]
-    assert kinds[-1] == "Job"  # what it refers to comes first
-    assert sorted(kinds[:-1]) == ["PersistentVolumeClaim"] * 2 + ["Service"]
-    for path, _ in api_server.created:
-        assert "/namespaces/team/" in path and "fieldValidation=Strict" in path
-
-
-def test_a_failed_job_says_why(api_server: Any) -> None:
-    api_server.end = "Failed"
-    done = launch("--wait")
-    assert done.returncode == 1
-    assert "Job warmstate failed: code 2 met FailJob" in done.stderr
-    assert "warmstate-0-abcde exited with code 2: error: --units=0" in done.stderr
-
-
-def test_a_name_that_is_taken(api_server: Any) -> None:
-    api_server.there = ("PersistentVolumeClaim", "Job")
-    done = launch()
-    assert done.returncode == 1
-    assert "PersistentVolumeClaim warmstate-runs is there already\n" in done.stderr
-    assert "choose another --name" in done.stderr
-
-
-@pytest.mark.parametrize("overlay", ["jobset", "mpijob", "trainjob"])
-def test_custom_kinds_go_where_their_controllers_look(api_server: Any, overlay: str) -> None:
-    flags = ["--distributor=horovod"] * (overlay == "mpijob")
-    done = launch(f"--overlay={overlay}", *flags)
-    assert done.returncode == 0, done.stderr
-    paths = [path.partition("?")[0] for path, _ in api_server.created]
-    group = {
-        "jobset": "jobset.x-k8s.io/v1alpha2",
-        "mpijob": "kubeflow.org/v2beta1",
-        "trainjob": "trainer.kubeflow.org/v1alpha1",
-    }[overlay]
-    assert paths[-1] == f"/apis/{group}/namespaces/team/{overlay}s"
-    if overlay == "trainjob":
-        assert f"/apis/{group}/clustertrainingruntimes" in paths
-    assert all("fieldValidation=Strict" in path for path, _ in api_server.created)
-
-
-KINDS = {
-    "jobs": ("Job", "Complete", "batch/v1", "batch.kubernetes.io"),
-    "jobsets": ("JobSet", "Completed", "jobset.x-k8s.io/v1alpha2", "jobset.sigs.k8s.io"),
-    "mpijobs": ("MPIJob", "Succeeded", "kubeflow.org/v2beta1", "training.kubeflow.org"),
-    "trainjobs": ("TrainJob", "Complete", "trainer.kubeflow.org/v1alpha1", "jobset.sigs.k8s.io"),
-}
-
-
-@pytest.mark.parametrize("plural", KINDS)
-def test_a_job_is_found_whatever_its_kind(
-    api_server: Any, plural: str, tmp_path: Path, monkeypatch, capsys
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    kind, api_server.end, group, of_pods = KINDS[plural]
-    api_server.plural = plural
-    api = kubernetes_jobs.Api("")
-    assert kubernetes_jobs.status("warmstate", api) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"{kind} warmstate: complete",
-        "  warmstate-0-abcde: Failed, exit code 2",
-    ]
-    assert f"labelSelector={of_pods}" in api_server.asked[-1]
-    printed = "pretrain step 1/1\n\nreport: runs/run/report.json\n"
-    assert kubernetes_jobs.logs("warmstate", api, should_follow=False) == 0
-    assert capsys.readouterr().out == printed
-    assert list(tmp_path.glob("*.json")) == []
-    assert kubernetes_jobs.logs("warmstate", api, should_follow=True) == 0
-    assert capsys.readouterr().out == printed
-    assert [file.name for file in tmp_path.glob("*.json")] == ["warmstate-report.json"]
-    assert kubernetes_jobs.cancel("warmstate", api) == 0
-    job, *others = [path.partition("?") for path in api_server.deleted]
-    assert job[0] == f"/apis/{group}/namespaces/team/{plural}/warmstate"
-    assert job[2] == "propagationPolicy=Background"
-    # The Service that the launcher made goes too.
-    services = ["/api/v1/namespaces/team/services/warmstate"] * (kind == "Job")
-    assert [path for path, _, _ in others] == services
-
-
-def test_a_job_that_is_not_there(api_server: Any, capsys) -> None:
-    api = kubernetes_jobs.Api("other")
-    assert kubernetes_jobs.status("nobody", api) == 1
-    assert kubernetes_jobs.logs("nobody", api, should_follow=True) == 1
-    assert kubernetes_jobs.cancel("nobody", api) == 1
-    line = "launch: the namespace other has no TrainJob, JobSet, MPIJob, Job named nobody\n"
-    assert capsys.readouterr() == ("", line * 3)
-    assert api_server.deleted == []
-
-
-def test_lines_that_cannot_be_read_do_not_end_the_waiting(api_server: Any, capsys) -> None:
-    api_server.log, api_server.end = "", "Failed"
-    assert kubernetes_jobs.logs("warmstate", kubernetes_jobs.Api(""), should_follow=True) == 1
-    printed = capsys.readouterr()
-    reason = "the container is waiting to start"
-    assert printed.out == ""
-    assert f"warmstate-0-abcde: its lines cannot be read: {reason}\n" in printed.err
-    assert "Job warmstate failed: code 2 met FailJob" in printed.err
-
-
-def test_what_the_server_refuses_is_one_line(api_server: Any) -> None:
-    api_server.refusal = "jobs.batch is forbidden: User u cannot get it"
-    done = launch("status", "warmstate")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"launch: --platform=k8s: the API server: {api_server.refusal}\n"
-
-
-def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("kubernetes")
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
-    done = launch("status", "warmstate")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("launch: --platform=k8s: KUBECONFIG names no cluster: ")
-    assert done.stderr.count("\n") == 1
