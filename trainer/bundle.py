@@ -21,6 +21,7 @@ import keras
 import numpy as np
 
 from data_pipelines.errors import InputError
+from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.classifier import POOLINGS, Classifier
 from trainer.models.encoder import Encoder
 from trainer.models.text_model import TextModel
@@ -126,7 +127,10 @@ def state_tensors(name: str, states: Sequence[LearnedState]) -> dict[str, np.nda
 
 def decoder_variables(model: TextModel) -> dict[str, keras.Variable]:
     """Returns the weights with which the model predicts words, under their names in a bundle."""
-    return {"softmax/kernel": model.softmax_kernel, "softmax/bias": model.softmax_bias}
+    variables = {"softmax/kernel": model.softmax_kernel, "softmax/bias": model.softmax_bias}
+    if isinstance(model, BagAutoencoder):
+        variables |= {"bag/kernel": model.bag_kernel, "bag/bias": model.bag_bias}
+    return variables
 
 
 def new_classifier(model: Mapping[str, Any]) -> Classifier:

@@ -22,7 +22,7 @@ TRAINING_STAGES = ("all", "pretrain", "finetune", "evaluate", "replay")
 USING_STAGES = ("predict", "export", "serve")
 STAGES = (*TRAINING_STAGES, *USING_STAGES)
 DISTRIBUTORS = ("auto", "one_device", "mirrored", "multi_worker", "horovod")
-OBJECTIVES = ("sequence_autoencoder", "language_model")
+OBJECTIVES = ("sequence_autoencoder", "language_model", "bag_autoencoder")
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
@@ -130,7 +130,10 @@ class PretrainingConfig:
     """How the encoder is trained on unlabelled text."""
 
     pretrain_objective: str = _pretrain("sequence_autoencoder", "Pretraining objective: reproduce "
-        "a text after reading it, or predict each next word.", choices=OBJECTIVES)
+        "a text after reading it; predict each next word; or predict each next word and "
+        "reconstruct the text's bag of words.", choices=OBJECTIVES)
+    pretrain_bag_weight: float = _pretrain(30.0, "Weight of the bag autoencoder's squared error, "
+        "beside the next words' loss in nats per token.", above=0)
     pretrain_direction: str = _pretrain("forward", "Reading direction of documents. backward "
         "trains the second encoder of a bidirectional classifier.", choices=("forward", "backward"))
     pretrain_documents: int = _pretrain(0, "Number of documents to pretrain on, chosen by the "

@@ -116,6 +116,25 @@ def _pretraining_faults(config: Config) -> list[str]:
             f"--pretrain_packing=stream with --pretrain_objective={config.pretrain_objective}: "
             "only a language model carries its state from row to row; use concat or none"
         )
+    return faults + _bag_faults(config)
+
+
+def _bag_faults(config: Config) -> list[str]:
+    """Returns flags of pretraining that do not go with --pretrain_objective=bag_autoencoder."""
+    if config.pretrain_objective != "bag_autoencoder":
+        return []
+    faults = []
+    if config.pretrain_packing != "none":
+        faults.append(
+            f"--pretrain_packing={config.pretrain_packing} with --pretrain_objective="
+            "bag_autoencoder: a bag holds one document's words, so each row must be one document; "
+            "use none"
+        )
+    if config.pretrain_subsampling:
+        faults.append(
+            f"--pretrain_subsampling={config.pretrain_subsampling} with --pretrain_objective="
+            "bag_autoencoder: the bag weights words by inverse document frequency already; use 0"
+        )
     return faults
 
 

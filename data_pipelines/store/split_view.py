@@ -95,6 +95,22 @@ class SplitView(ABC):
             counts += np.bincount(tokens, minlength=vocab_size)
         return counts
 
+    def document_counts(self, vocab_size: int) -> np.ndarray:
+        """Returns how many documents have each id: int64 [ids].
+
+        Args:
+            vocab_size: ids are 0 .. vocab_size - 1.
+        """
+        counts = np.zeros(vocab_size, np.int64)
+        for start in range(0, len(self), BLOCK_DOCUMENTS):
+            documents = np.arange(start, min(start + BLOCK_DOCUMENTS, len(self)))
+            lengths = self.lengths_of(documents)
+            tokens = self.gather_parts(documents, np.zeros_like(lengths), lengths)
+            of_document = np.repeat(np.arange(len(documents)), lengths)
+            distinct = np.unique(of_document * vocab_size + tokens)
+            counts += np.bincount(distinct % vocab_size, minlength=vocab_size)
+        return counts
+
     def sample(self, documents: int, seed: int) -> "SplitView":
         """Returns a view of `documents` of these, chosen by `seed`, in a random order.
 

@@ -33,8 +33,8 @@ class LanguageModel(TextModel):
         See `TextModel.loss_sum`.
         """
         start = self.encoder.start(tf.shape(tokens)[0])
-        loss, count, _ = self._loss_from(start, tokens, lengths, weights, training, noise)
-        return loss, count
+        outputs, _ = self.read(start, tokens, lengths, training, noise)
+        return self.next_word_loss(start, outputs, tokens, lengths, weights, noise)
 
     def loss_sum_carried(
         self,
@@ -66,26 +66,38 @@ class LanguageModel(TextModel):
             for old, new in zip(handed_on, parts, strict=True)
         ]
         start = tf.nest.pack_sequence_as(initial, parts)
-        loss, count, final = self._loss_from(start, tokens, lengths, weights, training, noise)
+        outputs, final = self.read(start, tokens, lengths, training, noise)
+        loss, count = self.next_word_loss(start, outputs, tokens, lengths, weights, noise)
         handed_on = tf.concat(tf.nest.flatten(final), axis=1)
         return loss, count, tf.cast(handed_on, carried.dtype)
 
-    def _loss_from(
+    def read(
+        self, start: States, tokens: tf.Tensor, lengths: tf.Tensor, training: bool, noise: Noise
+    ) -> tuple[tf.Tensor, States]:
+        """Returns the outputs after each token, [batch, time, units], and the final states."""
+        embedded = dropout(self.encoder.embed(tokens), noise.dropout_rate, noise.embedding_seed)
+        embedded = drop_words(embedded, noise.word_dropout_rate, noise.word_seed)
+        mask = token_mask(tokens, lengths)
+        return self.encoder.read(
+            embedded, mask, start, training, noise.dropout_rate, noise.output_seed
+        )
+
+    def next_word_loss(
         self,
         start: States,
+        outputs: tf.Tensor,
         tokens: tf.Tensor,
         lengths: tf.Tensor,
         weights: tf.Tensor,
-        training: bool,
         noise: Noise,
-    ) -> tuple[tf.Tensor, tf.Tensor, States]:
-        mask = token_mask(tokens, lengths)
-        embedded = dropout(self.encoder.embed(tokens), noise.dropout_rate, noise.embedding_seed)
-        embedded = drop_words(embedded, noise.word_dropout_rate, noise.word_seed)
-        outputs, final = self.encoder.read(
-            embedded, mask, start, training, noise.dropout_rate, noise.output_seed
-        )
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the loss of each token, predicted from what was read before it, and their number.
+
+        Args:
+          start, outputs: as given to `read` and as it returned them.
+          tokens, lengths, weights, noise: see `TextModel.loss_sum`.
+        """
         top_h, _ = start[-1]
         predicting = tf.concat([top_h[:, None], all_but_last(outputs)], axis=1)
-        loss, count = self.prediction_loss(predicting, tokens, mask & (weights[:, None] > 0), noise)
-        return loss, count, final
+        counted = token_mask(tokens, lengths) & (weights[:, None] > 0)
+        return self.prediction_loss(predicting, tokens, counted, noise)

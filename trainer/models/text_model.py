@@ -1,4 +1,4 @@
-"""What both pretraining objectives are made of: an encoder and a softmax over the vocabulary."""
+"""What all pretraining objectives are made of: an encoder and a softmax over the vocabulary."""
 
 from typing import Any, NamedTuple
 
@@ -88,6 +88,16 @@ class TextModel(keras.layers.Layer):
           training: whether a gradient will be taken.
         """
         raise NotImplementedError
+
+    def measured(
+        self, tokens: tf.Tensor, lengths: tf.Tensor, weights: tf.Tensor
+    ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
+        """Returns what validation measures, by name: a sum over the rows, and what divides it.
+
+        Args:
+          tokens, lengths, weights: as for `loss_sum`.
+        """
+        return {"nats_per_token": self.loss_sum(tokens, lengths, weights, training=False)}
 
     def prediction_loss(
         self, outputs: tf.Tensor, tokens: tf.Tensor, counted: tf.Tensor, noise: Noise

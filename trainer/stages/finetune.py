@@ -19,7 +19,7 @@ from trainer.stages.evaluate import error_and_loss
 from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.finetune_loss import loss_sum
 from trainer.stages.init_embeddings import init_embeddings
-from trainer.stages.pretrain import OBJECTIVES, make_encoder, pretraining_splits
+from trainer.stages.pretrain import make_encoder, make_objective, pretraining_splits
 from trainer.stages.run import Batches, Run
 from trainer.training import loop
 from trainer.training.optimizer import Rate
@@ -244,21 +244,16 @@ def trained_variables(classifier: Classifier, initial_state: str) -> dict[str, k
 
 def joint_objective(run: Run, classifier: Classifier) -> TextModel:
     """Returns the model of --pretrain_objective on the classifier's encoder, its softmax new."""
-    config = run.config
     with run.distributor.scope():
-        model = OBJECTIVES[config.pretrain_objective](classifier.encoder, tied=config.tied_softmax)
-        model.build()
-    return model
+        return make_objective(run, classifier.encoder)
 
 
 def softmax_variables(objective: TextModel | None) -> dict[str, keras.Variable]:
     """Returns what fine-tuning trains of the objective beside the encoder; no bundle holds it."""
     if objective is None:
         return {}
-    return {
-        "objective/softmax/kernel": objective.softmax_kernel,
-        "objective/softmax/bias": objective.softmax_bias,
-    }
+    decoder = bundle.decoder_variables(objective)
+    return {f"objective/{name}": variable for name, variable in decoder.items()}
 
 
 def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:

@@ -12,11 +12,13 @@ import tensorflow as tf
 
 from data_pipelines.batches.batch_plan import BatchPlan, PackedPlan
 from data_pipelines.errors import InputError
+from data_pipelines.reserved_ids import RESERVED
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
 from trainer import bundle, seeds, states
 from trainer.config import Config
 from trainer.distribution.steps import sum_over_batches
+from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.encoder import Encoder, dropped_weights
 from trainer.models.language_model import LanguageModel
 from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
@@ -26,7 +28,11 @@ from trainer.stages.run import Run
 from trainer.training import loop
 from trainer.training.task import LossSum, Task
 
-OBJECTIVES = {"sequence_autoencoder": SequenceAutoencoder, "language_model": LanguageModel}
+OBJECTIVES = {
+    "sequence_autoencoder": SequenceAutoencoder,
+    "language_model": LanguageModel,
+    "bag_autoencoder": BagAutoencoder,
+}
 
 
 def pretraining_splits(store: TokenStore) -> list[str]:
@@ -48,11 +54,8 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     documents = corpus(run, *pretraining_splits(run.store))
     view, plan = rows_and_order(run, documents)
     with run.distributor.scope():
-        model = OBJECTIVES[config.pretrain_objective](
-            make_encoder(config, run.store.vocab_size, config.pretrain_embedding_scale),
-            tied=config.tied_softmax,
-        )
-        model.build()
+        encoder = make_encoder(config, run.store.vocab_size, config.pretrain_embedding_scale)
+        model = make_objective(run, encoder)
         carried = carried_state(run, model)
     initial = {}
     if config.init_embeddings:
@@ -67,7 +70,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
             name="pretrain",
             variables=trained_variables(model),
             loss_sum=loss_sum(model, config),
-            evaluate=perplexity(run, model, validation),
+            evaluate=evaluation(run, model, validation),
             ranked_by="nats_per_token",
             carried=carried,
         ),
@@ -99,6 +102,30 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         if isinstance(model, SequenceAutoencoder):
             save_decoder(run, folder / "decoder", model, encoder_sha256)
     return report
+
+
+def make_objective(run: Run, encoder: Encoder) -> TextModel:
+    """Returns a new model of --pretrain_objective on `encoder`.
+
+    Call it in the scope. A collective: word statistics are counted by the chief.
+    """
+    config = run.config
+    tied = config.tied_softmax
+    if config.pretrain_objective != "bag_autoencoder":
+        model: TextModel = OBJECTIVES[config.pretrain_objective](encoder, tied=tied)
+        model.build()
+        return model
+    bag_model = BagAutoencoder(encoder, tied=tied, bag_weight=config.pretrain_bag_weight)
+    bag_model.build()
+    counted = None
+    if run.is_chief:
+        view = run.store.split(*pretraining_splits(run.store))
+        counts = view.document_counts(run.store.vocab_size)
+        counts[: len(RESERVED)] = 0
+        counted = {"counts": counts, "documents": np.array(len(view))}
+    counted = run.distributor.broadcast_arrays(counted)
+    bag_model.set_idf(counted["counts"], int(counted["documents"]))
+    return bag_model
 
 
 def corpus(run: Run, *splits: str) -> SplitView:
@@ -227,23 +254,29 @@ def loss_sum(model: TextModel, config: Config) -> LossSum:
     return of_rows
 
 
-def perplexity(
+def evaluation(
     run: Run, model: TextModel, batches: tf.data.Dataset
 ) -> Callable[[], dict[str, float]]:
-    """Returns a collective that gives the exact nats a token and the perplexity over `batches`.
+    """Returns a collective that gives what `model` measures over `batches`, and the perplexity.
 
     Every document or piece starts from the encoder's initial state, whatever training carries on.
     """
+    names: list[str] = []  # known once `sums` was traced
 
-    def sums(rows: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        return model.loss_sum(rows["tokens"], rows["lengths"], rows["weights"], training=False)
+    def sums(rows: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+        measured = model.measured(rows["tokens"], rows["lengths"], rows["weights"])
+        names[:] = measured
+        return [part for pair in measured.values() for part in pair]
 
     total = sum_over_batches(run.distributor, sums, batches, run.stop_request)
 
     def evaluated() -> dict[str, float]:
-        loss, tokens = total()
-        nats = float(loss / tokens)
-        return {"nats_per_token": nats, "perplexity": math.exp(min(nats, 50.0))}
+        values = total()
+        found = {
+            name: float(value / divisor)
+            for name, value, divisor in zip(names, values[::2], values[1::2], strict=True)
+        }
+        return found | {"perplexity": math.exp(min(found["nats_per_token"], 50.0))}
 
     return evaluated
 

@@ -289,3 +289,9 @@ def test_tokens_are_counted_over_all_documents(store: TokenStore) -> None:
     view = store.split("train", "unsupervised")
     expected = np.bincount(sum(everything(view), []), minlength=9)
     np.testing.assert_array_equal(view.token_counts(9), expected)
+
+
+def test_documents_are_counted_by_the_words_that_they_have(store: TokenStore) -> None:
+    view = store.split("train", "unsupervised")
+    expected = np.bincount(sum((sorted(set(words)) for words in everything(view)), []), minlength=9)
+    np.testing.assert_array_equal(view.document_counts(9), expected)

@@ -13,6 +13,7 @@ import tensorflow as tf
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.make import make_distributor
 from trainer.distribution.steps import local_rows
+from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
 from trainer.models.language_model import LanguageModel
@@ -131,6 +132,8 @@ SUBJECTS = {
         SequenceAutoencoder, tied=True, num_layers=2
     ),
     "LanguageModel": text_model(LanguageModel),
+    "BagAutoencoder": text_model(BagAutoencoder),
+    "BagAutoencoder of 2 layers, tied": text_model(BagAutoencoder, tied=True, num_layers=2),
     "Classifier": classifier(),
     "Classifier of 2 layers, concat": classifier(2, pooling="concat"),
     "Classifier that reads first": classifier(reads_first=True),
