@@ -60,6 +60,7 @@ def test_a_batch_in_parts_is_the_same_batch(small_store: Path, tmp_path: Path) -
 
 BACKWARD = "--pretrain_direction=backward"
 LANGUAGE_MODEL = ("--pretrain_objective=language_model", "--pretrain_dropout=0")
+BAG = ("--pretrain_objective=bag_autoencoder", "--pretrain_dropout=0", "--tied_softmax=true")
 # Rows so long that an epoch ends, and documents begin rows, within the steps of a test.
 STREAM = (*LANGUAGE_MODEL, "--pretrain_packing=stream", "--pretrain_max_tokens=250")
 
@@ -68,6 +69,7 @@ STREAM = (*LANGUAGE_MODEL, "--pretrain_packing=stream", "--pretrain_max_tokens=2
     ("workers", "flags"),
     [
         (3, (*STREAM, "--check_divergence=true")),
+        (2, (*BAG, "--pretrain_max_tokens=60", "--pretrain_bag_weight=5")),
         pytest.param(
             2,
             (*STREAM, "--accumulate_steps=3", "--on_nonfinite=skip", BACKWARD),
@@ -80,7 +82,7 @@ STREAM = (*LANGUAGE_MODEL, "--pretrain_packing=stream", "--pretrain_max_tokens=2
         ),
     ],
 )
-def test_a_language_model_does_not_depend_on_the_workers(
+def test_next_words_do_not_depend_on_the_workers(
     small_store: Path, tmp_path: Path, workers: int, flags: tuple[str, ...]
 ) -> None:
     flags = ("--stage=pretrain", f"--store={small_store}", "--pretrain_steps=24", *flags)
@@ -93,7 +95,9 @@ def test_a_language_model_does_not_depend_on_the_workers(
     tensors = [final_state(tmp_path / name) for name in ("one", "several")]
     assert ("carried" in tensors[0]) == ("--pretrain_packing=stream" in flags)
     info = json.loads((tmp_path / "several" / "encoder" / "encoder.json").read_text())
-    assert info["objective"] == "language_model"
+    objective = "bag_autoencoder" if BAG[0] in flags else "language_model"
+    assert info["objective"] == objective
+    assert ("bag_error" in info["metrics"]) == (objective == "bag_autoencoder")
     assert info["direction"] == ("backward" if BACKWARD in flags else "forward")
     for name in tensors[0]:
         np.testing.assert_allclose(tensors[1][name], tensors[0][name], rtol=1e-3, atol=1e-4)
