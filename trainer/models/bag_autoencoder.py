@@ -26,7 +26,9 @@ class BagAutoencoder(LanguageModel):
       idf: [vocab_size], the inverse document frequencies of the words; set by `set_idf`.
     """
 
-    def __init__(self, encoder: Encoder, tied: bool = False, bag_weight: float = 1.0, **kwargs: Any):
+    def __init__(
+        self, encoder: Encoder, tied: bool = False, bag_weight: float = 1.0, **kwargs: Any
+    ):
         super().__init__(encoder, tied, **kwargs)
         self.bag_weight = bag_weight
 
