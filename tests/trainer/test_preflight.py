@@ -86,6 +86,13 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert faults(folder, *stream) == []
     (found,) = faults(folder, *stream, budget)
     assert "with --pretrain_packing=stream: its rows have one length" in found
+    bag = "--pretrain_objective=bag_autoencoder"
+    assert faults(folder, bag) == []
+    found = faults(folder, bag, "--pretrain_packing=concat", "--pretrain_subsampling=1e-3")
+    assert [fault.split(" with ")[0] for fault in found] == [
+        "--pretrain_packing=concat",
+        "--pretrain_subsampling=0.001",
+    ]
     (found,) = faults(folder, "--unlabelled_batch_size=8")
     assert "needs --virtual_adversarial_weight" in found
     (found,) = faults(folder, "--init_embeddings=no.txt")
