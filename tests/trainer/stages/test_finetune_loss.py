@@ -4,8 +4,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.numpy_classifier import LABELS, LENGTHS, TOKENS, WEIGHTS, Reference, differences, make
+from tests.numpy_classifier import (
+    LABELS,
+    LENGTHS,
+    TOKENS,
+    VOCAB_SIZE,
+    WEIGHTS,
+    Reference,
+    differences,
+    make,
+)
 from trainer.config import Config
+from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.text_model import TextModel
 from trainer.stages.finetune_loss import loss_sum
 from trainer.stages.pretrain import OBJECTIVES
@@ -28,7 +38,23 @@ def objective_loss(reference: Reference, objective: TextModel) -> float:
         for output, token in zip([first, *written][:length], tokens, strict=False):
             logits = kernel @ output + bias
             total += np.log(np.exp(logits).sum()) - logits[token]
+        if isinstance(objective, BagAutoencoder) and length:
+            total += length * bag_error(reference, objective, row[:length], tokens[:length])
     return total / NUM_TOKENS
+
+
+def bag_error(
+    reference: Reference, objective: BagAutoencoder, words: np.ndarray, tokens: np.ndarray
+) -> float:
+    """Returns the squared error of one document's reconstruction; each word has an idf of 1."""
+    outputs, _ = reference.read(words)
+    code = np.mean(outputs, axis=0) @ objective.bag_kernel.numpy().astype(np.float64)
+    found, counts = np.unique(tokens, return_counts=True)
+    vector = np.zeros(VOCAB_SIZE)
+    vector[found] = 1 + np.log(counts)
+    vector /= np.linalg.norm(vector)
+    rebuilt = reference.values["table"] @ code + objective.bag_bias.numpy()
+    return float(np.sum((rebuilt - vector) ** 2))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
