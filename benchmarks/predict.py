@@ -29,7 +29,8 @@ from pathlib import Path
 from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
 from data_pipelines.store.token_store import TokenStore
-from trainer import bundle
+from trainer.models import bundle
+from trainer.variables import values_of
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
 store, folder = TokenStore(Path(sys.argv[1])), Path(sys.argv[2])
@@ -39,7 +40,7 @@ classifier.build()
 model = bundle.classifier_model(classifier)
 info = {"model": model, "max_tokens": most, "tokenizer": store.tokenizer_config}
 info |= {"vocab_sha256": store.vocab_sha256}
-tensors = bundle.values(bundle.classifier_variables(classifier))
+tensors = values_of(bundle.classifier_variables(classifier))
 bundle.save(folder, "classifier", tensors, info, store.vocab_path)
 """
 

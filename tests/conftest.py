@@ -81,14 +81,15 @@ def encoder_bundle(small_store: Path, tmp_path_factory: pytest.TempPathFactory) 
     import numpy as np
 
     from data_pipelines.store.token_store import TokenStore
-    from trainer import bundle
+    from trainer.models import bundle
     from trainer.models.encoder import Encoder
     from trainer.states import LearnedState
+    from trainer.variables import values_of
 
     store = TokenStore(small_store)
     encoder = Encoder(store.vocab_size, 4, 5, seed=3, num_layers=2, embedding_scale=1.0)
     encoder.build()
-    tensors = bundle.values(bundle.encoder_variables(encoder))
+    tensors = values_of(bundle.encoder_variables(encoder))
     for h, name in enumerate(bundle.STATES):
         state = [LearnedState(*np.float32([[h] * 5, [layer] * 5])) for layer in range(2)]
         tensors |= bundle.state_tensors(name, state)

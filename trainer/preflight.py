@@ -296,7 +296,7 @@ def encoders_of(config: Config) -> list[tuple[str, str, str]]:
 
 def bundle_faults(config: Config) -> list[str]:
     """Returns why bundles that flags name cannot be used with this model."""
-    from trainer import bundle
+    from trainer.models import bundle
 
     faults: list[str] = []
     for flag, folder, direction in encoders_of(config):
@@ -369,7 +369,7 @@ def store_faults(config: Config, store: TokenStore) -> list[str]:
 
 def vocabulary_faults(config: Config, vocab_sha256: str) -> list[str]:
     """Returns which bundles were made with a vocabulary other than the store's."""
-    from trainer import bundle
+    from trainer.models import bundle
 
     named = [("encoder", flag, folder) for flag, folder, _ in encoders_of(config)]
     if config.stage == "evaluate":

@@ -14,26 +14,22 @@ examples. This module needs no flags and no other part of the trainer until one 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.models import keras_states
-from trainer.models.encoder import Encoder
+from trainer.distribution.distributor import Distributor
+from trainer.distribution.preemption import StopRequest
+from trainer.distribution.steps import sum_over_batches
+from trainer.models import bundle, keras_states
+from trainer.models.encoder import Encoder, LearnedState
 
 if TYPE_CHECKING:
-    from trainer.distribution.distributor import Distributor
-    from trainer.distribution.preemption import StopRequest
     from trainer.inference.text_encoder import TextEncoder
 
-
-class LearnedState(NamedTuple):
-    """The state of one LSTM: h and c, float32 [units], or [documents, units] of each document."""
-
-    h: np.ndarray
-    c: np.ndarray
+__all__ = ["LearnedState", "apply", "from_encoder", "learned", "load", "load_encoder", "mean"]
 
 
 def learned(encoder: Encoder) -> list[LearnedState]:
@@ -42,10 +38,10 @@ def learned(encoder: Encoder) -> list[LearnedState]:
 
 
 def mean(
-    distributor: "Distributor",
+    distributor: Distributor,
     encoder: Encoder,
     batches: tf.data.Dataset,
-    stop_request: "StopRequest | None" = None,
+    stop_request: StopRequest | None = None,
 ) -> list[LearnedState]:
     """Returns each layer's final state, averaged over the documents of `batches`.
 
@@ -53,7 +49,6 @@ def mean(
       batches: of `make_dataset`; a collective: all processes call it.
       stop_request: as in `sum_over_batches`.
     """
-    from trainer.distribution.steps import sum_over_batches
 
     def sums(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
         _, states = encoder(batch["tokens"], batch["lengths"])
@@ -119,8 +114,6 @@ def load(folder: str | Path, name: str = "learned") -> list[LearnedState]:
       InputError: there is no encoder bundle in the folder, or it is damaged.
       ValueError: there is no state of that name.
     """
-    from trainer import bundle  # which needs this module
-
     if name not in bundle.STATES:
         raise ValueError(f"name={name!r} is not one of {', '.join(bundle.STATES)}")
     return bundle.load(Path(folder), "encoder", "folder").state(name)

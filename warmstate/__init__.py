@@ -261,8 +261,8 @@ def _check_names(settings: dict[str, Any], known: list[str]) -> None:
 def _sizes(encoder: Path) -> dict[str, Setting]:
     """Returns the settings that must be the encoder's."""
     _import_quietly()
-    from trainer import bundle
     from trainer.config import Config
+    from trainer.models import bundle
 
     model = bundle.read_info(encoder, "encoder", "encoder")["model"]
     return {

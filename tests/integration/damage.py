@@ -58,29 +58,30 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 def make_bundle(folder: Path, name: str) -> None:
     """Writes a small bundle."""
-    from trainer import bundle
+    from trainer.models import bundle
     from trainer.models.classifier import Classifier
     from trainer.models.encoder import Encoder
+    from trainer.variables import values_of
 
     vocab = folder / "words.txt"
     vocab.write_text("[PAD]\n[UNK]\n[END]\nthe\n")
     encoder = Encoder(4, 2, 3, seed=0)
     encoder.build()
     info = {"model": bundle.encoder_model(encoder), "vocab_sha256": "0" * 64}
-    tensors = bundle.values(bundle.encoder_variables(encoder))
+    tensors = values_of(bundle.encoder_variables(encoder))
     if name == "classifier":
         classifier = Classifier(encoder, 2, hidden_units=5)
         classifier.build()
         info["model"] = bundle.classifier_model(classifier)
         info["max_tokens"] = 10
-        tensors = bundle.values(bundle.classifier_variables(classifier))
+        tensors = values_of(bundle.classifier_variables(classifier))
     bundle.save(folder / name, name, tensors, info, vocab)
 
 
 def load_bundle(folder: Path, name: str) -> str:
     """Returns what a program that reads the bundle says."""
     from data_pipelines.errors import InputError
-    from trainer import bundle
+    from trainer.models import bundle
 
     try:
         bundle.load(folder / name, name, f"--{name}")

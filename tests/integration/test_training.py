@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from tests.integration.programs import metrics, run, train, train_until
-from trainer import bundle
 from trainer.inference.reconstruct import reconstruct_texts
+from trainer.models import bundle
 from trainer.report_page import run_folder
 
 

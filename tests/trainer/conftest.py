@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.store.token_store import TokenStore
-from trainer import bundle
+from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
+from trainer.variables import values_of
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,7 @@ def make_classifier_bundle(
             "class_names": list(class_names),
         }
         folder = tmp_path_factory.mktemp("bundles") / "classifier"
-        bundle.save(folder, "classifier", bundle.values(variables), info, store.vocab_path)
+        bundle.save(folder, "classifier", values_of(variables), info, store.vocab_path)
         return folder
 
     return make

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from data_pipelines.errors import InputError
 from tests.fuzzing import EDITS, FUZZ, edited
 from tests.integration import damage
-from trainer import bundle, safe_files
+from trainer import safe_files
+from trainer.models import bundle
 from trainer.safe_files import DamagedError
 from trainer.training import checkpoint
 

@@ -65,7 +65,7 @@ def test_apply_sets_what_the_encoder_starts_from() -> None:
 def test_states_that_do_not_fit_are_refused(encoder: Encoder) -> None:
     good, other = (states.LearnedState(np.zeros(n), np.zeros(n)) for n in (5, 4))
     before = states.learned(encoder)
-    with pytest.raises(ValueError, match=r"layer 1, takes h of shape \(5,\), but got \(4,\)"):
+    with pytest.raises(ValueError, match=r"lstm_1 takes h of shape \(5,\), but got \(4,\)"):
         states.apply(encoder, [good, other])
     with pytest.raises(ValueError, match="1 states for 2 LSTMs"):
         states.apply(encoder, [good])

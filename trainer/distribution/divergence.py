@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from trainer import bundle
 from trainer.distribution.distributor import Distributor
+from trainer.variables import digest
 
 
 class DivergenceError(RuntimeError):
@@ -15,7 +15,7 @@ class DivergenceError(RuntimeError):
 
 def digests(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Returns the SHA-256 of each array's name, type, shape and bytes."""
-    return {name: bundle.digest({name: array}) for name, array in arrays.items()}
+    return {name: digest({name: array}) for name, array in arrays.items()}
 
 
 def check_equal(distributor: Distributor, arrays: Mapping[str, np.ndarray], when: str) -> None:

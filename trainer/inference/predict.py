@@ -11,12 +11,12 @@ from pathlib import Path
 from data_pipelines.errors import InputError
 from data_pipelines.prepare.windows import windows
 from data_pipelines.rows import Row, kind_and_path, read_rows
-from trainer import bundle
 from trainer.config import Config
 from trainer.inference.explanation import contributions, marked
 from trainer.inference.prediction_files import opened, writer
 from trainer.inference.reconstruct import reconstructor
 from trainer.inference.text_classifier import load_classifier
+from trainer.models import bundle
 
 # A window of rows is read, sorted by length, classified and written before the next is read.
 WINDOW_ROWS = 4096

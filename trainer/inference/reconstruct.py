@@ -8,9 +8,10 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID
-from trainer import bundle, states
 from trainer.inference.text_classifier import bundle_tokenizer
+from trainer.models import bundle
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
+from trainer.variables import assign
 
 BATCH_SIZE = 64
 
@@ -108,11 +109,7 @@ def load_autoencoder(encoder_folder: Path, loaded: bundle.Bundle) -> SequenceAut
             f"{folder} is not of the run of --encoder={encoder_folder}: it was trained with "
             f"another encoder (SHA-256 {decoder.info['encoder_sha256']:.12})"
         )
-    model = SequenceAutoencoder(
-        bundle.new_encoder(loaded.info["model"]), tied=decoder.info["model"]["tied"]
-    )
+    model = SequenceAutoencoder(bundle.encoder_of(loaded), tied=decoder.info["model"]["tied"])
     model.build()
-    bundle.assign(bundle.encoder_variables(model.encoder), loaded.tensors)
-    bundle.assign(bundle.decoder_variables(model), decoder.tensors)
-    states.apply(model.encoder, loaded.state("learned"))
+    assign(bundle.decoder_variables(model), decoder.tensors)
     return model

@@ -9,8 +9,9 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
-from trainer import bundle
+from trainer.models import bundle
 from trainer.models.classifier import Classifier
+from trainer.variables import assign
 
 
 class Prediction(NamedTuple):
@@ -118,7 +119,7 @@ def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClass
     folder = Path(folder)
     loaded = bundle.load(folder, "classifier", flag)
     classifier = bundle.new_classifier(loaded.info["model"])
-    bundle.assign(bundle.classifier_variables(classifier), loaded.tensors)
+    assign(bundle.classifier_variables(classifier), loaded.tensors)
     tokenizer = bundle_tokenizer(folder, loaded.info, flag)
     names = class_names(loaded.info)
     return TextClassifier(classifier, tokenizer, names, loaded.info["max_tokens"])

@@ -5,8 +5,8 @@ from pathlib import Path
 import tensorflow as tf
 
 from data_pipelines.tokenizers import Tokenizer
-from trainer import bundle, states
 from trainer.inference.text_classifier import bundle_tokenizer
+from trainer.models import bundle
 from trainer.models.encoder import Encoder, States
 
 
@@ -57,7 +57,4 @@ def load_encoder(folder: str | Path, flag: str = "folder") -> TextEncoder:
     """
     folder = Path(folder)
     loaded = bundle.load(folder, "encoder", flag)
-    encoder = bundle.new_encoder(loaded.info["model"])
-    bundle.assign(bundle.encoder_variables(encoder), loaded.tensors)
-    states.apply(encoder, loaded.state("learned"))
-    return TextEncoder(encoder, bundle_tokenizer(folder, loaded.info, flag))
+    return TextEncoder(bundle.encoder_of(loaded), bundle_tokenizer(folder, loaded.info, flag))

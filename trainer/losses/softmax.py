@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer.training.lazy_rows import read_rows
+from trainer.variables import lookup
 
 # Logits held at a time: 64 MiB of float32.
 CHUNK_LOGITS = 1 << 24
@@ -161,7 +161,7 @@ def sampled_cross_entropy(
     candidates = log_uniform_candidates(vocab_size, num_sampled, seed)
     # Read together, so that a word's gradient is one row even where it is both.
     read = tf.concat([targets, candidates], 0)
-    weights, biases = read_rows(kernel, read), read_rows(bias, read)
+    weights, biases = lookup(kernel, read), lookup(bias, read)
     target_weights, candidate_weights = tf.split(weights, [tf.size(targets), num_sampled])
     target_biases, candidate_biases = tf.split(biases, [tf.size(targets), num_sampled])
     candidate_weights.set_shape([num_sampled, kernel.shape[1]])  # unknown of rows that were read

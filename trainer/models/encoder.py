@@ -2,20 +2,27 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from trainer.models.lstm import WarmLSTM, Words
-from trainer.training.lazy_rows import read_rows
+from trainer.variables import lookup
 
 # For each layer of a stack, the lowest first: [h, c], each [batch, units].
 States = list[list[tf.Tensor]]
 SMALLEST_VARIANCE = 1e-6
 # Seeds that an initializer takes are the encoder's plus less than this.
 _SEEDS_PER_LAYER = 1000
+
+
+class LearnedState(NamedTuple):
+    """The state of one LSTM: h and c, float32 [units], or [documents, units], one each."""
+
+    h: np.ndarray
+    c: np.ndarray
 
 
 def token_mask(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
@@ -90,8 +97,6 @@ class Encoder(keras.layers.Layer):
       precision: Keras's dtype policy of the LSTMs; what they are given and give is float32.
       recompute: whether training keeps no activations of the LSTMs, and computes them again; not
         kept with the encoder.
-      initial_states: for each layer (h, c), each [units]: the state that reading starts from
-        unless one is given.
     """
 
     def __init__(
@@ -135,6 +140,7 @@ class Encoder(keras.layers.Layer):
             unit_forget_bias=False,
             seed=seed,
             dtype=self.precision,
+            initial_state="learned",
             name=f"lstm_{layer}",
         )
 
@@ -154,22 +160,14 @@ class Encoder(keras.layers.Layer):
                 trainable=False,
                 name="frequencies",
             )
-        self.initial_states = []
         for layer, lstm in enumerate(self.lstms):
-            h, c = (
-                self.add_weight(
-                    shape=(self.units,), initializer="zeros", name=f"initial_{part}_{layer}"
-                )
-                for part in "hc"
-            )
-            self.initial_states.append((h, c))
             lstm.build((None, None, self.units if layer else self.embedding_dim))
         self.built = True
 
     def embed(self, tokens: tf.Tensor) -> tf.Tensor:
         """Returns the tokens' embeddings: [batch, time, embedding_dim]."""
         if not self.normalised:
-            return read_rows(self.embeddings.value, tokens)
+            return lookup(self.embeddings.value, tokens)
         mean, deviation = self.moments()
         return (tf.gather(self.embeddings.value, tokens) - mean) / deviation
 
@@ -197,6 +195,11 @@ class Encoder(keras.layers.Layer):
         kernel = cell.kernel.numpy()
         cell.bias.assign(cell.bias.numpy() + mean @ kernel)
         cell.kernel.assign(deviation[:, None] * kernel)
+
+    @property
+    def initial_states(self) -> list[tuple[keras.Variable, keras.Variable]]:
+        """For each layer the weights (h, c), each [units], that reading starts from."""
+        return [(lstm.initial_h, lstm.initial_c) for lstm in self.lstms]
 
     def start(self, batch_size: tf.Tensor) -> States:
         """Returns the initial state for a batch: for each layer [h, c], each [batch, units]."""

@@ -11,7 +11,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.models.encoder import Encoder
 from trainer.models.lstm import WarmLSTM
 
 Pair = tuple[tf.Tensor, tf.Tensor]
@@ -165,23 +164,6 @@ class Start:
         raise NotImplementedError
 
 
-class _Variables(Start):
-    """One layer of an Encoder, which has the variables itself."""
-
-    def __init__(self, encoder: Encoder, layer: int):
-        if not encoder.built:
-            raise ValueError(f"{encoder.name} has no weights yet: call its build() first")
-        self.name = f"{encoder.name}, layer {layer},"
-        self.variables = encoder.initial_states[layer]
-        self.shapes = [(encoder.units,)]
-
-    def set(self, h: np.ndarray, c: np.ndarray, trainable: bool | None) -> None:
-        for variable, value in zip(self.variables, (h, c), strict=True):
-            variable.assign(value)
-            if trainable is not None:
-                variable.trainable = trainable
-
-
 class _Stateful(Start):
     """A stateful layer: its states are set, once."""
 
@@ -241,8 +223,6 @@ def starts(target: Any) -> list[Start]:
     """
     if isinstance(target, (list, tuple)):
         return [start for each in target for start in starts(each)]
-    if isinstance(target, Encoder):
-        return [_Variables(target, layer) for layer in range(target.num_layers)]
     if isinstance(target, keras.layers.LSTM):
         return [_Stateful(target) if target.stateful else _Weights(target)]
     if isinstance(target, keras.layers.Bidirectional):
@@ -257,9 +237,8 @@ def starts(target: Any) -> list[Start]:
 
 
 def lstms_within(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns the LSTMs and encoders inside of a model or a layer, in its order."""
+    """Returns the LSTMs inside of a model or a layer, in its order."""
     found = []
     for part in layer._flatten_layers(include_self=False, recursive=False):
-        whole = isinstance(part, Encoder) or is_lstm(part)
-        found += [part] if whole else lstms_within(part)
+        found += [part] if is_lstm(part) else lstms_within(part)
     return found

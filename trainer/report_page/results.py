@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "record":
             record(options.run_dir, options.out, options.evaluation)
         elif options.command == "halve":
-            from trainer import bundle  # with TensorFlow, which nothing else here needs
+            from trainer.models import bundle  # with TensorFlow, which nothing else here needs
 
             refuse_to_replace(options.out, "--out")
             bundle.halve(options.classifier, options.out, "classifier", MACHINE_FLAGS)

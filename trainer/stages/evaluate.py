@@ -6,11 +6,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer import bundle
 from trainer.distribution.steps import sum_over_batches
+from trainer.models import bundle
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.stages.predictions import predict, save
 from trainer.stages.run import Run
+from trainer.variables import assign
 
 BATCH_SIZE = 64
 
@@ -25,7 +26,7 @@ def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dic
     tensors = run.distributor.broadcast_arrays(loaded.tensors if loaded else None)
     with run.distributor.scope():
         classifier = bundle.new_classifier(info["model"])
-    bundle.assign(bundle.classifier_variables(classifier), tensors)
+    assign(bundle.classifier_variables(classifier), tensors)
     view = run.store.split(split)
     run.log(f"evaluate: {classifier_folder} on {len(view):,} documents of {split}")
     predictions = predict(run, classifier, view, BATCH_SIZE, info["max_tokens"])

@@ -10,9 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.store.split_view import SplitView
-from trainer import bundle, states
+from trainer import states
 from trainer.config import Config
 from trainer.distribution.divergence import check_equal
+from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.text_model import TextModel
 from trainer.stages.evaluate import error_and_loss
@@ -24,6 +25,7 @@ from trainer.stages.run import Batches, Run
 from trainer.training import loop
 from trainer.training.optimizer import Rate
 from trainer.training.task import Task
+from trainer.variables import assign, digest, values_of
 
 # Initializers take the run's seed plus less than this, for each layer of a stack anew.
 BACKWARD_SEED = 500
@@ -187,7 +189,7 @@ def warm_start(
         encoders["--backward_encoder"] = received.info["tensors_sha256"]
         theirs = _take_over(classifier.backward, received, init_weights, initial_state)
         held |= {f"backward/{name}": value for name, value in theirs.items()}
-    digests = run.distributor.gather_objects(bundle.digest(held))
+    digests = run.distributor.gather_objects(digest(held))
     if len(set(digests)) > 1:
         check_equal(run.distributor, held, "after the broadcast")  # raises, and says what differs
     seconds = time.perf_counter() - began
@@ -214,21 +216,21 @@ def _take_over(
     held: dict[str, np.ndarray] = {}
     if init_weights == "encoder":
         variables = bundle.encoder_variables(classifier.encoder)
-        bundle.assign(variables, received.tensors)
+        assign(variables, received.tensors)
         if classifier.encoder.normalised:
             classifier.encoder.absorb_normalisation()
-        held |= bundle.values(variables)
+        held |= values_of(variables)
     if initial_state in bundle.STATES:
         states.apply(classifier.encoder, received.state(initial_state))
-        held |= bundle.values(bundle.initial_state_variables(classifier.encoder))
+        held |= values_of(bundle.initial_state_variables(classifier.encoder))
     if initial_state == "encode":
         reader = classifier.reader
         assert reader is not None  # whoever made this classifier knew the initial state
         variables = bundle.encoder_variables(reader)
-        bundle.assign(variables, received.tensors)
+        assign(variables, received.tensors)
         states.apply(reader, received.state("learned"))
         variables |= bundle.initial_state_variables(reader)
-        held |= {f"reader/{name}": value for name, value in bundle.values(variables).items()}
+        held |= {f"reader/{name}": value for name, value in values_of(variables).items()}
     return held
 
 
@@ -291,6 +293,6 @@ def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict
         "config": dataclasses.asdict(run.config),
         "tensorflow_version": tf.__version__,
     }
-    tensors = bundle.values(bundle.classifier_variables(classifier))
+    tensors = values_of(bundle.classifier_variables(classifier))
     bundle.save(folder, "classifier", tensors, info, run.store.vocab_path)
     run.log(f"finetune: wrote {folder}")

@@ -15,11 +15,12 @@ from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import RESERVED
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
-from trainer import bundle, seeds, states
+from trainer import seeds, states
 from trainer.config import Config
 from trainer.distribution.steps import sum_over_batches
+from trainer.models import bundle
 from trainer.models.bag_autoencoder import BagAutoencoder
-from trainer.models.encoder import Encoder, dropped_weights
+from trainer.models.encoder import Encoder, LearnedState, dropped_weights
 from trainer.models.language_model import LanguageModel
 from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, TextModel
@@ -27,6 +28,7 @@ from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.run import Run
 from trainer.training import loop
 from trainer.training.task import LossSum, Task
+from trainer.variables import digest, values_of
 
 OBJECTIVES = {
     "sequence_autoencoder": SequenceAutoencoder,
@@ -303,7 +305,7 @@ def save_encoder(
     run: Run,
     folder: Path,
     encoder: Encoder,
-    mean: list[states.LearnedState],
+    mean: list[LearnedState],
     metrics: dict[str, Any],
 ) -> str:
     """Writes the encoder bundle: weights, both learned states, and where they are from.
@@ -311,7 +313,7 @@ def save_encoder(
     Returns:
       The digest of its tensors.
     """
-    tensors = bundle.values(bundle.encoder_variables(encoder))
+    tensors = values_of(bundle.encoder_variables(encoder))
     tensors |= bundle.state_tensors("learned", states.learned(encoder))
     tensors |= bundle.state_tensors("mean", mean)
     info = {
@@ -327,7 +329,7 @@ def save_encoder(
     }
     bundle.save(folder, "encoder", tensors, info, run.store.vocab_path)
     run.log(f"pretrain: wrote {folder}")
-    return bundle.digest(tensors)
+    return digest(tensors)
 
 
 def save_decoder(run: Run, folder: Path, model: SequenceAutoencoder, encoder_sha256: str) -> None:
@@ -338,5 +340,5 @@ def save_decoder(run: Run, folder: Path, model: SequenceAutoencoder, encoder_sha
         "encoder_sha256": encoder_sha256,
         "vocab_sha256": run.store.vocab_sha256,
     }
-    tensors = bundle.values(bundle.decoder_variables(model))
+    tensors = values_of(bundle.decoder_variables(model))
     bundle.save(folder, "decoder", tensors, info, run.store.vocab_path)

@@ -25,7 +25,6 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-from trainer import bundle
 from trainer.distribution.distributor import Distributor
 from trainer.safe_files import (
     Buffer,
@@ -38,6 +37,7 @@ from trainer.safe_files import (
     tensor_parts,
     write_folder,
 )
+from trainer.variables import assign, digest
 
 FORMAT = "warmstate-checkpoint"
 FORMAT_VERSION = 1
@@ -186,7 +186,7 @@ class Checkpointer:
             return None
         mine = {k: v for k, v in tensors.items() if not k.startswith("+")}
         chief = self._distributor.is_chief
-        bundle.assign(self._variables, self._distributor.broadcast_arrays(mine if chief else None))
+        assign(self._variables, self._distributor.broadcast_arrays(mine if chief else None))
         kept = {k[1:]: v for k, v in tensors.items() if k.startswith("+")}
         return state["step"], state["notes"], kept
 
@@ -204,7 +204,7 @@ class Checkpointer:
             "format_version": FORMAT_VERSION,
             "step": step,
             "tensors": specs(tensors),
-            "sha256": bundle.digest(tensors),
+            "sha256": digest(tensors),
             "notes": notes,
             "value": value,
             "encoders": self._encoders,
@@ -337,7 +337,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if wrong or not known or state["step"] != _step_of(folder):
         raise DamagedError(f"{folder / 'state.json'} is not that of a checkpoint of this name")
     tensors = read_tensors(folder / "state.safetensors", state["tensors"])
-    if bundle.digest(tensors) != state["sha256"]:
+    if digest(tensors) != state["sha256"]:
         raise DamagedError(f"{folder / 'state.safetensors'}: its SHA-256 does not match")
     return state, tensors
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 import keras
 import tensorflow as tf
 
-from trainer import bundle
 from trainer.distribution.distributor import Distributor
+from trainer.variables import assign, values_of
 
 
 class Averages:
@@ -53,14 +53,14 @@ class Averages:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Returns a context in which the variables hold their averages."""
-        held = bundle.values(self._of)
+        held = values_of(self._of)
         self.put_in_place()
         try:
             yield
         finally:
-            bundle.assign(self._of, held)
+            assign(self._of, held)
 
     def put_in_place(self) -> None:
         """Sets the variables to their averages."""
-        averages = bundle.values(self.variables)
-        bundle.assign(self._of, {k.removeprefix("average/"): v for k, v in averages.items()})
+        averages = values_of(self.variables)
+        assign(self._of, {k.removeprefix("average/"): v for k, v in averages.items()})

@@ -20,7 +20,7 @@ numbers a step, made once, give the sum for any n.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -29,20 +29,9 @@ import tensorflow as tf
 
 from trainer.distribution.distributor import Distributor, update_each_copy
 from trainer.training.gradients import Gradient
+from trainer.variables import looked_up_by
 
 SETTLED_ROWS = 4096
-_READER = "_warmstate_read_rows"
-
-
-def read_rows(table: tf.Variable, indices: tf.Tensor) -> tf.Tensor:
-    """Returns those rows of `table`, as tf.gather does, brought up to date if they are behind.
-
-    Args:
-      table: [rows, ...], a variable's `value`.
-      indices: of any shape, which the result's begins with.
-    """
-    reader = getattr(table, _READER, None)
-    return tf.gather(table, indices) if reader is None else reader(indices)
 
 
 class Rule(NamedTuple):
@@ -137,7 +126,7 @@ class Table:
         self._sums, self._steps = (tf.constant(np.stack(rows, axis=1)) for rows in (tails, each))
 
     def read(self, indices: tf.Tensor) -> tf.Tensor:
-        """Returns the rows as the dense optimizer would have them; see `read_rows`.
+        """Returns the rows as the dense optimizer would have them; see `lookup`.
 
         The gradient goes to the rows, each once, as tf.IndexedSlices.
         """
@@ -249,16 +238,9 @@ class Tables:
         else:
             table.train(gradient, variable)
 
-    @contextlib.contextmanager
-    def read_up_to_date(self) -> Iterator[None]:
-        """Returns the context in which `read_rows` knows these tables."""
-        for table in self._by_rows.values():
-            setattr(table.variable.value, _READER, table.read)
-        try:
-            yield
-        finally:
-            for table in self._by_rows.values():
-                delattr(table.variable.value, _READER)
+    def read_up_to_date(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context in which `lookup` brings rows of these tables up to date."""
+        return looked_up_by((t.variable.value, t.read) for t in self._by_rows.values())
 
     def settle(self) -> None:
         """Brings all rows up to date, for those who read the variables as they are."""
@@ -299,7 +281,7 @@ class Traced(NamedTuple):
 
     Attributes:
       is_sparse: whether its gradient is of a few rows.
-      is_table: whether it also is read by `read_rows`.
+      is_table: whether it also is read by `lookup`.
       count_rows: batch -> how many distinct rows each gradient has, of the first local shard; 0
         for one that is whole. Of the gradients only the indices are used, so that TensorFlow
         computes nothing else.
@@ -339,17 +321,12 @@ def trace_gradients(
             for g in found
         ]
 
-    for i, variable in enumerate(variables):
-        setattr(variable.value, _READER, reader(i, variable.value))
-    try:
+    with looked_up_by((v.value, reader(i, v.value)) for i, v in enumerate(variables)):
         count_rows = tf.function(
             lambda batch: distributor.run(count, batch),
             input_signature=[batch_spec],
             autograph=False,
         )
         count_rows.get_concrete_function()
-    finally:
-        for variable in variables:
-            delattr(variable.value, _READER)
     is_table = [is_sparse and i in read for i, is_sparse in enumerate(sparse)]
     return Traced(sparse, is_table, count_rows)

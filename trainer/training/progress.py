@@ -9,7 +9,6 @@ from typing import TypedDict, cast
 import numpy as np
 
 from data_pipelines.errors import InputError
-from trainer import bundle
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.divergence import check_equal
 from trainer.distribution.preemption import Preempted
@@ -21,6 +20,7 @@ from trainer.training.ema import Averages
 from trainer.training.health import NonFiniteError, describe_nonfinite
 from trainer.training.task import Result, Settings, Task
 from trainer.training.train_step import Outcome
+from trainer.variables import assign, values_of
 
 HEARTBEAT_SECONDS = 60.0  # metrics.jsonl and the log have a line at least so often, between steps
 
@@ -285,7 +285,7 @@ class Progress:
         if not self._distributor.is_chief:
             return True
         if better and select_by:
-            self._best = bundle.values(self._task.variables)
+            self._best = values_of(self._task.variables)
         self._write_metrics(step, **values)
         marker = " · best so far" if better and select_by else ""
         self._log(f"{self._task.name} step {step} · validation: {describe(values)}{marker}")
@@ -294,7 +294,7 @@ class Progress:
     def save(self, step: int) -> None:
         """Writes a checkpoint, of weights that all workers agree on if that is asked for."""
         if self._settings.check_divergence:
-            held = bundle.values(self._task.state)
+            held = values_of(self._task.state)
             check_equal(self._distributor, held, f"after step {step}")
         notes = self._notes | {
             "seconds": self._notes["seconds"] + self._elapsed_here(),
@@ -308,7 +308,7 @@ class Progress:
         if self._task.select_by:
             chief = self._distributor.is_chief
             best = self._distributor.broadcast_arrays(self._best if chief else None)
-            bundle.assign(self._task.variables, best)
+            assign(self._task.variables, best)
         elif self._averages:
             self._averages.put_in_place()
         notes = self._notes

@@ -12,11 +12,12 @@ import pytest
 
 from data_pipelines.errors import InputError
 from data_pipelines.store.token_store import TokenStore
-from trainer import bundle, safe_files, states
+from trainer import safe_files, states
 from trainer.config import Config
 from trainer.distribution.tf_distribute import one_device
 from trainer.inference import predict
 from trainer.inference.reconstruct import reconstruct_texts
+from trainer.models import bundle
 from trainer.models.encoder import Encoder
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
 from trainer.stages import pretrain

@@ -40,7 +40,7 @@ def test_layers_differ_and_each_has_a_state_of_its_own() -> None:
     encoder.build()
     assert [lstm.name for lstm in encoder.lstms] == ["lstm_0", "lstm_1", "lstm_2"]
     for first, second in zip(encoder.lstms, encoder.lstms[1:], strict=False):
-        for a, b in zip(first.weights, second.weights, strict=True):
+        for a, b in zip(first.cell.weights, second.cell.weights, strict=True):
             assert (a.numpy() != b.numpy()).any()
     outputs, states = encoder(np.array([[5, 9, 2]]), np.array([3]))
     assert outputs.shape == (1, 3, 6) and len(states) == 3

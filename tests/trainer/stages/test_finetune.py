@@ -1,7 +1,7 @@
 import pytest
 
-from trainer import bundle
 from trainer.config import Config
+from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
 from trainer.stages.finetune import encoder_rates, trained_variables

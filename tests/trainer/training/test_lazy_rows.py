@@ -14,11 +14,12 @@ from trainer.distribution.distributor import reduce_inside_step_only
 from trainer.distribution.preemption import Preempted
 from trainer.distribution.tf_distribute import one_device
 from trainer.training import checkpoint, loop
-from trainer.training.lazy_rows import Tables, read_rows, rule_of
+from trainer.training.lazy_rows import Tables, rule_of
 from trainer.training.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
 from trainer.training.schedules import Schedule
 from trainer.training.task import Task
 from trainer.training.train_step import make_train_step
+from trainer.variables import lookup
 
 STEPS = 60
 ROWS, WIDTH = 40, 3
@@ -91,7 +92,7 @@ class Batches:
 
 
 def train(
-    distributor: Any, folder: Path, read: Any = read_rows, stop_at: int = 0, **changes: Any
+    distributor: Any, folder: Path, read: Any = lookup, stop_at: int = 0, **changes: Any
 ) -> np.ndarray:
     """Trains a table; returns it. With `stop_at`, TERM comes before that step."""
     keras.utils.clear_session()
@@ -167,7 +168,7 @@ def test_a_step_is_traced_twice_and_the_optimizer_once(
 
     def counted_read(*args: Any) -> tf.Tensor:
         traces["loss"] += 1
-        return read_rows(*args)
+        return lookup(*args)
 
     monkeypatch.setattr(keras.optimizers.Adam, "apply", counted_apply)
     distributor = one_device() if shards == 1 else two_shards
@@ -204,7 +205,7 @@ def test_a_step_makes_no_tensor_of_the_vocabulary(tmp_path: Path) -> None:
     reduce_inside_step_only(optimizer)
 
     def loss_sum(rows: dict, step: tf.Tensor, shard: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.reduce_sum(read_rows(table.value, rows["tokens"]) ** 2), tf.constant(2.0)
+        return tf.reduce_sum(lookup(table.value, rows["tokens"]) ** 2), tf.constant(2.0)
 
     task = Task("pretrain", {"table": table}, loss_sum, dict)
     settings = loop_settings.settings(folder=tmp_path, steps=STEPS)

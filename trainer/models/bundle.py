@@ -23,13 +23,12 @@ import numpy as np
 from data_pipelines.errors import InputError
 from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.classifier import POOLINGS, Classifier
-from trainer.models.encoder import Encoder
+from trainer.models.encoder import Encoder, LearnedState
 from trainer.models.text_model import TextModel
 from trainer.safe_files import (
     Buffer,
     DamagedError,
     file_sha256,
-    flat_bytes,
     read_sealed,
     read_tensors,
     sealed,
@@ -37,7 +36,7 @@ from trainer.safe_files import (
     tensor_parts,
     write_folder,
 )
-from trainer.states import LearnedState
+from trainer.variables import assign, digest
 
 FORMAT_VERSION = 4  # names a layer: lstm/0/kernel
 STATES = ("learned", "mean")
@@ -97,6 +96,14 @@ def new_encoder(model: Mapping[str, Any], normalised: bool = False) -> Encoder:
     return encoder
 
 
+def encoder_of(loaded: Bundle) -> Encoder:
+    """Returns the encoder of a bundle; it starts from its learned state."""
+    encoder = new_encoder(loaded.info["model"])
+    states = initial_state_variables(encoder, "states/learned")
+    assign(encoder_variables(encoder) | states, loaded.tensors)
+    return encoder
+
+
 def encoder_variables(encoder: Encoder) -> dict[str, keras.Variable]:
     """Returns the encoder's weights under their names in a bundle."""
     variables = {"embeddings": encoder.embeddings}
@@ -107,10 +114,12 @@ def encoder_variables(encoder: Encoder) -> dict[str, keras.Variable]:
     return variables
 
 
-def initial_state_variables(encoder: Encoder) -> dict[str, keras.Variable]:
+def initial_state_variables(
+    encoder: Encoder, prefix: str = "initial_state"
+) -> dict[str, keras.Variable]:
     """Returns the state that the encoder starts from, under its names in a bundle."""
     return {
-        f"initial_state/{layer}/{part}": variable
+        f"{prefix}/{layer}/{part}": variable
         for layer, state in enumerate(encoder.initial_states)
         for part, variable in zip("hc", state, strict=True)
     }
@@ -180,40 +189,6 @@ def classifier_variables(classifier: Classifier) -> dict[str, keras.Variable]:
         backward = classifier_variables(classifier.backward)
         variables.update({f"backward/{name}": variable for name, variable in backward.items()})
     return variables
-
-
-def values(variables: Mapping[str, keras.Variable]) -> dict[str, np.ndarray]:
-    """Returns what the variables hold."""
-    return {name: np.asarray(variable.numpy()) for name, variable in variables.items()}
-
-
-def assign(variables: Mapping[str, keras.Variable], tensors: Mapping[str, np.ndarray]) -> None:
-    """Sets each variable to the tensor of its name.
-
-    Raises:
-      InputError: a tensor is missing or has another shape or type; no variable is set then.
-    """
-    for name, variable in variables.items():
-        if name not in tensors:
-            raise InputError(f"the bundle holds no tensor {name!r}; it holds {sorted(tensors)}")
-        found = (tuple(tensors[name].shape), str(tensors[name].dtype))
-        if found != (tuple(variable.shape), variable.dtype):
-            raise InputError(
-                f"the bundle's tensor {name!r} is {found[0]} {found[1]}, "
-                f"but the model's is {tuple(variable.shape)} {variable.dtype}"
-            )
-    for name, variable in variables.items():
-        variable.assign(tensors[name])
-
-
-def digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """Returns the SHA-256 (hex) of the tensors: names, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        array = np.asarray(tensors[name], order="C")
-        sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        sha.update(flat_bytes(array).data)
-    return sha.hexdigest()
 
 
 def save(

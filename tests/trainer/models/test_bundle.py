@@ -6,9 +6,11 @@ import pytest
 
 from data_pipelines.errors import InputError
 from data_pipelines.store.seal import SEAL
-from trainer import bundle, safe_files, states
+from trainer import safe_files, states
+from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
+from trainer.variables import assign, digest, values_of
 
 INFO = {
     "model": {"vocab_size": 4, "embedding_dim": 2, "units": 3, "num_layers": 2},
@@ -28,7 +30,7 @@ def saved(tmp_path: Path, vocab: Path) -> Path:
     encoder = Encoder(4, 2, 3, seed=0, num_layers=2)
     encoder.build()
     assert bundle.encoder_model(encoder) == INFO["model"]
-    tensors = bundle.values(bundle.encoder_variables(encoder))
+    tensors = values_of(bundle.encoder_variables(encoder))
     mean = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
     tensors |= bundle.state_tensors("mean", [states.LearnedState(*state) for state in mean])
     bundle.save(tmp_path / "encoder", "encoder", tensors, INFO, vocab)
@@ -48,8 +50,8 @@ def test_what_is_saved_is_loaded(saved: Path, vocab: Path) -> None:
         loaded.state("learned")
     assert (saved / "vocab.txt").read_bytes() == vocab.read_bytes()
     other = bundle.new_encoder(loaded.info["model"])
-    bundle.assign(bundle.encoder_variables(other), loaded.tensors)
-    for name, value in bundle.values(bundle.encoder_variables(other)).items():
+    assign(bundle.encoder_variables(other), loaded.tensors)
+    for name, value in values_of(bundle.encoder_variables(other)).items():
         np.testing.assert_array_equal(value, loaded.tensors[name])
 
 
@@ -132,7 +134,7 @@ def save_classifier(folder: Path, vocab: Path, **facts: object) -> None:
         "vocab_sha256": INFO["vocab_sha256"],
         "max_tokens": 10,
     }
-    tensors = bundle.values(bundle.classifier_variables(classifier))
+    tensors = values_of(bundle.classifier_variables(classifier))
     bundle.save(folder, "classifier", tensors, info, vocab)
 
 
@@ -185,10 +187,10 @@ def test_tensors_that_do_not_fit_are_refused(saved: Path) -> None:
     larger = Encoder(4, 2, 5, seed=0, num_layers=2)
     larger.build()
     with pytest.raises(InputError, match="'lstm/0/kernel' is"):
-        bundle.assign(bundle.encoder_variables(larger), tensors)
+        assign(bundle.encoder_variables(larger), tensors)
     del tensors["lstm/1/bias"]
     with pytest.raises(InputError, match="no tensor 'lstm/1/bias'"):
-        bundle.assign({"lstm/1/bias": larger.lstms[1].cell.bias}, tensors)
+        assign({"lstm/1/bias": larger.lstms[1].cell.bias}, tensors)
 
 
 def test_digest_covers_names_shapes_dtypes_and_bytes() -> None:
@@ -200,8 +202,8 @@ def test_digest_covers_names_shapes_dtypes_and_bytes() -> None:
         {"a": np.full((2, 3), 1e-30, np.float32)},
         {},
     ]
-    assert bundle.digest(dict(base)) == bundle.digest(base)
-    assert len({bundle.digest(tensors) for tensors in [base, *others]}) == 6
+    assert digest(dict(base)) == digest(base)
+    assert len({digest(tensors) for tensors in [base, *others]}) == 6
 
 
 def test_a_classifiers_bundle_holds_all_its_variables() -> None:
