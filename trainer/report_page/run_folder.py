@@ -12,41 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.report_page.statistics import probabilities
+from trainer.reporting import predictions
+from trainer.reporting.predictions import Predictions, start_of
 from trainer.safe_files import DamagedError, read_sealed, read_tensors
 
 # The parts of a run that --stage=all makes; a run of one stage is its only part itself.
 PARTS = ("pretrain", "scratch", "warm")
 MAX_METRICS_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a classifier said of each document; see trainer/stages/predictions.py.
-
-    Attributes:
-      info: predictions.json.
-      tensors: document [n], label [n], logits [n, outputs], state/label [m], state/h and state/c
-        [m, units].
-    """
-
-    info: dict[str, Any]
-    tensors: dict[str, np.ndarray]
-
-    @property
-    def label(self) -> np.ndarray:
-        """The right classes: int32 [n]."""
-        return self.tensors["label"]
-
-    @property
-    def probability(self) -> np.ndarray:
-        """Of each class: float64 [n, classes]."""
-        return probabilities(self.tensors["logits"])
-
-    @property
-    def is_wrong(self) -> np.ndarray:
-        """Bool [n]."""
-        return self.probability.argmax(axis=1) != self.label
 
 
 @dataclass(frozen=True)
@@ -124,24 +96,16 @@ def _read_part(
     folder: Path, is_whole_run: bool, config: Mapping[str, Any], faults: list[str]
 ) -> Part | None:
     metrics = _read_metrics(folder / "metrics.jsonl", faults)
-    predictions = _read_predictions(folder / "predictions", faults)
+    predicted = _read_predictions(folder / "predictions", faults)
     states = _read_states(folder / "encoder", faults)
-    if not (metrics or predictions or states):
+    if not (metrics or predicted or states):
         return None
     name = folder.name
     if is_whole_run:
         is_pretraining = states or (metrics and metrics[0].get("stage") == "pretrain")
-        starts = predictions.info if predictions else config
-        name = "pretrain" if is_pretraining else _start_of(starts)
-    return Part(name, metrics, predictions, states)
-
-
-def _start_of(values: Mapping[str, Any]) -> str:
-    """Returns which start flags, or a classifier's own words, describe."""
-    weights, state = values.get("init_weights"), values.get("initial_state")
-    if weights is None or state is None:
-        return "classifier"
-    return "scratch" if (weights, state) == ("random", "zero") else "warm"
+        starts = predicted.info if predicted else config
+        name = "pretrain" if is_pretraining else start_of(starts)
+    return Part(name, metrics, predicted, states)
 
 
 def _read_json(path: Path, faults: list[str]) -> dict[str, Any]:
@@ -195,61 +159,10 @@ def _read_predictions(folder: Path, faults: list[str]) -> Predictions | None:
     if not folder.exists():
         return None
     try:
-        info = read_sealed(folder / "predictions.json")
-        tensors = read_tensors(folder / "predictions.safetensors", info.get("tensors"))
-        if fault := _predictions_fault(info, tensors):
-            raise DamagedError(f"{folder} is damaged: {fault}")
-        return Predictions(info, tensors)
+        return predictions.read(folder)
     except DamagedError as error:
         faults.append(str(error))
         return None
-
-
-def _predictions_fault(info: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str | None:
-    classes = info.get("classes")
-    if type(classes) is not int or classes < 2:
-        return f"'classes' is {classes!r:.99}"
-    outputs = 1 if classes == 2 else classes
-    shapes = {name: array.shape for name, array in tensors.items()}
-    documents = len(tensors.get("label", ()))
-    if shapes.get("logits") != (documents, outputs) or not documents:
-        return f"logits of shape {shapes.get('logits')} for {documents} labels, {classes} classes"
-    if shapes.get("document") != (documents,):
-        return f"documents of shape {shapes.get('document')} for {documents} labels"
-    for name in ("label", "state/label"):
-        labels = tensors.get(name, np.zeros(0, np.int32))
-        if (
-            labels.dtype.kind != "i"
-            or labels.size
-            and not 0 <= labels.min() <= labels.max() < classes
-        ):
-            return f"{name!r} holds what is no class"
-    rows = len(tensors.get("state/label", ()))
-    for name in ("state/h", "state/c"):
-        if len(shapes.get(name, ())) != 2 or shapes[name][0] != rows:
-            return f"{name!r} is of shape {shapes.get(name)} for {rows} labels"
-    if not all(np.isfinite(array).all() for array in tensors.values()):
-        return "numbers that are not finite"
-    return _examples_fault(info.get("examples"), classes)
-
-
-def _examples_fault(examples: Any, classes: int) -> str | None:
-    if not isinstance(examples, list):
-        return "'examples' is no list"
-    for example in examples:
-        try:
-            pieces, added = example["pieces"], example["contributions"]
-            good = (
-                len(pieces) == len(added)
-                and all(isinstance(piece, str) for piece in pieces)
-                and all(_number(x) is not None for x in [*added, example["probability"]])
-                and all(example[name] in range(classes) for name in ("label", "predicted"))
-            )
-        except (KeyError, TypeError) as error:
-            return f"an example: {error!r:.99}"
-        if not good:
-            return "an example does not hold what it must"
-    return None
 
 
 def _read_states(folder: Path, faults: list[str]) -> dict[str, np.ndarray]:

@@ -11,10 +11,11 @@ from trainer.config import Config
 from trainer.report_page import charts
 from trainer.report_page.charts import LEVELS, Series
 from trainer.report_page.markup import Markup, join, tag
-from trainer.report_page.run_folder import Part, Predictions, RunFolder
+from trainer.report_page.run_folder import Part, RunFolder
 from trainer.report_page.statistics import Interval, calibration, confusion, principal_plane
 from trainer.report_page.verdict import TITLES, Outcome, aligned, differing_flags
 from trainer.reporting.metrics_file import format_seconds
+from trainer.reporting.predictions import Predictions
 
 LINES = ("", "dashed", "dotted")
 CLASSIFIERS = ("scratch", "warm", "classifier")
@@ -335,7 +336,7 @@ def mistakes(runs: Sequence[RunFolder]) -> Markup:
     """Returns the confusion matrices, and where two classifiers differ."""
     tables = []
     for title, found in _predictions(runs):
-        counts = confusion(found.label, found.probability.argmax(axis=1), found.info["classes"])
+        counts = confusion(found.label, found.predicted, found.info["classes"])
         tables.append(_confusion_table(title, counts, class_names(found)))
     if not tables:
         return Markup("")

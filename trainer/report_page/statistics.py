@@ -59,19 +59,6 @@ def mean_of_runs(values: list[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Returns the probability of each class: float64 [n, classes].
-
-    Args:
-      logits: [n, 1] for two classes, else [n, classes].
-    """
-    logits = np.asarray(logits, np.float64)
-    if logits.shape[1] == 1:
-        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
-
-
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """Returns how many documents of each label (row) were taken for each class (column).
 

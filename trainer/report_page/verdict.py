@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.config import FREE_ON_RESUME
-from trainer.report_page.run_folder import Predictions, RunFolder
+from trainer.report_page.run_folder import RunFolder
 from trainer.report_page.statistics import (
     Interval,
     mean_of_runs,
@@ -14,6 +14,7 @@ from trainer.report_page.statistics import (
     proportion,
     unpaired_difference,
 )
+from trainer.reporting.predictions import Predictions
 
 TITLES = {
     "pretrain": "Pretraining",

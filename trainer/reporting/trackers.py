@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainer.distribution.preemption import Preempted
+from trainer.reporting import predictions
 
 # --track's names -> the package that each needs, which is also the extra that brings it.
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
@@ -152,16 +153,15 @@ class TensorBoard:
     def _write_results(self, report: Mapping[str, Any]) -> None:
         import tensorflow as tf
 
-        from trainer.report_page import run_folder
-
-        run = run_folder.read(self._folder)
         with self._writer("run").as_default():
             for name, value in report.get("test_error_percent", {}).items():
                 tf.summary.scalar(f"test_error_percent/{name}", value, step=0)
-            for part in run.parts.values():
-                examples = part.predictions.info["examples"] if part.predictions else []
-                for i, example in enumerate(examples):
-                    tf.summary.text(f"{part.name}/document {i + 1}", as_text(example), step=0)
+            own = self._folder / "predictions"
+            for folder in filter(Path.is_dir, (own, *self._folder.glob("*/predictions"))):
+                found = predictions.read(folder).info
+                for i, example in enumerate(found["examples"]):
+                    tag = f"{predictions.start_of(found)}/document {i + 1}"
+                    tf.summary.text(tag, as_text(example), step=0)
         write_projector(self._folder)
 
 

@@ -1,14 +1,7 @@
-"""What a classifier says of each document of a split, kept for report.html and other readers.
+"""A classifier's output for each document of a split, and the documents that say most."""
 
-FOLDER/predictions holds two files. By document, in the order in which they were read,
-predictions.safetensors has `document` (its number in the split), `label` and `logits`; of some
-documents the state in which the LSTM ended: `state/label`, `state/h`, `state/c`. predictions.json
-has the split, the tensors' shapes, and, piece by piece, the documents that say most: the most wrong
-ones and the surest right ones.
-"""
-
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +14,13 @@ from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from trainer.distribution.steps import gather_rows
 from trainer.models.classifier import Classifier, losses_and_errors, reversed_words
 from trainer.models.encoder import token_mask
-from trainer.report_page.statistics import probabilities
-from trainer.safe_files import Buffer, sealed, specs, tensor_parts, write_folder
+from trainer.reporting.predictions import Predictions, write
 from trainer.stages.run import Run
 
 STATE_DOCUMENTS = 512
 WRONG_EXAMPLES = 6
 RIGHT_EXAMPLES_BY_CLASS = 2
 MAX_RIGHT_EXAMPLES = 6
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a classifier says of n documents.
-
-    Attributes:
-      document: int64 [n], their numbers in the split.
-      label: int32 [n].
-      logits: float32 [n, 1] for two classes, else [n, classes].
-      loss: float32 [n], nats.
-      is_wrong: bool [n].
-      state_label: int32 [m], of the documents whose states are kept.
-      state_h: float32 [m, units], the last hidden state of the last layer.
-      state_c: float32 [m, units], the last cell state of the last layer.
-    """
-
-    document: np.ndarray
-    label: np.ndarray
-    logits: np.ndarray
-    loss: np.ndarray
-    is_wrong: np.ndarray
-    state_label: np.ndarray
-    state_h: np.ndarray
-    state_c: np.ndarray
-
-    def metrics(self) -> dict[str, Any]:
-        """Returns error_percent, loss (nats) and documents."""
-        return {
-            "error_percent": float(100 * self.is_wrong.mean(dtype=np.float64)),
-            "loss": float(self.loss.mean(dtype=np.float64)),
-            "documents": len(self.label),
-        }
 
 
 def predict(
@@ -77,8 +36,8 @@ def predict(
 
     def columns(rows: dict[str, tf.Tensor]) -> tf.Tensor:
         logits = classifier.logits(rows["tokens"], rows["lengths"], training=False)
-        losses, errors = losses_and_errors(logits, rows["labels"])
-        beside = tf.stack([tf.cast(rows["labels"], tf.float32), losses, errors], axis=1)
+        losses, _ = losses_and_errors(logits, rows["labels"])
+        beside = tf.stack([tf.cast(rows["labels"], tf.float32), losses], axis=1)
         return tf.concat([beside, tf.cast(logits, tf.float32)], axis=1)
 
     def states(rows: dict[str, tf.Tensor]) -> tf.Tensor:
@@ -91,14 +50,15 @@ def predict(
     state_label, state = np.split(kept, [1], axis=1)
     state_h, state_c = np.split(state, 2, axis=1)
     return Predictions(
-        document=np.concatenate([plan.indices(step) for step in range(steps)]),
-        label=found[:, 0].astype(np.int32),
-        loss=found[:, 1],
-        is_wrong=found[:, 2] > 0,
-        logits=found[:, 3:],
-        state_label=state_label[:, 0].astype(np.int32),
-        state_h=state_h,
-        state_c=state_c,
+        {
+            "document": np.concatenate([plan.indices(step) for step in range(steps)]),
+            "label": found[:, 0].astype(np.int32),
+            "logits": found[:, 2:],
+            "loss": found[:, 1],
+            "state/label": state_label[:, 0].astype(np.int32),
+            "state/h": state_h,
+            "state/c": state_c,
+        }
     )
 
 
@@ -126,23 +86,18 @@ def telling_documents(predictions: Predictions) -> np.ndarray:
 
     Ties go to the row that comes first, so the choice depends on nothing else.
     """
-    of_label = probabilities(predictions.logits)[
-        np.arange(len(predictions.label)), predictions.label
-    ]
+    labels, is_wrong = predictions.label, predictions.is_wrong
+    of_label = predictions.probability[np.arange(len(labels)), labels]
     order = np.argsort(of_label, kind="stable")
-    wrong = [row for row in order if predictions.is_wrong[row]][:WRONG_EXAMPLES]
+    wrong = [row for row in order if is_wrong[row]][:WRONG_EXAMPLES]
     right: list[int] = []
-    for label in np.unique(predictions.label):
-        surest = [
-            row
-            for row in order[::-1]
-            if predictions.label[row] == label and not predictions.is_wrong[row]
-        ]
+    for label in np.unique(labels):
+        surest = [row for row in order[::-1] if labels[row] == label and not is_wrong[row]]
         right += surest[:RIGHT_EXAMPLES_BY_CLASS]
     return np.array(wrong + right[:MAX_RIGHT_EXAMPLES], np.int64)
 
 
-def contributions(
+def first_order_contributions(
     classifier: Classifier, tokens: np.ndarray, lengths: np.ndarray, predicted: np.ndarray
 ) -> np.ndarray:
     """Returns what each token adds to the class that was predicted: float32 [batch, time].
@@ -206,15 +161,16 @@ def save(
       InputError: it cannot be written.
     """
     rows = telling_documents(predictions)
-    tokens, lengths = run.store.split(split).gather(predictions.document[rows], info["max_tokens"])
-    probability = probabilities(predictions.logits[rows])
-    predicted = probability.argmax(axis=1).astype(np.int32)
-    added = contributions(classifier, tokens, lengths, predicted)
+    documents = predictions.tensors["document"][rows]
+    tokens, lengths = run.store.split(split).gather(documents, info["max_tokens"])
+    probability = predictions.probability[rows]
+    predicted = predictions.predicted[rows].astype(np.int32)
+    added = first_order_contributions(classifier, tokens, lengths, predicted)
     tokenizer = load_tokenizer(run.store.vocab_path, run.store.tokenizer_config)
     kind = run.store.tokenizer_config["type"]
     examples = [
         {
-            "document": int(predictions.document[row]),
+            "document": int(documents[i]),
             "label": int(predictions.label[row]),
             "predicted": int(predicted[i]),
             "probability": float(probability[i, predicted[i]]),
@@ -223,14 +179,6 @@ def save(
         }
         for i, row in enumerate(rows)
     ]
-    tensors = {
-        "document": predictions.document,
-        "label": predictions.label,
-        "logits": predictions.logits,
-        "state/label": predictions.state_label,
-        "state/h": predictions.state_h,
-        "state/c": predictions.state_c,
-    }
     values = {
         "split": split,
         **predictions.metrics(),
@@ -240,14 +188,9 @@ def save(
         "initial_state": info["report"]["initial_state"],
         "vocab_sha256": info["vocab_sha256"],
         "examples": examples,
-        "tensors": specs(tensors),
-    }
-    files: dict[str, bytes | Sequence[Buffer]] = {
-        "predictions.safetensors": tensor_parts(tensors),
-        "predictions.json": [sealed(values)],
     }
     try:
-        write_folder(folder.with_name(folder.name + ".new"), folder, files)
+        write(folder, dataclasses.replace(predictions, info=values))
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written: {error.strerror}: make room or make it writable, and run "

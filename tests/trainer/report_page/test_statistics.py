@@ -44,13 +44,6 @@ def test_the_mean_of_runs_has_students_interval() -> None:
     assert found == pytest.approx((3.4667, 0.4819, 6.4514), abs=1e-3)
 
 
-def test_probabilities_of_one_logit_and_of_several() -> None:
-    one = statistics.probabilities(np.array([[0.0], [np.log(3)], [800.0]]))
-    np.testing.assert_allclose(one, [[0.5, 0.5], [0.25, 0.75], [0, 1]])
-    several = statistics.probabilities(np.log([[1.0, 2.0, 5.0]]))
-    np.testing.assert_allclose(several, [[0.125, 0.25, 0.625]])
-
-
 def test_confusion_counts_labels_by_row() -> None:
     counts = statistics.confusion(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]

@@ -10,10 +10,9 @@ from trainer.config import Config
 from trainer.distribution.tf_distribute import TfDistributor, one_device
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
-from trainer.report_page.statistics import probabilities
+from trainer.reporting.predictions import Predictions, probabilities
 from trainer.stages import predictions
 from trainer.stages.evaluate import error_and_loss
-from trainer.stages.predictions import Predictions
 from trainer.stages.run import Run
 
 
@@ -57,12 +56,13 @@ def test_every_document_once_whatever_the_number_of_shards(
         run = make_run(small_store, tmp_path, distributor)
         found.append(predicted(run, make_classifier(run, with_reader=with_reader)))
     one, two = found
-    assert sorted(one.document.tolist()) == list(range(60))
-    for name in ("document", "label", "is_wrong", "state_label"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
-    for name in ("logits", "loss", "state_h", "state_c"):
-        np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-5)
-    labels = TokenStore(small_store).split("test").labels_of(one.document)
+    assert sorted(one.tensors["document"].tolist()) == list(range(60))
+    np.testing.assert_array_equal(one.is_wrong, two.is_wrong)
+    for name in ("document", "label", "state/label"):
+        np.testing.assert_array_equal(one.tensors[name], two.tensors[name])
+    for name in ("logits", "loss", "state/h", "state/c"):
+        np.testing.assert_allclose(one.tensors[name], two.tensors[name], atol=1e-5)
+    labels = TokenStore(small_store).split("test").labels_of(one.tensors["document"])
     np.testing.assert_array_equal(one.label, labels)
 
 
@@ -100,7 +100,9 @@ def test_contributions_are_what_a_small_change_of_a_word_changes(
         chosen = log_odds[[0, 1], [1, 0]]
         return chosen - (log_odds.sum(axis=1) - chosen) / 2
 
-    added = predictions.contributions(classifier, tokens, lengths, np.array([1, 0], np.int32))
+    added = predictions.first_order_contributions(
+        classifier, tokens, lengths, np.array([1, 0], np.int32)
+    )
     assert added.shape == tokens.shape and not added[0, 4:].any()
     table = classifier.encoder.embeddings
     whole = table.numpy()
@@ -119,11 +121,9 @@ def test_the_most_wrong_come_first_then_the_surest_of_each_label() -> None:
     label = np.array([0] * 8 + [1] * 8, np.int32)
     logits = np.linspace(-4, 4, 16)[::-1].astype(np.float32)[:, None]  # mostly wrong
     logits[[0, 15]] *= -1
+    found = Predictions({"label": label, "logits": logits})
     wrong = probabilities(logits).argmax(axis=1) != label
-    nothing = np.zeros((0, 1), np.float32)
-    found = Predictions(
-        np.arange(16), label, logits, logits[:, 0], wrong, label[:0], nothing, nothing
-    )
+    np.testing.assert_array_equal(found.is_wrong, wrong)
     rows = predictions.telling_documents(found)
     assert rows.tolist() == [1, 14, 2, 13, 3, 12, 0, 15]
 
