@@ -149,11 +149,11 @@ def make_task(vocab_size: int):
     """Returns the pretraining task; call it in the distributor's scope."""
     import tensorflow as tf
 
-    from trainer import seeds
     from trainer.models.encoder import Encoder
     from trainer.models.sequence_autoencoder import SequenceAutoencoder
     from trainer.models.text_model import Noise
     from trainer.stages.pretrain import trained_variables
+    from trainer.training import seeds
 
     model = SequenceAutoencoder(Encoder(vocab_size, UNITS, UNITS, seed=0))
     model.build()

@@ -2,7 +2,6 @@
 
 import tensorflow as tf
 
-from trainer import seeds
 from trainer.config import Config
 from trainer.losses.adversarial import (
     adversarial_move,
@@ -15,6 +14,7 @@ from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.models.encoder import dropped_weights
 from trainer.models.text_model import TextModel
 from trainer.stages import pretrain
+from trainer.training import seeds
 from trainer.training.task import LossSum
 
 

@@ -15,7 +15,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import RESERVED
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
-from trainer import seeds, states
+from trainer import states
 from trainer.config import Config
 from trainer.distribution.steps import sum_over_batches
 from trainer.models import bundle
@@ -26,7 +26,7 @@ from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, TextModel
 from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.run import Run
-from trainer.training import loop
+from trainer.training import loop, seeds
 from trainer.training.task import LossSum, Task
 from trainer.variables import digest, values_of
 

@@ -5,10 +5,10 @@ import pytest
 import tensorflow as tf
 
 from tests.numpy_classifier import LABELS, LENGTHS, TOKENS, WEIGHTS, Reference, differences, make
-from trainer import seeds
 from trainer.config import Config
 from trainer.losses import adversarial
 from trainer.stages.finetune_loss import loss_sum
+from trainer.training import seeds
 
 NORM, STEP, SHARD = 0.7, 3, 0
 MOVABLE = np.arange(5)[None] < LENGTHS[:, None] - 1
