@@ -50,7 +50,7 @@ ablation: $(INSTALLED) ## does the learned state help, apart from the weights: d
 	$(BIN)/python -m benchmarks.ablation --flagfile=trainer/configs/ablation.cfg
 
 results-table: $(INSTALLED) ## README's table, from results/*.json
-	$(BIN)/python -m trainer.report_page.results table
+	$(BIN)/python -m benchmarks.kept_runs table
 
 bench-distribution: $(TESTED) ## measures the collectives and writes docs/distribution.md
 	$(BIN)/python -m benchmarks.distribution

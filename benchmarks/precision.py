@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kept_runs import curves
 from benchmarks.machine import facts
 from benchmarks.processes import write_results
-from trainer.report_page.results import curves
 from trainer.training.precision import CHOICES
 
 

@@ -141,11 +141,6 @@ def tensor_parts(tensors: Mapping[str, np.ndarray]) -> list[Buffer]:
     return [len(text).to_bytes(8, "little"), text, *(flat_bytes(arrays[name]) for name in names)]
 
 
-def tensor_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Returns a file of tensors in the format of safetensors."""
-    return b"".join(map(bytes, tensor_parts(tensors)))
-
-
 def flat_bytes(array: np.ndarray) -> np.ndarray:
     """Returns the bytes of an array in C order, uint8 [bytes], without a copy of them."""
     return array.reshape(-1).view(np.uint8)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from benchmarks.kept_runs import halve
 from tests.integration.programs import metrics, run, train, train_until
-from trainer.inference.reconstruct import reconstruct_texts
-from trainer.models import bundle
+from trainer.inference.reconstruct import reconstructor
 from trainer.report_page import run_folder
 
 
@@ -205,7 +205,7 @@ def test_pretraining_trains_the_learned_state_and_keeps_a_mean_one(encoder: Path
 
 
 def test_pretraining_writes_what_writes_texts_again(encoder: Path) -> None:
-    (found,) = reconstruct_texts(encoder, ["the film and the plot"], max_tokens=5)
+    (found,) = reconstructor(encoder, max_tokens=5)(["the film and the plot"])
     assert found.read == "the film and the" and len(found.written.split()) <= 5
     report = json.loads((encoder.parent / "report.json").read_text())["pretrain"]
     assert 0 <= report["exact_match_percent"] <= 100
@@ -336,7 +336,7 @@ def test_a_fine_tuning_goes_on_from_the_encoder_that_it_began_with_alone(
     flags += ("--finetune_steps=2", "--initial_state=mean")
     train(1, *flags, f"--encoder={encoder}")
     shutil.copytree(encoder, tmp_path / "moved")
-    bundle.halve(encoder, tmp_path / "other", "encoder")
+    halve(encoder, tmp_path / "other", "encoder")
     assert "resumed after step 2" in train(1, *flags, f"--encoder={tmp_path}/moved")
     done = run(1, *flags, f"--encoder={tmp_path}/other")
     assert done.returncode == 2, done.stdout + done.stderr

@@ -12,7 +12,7 @@ taken.
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,28 +306,6 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
     _check_model(name, info["model"], tensors, f"{flag}={folder}")
     half = {name: array for name, array in tensors.items() if array.dtype == np.float16}
     return Bundle(tensors | {name: array.astype(np.float32) for name, array in half.items()}, info)
-
-
-def halve(source: Path, target: Path, name: str, left_out: Collection[str] = ()) -> None:
-    """Writes the bundle `source` to `target` with its numbers rounded to float16: half the bytes.
-
-    Args:
-      left_out: of the configuration that the bundle was made with, what the copy does not name.
-
-    Raises:
-      InputError: `source` is no such bundle, or has a number beyond float16's range; `target`
-        cannot be written.
-    """
-    loaded = load(source, name, "the bundle")
-    with np.errstate(over="ignore"):
-        tensors = {key: array.astype(np.float16) for key, array in loaded.tensors.items()}
-    for key, array in tensors.items():
-        if not np.isfinite(array).all():
-            raise InputError(f"{source}: {key!r} has numbers that float16 cannot hold")
-    info = dict(loaded.info)
-    if "config" in info:
-        info["config"] = {k: v for k, v in info["config"].items() if k not in left_out}
-    save(target, name, tensors, info, source / "vocab.txt")
 
 
 def _check_model(

@@ -1,9 +1,8 @@
-"""report.html: one file that says what a run came to. It opens without a network.
+"""Writes report.html: the results of a run, or a comparison of several, in one offline file.
 
   python -m trainer.report_page.html RUN_DIR [RUN_DIR ...] [--out=FILE]
 
-It is drawn from what is in the run's folder, so it can be made while the run goes on, and of a run
-that died; several runs are compared.
+It reads the files in the run's folder, so it also works for a run in progress or interrupted.
 """
 
 import argparse
@@ -28,7 +27,7 @@ def page(runs: Sequence[RunFolder], made_at: float) -> str:
     """Returns the report as ASCII.
 
     Args:
-      made_at: Unix time.
+        made_at: Unix time.
     """
     outcomes = [outcome(run) for run in runs]
     said = verdict(runs, outcomes)
@@ -55,7 +54,7 @@ def page(runs: Sequence[RunFolder], made_at: float) -> str:
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
-        # The reviews are strangers' text. It is escaped, and if it were not, nothing would run.
+        # Reviews are untrusted text. They are escaped; this policy would stop scripts in them too.
         tag(
             "meta",
             http_equiv="Content-Security-Policy",
@@ -103,8 +102,8 @@ def write(folders: Sequence[Path], out: Path) -> None:
     """Writes the report of the runs in `folders` to the file `out`.
 
     Raises:
-      FileNotFoundError: a folder holds no run.
-      OSError: the file cannot be written.
+        FileNotFoundError: A folder holds no run.
+        OSError: The file cannot be written.
     """
     replace_text(out, page([run_folder.read(folder) for folder in folders], time.time()))
 
@@ -119,15 +118,15 @@ def _source(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes a report; returns the exit code: 2 if there is no run, or no place to write to."""
+    """Writes a report; returns the exit code: 2 for a missing run or an unwritable file."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.report_page.html",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", nargs="+", type=Path, help="what --run_dir was")
+    parser.add_argument("run_dir", nargs="+", type=Path, help="a run's folder, its --run_dir")
     parser.add_argument(
-        "--out", type=Path, help="file to write; default: report.html in the folder of a single run"
+        "--out", type=Path, help="file to write; default: report.html in the folder of the run"
     )
     options = parser.parse_args(argv)
     if options.out is None and len(options.run_dir) > 1:

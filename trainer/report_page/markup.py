@@ -1,4 +1,4 @@
-"""HTML and SVG, made so that text cannot become markup: whatever is not `Markup` is escaped."""
+"""HTML and SVG in which text cannot become markup: everything but `Markup` is escaped."""
 
 import html
 from collections.abc import Iterable
@@ -8,18 +8,18 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 class Markup(str):
-    """Text that is HTML already; only `tag`, `join` and the page's own constants make it."""
+    """Text that is HTML already; only `tag`, `join` and the page's constants make it."""
 
 
 def escape(text: Any) -> Markup:
-    """Returns `text` as HTML shows it, in an element or in a quoted attribute."""
+    """Returns `text` escaped for an element or a quoted attribute."""
     if isinstance(text, Markup):
         return text
     return Markup(html.escape(str(text).encode("utf-8", "replace").decode(), quote=True))
 
 
 def join(children: Any) -> Markup:
-    """Returns the children one after the other: text, markup, None (left out), or lists of them."""
+    """Returns the children joined: text, markup, None (left out), or iterables of them."""
     if children is None:
         return Markup("")
     if isinstance(children, Iterable) and not isinstance(children, str):
@@ -31,8 +31,8 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     """Returns an element.
 
     Args:
-      attributes: by name, `class_` for class and `aria_label` for aria-label; None and False leave
-        one out, True writes its name alone.
+        attributes: By name, `class_` for class and `aria_label` for aria-label. None and False
+            leave one out; True writes its name alone.
     """
     written = "".join(
         f" {_attribute(key)}" if value is True else f' {_attribute(key)}="{escape(value)}"'

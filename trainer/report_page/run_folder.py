@@ -1,6 +1,6 @@
-"""A run's folder, read for its report: whatever is there, of a run that goes on or that died.
+"""Reads the folder of a run for its report, also of a run in progress or interrupted.
 
-Nothing here is trusted: files that are missing or damaged are named in `faults`, and left out.
+No file is trusted: missing and damaged ones are left out, damaged ones are named in `faults`.
 """
 
 import json
@@ -16,20 +16,20 @@ from trainer.reporting import predictions
 from trainer.reporting.predictions import Predictions, start_of
 from trainer.safe_files import DamagedError, read_sealed, read_tensors
 
-# The parts of a run that --stage=all makes; a run of one stage is its only part itself.
+# The folders of the parts of --stage=all; a run of one stage is its own only part.
 PARTS = ("pretrain", "scratch", "warm")
 MAX_METRICS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Part:
-    """One training, or one evaluation.
+    """A training or an evaluation.
 
     Attributes:
-      name: "pretrain", "scratch", "warm", or "classifier" where it is not known which.
-      metrics: the lines of its metrics.jsonl.
-      predictions: None where there are none.
-      states: of its encoder bundle, by name ("learned/h"), float32 [units].
+        name: "pretrain", "scratch", "warm", or "classifier" if its start is unknown.
+        metrics: The lines of metrics.jsonl.
+        predictions: None if missing.
+        states: Of its encoder bundle, by name ("learned/h"), float32 [units].
     """
 
     name: str
@@ -40,16 +40,16 @@ class Part:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run's folder holds.
+    """The content of a run's folder.
 
     Attributes:
-      name: the folder's.
-      report: report.json; empty before the run has ended.
-      config: the flags that it was given.
-      environment: what it ran with.
-      parts: by name.
-      faults: files that could not be read, one line each.
-      last_written: when its metrics last grew, Unix time; 0 where there are none.
+        name: Of the folder.
+        report: report.json; empty before the run has ended.
+        config: The run's flags.
+        environment: Its machine and programs.
+        parts: By name.
+        faults: A line for each file that could not be read.
+        last_written: Unix time of the last line of metrics; 0 without metrics.
     """
 
     name: str
@@ -62,10 +62,10 @@ class RunFolder:
 
 
 def read(folder: Path) -> RunFolder:
-    """Returns what is in the run's folder.
+    """Returns the content of the run's folder.
 
     Raises:
-      FileNotFoundError: there is no such folder, or nothing of a run in it.
+        FileNotFoundError: The folder is missing, or holds no file of a run.
     """
     faults: list[str] = []
     report = _read_json(folder / "report.json", faults)
@@ -122,7 +122,7 @@ def _read_json(path: Path, faults: list[str]) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path, faults: list[str]) -> list[dict[str, Any]]:
-    """Returns the lines that are whole; the last one may be half written."""
+    """Returns the complete lines; the last one may be half written."""
     if not path.exists():
         return []
     lines, damaged = [], 0
@@ -166,7 +166,7 @@ def _read_predictions(folder: Path, faults: list[str]) -> Predictions | None:
 
 
 def _read_states(folder: Path, faults: list[str]) -> dict[str, np.ndarray]:
-    """Returns the learned states of an encoder bundle, by what follows "states/" in their names."""
+    """Returns the learned states of an encoder bundle, by their names after "states/"."""
     if not (folder / "encoder.json").exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""The sections of report.html, each made from the runs; empty where there is nothing to show."""
+"""The sections of report.html, made from the runs; a section without data is empty."""
 
 import dataclasses
 import time
@@ -22,24 +22,20 @@ CLASSIFIERS = ("scratch", "warm", "classifier")
 
 
 def status(runs: Sequence[RunFolder]) -> Markup:
-    """Returns what has to be known about the data, and whether a run has ended."""
+    """Returns a line for each run that has not ended, and the notes about its data."""
     lines = []
     for run in runs:
         if not run.report:
-            last = (
-                "last line written "
-                + time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(run.last_written))
-                if run.last_written
-                else "no line written yet"
-            )
-            lines.append(f"{run.name} has not ended: it goes on, or it died; {last}.")
+            written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(run.last_written))
+            last = f"last line written {written}" if run.last_written else "no line written yet"
+            lines.append(f"{run.name} has not ended: it is running or was interrupted; {last}.")
     notes = {str(run.report["data_note"]) for run in runs if run.report.get("data_note")}
     lines += [f"Data: {note}." for note in sorted(notes)]
     return join(tag("p", line, class_="status") for line in lines)
 
 
 def verdict_picture(outcomes: Sequence[Outcome]) -> Markup:
-    """Returns the errors with their intervals, and the figures in large."""
+    """Returns the errors with their intervals, of a single run also in large type."""
     several = len(outcomes) > 1
     rows = [
         (f"{TITLES.get(name, name)}{f', {each.run}' if several else ''}", error, name)
@@ -53,7 +49,7 @@ def verdict_picture(outcomes: Sequence[Outcome]) -> Markup:
         (only,) = outcomes
         tiles = [_tile(TITLES.get(name, name), e, " %", name) for name, e in only.errors.items()]
         if only.difference:
-            how = "over the same documents" if only.is_paired else "of two samples"
+            how = "over the same documents" if only.is_paired else "from two samples"
             change = Interval(*(-only.difference[i] for i in (0, 2, 1)))  # of the error
             tiles.append(_tile("Warm start against scratch", change, " points", "", how, "+"))
     split = outcomes[0].split
@@ -73,23 +69,15 @@ def verdict_picture(outcomes: Sequence[Outcome]) -> Markup:
 def _tile(
     name: str, value: Interval, unit: str, colour: str, note: str = "", sign: str = ""
 ) -> Markup:
-    """Returns a figure in large; `sign` is "+" where a plus is to be written."""
+    """Returns a figure in large type; with `sign` "+", positive figures have a plus sign."""
     middle, low, high = (f"{each:{sign}.1f}".replace("-", "\u2212") for each in value)
-    return tag(
-        "div",
-        tag("dt", name),
-        tag(
-            "dd",
-            tag("span", middle, tag("small", unit), class_="large"),
-            tag("span", f"{low} to {high}", class_="range"),
-            tag("span", note, class_="range") if note else None,
-        ),
-        class_=f"tile {colour}".strip(),
+    return charts.tile(
+        name, [middle, tag("small", unit)], [f"{low} to {high}", *([note] if note else [])], colour
     )
 
 
 def runs_table(runs: Sequence[RunFolder], outcomes: Sequence[Outcome]) -> Markup:
-    """Returns one row a run, where there are several."""
+    """Returns a row for each run, if there are several."""
     if len(runs) < 2:
         return Markup("")
     differing = [name for name in differing_flags(runs) if name != "seed"]
@@ -113,9 +101,8 @@ def runs_table(runs: Sequence[RunFolder], outcomes: Sequence[Outcome]) -> Markup
             ]
         )
     head = ["Run", "Seed", "From scratch", "Warm start", "Difference, points", "Perplexity"]
-    return charts.plain_table(
-        [*head, *(f"--{name}" for name in differing)], rows, "Errors with 95 % intervals"
-    )
+    head += [f"--{name}" for name in differing]
+    return charts.plain_table(head, rows, "Errors with 95 % intervals")
 
 
 def learning(runs: Sequence[RunFolder]) -> Markup:
@@ -126,130 +113,115 @@ def learning(runs: Sequence[RunFolder]) -> Markup:
     ]
     tuning = ("scratch", "warm")
     figures = [
-        ("Pretraining loss", pretraining, "nats a token",
-         "The training loss may be a sampled softmax, with dropout; validation is exact."),
+        ("Pretraining loss", pretraining, "nats per token",
+         "The training loss may use a sampled softmax and dropout; validation is exact."),
         ("Fine-tuning: error on the validation split",
-         _curves(runs, tuning, "error_percent", "", dots=True), "% wrong",
+         _curves(runs, tuning, "error_percent", dots=True), "% wrong",
          "The weights of the lowest point are kept."),
         ("Fine-tuning: training loss",
-         _curves(runs, tuning, "loss", "", training=True), "nats a document", ""),
+         _curves(runs, tuning, "loss", training=True), "nats per document", ""),
         ("Fine-tuning: validation loss",
-         _curves(runs, tuning, "loss", "", dots=True, training=False), "nats a document",
-         "It rises where a classifier becomes too sure of itself, even while its error falls."),
+         _curves(runs, tuning, "loss", dots=True, training=False), "nats per document",
+         "It rises when a classifier becomes overconfident, even while its error falls."),
     ]  # fmt: skip
     return join(
-        charts.line_chart(title, lines, "step", unit, note) for title, lines, unit, note in figures
+        charts.line_chart(title, lines, "step", unit, note)
+        for title, lines, unit, note in figures
         if lines
-    )  # fmt: skip
+    )
 
 
 def _curves(
     runs: Sequence[RunFolder],
     parts: Sequence[str],
     value: str,
-    kind: str,
+    kind: str = "",
     dots: bool = False,
     training: bool | None = None,
 ) -> list[Series]:
-    """Returns one line a part and run of what metrics.jsonl calls `value`.
+    """Returns a line for each part and run, of `value` in metrics.jsonl.
 
     Args:
-      kind: for the legend.
-      training: whether lines of training steps count, or of evaluations, or None: both.
+        kind: Added to the name in the legend.
+        training: True: lines of training steps only. False: of evaluations only. None: both.
     """
     found = []
-    for run, name, part, look in _parts(runs, parts):
+    for title, name, part, look in _parts(runs, parts):
         lines = [
             line
             for line in part.metrics
             if value in line and training in (None, "tokens_per_second" in line)
         ]
         if lines:
-            title = f"{TITLES[name]}{f', {kind}' if kind else ''}"
-            title += f", {run.name}" if len(runs) > 1 else ""
+            if kind:
+                title = title.replace(TITLES[name], f"{TITLES[name]}, {kind}", 1)
             x, y = [line["step"] for line in lines], [line[value] for line in lines]
             colour = "validation" if kind == "validation" and len(runs) == 1 else name
             found.append(Series(title, x, y, colour, look, dots))
     return found
 
 
-def _parts(
-    runs: Sequence[RunFolder], names: Sequence[str]
-) -> Iterator[tuple[RunFolder, str, Part, str]]:
-    """Yields run, name, part, and the kind of line that the run has in charts."""
+def _parts(runs: Sequence[RunFolder], names: Sequence[str]) -> Iterator[tuple[str, str, Part, str]]:
+    """Yields a title, the part's name, the part, and the style of the run's lines in charts."""
     for index, run in enumerate(runs):
         for name in names:
             if name in run.parts:
-                yield run, name, run.parts[name], LINES[index % len(LINES)]
+                title = TITLES[name] + (f", {run.name}" if len(runs) > 1 else "")
+                yield title, name, run.parts[name], LINES[index % len(LINES)]
 
 
 def throughput(runs: Sequence[RunFolder]) -> Markup:
-    """Returns tokens a second over the time since the part's first line."""
+    """Returns tokens per second over the time since the part's first line."""
     found = []
-    for run, name, part, look in _parts(runs, ("pretrain", "scratch", "warm")):
+    for title, name, part, look in _parts(runs, ("pretrain", "scratch", "warm")):
         lines = [each for each in part.metrics if {"tokens_per_second", "unix_time"} <= each.keys()]
-        if not lines:
-            continue
-        start = lines[0]["unix_time"]
-        title = TITLES[name] + (f", {run.name}" if len(runs) > 1 else "")
-        minutes = [(each["unix_time"] - start) / 60 for each in lines]
-        found.append(Series(title, minutes, [e["tokens_per_second"] for e in lines], name, look))
+        if lines:
+            minutes = [(each["unix_time"] - lines[0]["unix_time"]) / 60 for each in lines]
+            rates = [each["tokens_per_second"] for each in lines]
+            found.append(Series(title, minutes, rates, name, look))
     if not found:
         return Markup("")
     return charts.line_chart(
-        "Tokens a second",
+        "Tokens per second",
         found,
         "minutes since the first line of each part",
         "tokens/s, all workers",
-        "In training steps only: evaluations and checkpoints do not count.",
+        "Training steps only, without evaluations and checkpoints.",
         from_zero=True,
     )
 
 
 def learned_states(runs: Sequence[RunFolder]) -> Markup:
-    """Returns the encoder's learned and mean states as pictures."""
+    """Returns heat maps of the encoder's learned and mean states."""
     blocks = []
     for run in runs:
         states = next((part.states for part in run.parts.values() if part.states), {})
-        if not states:
-            continue
-        rows = []
-        pictures = []
+        rows, pictures = [], []
         for name, values in sorted(states.items(), key=lambda pair: _state_order(pair[0])):
-            largest = float(np.abs(values).max())
-            pictures.append(charts.heat_map(_state_title(name), values, largest))
-            rows.append(
-                [
-                    _state_title(name),
-                    str(len(values)),
-                    f"{values.min():.4f}",
-                    f"{values.max():.4f}",
-                    f"{np.abs(values).mean():.4f}",
-                    f"{np.linalg.norm(values):.4f}",
-                ]
-            )
-        head = ["State", "Units", "Lowest", "Highest", "Mean size", "Norm"]
-        blocks.append(
-            tag(
-                "div",
+            title, sizes = _state_title(name), np.abs(values)
+            pictures.append(charts.heat_map(title, values, float(sizes.max())))
+            figures = (values.min(), values.max(), sizes.mean(), np.linalg.norm(values))
+            rows.append([title, str(len(values)), *(f"{figure:.4f}" for figure in figures)])
+        if rows:
+            head = ["State", "Units", "Lowest", "Highest", "Mean size", "Norm"]
+            blocks += [
                 tag("h3", run.name) if len(runs) > 1 else None,
                 tag("div", pictures, class_="row four"),
                 _scale("below zero", "above zero"),
                 charts.table(head, rows),
-            )
-        )
+            ]
     if not blocks:
         return Markup("")
     text = (
-        "What the LSTM can start from: the state (h, c) trained as parameters during pretraining, "
-        "and the final state averaged over the corpus. One cell a unit, the same place in each "
-        "picture; each picture has a scale of its own."
+        "States (h, c) that the LSTM can start from: trained as parameters during pretraining, or "
+        "the final state averaged over the corpus. A cell is a unit, at the same place in each "
+        "picture. Each picture has its own scale."
     )
     return join([tag("p", text), blocks])
 
 
 def _state_order(name: str) -> tuple[str, bool]:
-    """Returns a key that puts h before c, as everybody says them."""
+    """Returns a sort key that puts h before c."""
     return name[:-1], name.endswith("c")
 
 
@@ -269,9 +241,9 @@ def _scale(low: str, high: str) -> Markup:
 
 
 def final_states(runs: Sequence[RunFolder]) -> Markup:
-    """Returns the states in which documents end, on the plane in which they spread most."""
+    """Returns the final states of documents, on the plane in which they spread most."""
     blocks = []
-    for title, found in _predictions(runs):
+    for title, _, found, _ in _predictions(runs):
         labels = found.tensors["state/label"]
         if len(labels) < 3:
             continue
@@ -286,30 +258,24 @@ def final_states(runs: Sequence[RunFolder]) -> Markup:
             ]
             pictures.append(charts.scatter(word, plane.points, labels, names, axes))
             rows.append([word, *_separation(states, labels)])
-        blocks.append(
-            tag(
-                "div",
-                tag("h3", title),
-                tag("div", pictures, class_="row"),
-                charts.mark_legend(names),
-                charts.table(
-                    ["State", "Documents", "Distance of the labels' means", "Spread in a label"],
-                    rows,
-                ),
-            )
-        )
+        head = ["State", "Documents", "Distance of the labels' means", "Spread in a label"]
+        blocks += [
+            tag("h3", title),
+            tag("div", pictures, class_="row"),
+            charts.mark_legend(names),
+            charts.table(head, rows),
+        ]
     if not blocks:
         return Markup("")
     text = (
-        "The state of the classifier's LSTM after a document's last word, for some hundred "
-        "documents, by label. The further the labels are apart, the less the layers above have to "
-        "do."
+        "The state of the classifier's LSTM after the last word of some hundred documents, by "
+        "label. The further apart the labels are, the easier the task of the layers above."
     )
     return join([tag("p", text), blocks])
 
 
 def _separation(states: np.ndarray, labels: np.ndarray) -> list[str]:
-    """Returns documents, the mean distance of the labels' means, and the spread around them."""
+    """Returns the documents, the mean distance of the labels' means, and the spread around them."""
     present = np.unique(labels)
     means = np.stack([states[labels == label].mean(axis=0) for label in present])
     spread = np.sqrt(np.square(states - means[np.searchsorted(present, labels)]).sum(axis=1).mean())
@@ -317,15 +283,15 @@ def _separation(states: np.ndarray, labels: np.ndarray) -> list[str]:
     return [f"{len(labels):,}", f"{np.mean(gaps):.2f}" if gaps else "-", f"{spread:.2f}"]
 
 
-def _predictions(runs: Sequence[RunFolder]) -> Iterator[tuple[str, Predictions]]:
-    """Yields a title and the predictions of each classifier."""
-    for run, name, part, _ in _parts(runs, CLASSIFIERS):
+def _predictions(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str, Predictions, str]]:
+    """Yields a title, the part's name, its predictions and the line style, per classifier."""
+    for title, name, part, look in _parts(runs, CLASSIFIERS):
         if part.predictions is not None:
-            yield TITLES[name] + (f", {run.name}" if len(runs) > 1 else ""), part.predictions
+            yield title, name, part.predictions, look
 
 
 def class_names(found: Predictions) -> list[str]:
-    """Returns what labels are called: their names where the classifier knows them."""
+    """Returns the names of the classes, or numbers if the classifier has none."""
     classes, names = found.info["classes"], found.info.get("class_names")
     if isinstance(names, list) and len(names) == classes:
         return [str(name) for name in names]
@@ -333,9 +299,9 @@ def class_names(found: Predictions) -> list[str]:
 
 
 def mistakes(runs: Sequence[RunFolder]) -> Markup:
-    """Returns the confusion matrices, and where two classifiers differ."""
+    """Returns the confusion matrices, and how many mistakes two classifiers share."""
     tables = []
-    for title, found in _predictions(runs):
+    for title, _, found, _ in _predictions(runs):
         counts = confusion(found.label, found.predicted, found.info["classes"])
         tables.append(_confusion_table(title, counts, class_names(found)))
     if not tables:
@@ -345,15 +311,12 @@ def mistakes(runs: Sequence[RunFolder]) -> Markup:
         both = [run.parts[n].predictions if n in run.parts else None for n in ("scratch", "warm")]
         if (wrong := aligned(*both)) is not None:
             scratch, warm = wrong
-            words.append(
-                tag(
-                    "p",
-                    f"{run.name}: " if len(runs) > 1 else "",
-                    f"{int((scratch & warm).sum()):,} documents fool both classifiers; "
-                    f"{int((scratch & ~warm).sum()):,} fool only the one from scratch, "
-                    f"{int((warm & ~scratch).sum()):,} only the warm one.",
-                )
+            text = (
+                f"Both classifiers are wrong on {int((scratch & warm).sum()):,} documents, only "
+                f"the one from scratch on {int((scratch & ~warm).sum()):,}, only the warm-started "
+                f"one on {int((warm & ~scratch).sum()):,}."
             )
+            words.append(tag("p", f"{run.name}: " if len(runs) > 1 else "", text))
     return join([words, tag("div", tables, class_="row")])
 
 
@@ -365,71 +328,52 @@ def _confusion_table(title: str, counts: np.ndarray, names: Sequence[str]) -> Ma
         for j in range(len(names)):
             share = counts[i, j] / total[i, 0]
             level = charts.level_class((1 if i == j else -1) * int(np.ceil(share * LEVELS)))
-            cells.append(
-                tag(
-                    "td",
-                    tag("strong", f"{counts[i, j]:,}"),
-                    tag("span", f"{100 * share:.1f} %"),
-                    class_=f"cell {level}",
-                )
-            )
+            figures = (tag("strong", f"{counts[i, j]:,}"), tag("span", f"{100 * share:.1f} %"))
+            cells.append(tag("td", *figures, class_=f"cell {level}"))
         rows.append(tag("tr", tag("th", name, scope="row"), cells))
-    head = tag("tr", tag("td", "is"), [tag("th", f"taken for {n}", scope="col") for n in names])
-    return tag(
-        "div",
-        tag("table", tag("caption", title), tag("thead", head), tag("tbody", rows)),
-        class_="wide confusion",
-        tabindex="0",
-        role="region",
-        aria_label=f"Confusion matrix: {title}",
+    columns = [tag("th", f"predicted as {n}", scope="col") for n in names]
+    return charts.wide(
+        f"Confusion matrix: {title}",
+        tag("caption", title),
+        tag("thead", tag("tr", tag("td", "label"), columns)),
+        tag("tbody", rows),
+        more_classes="confusion",
     )
 
 
 def calibrations(runs: Sequence[RunFolder]) -> Markup:
-    """Returns how often classifiers are right when they are sure."""
-    found = []
-    for run, name, part, look in _parts(runs, CLASSIFIERS):
-        if part.predictions is not None:
-            each = calibration(part.predictions.probability, part.predictions.label)
-            title = TITLES[name] + (f", {run.name}" if len(runs) > 1 else "")
-            found.append((title, each, name, look))
+    """Returns how often classifiers are right, by their confidence."""
+    found = [
+        (title, calibration(each.probability, each.label), name, look)
+        for title, name, each, look in _predictions(runs)
+    ]
     if not found or len({len(each.edges) for _, each, *_ in found}) > 1:
         return Markup("")
     tiles = [
-        tag(
-            "div",
-            tag("dt", title),
-            tag("dd", tag("span", f"{each.error:.3f}", class_="large"),
-                tag("span", "expected calibration error", class_="range")),
-            class_=f"tile {name}",
-        )
+        charts.tile(title, f"{each.error:.3f}", ["expected calibration error"], name)
         for title, each, name, _ in found
-    ]  # fmt: skip
-    return join(
-        [
-            tag("dl", tiles, class_="tiles"),
-            charts.reliability_chart("Right, by how sure the classifier is", found),
-        ]
-    )
+    ]
+    chart = charts.reliability_chart("Accuracy by confidence", found)
+    return join([tag("dl", tiles, class_="tiles"), chart])
 
 
 def documents(runs: Sequence[RunFolder]) -> Markup:
-    """Returns the most wrong and the surest documents, each word shaded by what it adds."""
+    """Returns the most wrong and the surest documents, each word shaded by its contribution."""
     blocks = []
-    for title, found in _predictions(runs):
+    for title, _, found, _ in _predictions(runs):
         names = class_names(found)
         cards = [_document(each, names, i == 0) for i, each in enumerate(found.info["examples"])]
         blocks += [tag("h3", title), cards]
     if not blocks:
         return Markup("")
     text = (
-        "The documents that were classified wrongly with the greatest confidence, and then the "
-        "surest right ones of each label. A word's shade is what it adds to the class that was "
-        "chosen: the gradient of the class's logit times the word's embedding, which is true for "
-        "small changes only. Words that speak for the class are underlined, words against it "
-        "have a dotted line. As the classifier reads them: lower case, rare words unknown."
+        "First the documents that were misclassified with the highest confidence, then the surest "
+        "correct ones of each label. A word's shade is its contribution to the predicted class: "
+        "the gradient of the class's logit times the word's embedding, which holds for small "
+        "changes only. Words for the class are underlined, words against it have a dotted line. "
+        "The text is as the classifier reads it: lower case, rare words unknown."
     )
-    return join([tag("p", text), _scale("speaks against", "speaks for the class"), blocks])
+    return join([tag("p", text), _scale("against", "for the predicted class"), blocks])
 
 
 def _document(example: dict[str, Any], names: Sequence[str], is_open: bool) -> Markup:
@@ -441,28 +385,27 @@ def _document(example: dict[str, Any], names: Sequence[str], is_open: bool) -> M
     words: list[Any] = []
     for piece, level in zip(example["pieces"], levels, strict=True):
         word = piece.lstrip(" ")
-        words.append(piece[: len(piece) - len(word)])
-        words.append(
-            tag("span", word, class_=charts.level_class(level)) if abs(level) > 1 else word
-        )
+        shaded = tag("span", word, class_=charts.level_class(level)) if abs(level) > 1 else word
+        words += [piece[: len(piece) - len(word)], shaded]
     strongest = np.argsort(-np.abs(added), kind="stable")[:6].tolist()
-    said = ", ".join(f"{example['pieces'][i].strip()} {added[i]:+.2f}" for i in strongest)
+    listed = ", ".join(f"{example['pieces'][i].strip()} {added[i]:+.2f}" for i in strongest)
+    summary = tag(
+        "summary",
+        tag("span", "right" if is_right else "wrong", class_=f"badge {is_right}".lower()),
+        f" {label}" if is_right else f" {label}, predicted as {predicted}",
+        tag("span", f" at {_percent(example['probability'])}", class_="range"),
+    )
     return tag(
         "details",
-        tag(
-            "summary",
-            tag("span", "right" if is_right else "wrong", class_=f"badge {is_right}".lower()),
-            f" {label}" if is_right else f" {label}, taken for {predicted}",
-            tag("span", f" at {_sureness(example['probability'])}", class_="range"),
-        ),
+        summary,
         tag("p", words, class_="review", dir="auto"),
-        tag("p", f"Strongest: {said}", class_="range"),
+        tag("p", f"Strongest: {listed}", class_="range"),
         class_="document",
         open=is_open,
     )
 
 
-def _sureness(probability: float) -> str:
+def _percent(probability: float) -> str:
     return "more than 99.9 %" if probability > 0.999 else f"{100 * probability:.1f} %"
 
 
@@ -473,27 +416,26 @@ def settings(runs: Sequence[RunFolder]) -> Markup:
     if not any(run.config for run in runs):
         return Markup("")
     changed: list[list[str]] = []
-    others: list[list[str]] = []
+    unchanged: list[list[str]] = []
     for name in names:
         values = [str(run.config.get(name, "-")) for run in runs]
         default = str(defaults.get(name, "-"))
-        is_changed = any(value != default for value in values)
-        (changed if is_changed else others).append([f"--{name}", *values, default])
-    head = ["Flag", *(run.name if len(runs) > 1 else "Value" for run in runs), "Default"]
-    return join(
-        [
-            charts.plain_table(head, changed, "Flags that were given"),
-            tag(
-                "details",
-                tag("summary", f"The {len(others)} that have their defaults"),
-                charts.plain_table(head, others, "Flags that have their defaults"),
-            ),
-        ]
+        (changed if set(values) != {default} else unchanged).append([f"--{name}", *values, default])
+    head = ["Flag", *_columns(runs), "Default"]
+    folded = tag(
+        "details",
+        tag("summary", f"{len(unchanged)} flags at their defaults"),
+        charts.plain_table(head, unchanged, "Flags at their defaults"),
     )
+    return join([charts.plain_table(head, changed, "Flags set for this report's runs"), folded])
+
+
+def _columns(runs: Sequence[RunFolder]) -> list[str]:
+    return [run.name for run in runs] if len(runs) > 1 else ["Value"]
 
 
 def environments(runs: Sequence[RunFolder]) -> Markup:
-    """Returns what the runs ran with."""
+    """Returns the machines and programs of the runs."""
     names = list(dict.fromkeys(name for run in runs for name in run.environment))
     if not names:
         return Markup("")
@@ -508,28 +450,32 @@ def environments(runs: Sequence[RunFolder]) -> Markup:
     rows.append(["workers", *(str(run.report.get("world_size", "-")) for run in runs)])
     seconds = [run.report.get("wall_seconds") for run in runs]
     times = [format_seconds(s) if isinstance(s, int | float) else "-" for s in seconds]
-    rows.append(["time of the last sitting", *times])
-    head = ["", *(run.name if len(runs) > 1 else "Value" for run in runs)]
-    return charts.plain_table(head, rows, "Machine and programs")
+    rows.append(["time since the last start", *times])
+    return charts.plain_table(["", *_columns(runs)], rows, "Machine and programs")
 
 
 def missing(runs: Sequence[RunFolder]) -> Markup:
-    """Returns what could not be shown, and what would make it."""
+    """Returns the data that is missing, and how to get it."""
     lines = []
     for run in runs:
+        parts = run.parts.values()
         lines += run.faults
-        named = f"{run.name}: "
-        if not run.report:
-            lines.append(f"{named}report.json: the run writes it when it ends.")
-        if not run.environment:
-            lines.append(f"{named}environment.json: an older version wrote none.")
-        if not any(part.metrics for part in run.parts.values()):
-            lines.append(f"{named}metrics.jsonl: no step has been trained in this folder.")
-        if not any(part.predictions for part in run.parts.values()):
-            lines.append(
-                f"{named}predictions: --stage=all and --stage=evaluate write them at their end; "
-                "without them there are no mistakes, calibration, final states or documents."
+        lines += [
+            f"{run.name}: {line}"
+            for is_there, line in (
+                (run.report, "report.json: the run writes it when it ends."),
+                (run.environment, "environment.json: older versions do not write it."),
+                (any(p.metrics for p in parts), "metrics.jsonl: no training in this folder."),
+                (
+                    any(p.predictions for p in parts),
+                    "predictions: --stage=all and --stage=evaluate write them at their end; they "
+                    "are needed for mistakes, calibration, final states and documents.",
+                ),
+                (
+                    any(p.states for p in parts),
+                    "encoder bundle: --stage=all and --stage=pretrain write it.",
+                ),
             )
-        if not any(part.states for part in run.parts.values()):
-            lines.append(f"{named}encoder bundle: --stage=all and --stage=pretrain write one.")
+            if not is_there
+        ]
     return tag("ul", [tag("li", line) for line in lines]) if lines else Markup("")

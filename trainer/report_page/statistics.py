@@ -1,12 +1,12 @@
-"""The report's figures: how sure an error is, how calibrated a classifier, and where states lie."""
+"""Statistics of the report: intervals of errors, calibration, and a projection of states."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-Z95 = 1.959964  # of the normal distribution: 95 % lie within
-# Student's t, 97.5 % quantile, by degrees of freedom from 1; above 30 the normal's is near enough.
+Z95 = 1.959964  # 95 % of the normal distribution lie within
+# 97.5 % quantile of Student's t by degrees of freedom from 1; above 30 the normal's is close.
 T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -23,18 +23,18 @@ class Interval(NamedTuple):
 
 
 def proportion(count: float, total: int) -> Interval:
-    """Returns count / total with Wilson's interval, which is right for few and for none as well."""
+    """Returns count / total with Wilson's interval, which holds for small counts and zero too."""
     share, z2 = count / total, Z95**2
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
-    # Rounding must not leave the share itself outside.
+    # Rounding must not exclude the share itself.
     return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
 
 
 def paired_difference(first_wrong: np.ndarray, second_wrong: np.ndarray) -> Interval:
     """Returns the mean of first - second over the same documents, bool [n] each.
 
-    Pairing leaves out what both find equally hard, so it is narrower than two intervals suggest.
+    Pairing removes the difficulty that both share, so it is narrower than two intervals suggest.
     """
     difference = first_wrong.astype(np.float64) - second_wrong
     mean = float(difference.mean())
@@ -51,7 +51,7 @@ def unpaired_difference(first: Interval, second: Interval) -> Interval:
 
 
 def mean_of_runs(values: list[float]) -> Interval:
-    """Returns the mean of two values or more, with Student's interval."""
+    """Returns the mean of at least two values, with Student's interval."""
     degrees = len(values) - 1
     t = T95[degrees - 1] if degrees <= len(T95) else Z95
     half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
@@ -60,10 +60,10 @@ def mean_of_runs(values: list[float]) -> Interval:
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Returns how many documents of each label (row) were taken for each class (column).
+    """Returns the number of documents by label (row) and predicted class (column).
 
     Args:
-      labels, predicted: integers [n] in 0 .. classes - 1.
+        labels, predicted: Integers [n] in 0 .. classes - 1.
     """
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels, predicted), 1)
@@ -71,14 +71,14 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.nda
 
 
 class Calibration(NamedTuple):
-    """How often a classifier is right, by how sure it is.
+    """Accuracy by confidence.
 
     Attributes:
-      edges: of the bins of confidence, [bins + 1].
-      confidence: mean in each bin, NaN where it is empty, [bins].
-      accuracy: share that is right in each bin, NaN where it is empty, [bins].
-      documents: in each bin, [bins].
-      error: the expected calibration error: |accuracy - confidence|, averaged over documents.
+        edges: Of the bins of confidence, [bins + 1].
+        confidence: Mean in each bin, NaN in an empty one, [bins].
+        accuracy: In each bin, NaN in an empty one, [bins].
+        documents: Number in each bin, [bins].
+        error: Expected calibration error: |accuracy - confidence|, averaged over documents.
     """
 
     edges: np.ndarray
@@ -92,8 +92,8 @@ def calibration(probability: np.ndarray, labels: np.ndarray, bins: int = 10) -> 
     """Returns the calibration of the predicted class, in bins of equal width (Guo et al. 2017).
 
     Args:
-      probability: of each class, [n, classes]; rows add up to 1.
-      labels: integers [n].
+        probability: Of each class, [n, classes]; rows add up to 1.
+        labels: Integers [n].
     """
     confidence = probability.max(axis=1)
     right = probability.argmax(axis=1) == labels
@@ -109,11 +109,11 @@ def calibration(probability: np.ndarray, labels: np.ndarray, bins: int = 10) -> 
 
 
 class Projection(NamedTuple):
-    """Points on the plane in which they spread most.
+    """Points projected to the plane in which they spread most.
 
     Attributes:
-      points: [n, 2].
-      explained: share of the variance that each axis has, [2].
+        points: [n, 2].
+        explained: Share of the variance on each axis, [2].
     """
 
     points: np.ndarray
@@ -123,7 +123,7 @@ class Projection(NamedTuple):
 def principal_plane(rows: np.ndarray) -> Projection:
     """Returns the first two principal components of `rows` [n, width].
 
-    Each axis points to where its largest weight is positive, so that the picture does not flip.
+    The largest weight of each axis is positive, so that the picture does not flip.
     """
     centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
     _, sizes, axes = np.linalg.svd(centred, full_matrices=False)

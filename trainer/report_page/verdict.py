@@ -1,4 +1,4 @@
-"""What a report says first: whether the warm start paid, and how sure that is."""
+"""The report's verdict: whether the warm start helped, and how certain that is."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -25,16 +25,16 @@ TITLES = {
 
 
 class Outcome(NamedTuple):
-    """What a run's classifiers came to; errors in percent of the split's documents.
+    """The errors of a run's classifiers, in percent of the split's documents.
 
     Attributes:
-      run: its name.
-      seed: of the run; None where it is not known.
-      split: that they were evaluated on.
-      documents: of the split.
-      errors: by the part's name.
-      difference: scratch - warm, in points; None where there are not both.
-      is_paired: whether the difference is over the same documents, one by one.
+        run: The run's name.
+        seed: None if unknown.
+        split: The evaluated split.
+        documents: Of the split.
+        errors: By the part's name.
+        difference: scratch - warm, in points; None if one is missing.
+        is_paired: Whether the difference is taken document by document.
     """
 
     run: str
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The first lines of a report."""
+    """The head of a report."""
 
     title: str
     text: str
@@ -55,12 +55,12 @@ class Verdict(NamedTuple):
 
 
 def percent(interval: Interval) -> Interval:
-    """Returns an interval of shares as percent."""
+    """Returns an interval of shares in percent."""
     return Interval(*(100 * value for value in interval))
 
 
 def outcome(run: RunFolder) -> Outcome:
-    """Returns what the run's classifiers came to, from predictions, else from report.json."""
+    """Returns the errors of the run's classifiers, from predictions or else from report.json."""
     predictions = {
         name: part.predictions for name, part in run.parts.items() if part.predictions is not None
     }
@@ -96,7 +96,7 @@ def outcome(run: RunFolder) -> Outcome:
 
 
 def _reported(run: RunFolder) -> dict[str, tuple[float, int]]:
-    """Returns, from report.json, the share of errors and the number of documents by part."""
+    """Returns the share of errors and the number of documents by part, from report.json."""
     found = {}
     test = run.report.get("test")
     for name in ("scratch", "warm"):
@@ -112,7 +112,7 @@ def _reported(run: RunFolder) -> dict[str, tuple[float, int]]:
 def aligned(
     first: Predictions | None, second: Predictions | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns where each is wrong, document by document; None if not over the same documents."""
+    """Returns where each is wrong, by document; None if their documents differ."""
     if first is None or second is None or first.info.get("split") != second.info.get("split"):
         return None
     orders = [np.argsort(each.tensors["document"], kind="stable") for each in (first, second)]
@@ -126,13 +126,13 @@ def aligned(
 
 
 def differing_flags(runs: Sequence[RunFolder]) -> list[str]:
-    """Returns the flags that decide what a run computes and in which the runs differ."""
+    """Returns the flags that change a run's results and differ between the runs."""
     names = {name for run in runs for name in run.config} - FREE_ON_RESUME
     return sorted(name for name in names if len({repr(run.config.get(name)) for run in runs}) > 1)
 
 
 def verdict(runs: Sequence[RunFolder], outcomes: Sequence[Outcome]) -> Verdict:
-    """Returns the report's first lines."""
+    """Returns the head of the report."""
     compared = [(each, each.difference) for each in outcomes if each.difference]
     if len(compared) > 1:
         differing = [name for name in differing_flags(runs) if name != "seed"]
@@ -141,8 +141,8 @@ def verdict(runs: Sequence[RunFolder], outcomes: Sequence[Outcome]) -> Verdict:
             return Verdict(
                 f"{len(runs)} runs of different settings",
                 f"They differ in {flags}{' and more' if len(differing) > 6 else ''}; the table "
-                "below has what each came to.",
-                "A mean over runs is given only where nothing but the seed differs.",
+                "below has the results of each.",
+                "A mean over runs is given only if they differ in nothing but the seed.",
             )
         return _of_seeds(compared)
     if len(compared) == 1:
@@ -157,14 +157,14 @@ def _of_pair(found: Outcome, gap: Interval) -> Verdict:
         f"wrong, training from scratch {scratch.value:.1f} %: {_points(gap)}."
     )
     caution = (
-        "The interval covers the choice of test documents. Another seed moves both errors as well: "
-        "give several runs to see by how much."
+        "The interval covers the choice of test documents. Another seed changes both errors too: "
+        "make a report of several runs to see by how much."
     )
     return Verdict(_title(gap), text, caution)
 
 
 def _of_seeds(compared: Sequence[tuple[Outcome, Interval]]) -> Verdict:
-    """Returns the verdict of two runs or more."""
+    """Returns the verdict over at least two runs."""
     gap = mean_of_runs([difference.value for _, difference in compared])
     means = {
         name: float(np.mean([each.errors[name].value for each, _ in compared]))
@@ -186,7 +186,7 @@ def _of_one(outcomes: Sequence[Outcome]) -> Verdict:
     if not evaluated:
         return Verdict(
             "No classifier has been evaluated yet",
-            "What there is so far is below.",
+            "The sections below show the run so far.",
             "",
         )
     lines = []
@@ -200,7 +200,7 @@ def _of_one(outcomes: Sequence[Outcome]) -> Verdict:
     title = f"{best.errors[name].value:.1f} % error"
     if len(evaluated) > 1:
         title = f"Lowest error: {best.errors[name].value:.1f} %, {best.run}"
-    return Verdict(title, " ".join(lines), "There is no warm start and scratch pair to compare.")
+    return Verdict(title, " ".join(lines), "A comparison needs a warm start and one from scratch.")
 
 
 def _title(gap: Interval) -> str:

@@ -16,7 +16,7 @@ from trainer import safe_files, states
 from trainer.config import Config
 from trainer.distribution.tf_distribute import one_device
 from trainer.inference import predict
-from trainer.inference.reconstruct import reconstruct_texts
+from trainer.inference.reconstruct import reconstructor
 from trainer.models import bundle
 from trainer.models.encoder import Encoder
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
@@ -53,14 +53,14 @@ def write(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 @pytest.mark.parametrize("tied", [False, True])
 def test_each_text_is_read_cut_and_written(write: Callable[..., Path], tied: bool) -> None:
     encoder = write(tied)
-    found = reconstruct_texts(encoder, TEXTS, max_tokens=6)
+    found = reconstructor(encoder, 6)(TEXTS)
     assert [r.text for r in found] == TEXTS
     assert [r.read for r in found[1:]] == ["", "a plot that is <unk>", "the"]
     assert all(r.written and len(r.written.split()) <= 6 for r in found)
     assert not any(r.exact for r in found)
     # Texts do not depend on those beside them, nor on how many there are.
-    assert reconstruct_texts(encoder, TEXTS[:1] * 70, max_tokens=6) == found[:1] * 70
-    assert reconstruct_texts(encoder, [], max_tokens=6) == []
+    assert reconstructor(encoder, 6)(TEXTS[:1] * 70) == found[:1] * 70
+    assert reconstructor(encoder, 6)([]) == []
 
 
 def test_a_decoder_that_ends_at_once_writes_the_empty_text_exactly(
@@ -72,27 +72,27 @@ def test_a_decoder_that_ends_at_once_writes_the_empty_text_exactly(
     loaded.tensors["softmax/bias"][2] += 1e3  # the end token's
     info = {name: loaded.info[name] for name in ("model", "encoder_sha256", "vocab_sha256")}
     bundle.save(folder, "decoder", loaded.tensors, info, encoder / "vocab.txt")
-    found = reconstruct_texts(encoder, TEXTS, max_tokens=6)
+    found = reconstructor(encoder, 6)(TEXTS)
     assert [(r.written, r.exact) for r in found] == [("", not r.text) for r in found]
 
 
 def test_a_backward_autoencoder_shows_its_texts_forward(write: Callable[..., Path]) -> None:
-    (forward,) = reconstruct_texts(write(), ["great was film the"], max_tokens=6)
+    (forward,) = reconstructor(write(), 6)(["great was film the"])
     encoder = write(pretrain_direction="backward")
-    (backward,) = reconstruct_texts(encoder, ["the film was great"], max_tokens=6)
+    (backward,) = reconstructor(encoder, 6)(["the film was great"])
     assert backward.read == "the film was great"
     assert backward.written.split() == forward.written.split()[::-1]
 
 
 def test_bundles_that_do_not_fit_are_refused(write: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="=language_model; only a sequence_autoencoder writes"):
-        reconstruct_texts(write(pretrain_objective="language_model"), TEXTS, 6)
+        reconstructor(write(pretrain_objective="language_model"), 6)(TEXTS)
     shutil.copytree(write(), tmp_path / "encoder")
     with pytest.raises(InputError, match="is no decoder bundle"):
-        reconstruct_texts(tmp_path / "encoder", TEXTS, 6)
+        reconstructor(tmp_path / "encoder", 6)(TEXTS)
     shutil.copytree(write(seed=1).with_name("decoder"), tmp_path / "decoder")
     with pytest.raises(InputError, match="is not of the run of --encoder="):
-        reconstruct_texts(tmp_path / "encoder", TEXTS, 6)
+        reconstructor(tmp_path / "encoder", 6)(TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_predict_shows_what_is_read_and_written(
     write: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
     encoder = write(pretrain_max_tokens=6)
-    expected = reconstruct_texts(encoder, TEXTS[2:], max_tokens=6)
+    expected = reconstructor(encoder, 6)(TEXTS[2:])
     config = Config(stage="predict", reconstruct=True, encoder=str(encoder))
     predict.reconstruct(config, TEXTS[2:])
     lines = capsys.readouterr().out.splitlines()

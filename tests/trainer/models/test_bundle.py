@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.kept_runs import halve
 from data_pipelines.errors import InputError
 from data_pipelines.store.seal import SEAL
 from trainer import safe_files, states
@@ -56,7 +57,7 @@ def test_what_is_saved_is_loaded(saved: Path, vocab: Path) -> None:
 
 
 def test_half_the_bytes_load_as_float32(saved: Path, tmp_path: Path) -> None:
-    bundle.halve(saved, tmp_path / "half", "encoder")
+    halve(saved, tmp_path / "half", "encoder")
     loaded = bundle.load(tmp_path / "half", "encoder", "--encoder")
     for name, value in bundle.load(saved, "encoder", "--encoder").tensors.items():
         np.testing.assert_array_equal(loaded.tensors[name], value.astype(np.float16))
@@ -72,7 +73,7 @@ def test_a_copy_may_leave_out_of_its_configuration(
     loaded = bundle.load(saved, "encoder", "--encoder")
     info = INFO | {"config": {"run_dir": "/home/somebody", "units": 2}}
     bundle.save(saved, "encoder", loaded.tensors, info, vocab)
-    bundle.halve(saved, tmp_path / "half", "encoder", ["run_dir"])
+    halve(saved, tmp_path / "half", "encoder")
     half = bundle.load(tmp_path / "half", "encoder", "--encoder")
     assert half.info["config"] == {"units": 2}
 
@@ -82,7 +83,7 @@ def test_what_float16_cannot_hold_is_not_rounded(saved: Path, vocab: Path, tmp_p
     tensors["embeddings"] = np.full_like(tensors["embeddings"], 7e4)
     bundle.save(saved, "encoder", tensors, INFO, vocab)
     with pytest.raises(InputError, match="'embeddings' has numbers that float16 cannot hold"):
-        bundle.halve(saved, tmp_path / "half", "encoder")
+        halve(saved, tmp_path / "half", "encoder")
 
 
 def test_saving_again_replaces_it(saved: Path, vocab: Path) -> None:

@@ -31,7 +31,7 @@ def stock_loss(model: LanguageModel, document: np.ndarray, start: list | None = 
     encoder = model.encoder
     stock = keras.layers.LSTM(UNITS, return_sequences=True)
     stock.build((None, None, DIM))
-    stock.set_weights(encoder.lstms[0].get_weights())
+    stock.set_weights(encoder.lstms[0].cell.get_weights())
     h, c = start or [part.numpy() for part in encoder.initial_states[0]]
     embedded = encoder.embeddings.numpy()[document][None]
     outputs = stock(embedded, initial_state=[h[None], c[None]]).numpy()[0]

@@ -38,7 +38,7 @@ def paper_loss(model: SequenceAutoencoder, document: np.ndarray) -> float:
     encoder = model.encoder
     stock = keras.layers.LSTM(UNITS, return_sequences=True)
     stock.build((None, None, DIM))
-    stock.set_weights(encoder.lstms[0].get_weights())
+    stock.set_weights(encoder.lstms[0].cell.get_weights())
     inputs = np.concatenate([document, document[:-1]])
     start = [part.value[None] for part in encoder.initial_states[0]]
     outputs = stock(tf.gather(encoder.embeddings.value, inputs)[None], initial_state=start)
@@ -101,7 +101,7 @@ def test_a_stack_is_the_papers_one_sequence_too(num_layers: int) -> None:
     for lstm, state in zip(encoder.lstms, encoder.initial_states, strict=True):
         stock = keras.layers.LSTM(UNITS, return_sequences=True)
         stock.build((None, None, outputs.shape[-1]))
-        stock.set_weights(lstm.get_weights())
+        stock.set_weights(lstm.cell.get_weights())
         outputs = stock(outputs, initial_state=[part.value[None] for part in state])
     written = outputs[0, 3:]
     logits = written @ tf.transpose(model.softmax_kernel.value) + model.softmax_bias.value

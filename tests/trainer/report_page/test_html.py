@@ -11,7 +11,7 @@ import pytest
 from tests.browser import Page, chromium, open_browser
 from tests.trainer.report_page.test_run_folder import EXAMPLE, write_metrics, write_predictions
 from trainer.report_page import html, run_folder
-from trainer.safe_files import sealed, specs, tensor_bytes
+from trainer.safe_files import sealed, specs, tensor_parts
 
 HOSTILE = '</script><img src="http://127.0.0.1:9/x" onerror="alert(1)"><b>\u202ebold'
 SECTIONS = (
@@ -60,7 +60,7 @@ def write_run(folder: Path, text: str = " film", seed: int = 0) -> Path:
     encoder = folder / "pretrain" / "encoder"
     encoder.mkdir()
     (encoder / "encoder.json").write_bytes(sealed({"tensors": specs(states)}))
-    (encoder / "encoder.safetensors").write_bytes(tensor_bytes(states))
+    (encoder / "encoder.safetensors").write_bytes(b"".join(map(bytes, tensor_parts(states))))
     return folder
 
 
@@ -102,7 +102,7 @@ def test_a_dead_run_says_what_is_missing(tmp_path: Path) -> None:
     )
     page = page_of(tmp_path)
     assert "No classifier has been evaluated yet" in page
-    assert "it goes on, or it died; last line written 1970-01-02 00:00:00 UTC" in page
+    assert "it is running or was interrupted; last line written 1970-01-02 00:00:00 UTC" in page
     assert "report.json: the run writes it when it ends" in page
     assert ">Learning</h2>" in page and ">Calibration</h2>" not in page
 
@@ -144,7 +144,7 @@ def test_a_browser_has_no_complaint_and_asks_for_nothing(browser_page: Page) -> 
     assert browser_page.complaints == []
     assert [url for url in browser_page.requests if not url.startswith("file:")] == []
     text = browser_page.evaluate("document.body.innerText")
-    for words in ("300 test documents", "expected calibration error", "taken for", "wrong"):
+    for words in ("300 test documents", "expected calibration error", "predicted as", "wrong"):
         assert words in text
     assert "NaN" not in text and "undefined" not in text
     wide = "document.documentElement.scrollWidth"

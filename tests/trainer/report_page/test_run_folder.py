@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from trainer.report_page import run_folder
-from trainer.safe_files import sealed, specs, tensor_bytes
+from trainer.safe_files import sealed, specs, tensor_parts
 
 EXAMPLE = {
     "document": 7,
@@ -38,7 +38,7 @@ def write_predictions(folder: Path, changes: dict | None = None, **tensors: np.n
     } | (changes or {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "predictions.json").write_bytes(sealed(info))
-    (folder / "predictions.safetensors").write_bytes(tensor_bytes(held))
+    (folder / "predictions.safetensors").write_bytes(b"".join(map(bytes, tensor_parts(held))))
 
 
 def write_metrics(folder: Path, *lines: dict | str) -> None:

@@ -3,9 +3,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import kept_runs as results
 from data_pipelines.errors import InputError
 from tests.conftest import REPOSITORY
-from trainer.report_page import results
+from tests.trainer import conftest as fixtures
+
+classifier_bundle = fixtures.classifier_bundle
+make_classifier_bundle = fixtures.make_classifier_bundle
 
 
 def write_run(folder: Path, warm: float = 7.5, stage: str = "all") -> Path:

@@ -1,10 +1,10 @@
-"""results/*.json: one file a run, written from what the run left; and the table made of them.
+"""Keeps a run in results/*.json and its classifier beside it, and renders README's table from them.
 
-  python -m trainer.report_page.results record RUN_DIR --out=results/NAME.json
-  python -m trainer.report_page.results halve RUN_DIR/warm/classifier --out=results/NAME
-  python -m trainer.report_page.results table            # README.md and docs/reproduction.md
+  python -m benchmarks.kept_runs record RUN_DIR --out=results/NAME.json
+  python -m benchmarks.kept_runs halve RUN_DIR/warm/classifier --out=results/NAME
+  python -m benchmarks.kept_runs table            # README.md and docs/reproduction.md
 
-Nothing is typed by hand but the published rows below.
+Only the published rows below are typed by hand.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_pipelines.errors import InputError
 from trainer.safe_files import refuse_to_replace, replace_text
@@ -45,11 +47,11 @@ def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[st
     """Writes and returns the result of the finished run of --stage=all in `run_dir`.
 
     Args:
-      evaluation: folder of a run of --stage=evaluate on the float16 bundle that is kept beside
-        the result (`halve`): what it found goes in as well, for who evaluates it again.
+        evaluation: Folder of a run of --stage=evaluate on the float16 bundle that is kept beside
+            the result (see `halve`); its figures are added to the result.
 
     Raises:
-      InputError: the run has not ended, is of another stage, or its files are damaged.
+        InputError: The run has not ended, is of another stage, or its files are damaged.
     """
     report, environment = run_files(run_dir)
     if report["stage"] != "all":
@@ -80,7 +82,7 @@ def run_files(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the report and the environment of a finished run.
 
     Raises:
-      InputError: the run has not ended, or its files are damaged.
+        InputError: The run has not ended, or its files are damaged.
     """
     try:
         report = json.loads((run_dir / "report.json").read_text())
@@ -89,7 +91,7 @@ def run_files(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"{run_dir} holds no finished run: {error}") from None
 
 
-# Folders and files, which name a machine and not the run.
+# Flags that name folders and files of the machine.
 MACHINE_FLAGS = (
     *("run_dir", "store", "data_dir", "encoder", "classifier", "backward_encoder"),
     "init_embeddings",
@@ -108,7 +110,7 @@ def curves(path: Path) -> dict[str, list[list[float]]]:
 
 
 def thinned(points: list[list[float]]) -> list[list[float]]:
-    """Returns at most CURVE_POINTS of the points, evenly spaced, the last one among them."""
+    """Returns at most CURVE_POINTS evenly spaced points, including the last one."""
     stride = -(-len(points) // CURVE_POINTS)
     return points[::-1][::stride][::-1] if stride else []
 
@@ -158,16 +160,16 @@ def table(folder: Path, names: Collection[str] = ()) -> str:
 
 
 def seconds_of(result: dict[str, Any]) -> float:
-    """Returns how long a run took, all of its sittings together.
+    """Returns how long a run took, over all of its starts.
 
-    `wall_seconds` is of the last one; the parts' own seconds go on where a run goes on.
+    `wall_seconds` is the time since the last start; the parts' seconds include earlier ones.
     """
     parts = (result.get(part, {}).get("seconds", 0.0) for part in ("pretrain", "warm", "scratch"))
     return max(result["wall_seconds"], sum(parts))
 
 
 def spread(errors: Sequence[float]) -> str:
-    """Returns the mean of `errors` and, of several, their range."""
+    """Returns the mean of `errors`, and their range if there are several."""
     mean = f"{statistics.mean(errors):.2f} %"
     return mean if len(errors) == 1 else f"{mean} ({min(errors):.2f}-{max(errors):.2f})"
 
@@ -184,6 +186,31 @@ def write_table(page: Path, folder: Path, names: Collection[str] = ()) -> None:
     if not (begin and end):
         raise InputError(f"{page} needs the lines {BEGIN} and {END}, where the table goes")
     replace_text(page, f"{before}{BEGIN}\n{table(folder, names)}\n{END}{after}")
+
+
+def halve(source: Path, target: Path, name: str) -> None:
+    """Writes the bundle `source` to `target` in float16, half the bytes, without MACHINE_FLAGS.
+
+    Args:
+        name: "encoder", "decoder" or "classifier".
+
+    Raises:
+        InputError: `source` is no such bundle, or has a number beyond float16's range; `target`
+            exists or cannot be written.
+    """
+    from trainer.models import bundle  # with TensorFlow, which nothing else here needs
+
+    refuse_to_replace(target, "--out")
+    loaded = bundle.load(source, name, "the bundle")
+    with np.errstate(over="ignore"):
+        tensors = {key: array.astype(np.float16) for key, array in loaded.tensors.items()}
+    for key, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{source}: {key!r} has numbers that float16 cannot hold")
+    info = dict(loaded.info)
+    if "config" in info:
+        info["config"] = {k: v for k, v in info["config"].items() if k not in MACHINE_FLAGS}
+    bundle.save(target, name, tensors, info, source / "vocab.txt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,10 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "record":
             record(options.run_dir, options.out, options.evaluation)
         elif options.command == "halve":
-            from trainer.models import bundle  # with TensorFlow, which nothing else here needs
-
-            refuse_to_replace(options.out, "--out")
-            bundle.halve(options.classifier, options.out, "classifier", MACHINE_FLAGS)
+            halve(options.classifier, options.out, "classifier")
         else:
             write_table(options.readme, options.results, HEADLINE)
             write_table(options.page, options.results)
