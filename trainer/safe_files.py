@@ -108,8 +108,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """Returns what `sealed` was given.
 
     Raises:
-      DamagedError: the file is missing, a link, larger than 4 MiB, no JSON object, or its
-        checksum is wrong.
+        DamagedError: The file is missing, a link, larger than 4 MiB, no JSON object, or its
+            checksum is wrong.
     """
     with _opened(path) as file:
         data = file.read(MAX_JSON_BYTES + 1)
@@ -155,12 +155,12 @@ def read_tensors(path: Path, expected: Any) -> dict[str, np.ndarray]:
     """Returns the tensors of a file, once its header is what was `expected`.
 
     Args:
-      expected: as `specs` returns it.
+        expected: As `specs` returns it.
 
     Raises:
-      DamagedError: the file is missing or a link; its header is larger than 1 MiB, damaged, or
-        names other tensors than expected; or the file's length is not what the header asks for.
-        All before memory is taken for the tensors.
+        DamagedError: The file is missing or a link; its header is larger than 1 MiB, damaged, or
+            names other tensors than expected; or the file's length is not what the header asks for.
+            All before memory is taken for the tensors.
     """
     with _opened(path) as file:
         total = os.fstat(file.fileno()).st_size
@@ -230,7 +230,7 @@ def file_sha256(path: Path, max_bytes: int) -> str:
     """Returns the SHA-256 (hex) of a file of at most `max_bytes`.
 
     Raises:
-      DamagedError: it is missing, a link, or larger.
+        DamagedError: It is missing, a link, or larger.
     """
     with _opened(path) as file:
         if os.fstat(file.fileno()).st_size > max_bytes:

@@ -46,8 +46,8 @@ def mean(
     """Returns each layer's final state, averaged over the documents of `batches`.
 
     Args:
-      batches: of `make_dataset`; a collective: all processes call it.
-      stop_request: as in `sum_over_batches`.
+        batches: Of `make_dataset`; a collective: all processes call it.
+        stop_request: As in `sum_over_batches`.
     """
 
     def sums(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
@@ -71,18 +71,18 @@ def from_encoder(
     """Returns the state in which an encoder ends after reading `data`: one LearnedState an LSTM.
 
     Args:
-      encoder: a trained one: what `load_encoder` returned; a `keras.layers.LSTM`; a Keras model
-        that returns its LSTM's states, as `keras.Model(inputs, [h, c])`; or a functional or
-        sequential model with an LSTM inside, such as a whole autoencoder.
-      data: what the encoder reads: texts, an array of inputs, or a `tf.data.Dataset` of batches,
-        of which labels are ignored.
-      how: "mean": averaged over the documents, h and c are [units]; "encode": of each document,
-        [documents, units].
-      layers: the names of the layers whose state is meant, where a model has several LSTMs.
-      batch_size: of documents, where `data` is not made of batches.
+        encoder: A trained one: what `load_encoder` returned; a `keras.layers.LSTM`; a Keras model
+            that returns its LSTM's states, as `keras.Model(inputs, [h, c])`; or a functional or
+            sequential model with an LSTM inside, such as a whole autoencoder.
+        data: What the encoder reads: texts, an array of inputs, or a `tf.data.Dataset` of batches,
+            of which labels are ignored.
+        how: "mean": averaged over the documents, h and c are [units]; "encode": of each document,
+            [documents, units].
+        layers: The names of the layers whose state is meant, where a model has several LSTMs.
+        batch_size: Of documents, where `data` is not made of batches.
 
     Raises:
-      ValueError: it cannot be told which states are meant, `data` is empty, or `how` is neither.
+        ValueError: It cannot be told which states are meant, `data` is empty, or `how` is neither.
     """
     if how not in ("mean", "encode"):
         raise ValueError(f"how={how!r} is neither 'mean' nor 'encode'")
@@ -106,13 +106,13 @@ def load(folder: str | Path, name: str = "learned") -> list[LearnedState]:
     """Returns a state of an encoder bundle, which pretraining wrote: one LearnedState a layer.
 
     Args:
-      folder: of the bundle.
-      name: "learned", the state that was trained with the encoder's weights, or "mean", its final
-        state averaged over the pretraining corpus.
+        folder: Of the bundle.
+        name: "learned", the state that was trained with the encoder's weights, or "mean", its final
+            state averaged over the pretraining corpus.
 
     Raises:
-      InputError: there is no encoder bundle in the folder, or it is damaged.
-      ValueError: there is no state of that name.
+        InputError: There is no encoder bundle in the folder, or it is damaged.
+        ValueError: There is no state of that name.
     """
     if name not in bundle.STATES:
         raise ValueError(f"name={name!r} is not one of {', '.join(bundle.STATES)}")
@@ -123,7 +123,7 @@ def load_encoder(folder: str | Path) -> "TextEncoder":
     """Returns the encoder of a bundle with its tokenizer: it reads raw text.
 
     Raises:
-      InputError: there is no encoder bundle in the folder, or it is damaged.
+        InputError: There is no encoder bundle in the folder, or it is damaged.
     """
     from trainer.inference.text_encoder import load_encoder
 
@@ -145,17 +145,17 @@ def apply(
     `trainable`, a model that is in use must be compiled again, so that it notices.
 
     Args:
-      target: an LSTM, a `Bidirectional` of LSTMs (two states, forward first), a model, a layer
-        made of layers, or a list of these.
-      state: for each LSTM a LearnedState or [h, c], each [units], and for a stateful layer also
-        [batch, units]; one alone, several in a list, or all in one flat list as Keras returns it.
-      layers: names of the LSTMs inside of a model, where it has more than there are states.
-      trainable: whether h and c are trained from now on, as the layer's other weights; None: if
-        they are trained now.
+        target: An LSTM, a `Bidirectional` of LSTMs (two states, forward first), a model, a layer
+            made of layers, or a list of these.
+        state: For each LSTM a LearnedState or [h, c], each [units], and for a stateful layer also
+            [batch, units]; one alone, several in a list, or all in one flat list as Keras returns it.
+        layers: Names of the LSTMs inside of a model, where it has more than there are states.
+        trainable: Whether h and c are trained from now on, as the layer's other weights; None: if
+            they are trained now.
 
     Raises:
-      ValueError: there are more or fewer states than LSTMs, they are of other sizes, or a layer
-        cannot be made to start from a state. No layer is changed then.
+        ValueError: There are more or fewer states than LSTMs, they are of other sizes, or a layer
+            cannot be made to start from a state. No layer is changed then.
     """
     pairs = _pairs(state)
     found = keras_states.starts(_named(target, layers))

@@ -22,12 +22,12 @@ def check_equal(distributor: Distributor, arrays: Mapping[str, np.ndarray], when
     """Returns if all workers hold the same arrays; a collective.
 
     Args:
-      arrays: by name, this worker's.
-      when: for the message, e.g. "after step 200".
+        arrays: By name, this worker's.
+        when: For the message, e.g. "after step 200".
 
     Raises:
-      DivergenceError: in every worker, naming each array that differs, and the workers that hold
-        something else than most do.
+        DivergenceError: In every worker, naming each array that differs, and the workers that hold
+            something else than most do.
     """
     faults = differences(distributor.gather_objects(digests(arrays)))
     if faults:

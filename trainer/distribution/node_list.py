@@ -18,10 +18,10 @@ def expand_hosts(text: str, name: str) -> list[str]:
     runs fastest. As `scontrol show hostnames` has it (SLURM's "hostlist expressions").
 
     Args:
-      name: the variable it came from, for the message.
+        name: The variable it came from, for the message.
 
     Raises:
-      InputError: it is no such list.
+        InputError: It is no such list.
     """
     hosts: list[str] = []
     for item in _split(text, name):
@@ -37,7 +37,7 @@ def expand_counts(text: str, name: str) -> list[int]:
     """Returns the numbers of a list such as "2(x3),1", which is 2, 2, 2, 1.
 
     Raises:
-      InputError: it is no such list.
+        InputError: It is no such list.
     """
     counts: list[int] = []
     for item in text.split(","):

@@ -31,11 +31,11 @@ class StopRequest:
     process. A checkpoint that is being written is then lost, and the one before is good.
 
     Args:
-      signals: names without SIG, as ("TERM", "USR1"). The second of the same kind ends the process.
-      grace_seconds: after so long the process ends; 0 = it may take its time.
+        signals: Names without SIG, as ("TERM", "USR1"). The second of the same kind ends the process.
+        grace_seconds: After so long the process ends; 0 = it may take its time.
 
     Attributes:
-      received: whether one has come.
+        received: Whether one has come.
     """
 
     def __init__(self, signals: Sequence[str] = ("TERM",), grace_seconds: float = 0.0):

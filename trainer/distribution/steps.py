@@ -33,10 +33,10 @@ def sum_over_batches(
     batches. It is traced once, however often it is called.
 
     Args:
-      sums: rows (tokens, lengths, labels, weights) -> tensors to be added up; rows of weight 0
-        must count nothing.
-      stop_request: of this process. Where it has come to any, calling the function raises
-        Preempted in all of them, after the same batch.
+        sums: Rows (tokens, lengths, labels, weights) -> tensors to be added up; rows of weight 0
+            must count nothing.
+        stop_request: Of this process. Where it has come to any, calling the function raises
+            Preempted in all of them, after the same batch.
     """
 
     def step(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
@@ -63,8 +63,8 @@ def gather_rows(
     The rows are in the order of the global batches, whatever the number of workers. A collective.
 
     Args:
-      columns: rows (tokens, lengths, labels, weights) -> [rows, width].
-      stop_request: as in `sum_over_batches`.
+        columns: Rows (tokens, lengths, labels, weights) -> [rows, width].
+        stop_request: As in `sum_over_batches`.
     """
 
     def step(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
@@ -86,7 +86,7 @@ def _batch_by_batch(
     """Returns a function that yields what `step` gives of each batch, but for the first of it.
 
     Args:
-      step: (batch, 1 where this process is to stop) -> how many are, and the tensors yielded.
+        step: (batch, 1 where this process is to stop) -> how many are, and the tensors yielded.
     """
 
     @tf.function(

@@ -55,7 +55,7 @@ def log_odds(model: TextClassifier, ids: np.ndarray) -> np.ndarray:
     """Returns the log-odds of each class against all others: float64 [batch, classes].
 
     Args:
-      ids: int32 [batch, time], without padding.
+        ids: Int32 [batch, time], without padding.
     """
     lengths = np.full(len(ids), ids.shape[1], np.int32)
     logits = model.logits(ids.astype(np.int32), lengths).numpy().astype(np.float64)
@@ -69,9 +69,9 @@ def marked(found: list[Contribution], tokenizer_kind: str, in_colour: bool) -> s
     """Returns the text with the tokens marked that matter.
 
     Args:
-      tokenizer_kind: one of `data_pipelines.tokenizers.TOKENIZERS`.
-      in_colour: green for the predicted class and red against it, the lighter the more; or else
-        the number behind the token, as in "a fine[+2.1] film".
+        tokenizer_kind: One of `data_pipelines.tokenizers.TOKENIZERS`.
+        in_colour: Green for the predicted class and red against it, the lighter the more; or else
+            the number behind the token, as in "a fine[+2.1] film".
     """
     largest = max((abs(c.log_odds) for c in found), default=0.0)
     text = ""

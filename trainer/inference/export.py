@@ -42,10 +42,10 @@ def export(classifier_folder: Path, folder: Path) -> str:
     classes' names in their order, one a line.
 
     Returns:
-      What was done, for the eye.
+        What was done, for the eye.
 
     Raises:
-      InputError: the bundle is not usable, or `folder` is there already or cannot be written.
+        InputError: The bundle is not usable, or `folder` is there already or cannot be written.
     """
     model = load_classifier(classifier_folder)
     refuse_to_replace(folder, "--output")

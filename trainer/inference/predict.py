@@ -28,8 +28,8 @@ def predict(config: Config, texts: Sequence[str]) -> None:
     """Classifies `texts`, or else --input, and writes to --output.
 
     Raises:
-      InputError: a file is not as it must be, or rows hold no text; the other rows are written, and
-        each of these is named on standard error.
+        InputError: A file is not as it must be, or rows hold no text; the other rows are written, and
+            each of these is named on standard error.
     """
     model = load_classifier(Path(config.classifier))
     tokenizer_kind = model.tokenizer.config()["type"]

@@ -23,10 +23,10 @@ def opened(spec: str) -> Iterator[IO[str]]:
     """Opens where predictions go; a file appears under its name when all is written.
 
     Args:
-      spec: `[KIND:]PATH`; "-" is standard output.
+        spec: `[KIND:]PATH`; "-" is standard output.
 
     Raises:
-      InputError: the file cannot be written.
+        InputError: The file cannot be written.
     """
     _, path = kind_and_path(spec)
     if path == "-":
@@ -52,7 +52,7 @@ def writer(spec: str, file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
     any). A line of text is the label, its probability and the text, tabs between them.
 
     Args:
-      mark: contributions -> the text with marks; a line of text has it below.
+        mark: Contributions -> the text with marks; a line of text has it below.
     """
     kind, _ = kind_and_path(spec)
     if kind == "text":

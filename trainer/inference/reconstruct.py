@@ -20,10 +20,10 @@ class Reconstruction(NamedTuple):
     """One text, read and written again.
 
     Attributes:
-      text: as it was given.
-      read: what the model saw of it: the words of its vocabulary, cut to its length.
-      written: what the model wrote.
-      exact: whether it wrote the very tokens that it read, the end among them.
+        text: As it was given.
+        read: What the model saw of it: the words of its vocabulary, cut to its length.
+        written: What the model wrote.
+        exact: Whether it wrote the very tokens that it read, the end among them.
     """
 
     text: str
@@ -38,14 +38,14 @@ def reconstruct_texts(
     """Returns each text as the autoencoder of a bundle writes it again, by greedy decoding.
 
     Args:
-      encoder_folder: an encoder bundle that pretraining wrote, its decoder bundle beside it.
-      texts: raw.
-      max_tokens: a text's first tokens that are read, the end token among them; at least 1. An
-        autoencoder does well up to the --pretrain_max_tokens of its pretraining.
+        encoder_folder: An encoder bundle that pretraining wrote, its decoder bundle beside it.
+        texts: Raw.
+        max_tokens: A text's first tokens that are read, the end token among them; at least 1. An
+            autoencoder does well up to the --pretrain_max_tokens of its pretraining.
 
     Raises:
-      InputError: a bundle is missing or damaged, the two are not of one model, or the encoder is
-        not of an autoencoder.
+        InputError: A bundle is missing or damaged, the two are not of one model, or the encoder is
+            not of an autoencoder.
     """
     return reconstructor(encoder_folder, max_tokens)(texts)
 
@@ -56,7 +56,7 @@ def reconstructor(
     """Returns `reconstruct_texts` for many calls: the bundles are read once.
 
     Raises:
-      InputError: as `reconstruct_texts`.
+        InputError: As `reconstruct_texts`.
     """
     loaded = bundle.load(encoder_folder, "encoder", "--encoder")
     model = load_autoencoder(encoder_folder, loaded)
@@ -90,11 +90,11 @@ def load_autoencoder(encoder_folder: Path, loaded: bundle.Bundle) -> SequenceAut
     """Returns the autoencoder of an encoder bundle and the decoder bundle beside it.
 
     Args:
-      encoder_folder: where the encoder bundle is from.
-      loaded: the encoder bundle.
+        encoder_folder: Where the encoder bundle is from.
+        loaded: The encoder bundle.
 
     Raises:
-      InputError: as `reconstruct_texts`.
+        InputError: As `reconstruct_texts`.
     """
     objective = loaded.info.get("objective")
     if objective != "sequence_autoencoder":

@@ -71,7 +71,7 @@ class Batcher:
         """Returns float32 [texts, classes].
 
         Raises:
-          Refusal: too much is waiting.
+            Refusal: Too much is waiting.
         """
         # A request alone is answered however large: --max_texts is its limit.
         if self._pending_texts and self._pending_texts + len(texts) > PENDING_TEXTS:
@@ -153,7 +153,7 @@ def application(
     """Returns the ASGI application.
 
     Args:
-      only_loopback: whether it listens on loopback: then only requests to there are answered.
+        only_loopback: Whether it listens on loopback: then only requests to there are answered.
     """
     page = (resources.files("trainer.inference") / "serve.html").read_text(encoding="utf-8")
 
@@ -194,8 +194,8 @@ async def body_of(request: Request, max_bytes: int) -> bytes:
     """Returns the body.
 
     Raises:
-      Refusal: it is larger than `max_bytes`, whatever it says of its length. It is read to its
-        end first, within reason: a client that is still sending would not see the answer.
+        Refusal: It is larger than `max_bytes`, whatever it says of its length. It is read to its
+            end first, within reason: a client that is still sending would not see the answer.
     """
     said = request.headers.get("content-length", "")
     size = int(said) if said.isdecimal() else 0
@@ -217,7 +217,7 @@ def texts_of(body: bytes, max_texts: int) -> list[str]:
     """Returns the texts of a request's body.
 
     Raises:
-      Refusal: it is no JSON object, or has no texts, or more than `max_texts`.
+        Refusal: It is no JSON object, or has no texts, or more than `max_texts`.
     """
     try:
         values: Any = json.loads(body)
@@ -241,7 +241,7 @@ def listening(host: str, port: int) -> socket.socket:
     """Returns a socket that listens, of IPv6 where the address is.
 
     Raises:
-      InputError: the address cannot be had.
+        InputError: The address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -254,7 +254,7 @@ def serve(config: Config) -> None:
     """Serves until TERM or INT; what is being answered then is answered first.
 
     Raises:
-      InputError: the classifier is not usable, or the address cannot be had.
+        InputError: The classifier is not usable, or the address cannot be had.
     """
     model = load_classifier(Path(config.classifier))
     model.probabilities(["the first text makes the graphs"])

@@ -18,8 +18,8 @@ class Prediction(NamedTuple):
     """What a classifier says of a text.
 
     Attributes:
-      label: name of the most probable class.
-      probabilities: by class name, in the order of the classes, to six decimals.
+        label: Name of the most probable class.
+        probabilities: By class name, in the order of the classes, to six decimals.
     """
 
     label: str
@@ -30,10 +30,10 @@ class TextClassifier(tf.Module):
     """A classifier with the tokenizer that it was trained with, all of it in-graph.
 
     Attributes:
-      classifier: its initial state (h, c) is among its weights.
-      tokenizer: of the text that it was trained on.
-      class_names: by class.
-      max_tokens: a document's last tokens that are read.
+        classifier: Its initial state (h, c) is among its weights.
+        tokenizer: Of the text that it was trained on.
+        class_names: By class.
+        max_tokens: A document's last tokens that are read.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class TextClassifier(tf.Module):
         """Returns a logit for each class, of two classes too: float32 [batch, classes].
 
         Args:
-          tokens: int32 [batch, time], right-padded.
-          lengths: int32 [batch].
+            tokens: Int32 [batch, time], right-padded.
+            lengths: Int32 [batch].
         """
         logits = self.classifier.logits(tokens, lengths, training=False)
         if self.classifier.num_classes == 2:  # softmax of these is the sigmoid of the one
@@ -111,10 +111,10 @@ def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClass
     """Returns the classifier that fine-tuning wrote to `folder`.
 
     Args:
-      flag: what named the folder, for the error.
+        flag: What named the folder, for the error.
 
     Raises:
-      InputError: there is no classifier bundle in `folder`, or it is damaged.
+        InputError: There is no classifier bundle in `folder`, or it is damaged.
     """
     folder = Path(folder)
     loaded = bundle.load(folder, "classifier", flag)
@@ -129,7 +129,7 @@ def bundle_tokenizer(folder: Path, info: dict[str, Any], flag: str) -> Tokenizer
     """Returns the bundle's tokenizer.
 
     Raises:
-      InputError: it is not the one of the bundle's digest.
+        InputError: It is not the one of the bundle's digest.
     """
     config = info.get("tokenizer")
     if not isinstance(config, dict):

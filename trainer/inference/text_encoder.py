@@ -14,8 +14,8 @@ class TextEncoder(tf.Module):
     """An encoder with the tokenizer that it was trained with, all of it in-graph.
 
     Attributes:
-      encoder: starts from the learned state.
-      tokenizer: of the text that it was trained on.
+        encoder: Starts from the learned state.
+        tokenizer: Of the text that it was trained on.
     """
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer):
@@ -38,8 +38,8 @@ class TextEncoder(tf.Module):
         """Returns the final states alone, as a Keras encoder does.
 
         Args:
-          texts: string [texts].
-          training: must be False.
+            texts: String [texts].
+            training: Must be False.
         """
         if training:
             raise ValueError("a TextEncoder reads; to train its encoder, use --stage=finetune")
@@ -50,10 +50,10 @@ def load_encoder(folder: str | Path, flag: str = "folder") -> TextEncoder:
     """Returns the encoder that pretraining wrote to `folder`, with its learned state.
 
     Args:
-      flag: what named the folder, for the error.
+        flag: What named the folder, for the error.
 
     Raises:
-      InputError: there is no encoder bundle in `folder`, or it is damaged.
+        InputError: There is no encoder bundle in `folder`, or it is damaged.
     """
     folder = Path(folder)
     loaded = bundle.load(folder, "encoder", flag)

@@ -29,8 +29,8 @@ def of_norm(direction: tf.Tensor, movable: tf.Tensor, norm: float) -> tf.Tensor:
     for half precision.
 
     Args:
-      direction: [batch, time, dim].
-      movable: bool [batch, time].
+        direction: [batch, time, dim].
+        movable: Bool [batch, time].
     """
     counted = movable[:, :, None] & tf.math.is_finite(direction)
     direction = tf.where(counted, direction, tf.zeros_like(direction))
@@ -48,8 +48,8 @@ def random_direction(embedded: tf.Tensor, tokens: tf.Tensor, seed: tf.Tensor) ->
     that it does not depend on how many workers there are.
 
     Args:
-      tokens: int32 [batch, time].
-      seed: int32 [2].
+        tokens: Int32 [batch, time].
+        seed: Int32 [2].
     """
     factors = 2 * tf.range(tf.shape(tokens)[1]) + 1
     checksums = tf.reduce_sum(tokens * factors, axis=1)  # int32, which wraps around
@@ -67,8 +67,8 @@ def divergence(logits: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
     """Returns the Kullback-Leibler divergence of two predictions, in nats: [batch].
 
     Args:
-      logits, others: of the first and the second prediction, [batch, classes], or [batch, 1] for
-        two classes.
+        logits, others: Of the first and the second prediction, [batch, classes], or [batch, 1] for
+            two classes.
     """
     if logits.shape[-1] == 1:
         cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits
@@ -94,11 +94,11 @@ def adversarial_move(
     its gradient would be 0 in float16, and the scale of the training loss says nothing of it.
 
     Args:
-      loss_of: logits -> the sum of the documents' losses.
-      logits: of `embedded`, [batch, ...].
-      tape: on which they were computed, and which watches `embedded`.
-      embedded: each [batch, time, dim].
-      lengths: int32 [batch].
+        loss_of: Logits -> the sum of the documents' losses.
+        logits: Of `embedded`, [batch, ...].
+        tape: On which they were computed, and which watches `embedded`.
+        embedded: Each [batch, time, dim].
+        lengths: Int32 [batch].
     """
     movable = movable_words(lengths, tf.shape(embedded[0])[1])
     with tf.GradientTape(watch_accessed_variables=False) as head:
@@ -126,11 +126,11 @@ def virtual_adversarial_move(
     gradient at a small move is the Hessian times that move.
 
     Args:
-      logits: of `embedded`.
-      logits_of: embedded -> logits.
-      embedded: each [batch, time, dim].
-      directions: the first guesses, as `embedded`.
-      lengths: int32 [batch].
+        logits: Of `embedded`.
+        logits_of: Embedded -> logits.
+        embedded: Each [batch, time, dim].
+        directions: The first guesses, as `embedded`.
+        lengths: Int32 [batch].
     """
     movable = movable_words(lengths, tf.shape(embedded[0])[1])
     logits = tf.stop_gradient(logits)

@@ -15,8 +15,8 @@ def linear_weights(lengths: tf.Tensor, time: int | tf.Tensor) -> tf.Tensor:
     They add up to 1; the one step of a document of one token has all of it.
 
     Args:
-      lengths: int32 [batch], at least 1.
-      time: steps.
+        lengths: Int32 [batch], at least 1.
+        time: Steps.
     """
     lengths = lengths[:, None]
     position = tf.range(time)[None]

@@ -29,10 +29,10 @@ def cross_entropy(
     them again: four products of that size in place of three. Differentiable once.
 
     Args:
-      hidden: [tokens, units].
-      targets: int32 [tokens].
-      kernel: [vocab_size, units].
-      bias: [vocab_size].
+        hidden: [tokens, units].
+        targets: Int32 [tokens].
+        kernel: [vocab_size, units].
+        bias: [vocab_size].
     """
 
     targets = tf.convert_to_tensor(targets)
@@ -152,10 +152,10 @@ def sampled_cross_entropy(
     sorted by falling frequency, and are shared by all tokens. Shapes as in `cross_entropy`.
 
     Args:
-      num_sampled: number of candidates.
-      seed: int32 [2]; the candidates are a function of it alone, so that all workers, given
-        the same seed, share them, and N workers compute what one would.
-      products: the type that the candidates' products are made in.
+        num_sampled: Number of candidates.
+        seed: Int32 [2]; the candidates are a function of it alone, so that all workers, given
+            the same seed, share them, and N workers compute what one would.
+        products: The type that the candidates' products are made in.
     """
     vocab_size = kernel.shape[0]
     candidates = log_uniform_candidates(vocab_size, num_sampled, seed)

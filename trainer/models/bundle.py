@@ -61,8 +61,8 @@ class Bundle:
     """A loaded bundle.
 
     Attributes:
-      tensors: name -> float32 array, also where the file has float16.
-      info: what NAME.json holds.
+        tensors: Name -> float32 array, also where the file has float16.
+        info: What NAME.json holds.
     """
 
     tensors: dict[str, np.ndarray]
@@ -72,7 +72,7 @@ class Bundle:
         """Returns the learned state `name`, one of STATES, of each layer.
 
         Raises:
-          InputError: the bundle holds none of that name, or not for all its layers.
+            InputError: The bundle holds none of that name, or not for all its layers.
         """
         names = [f"states/{name}/{layer}" for layer in range(self.info["model"]["num_layers"])]
         for part in (f"{layer}/{part}" for layer in names for part in "hc"):
@@ -201,7 +201,7 @@ def save(
     """Writes a bundle beside `folder` and renames it to there, replacing what was there.
 
     Raises:
-      InputError: the disk is full, or the folder cannot be written.
+        InputError: The disk is full, or the folder cannot be written.
     """
     vocab = vocab_path.read_bytes()
     info = {
@@ -230,10 +230,10 @@ def read_info(folder: Path, name: str, flag: str) -> dict[str, Any]:
     """Returns what a bundle says of itself, without reading its tensors.
 
     Args:
-      flag: the flag that named the folder, for the error.
+        flag: The flag that named the folder, for the error.
 
     Raises:
-      InputError: there is no such bundle, or not of this name or format, or it is damaged.
+        InputError: There is no such bundle, or not of this name or format, or it is damaged.
     """
     path = folder / f"{name}.json"
     if not path.is_symlink() and not path.exists():
@@ -286,8 +286,8 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
     """Returns the bundle in `folder`.
 
     Raises:
-      InputError: it is not there, a file of it is damaged, or the model that it describes is not
-        that of its tensors.
+        InputError: It is not there, a file of it is damaged, or the model that it describes is not
+            that of its tensors.
     """
     info = read_info(folder, name, flag)
     try:

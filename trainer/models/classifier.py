@@ -21,13 +21,13 @@ class Classifier(keras.layers.Layer):
     """A document classifier whose LSTM may start from a learned state.
 
     Attributes:
-      encoder: the LSTM that is trained.
-      reader: None, or a frozen encoder that reads the document first; the trained LSTMs then
-        start from the states in which its own ended (`--initial_state=encode`).
-      pooling: what the head reads: "last", the last output; or "concat", the last output and the
-        mean and the maximum of all.
-      backward: None, or a classifier that reads the words in reverse order: the logits are then
-        the means of both's (Miyato et al. 2017, section 4.1).
+        encoder: The LSTM that is trained.
+        reader: None, or a frozen encoder that reads the document first; the trained LSTMs then
+            start from the states in which its own ended (`--initial_state=encode`).
+        pooling: What the head reads: "last", the last output; or "concat", the last output and the
+            mean and the maximum of all.
+        backward: None, or a classifier that reads the words in reverse order: the logits are then
+            the means of both's (Miyato et al. 2017, section 4.1).
     """
 
     built: bool  # Keras's own
@@ -86,12 +86,12 @@ class Classifier(keras.layers.Layer):
         """Returns float32 [batch, 1] for two classes, else [batch, num_classes].
 
         Args:
-          tokens: int32 [batch, time], right-padded.
-          lengths: int32 [batch].
-          training: whether a gradient will be taken; if not, nothing is dropped.
-          dropout_rate: of the embeddings, of what a layer hands to the next, and of what the head
-            reads.
-          embedding_seed, output_seed: int32 [2], needed where dropout_rate is not 0.
+            tokens: Int32 [batch, time], right-padded.
+            lengths: Int32 [batch].
+            training: Whether a gradient will be taken; if not, nothing is dropped.
+            dropout_rate: Of the embeddings, of what a layer hands to the next, and of what the head
+                reads.
+            embedding_seed, output_seed: Int32 [2], needed where dropout_rate is not 0.
         """
         start = self.start(tokens, lengths)
         if not training:
@@ -154,11 +154,11 @@ class Classifier(keras.layers.Layer):
         """Returns the logits of documents of which the words are embedded already.
 
         Args:
-          embedded: from `embed`, or, without training, from `words`.
-          start: from the method of this name.
-          lengths, training, dropout_rate, output_seed: as for `logits`.
-          every_step: whether to predict after every word, for `pooling` "last": the logits are
-            then [batch, time, ...], and those of step `lengths` - 1 are what is returned if not.
+            embedded: From `embed`, or, without training, from `words`.
+            start: From the method of this name.
+            lengths, training, dropout_rate, output_seed: As for `logits`.
+            every_step: Whether to predict after every word, for `pooling` "last": the logits are
+                then [batch, time, ...], and those of step `lengths` - 1 are what is returned if not.
         """
         first = embedded[0]
         steps = tf.shape(first.index if isinstance(first, Words) else first)[1]
@@ -200,10 +200,10 @@ def last_mean_maximum(outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -> t
     """Returns the last output and the mean and maximum of all, side by side: [batch, 3 * units].
 
     Args:
-      outputs: [batch, time, units].
-      last: [batch, units].
-      mask: bool [batch, time], True at least once in each row; where it is False, outputs count
-        nothing.
+        outputs: [batch, time, units].
+        last: [batch, units].
+        mask: Bool [batch, time], True at least once in each row; where it is False, outputs count
+            nothing.
     """
     counted = mask[:, :, None]
     total = tf.reduce_sum(tf.where(counted, outputs, tf.zeros_like(outputs)), axis=1)
@@ -218,10 +218,10 @@ def losses_and_errors(
     """Returns the cross-entropy in nats and 1.0 where the label is wrong: float32, as labels.
 
     Args:
-      logits: as `Classifier.logits` returns them, or those of every step.
-      labels: int32 [batch], or [batch, time].
-      smoothing: the part of the label that is spread over all classes (Szegedy et al. 2016,
-        section 7).
+        logits: As `Classifier.logits` returns them, or those of every step.
+        labels: Int32 [batch], or [batch, time].
+        smoothing: The part of the label that is spread over all classes (Szegedy et al. 2016,
+            section 7).
     """
     if logits.shape[-1] == 1:
         logit = logits[..., 0]

@@ -45,7 +45,7 @@ def dropped_weights(
     training step (Merity et al. 2018, section 2: the weight-dropped LSTM).
 
     Args:
-      seed: int32 [2], needed where rate is not 0.
+        seed: Int32 [2], needed where rate is not 0.
     """
     lstms = [lstm for encoder in encoders for lstm in encoder.lstms] if rate else []
     before = [lstm.recurrent_mask for lstm in lstms]
@@ -87,16 +87,16 @@ class Encoder(keras.layers.Layer):
     """Reads tokens into a sequence of outputs and a final hidden and cell state.
 
     Attributes:
-      embeddings: [vocab_size, embedding_dim].
-      normalised: whether words are read with embeddings of which each number has mean 0 and
-        variance 1 over the words of a text (Miyato et al. 2017, equation 1).
-      frequencies: [vocab_size], only where normalised: of the words in a text; they add up to 1.
-      lstms: the stack, the lowest layer first; each reads the outputs of the one below.
-      embedding_scale: new embeddings are uniform in its bounds, plus and minus.
-      memory_steps: how long cells start out remembering, at the most; see ChronoBias.
-      precision: Keras's dtype policy of the LSTMs; what they are given and give is float32.
-      recompute: whether training keeps no activations of the LSTMs, and computes them again; not
-        kept with the encoder.
+        embeddings: [vocab_size, embedding_dim].
+        normalised: Whether words are read with embeddings of which each number has mean 0 and
+            variance 1 over the words of a text (Miyato et al. 2017, equation 1).
+        frequencies: [vocab_size], only where normalised: of the words in a text; they add up to 1.
+        lstms: The stack, the lowest layer first; each reads the outputs of the one below.
+        embedding_scale: New embeddings are uniform in its bounds, plus and minus.
+        memory_steps: How long cells start out remembering, at the most; see ChronoBias.
+        precision: Keras's dtype policy of the LSTMs; what they are given and give is float32.
+        recompute: Whether training keeps no activations of the LSTMs, and computes them again; not
+            kept with the encoder.
     """
 
     def __init__(
@@ -221,16 +221,16 @@ class Encoder(keras.layers.Layer):
         """Runs the LSTMs from `states` over `embedded`.
 
         Args:
-          embedded: [batch, time, embedding_dim]; or, without training, what `words` returns.
-          mask: bool [batch, time], False at padding.
-          states: for each layer [h, c], each [batch, units].
-          training: whether a gradient will be taken: the LSTMs then keep their activations.
-          dropout_rate: of the outputs that one layer hands to the next.
-          dropout_seed: int32 [2], needed where dropout_rate is not 0.
+            embedded: [batch, time, embedding_dim]; or, without training, what `words` returns.
+            mask: Bool [batch, time], False at padding.
+            states: For each layer [h, c], each [batch, units].
+            training: Whether a gradient will be taken: the LSTMs then keep their activations.
+            dropout_rate: Of the outputs that one layer hands to the next.
+            dropout_seed: Int32 [2], needed where dropout_rate is not 0.
 
         Returns:
-          The top layer's outputs [batch, time, units], and each layer's [h, c] as they are after
-          each row's last token.
+            The top layer's outputs [batch, time, units], and each layer's [h, c] as they are after
+            each row's last token.
         """
         outputs, final = embedded, []
         for layer, (lstm, state) in enumerate(zip(self.lstms, states, strict=True)):

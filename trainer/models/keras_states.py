@@ -24,12 +24,12 @@ def reads_states(encoder: Any, layers: Sequence[str] | None) -> Callable[[Any], 
     """Returns inputs -> the final (h, c) of each LSTM of `encoder`, each [batch, units].
 
     Args:
-      encoder: see `trainer.states.from_encoder`.
-      layers: names of layers of a functional or sequential model; None takes its outputs if
-        there are several, else its only LSTM.
+        encoder: See `trainer.states.from_encoder`.
+        layers: Names of layers of a functional or sequential model; None takes its outputs if
+            there are several, else its only LSTM.
 
     Raises:
-      ValueError: it cannot be told which states are meant, or there are none.
+        ValueError: It cannot be told which states are meant, or there are none.
     """
     if isinstance(encoder, RECURRENT):
         if not is_lstm(encoder):
@@ -150,9 +150,9 @@ class Start:
     """Where one LSTM of a target starts from: what `trainer.states.apply` sets.
 
     Attributes:
-      name: for errors.
-      shapes: that h and c may have.
-      can_be_trained: whether h and c can be weights.
+        name: For errors.
+        shapes: That h and c may have.
+        can_be_trained: Whether h and c can be weights.
     """
 
     name: str
@@ -219,7 +219,7 @@ def starts(target: Any) -> list[Start]:
     """Returns where each LSTM of a layer, a model or a list of them starts from, in order.
 
     Raises:
-      ValueError: one of them cannot be made to start from a state.
+        ValueError: One of them cannot be made to start from a state.
     """
     if isinstance(target, (list, tuple)):
         return [start for each in target for start in starts(each)]

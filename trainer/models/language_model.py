@@ -49,13 +49,13 @@ class LanguageModel(TextModel):
         """Returns the loss of rows that continue others: truncated backpropagation through time.
 
         Args:
-          tokens, lengths, weights, training, noise: see `TextModel.loss_sum`.
-          carried: [batch, carried_size], the state in which each row goes on; no gradient passes
-            through it.
-          carries: float32 [batch], 0 where a row starts from the encoder's initial state instead.
+            tokens, lengths, weights, training, noise: See `TextModel.loss_sum`.
+            carried: [batch, carried_size], the state in which each row goes on; no gradient passes
+                through it.
+            carries: Float32 [batch], 0 where a row starts from the encoder's initial state instead.
 
         Returns:
-          (loss, number of tokens, [batch, carried_size] as it is after each row's last token).
+            (loss, number of tokens, [batch, carried_size] as it is after each row's last token).
         """
         initial = self.encoder.start(tf.shape(tokens)[0])
         parts = tf.nest.flatten(initial)

@@ -67,13 +67,13 @@ class SequenceAutoencoder(TextModel):
         """Reads each row and writes it again, taking the likeliest word each time.
 
         Args:
-          tokens: int32 [batch, time], right-padded, each with its end token.
-          lengths: int32 [batch].
-          max_tokens: the most that are written of a row.
+            tokens: Int32 [batch, time], right-padded, each with its end token.
+            lengths: Int32 [batch].
+            max_tokens: The most that are written of a row.
 
         Returns:
-          The rows, int32 [batch, max_tokens], right-padded, and their lengths, int32 [batch]: up to
-          the end token, which counts, or max_tokens where none was written.
+            The rows, int32 [batch, max_tokens], right-padded, and their lengths, int32 [batch]: up to
+            the end token, which counts, or max_tokens where none was written.
         """
         batch = tf.shape(tokens)[0]
         _, states = self.encoder(tokens, lengths)

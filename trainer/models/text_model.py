@@ -13,13 +13,13 @@ class Noise(NamedTuple):
     """What training draws at random. Without it a loss is exact. Seeds are int32 [2].
 
     Attributes:
-      dropout_rate: of the embeddings and of the outputs of each layer.
-      word_dropout_rate: of the words that the LSTM is given while it predicts, not of those that
-        are predicted (Bowman et al. 2016, section 3.1): an autoencoder must then take more from
-        the state in which reading ended.
-      subsampling: 0, or the frequency above which words are left out of the loss, the more often
-        the more frequent they are; see `kept_words`.
-      num_sampled: candidates of the sampled softmax; 0 is the exact one.
+        dropout_rate: Of the embeddings and of the outputs of each layer.
+        word_dropout_rate: Of the words that the LSTM is given while it predicts, not of those that
+            are predicted (Bowman et al. 2016, section 3.1): an autoencoder must then take more from
+            the state in which reading ended.
+        subsampling: 0, or the frequency above which words are left out of the loss, the more often
+            the more frequent they are; see `kept_words`.
+        num_sampled: Candidates of the sampled softmax; 0 is the exact one.
     """
 
     dropout_rate: float = 0.0
@@ -40,8 +40,8 @@ class TextModel(keras.layers.Layer):
     """An encoder, and the softmax with which its outputs predict words.
 
     Attributes:
-      tied: whether the softmax compares a projection of the output with the embeddings (Press &
-        Wolf 2017; Inan et al. 2017), rather than the output with a matrix of its own.
+        tied: Whether the softmax compares a projection of the output with the embeddings (Press &
+            Wolf 2017; Inan et al. 2017), rather than the output with a matrix of its own.
     """
 
     def __init__(self, encoder: Encoder, tied: bool = False, **kwargs: Any):
@@ -82,10 +82,10 @@ class TextModel(keras.layers.Layer):
         """Returns the summed cross-entropy of the predicted tokens, in nats, and their number.
 
         Args:
-          tokens: int32 [batch, time], right-padded.
-          lengths: int32 [batch].
-          weights: float32 [batch]; rows of weight 0 count nothing.
-          training: whether a gradient will be taken.
+            tokens: Int32 [batch, time], right-padded.
+            lengths: Int32 [batch].
+            weights: Float32 [batch]; rows of weight 0 count nothing.
+            training: Whether a gradient will be taken.
         """
         raise NotImplementedError
 
@@ -105,9 +105,9 @@ class TextModel(keras.layers.Layer):
         """Returns the summed cross-entropy of tokens given outputs, in nats, and their number.
 
         Args:
-          outputs: [batch, time, units]; output i predicts token i.
-          tokens: int32 [batch, time].
-          counted: bool [batch, time], False where nothing is to be predicted.
+            outputs: [batch, time, units]; output i predicts token i.
+            tokens: Int32 [batch, time].
+            counted: Bool [batch, time], False where nothing is to be predicted.
         """
         if noise.subsampling:
             vocab_size = self.encoder.vocab_size

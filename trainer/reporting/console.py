@@ -1,11 +1,11 @@
-"""What a run prints: lines, and on a terminal one line below them that is always up to date.
+"""Prints the lines of a run and, on a terminal, a live line below them.
 
-Three ways, found out once:
+Where standard output goes decides how:
 
-  terminal  standard output is one: the live line is redrawn in place
-  launcher  the launcher says in $WARMSTATE_LIVE_COLUMNS that its own output is a terminal so wide:
-            a live line is then written as launch/local/screen.py reads it, which redraws it
-  plain     a pipe, a pod: there is no live line, and status lines come at intervals
+  terminal  the live line is redrawn in place
+  launcher  the launcher's output is a terminal, its width in $WARMSTATE_LIVE_COLUMNS: the live
+            line is written for launch/local/screen.py, which redraws it
+  plain     a pipe or a pod: no live line; status lines are printed at intervals instead
 """
 
 import shutil
@@ -18,16 +18,15 @@ _ERASE = "\x1b[K"
 
 
 class Console:
-    """The one voice of a run. Call it with a line to print it.
+    """Prints the output of a run: call it with a line.
 
     Args:
-      stream: where to print.
-      environment: of the process.
-      is_silent: prints nothing: for workers that are not the chief.
+        stream: Where to print.
+        environment: Of the process.
+        is_silent: Prints nothing; for workers other than the chief.
 
     Attributes:
-      live: shows a text as the live line, cut to the terminal's width; None where there is none.
-      columns: of the terminal, 0 where there is none.
+        live: Shows a text as the live line, cut to the terminal's width; None without a terminal.
     """
 
     def __init__(self, stream: TextIO, environment: Mapping[str, str], is_silent: bool = False):
@@ -50,7 +49,7 @@ class Console:
 
     @property
     def columns(self) -> int:
-        """The width of the live line."""
+        """The width of the live line; 0 without a terminal."""
         if self._redraws:
             return shutil.get_terminal_size().columns
         return self._told_columns
@@ -76,7 +75,7 @@ class Console:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Erases the live line, so that whatever comes next has a line of its own."""
+        """Erases the live line, so that later output starts on an empty line."""
         if self._redraws and self._shown:
             self._shown = ""
             self._print(f"\r{_ERASE}")

@@ -1,4 +1,4 @@
-"""The machine and the programs that a run ran with, for its report."""
+"""Describes the machine and the programs of a run, for its report."""
 
 import importlib.metadata
 import os
@@ -13,10 +13,7 @@ PACKAGES = ("warmstate", "tensorflow", "keras", "numpy", "horovod")
 
 
 def describe() -> dict[str, Any]:
-    """Returns versions, commit, processor, cores, memory in GiB, GPUs, loops and the command line.
-
-    Imports TensorFlow.
-    """
+    """Returns versions, commit, processor, cores, memory, GPUs and the command line."""
     import tensorflow as tf
 
     from trainer import native
@@ -32,7 +29,7 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "memory_gib": round(_memory_bytes() / 2**30, 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": gpus,
         "compiled_loops": native.operations(training=True) is not None,
         "command": sys.argv,
@@ -40,10 +37,7 @@ def describe() -> dict[str, Any]:
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """Returns the commit of this checkout, with a "+" where files differ from it.
-
-    None where it is no checkout, or there is no git.
-    """
+    """Returns the checkout's commit, with "+" if files differ; None without a checkout or git."""
     if not (root / ".git").exists():
         return None
 
@@ -72,7 +66,3 @@ def processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

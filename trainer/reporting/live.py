@@ -1,4 +1,4 @@
-"""The line that says on a terminal how far a stage is, redrawn up to ten times a second."""
+"""The live line of a stage's progress, redrawn up to ten times a second."""
 
 import math
 import time
@@ -20,7 +20,7 @@ def bar(share: float, columns: int) -> str:
 
 
 def fitted(head: str, parts: list[str], share: float, columns: int) -> str:
-    """Returns the head, a bar and as many of `parts`, the most important first, as fit a line."""
+    """Returns the head, a bar and the first of `parts`, as many as fit into a line."""
     least, most = BAR_COLUMNS
     kept: list[str] = []
     for part in parts:
@@ -34,13 +34,13 @@ def fitted(head: str, parts: list[str], share: float, columns: int) -> str:
 
 
 class LiveStatus:
-    """Keeps a console's live line up to date; does nothing where it has none.
+    """Keeps a console's live line up to date; does nothing without a live line.
 
     Args:
-      console: or a plain function that prints a line.
-      name: of the stage.
-      steps: that it has to do.
-      steps_per_epoch: the same for an epoch.
+        console: A console, or a function that prints a line.
+        name: Of the stage.
+        steps: Of the stage.
+        steps_per_epoch: Of an epoch.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class LiveStatus:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is a live line, in place of status lines at intervals."""
+        """Whether a live line replaces the status lines at intervals."""
         return self._draw is not None
 
     def count(
         self, step: int, loss: float, tokens: float, seconds: float, wait_seconds: float | None,
         remaining_seconds: float,
     ) -> None:  # fmt: skip
-        """Takes in one step, and redraws the line if it is time.
+        """Counts a step, and redraws the line if it is due.
 
         Args:
-          tokens: that the step read, in all workers.
-          seconds: that it took.
-          wait_seconds: that this process waited for its batch before it; None if not known.
-          remaining_seconds: to the end of the stage.
+            tokens: Read by the step, over all workers.
+            seconds: The step's duration.
+            wait_seconds: This process's wait for the step's batch; None if unknown.
+            remaining_seconds: Until the end of the stage.
         """
         if not self.is_on:
             return
@@ -83,7 +83,7 @@ class LiveStatus:
             self._show("")
 
     def note(self, doing: str) -> None:
-        """Says what the run does between steps."""
+        """Shows the run's activity between steps."""
         if self.is_on:
             self._show(doing)
 

@@ -1,4 +1,4 @@
-"""What a run says while it works: lines for people, and metrics.jsonl for programs."""
+"""Writes metrics.jsonl, and formats figures for status lines."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Metrics:
-    """Appends to a metrics.jsonl: one JSON object a line, each with a stage, a step and a time."""
+    """Appends to a metrics.jsonl: each line a JSON object with a stage, a step and a time."""
 
     def __init__(self, path: Path, stage: str, trackers: Sequence[Tracker] = ()):
         self._path = path
@@ -30,10 +30,11 @@ class Metrics:
         self._trackers = trackers
 
     def forget_after(self, step: int, evaluated: bool = True) -> None:
-        """Drops the lines of this file that a run resumed at `step` is going to write again.
+        """Drops the lines that a run resumed at `step` will write again.
 
         Args:
-          evaluated: whether the state after `step` has been; else its evaluation is dropped too.
+            evaluated: Whether the state after `step` was evaluated; if not, lines of an evaluation
+                at `step` are dropped too.
         """
 
         def stays(line: str) -> bool:
@@ -55,7 +56,7 @@ class Metrics:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # cut off by a full disk or a kill
+    except (ValueError, KeyError, TypeError):  # truncated by a full disk or a kill
         return math.inf
 
 
@@ -64,5 +65,5 @@ def _is_of_training(line: str) -> bool:
 
 
 def describe(values: Mapping[str, float]) -> str:
-    """Returns "name value · name value" for a status line; names say their unit."""
+    """Returns "name value · name value" for a status line."""
     return " · ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())

@@ -1,4 +1,4 @@
-"""Where a step's time goes: TensorBoard's profile of some steps, and a table of it."""
+"""Profiles some steps for TensorBoard, and prints a table of the time by part of the step."""
 
 import re
 from collections import Counter
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-# The first that is found in an operation's name says which part of the step it belongs to; the
-# names are those of tf.name_scope in the parts themselves.
+# Part of the step -> pattern of its operations' names (its tf.name_scope). The first match counts.
 PARTS = {
     "LSTM, forward": "lstm_forward",
     "LSTM, backward": "lstm_backward",
@@ -22,11 +21,12 @@ _OPERATION = re.compile(r"^[^\s:]+:\w+$")
 
 
 class Profiler:
-    """Profiles the steps from `first` to `last`, both included, and prints the table.
+    """Profiles steps `first` to `last`, both included, and prints the table.
 
     Args:
-      folder: where TensorBoard finds the profile.
-      log: prints a line.
+        first, last: Numbers of steps.
+        folder: Of the profile, for TensorBoard.
+        log: Prints a line.
     """
 
     def __init__(self, first: int, last: int, folder: Path, log: Callable[[str], None]):
@@ -36,7 +36,7 @@ class Profiler:
         self._running = False
 
     def before(self, step: int) -> None:
-        """Starts before step `first`, or at the first one after it that a resumed run comes to."""
+        """Starts before step `first`, or at a resumed run's first step in the range."""
         if not self._running and self._first <= step <= self._last:
             self._first = step
             self._running = True
@@ -53,7 +53,7 @@ class Profiler:
             )
 
     def close(self) -> None:
-        """Stops, if it is running."""
+        """Stops the profiler if it is running."""
         if self._running:
             self._running = False
             tf.profiler.experimental.stop()
@@ -62,7 +62,7 @@ class Profiler:
 def times_of(folder: Path) -> Counter[str]:
     """Returns the milliseconds of each part, from the newest profile in `folder`.
 
-    An operation's time is that of the thread that runs it, in which others may work for it.
+    An operation's time is that of its own thread; helper threads are not counted.
     """
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
@@ -79,7 +79,7 @@ def times_of(folder: Path) -> Counter[str]:
 
 
 def part_of(name: str) -> str:
-    """Returns the part of the step that an operation of this name belongs to."""
+    """Returns the part of the step that the operation belongs to."""
     for part, pattern in PARTS.items():
         if re.search(pattern, name):
             return part
@@ -87,7 +87,7 @@ def part_of(name: str) -> str:
 
 
 def table(times: Counter[str], steps: int) -> str:
-    """Returns the parts by falling time."""
+    """Returns a table of the parts, the slowest first."""
     total = sum(times.values()) or 1.0
     lines = [f"{'part of a step':<20}{'ms a step':>12}{'share':>9}"]
     for part, milliseconds in times.most_common():

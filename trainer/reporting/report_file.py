@@ -1,4 +1,4 @@
-"""report.json, and the table that a run ends with."""
+"""Writes report.json, and formats the table at the end of a run."""
 
 import json
 from pathlib import Path
@@ -9,38 +9,26 @@ from trainer.safe_files import replace_text
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """Writes `folder`/report.json, beside and renamed."""
+    """Writes `folder`/report.json atomically."""
     replace_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
 def comparison_table(report: dict[str, Any]) -> str:
-    """Returns the table of --stage=all: scratch against warm start, and who holds what."""
+    """Returns the table of --stage=all: both starts, and the digest that each worker holds."""
     starts = [name for name in ("scratch", "warm") if name in report]
     rows = [("", "test error", "validation", "best step", "time", "tokens/s")]
+
+    def add(title: str, test: str, validation: str, step: int, part: dict[str, Any]) -> None:
+        time, speed = format_seconds(part["seconds"]), f"{part['tokens_per_second']:,.0f}"
+        rows.append((title, test, validation, str(step), time, speed))
+
     for name in starts:
         part, title = report[name], {"scratch": "from scratch", "warm": "warm start"}[name]
-        rows.append(
-            (
-                title,
-                f"{report['test_error_percent'][name]:.2f} %",
-                f"{part['validation']['error_percent']:.2f} %",
-                f"{part['best_step']}",
-                format_seconds(part["seconds"]),
-                f"{part['tokens_per_second']:,.0f}",
-            )
-        )
+        test = f"{report['test_error_percent'][name]:.2f} %"
+        add(title, test, f"{part['validation']['error_percent']:.2f} %", part["best_step"], part)
     if "pretrain" in report:
         part = report["pretrain"]
-        rows.append(
-            (
-                "pretraining",
-                "",
-                f"ppl {part['perplexity']:.0f}",
-                f"{part['steps']}",
-                format_seconds(part["seconds"]),
-                f"{part['tokens_per_second']:,.0f}",
-            )
-        )
+        add("pretraining", "", f"ppl {part['perplexity']:.0f}", part["steps"], part)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""--status_port: a run that says over HTTP how it is, for probes and Prometheus.
+"""--status_port: serves the health and the metrics of a run over HTTP, for probes and Prometheus.
 
 /healthz   200, or 503 after --stall_seconds without a step or an evaluation
 /metrics   Prometheus's text format
@@ -17,16 +17,16 @@ from data_pipelines.errors import InputError
 
 @dataclass
 class Vitals:
-    """What the loop notes and the server tells; times are of time.monotonic().
+    """The state of a run, set by the training loop and read by the server.
 
     Attributes:
-      stage: "" before and between stages.
-      step: done so far in this stage, of `steps`.
-      loss: of the last step.
-      tokens_per_second: of the last status line.
-      beat: when the last step or evaluation ended, or training began.
-      saved: when the last checkpoint of this sitting was written.
-      stall_seconds: --stall_seconds, 0 for no limit.
+        stage: "" before and between stages.
+        step: Steps done in this stage, of `steps`.
+        loss: Of the last step.
+        tokens_per_second: At the last status line.
+        beat: time.monotonic() at the end of the last step or evaluation, or the start of training.
+        saved: time.monotonic() of the last checkpoint since the process started.
+        stall_seconds: --stall_seconds; 0 for no limit.
     """
 
     stage: str = ""
@@ -39,14 +39,14 @@ class Vitals:
     stall_seconds: float = 0.0
 
     def begin(self, stage: str, step: int, steps: int) -> None:
-        """Notes that a stage begins to train after `step`."""
+        """Starts a stage after `step`."""
         self.stage, self.step, self.steps = stage, step, steps
         self.loss = self.tokens_per_second = math.nan
         self.saved = None
         self.beat = time.monotonic()
 
     def stalled_seconds(self) -> float | None:
-        """Returns for how long there was no step, if that is too long, else None."""
+        """Returns the seconds since the last step if they exceed the limit, else None."""
         since = time.monotonic() - self.beat
         return since if self.stage and 0 < self.stall_seconds < since else None
 
@@ -56,7 +56,7 @@ def prometheus_text(vitals: Vitals) -> str:
     now = time.monotonic()
     rows = [
         ("step", "Steps done in this stage.", vitals.step),
-        ("steps", "Steps that this stage is to do.", vitals.steps),
+        ("steps", "Steps of this stage.", vitals.steps),
         ("loss", "Training loss of the last step.", vitals.loss),
         ("tokens_per_second", "Of all workers, at the last status line.", vitals.tokens_per_second),
         ("seconds_since_last_step", "Since a step or an evaluation ended.", now - vitals.beat),
@@ -83,16 +83,16 @@ class _Server(http.server.ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
-        # Not HTTPServer's own, which asks the DNS for a name. A run that is started again takes the
-        # port at once: this sets SO_REUSEADDR, for what its probes asked last waits in TIME_WAIT.
+        # HTTPServer's own would look up a name in the DNS. This sets SO_REUSEADDR, so that a
+        # restarted run can take the port while old connections are in TIME_WAIT.
         socketserver.TCPServer.server_bind(self)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Says nothing: a client that goes away is no matter of the run."""
+        """Ignores clients that disconnect."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    timeout = 10  # seconds, for a client that asks for nothing
+    timeout = 10  # seconds, for a silent client
     server: _Server
 
     def do_GET(self) -> None:
@@ -111,7 +111,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return "warmstate"
 
     def log_message(self, format: str, *values: object) -> None:
-        """Keeps the run's log its own."""
+        """Prints nothing."""
 
     def _answer(self) -> tuple[int, str, str]:
         if self.path == "/metrics":
@@ -126,10 +126,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def serve(host: str, port: int, vitals: Vitals) -> int:
-    """Answers in threads that end with the process; returns the port, for 0 is any free one.
+    """Serves in daemon threads; returns the port (`port` 0 takes any free one).
 
     Raises:
-      InputError: the port is taken, or the host is none of this machine's.
+        InputError: The port is taken, or the host is not an address of this machine.
     """
     try:
         server = _Server(host, port, vitals)

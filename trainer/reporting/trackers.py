@@ -1,9 +1,8 @@
-"""Where a run's figures go besides metrics.jsonl: TensorBoard, MLflow, Weights & Biases.
+"""Sends a run's figures to TensorBoard, MLflow, or Weights & Biases.
 
-A tracker is told when a run begins, each line of metrics, and when it ends. What it is not told it
-can read from the run's folder, as `TensorBoard` does. Only the chief has trackers.
-
-No training ends by a tracker's error: the first is logged, and that tracker is told no more.
+A tracker gets the start of a run, each line of metrics, and the end; it can read the run's folder
+for more. Only the chief has trackers. Their errors never end a training: the first error of a
+tracker is logged, and the tracker is off from then on.
 """
 
 import importlib.util
@@ -18,31 +17,31 @@ import numpy as np
 from trainer.distribution.preemption import Preempted
 from trainer.reporting import predictions
 
-# --track's names -> the package that each needs, which is also the extra that brings it.
+# Names in --track -> package that it needs (the extra of the same name installs it).
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 PROJECTED_WORDS = 5_000
 
 
 class Tracker(Protocol):
-    """What is told of a run's course."""
+    """Follows a run."""
 
     def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """The run in `folder` begins, or goes on, with these flags."""
+        """Starts or resumes the run in `folder` with these flags."""
 
     def scalars(self, part: str, step: int, values: Mapping[str, float]) -> None:
-        """Part "pretrain", "warm", "scratch" or "finetune" came to these values after `step`."""
+        """Takes the values after `step` of "pretrain", "warm", "scratch" or "finetune"."""
 
     def end(self, status: str, report: Mapping[str, Any]) -> None:
-        """The run, or this sitting of it, has ended.
+        """Ends the run, or this start of it.
 
         Args:
-          status: "finished"; "killed", by TERM; or "failed", by an error.
-          report: report.json of a run that is finished and has written its folder; else empty.
+            status: "finished"; "killed", by TERM; or "failed", by an error.
+            report: Report.json of a run that is finished and has written its folder; else empty.
         """
 
 
 class Guarded:
-    """A tracker whose errors end nothing: a server that is away must not cost a training."""
+    """A tracker whose errors are logged: an unreachable server must not end a training."""
 
     def __init__(self, name: str, tracker: Tracker, log: Callable[[str], None]):
         self._name = name
@@ -67,11 +66,11 @@ class Guarded:
         except Exception as error:  # whatever a foreign client raises
             self._tracker = None
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            self._log(f"warning: --track={self._name} is off from here on, the run goes on: {why}")
+            self._log(f"warning: --track={self._name} is off from here on; the run continues: {why}")
 
 
 def faults_of(track: str) -> list[str]:
-    """Returns what is wrong with the value of --track, one line each."""
+    """Returns a line for each fault in the value of --track."""
     faults = []
     for name in names_of(track):
         if name not in PACKAGES:
@@ -90,7 +89,7 @@ def names_of(track: str) -> list[str]:
 
 
 def make_trackers(track: str, log: Callable[[str], None]) -> list[Tracker]:
-    """Returns the trackers that --track names; their errors end nothing, and go to `log`."""
+    """Returns the trackers that --track names; `log` gets their errors."""
     kinds: dict[str, type[Tracker]] = {
         "tensorboard": TensorBoard,
         "mlflow": MLflow,
@@ -103,9 +102,9 @@ def make_trackers(track: str, log: Callable[[str], None]) -> list[Tracker]:
 def following(
     trackers: Sequence[Tracker], folder: Path, config: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Tells the trackers that a run begins and, where it is left by an error or TERM, how it ended.
+    """Starts the trackers, and ends them if the run is left by an error or TERM.
 
-    A run that comes to its end tells them itself, with its report.
+    A run that finishes ends them itself, with its report.
     """
     for tracker in trackers:
         tracker.begin(folder, config)
@@ -119,7 +118,7 @@ def following(
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard: scalars, flags, texts, embeddings. `tensorboard --logdir`."""
+    """Writes scalars, flags, texts and embeddings to RUN/tensorboard."""
 
     def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._folder = folder
@@ -166,7 +165,7 @@ class TensorBoard:
 
 
 def as_text(example: Mapping[str, Any]) -> str:
-    """Returns a document of predictions.json as the text that TensorBoard shows."""
+    """Returns a document of predictions.json as text for TensorBoard."""
     words = "".join(example["pieces"])
     return (
         f"label {example['label']}, predicted {example['predicted']} "
@@ -175,10 +174,11 @@ def as_text(example: Mapping[str, Any]) -> str:
 
 
 def write_projector(folder: Path) -> None:
-    """Writes the most frequent words' embeddings for TensorBoard's projector, where there are any.
+    """Writes the embeddings of the most frequent words for TensorBoard's projector.
 
     Args:
-      folder: of the run; the encoder bundle is in it, or in its part "pretrain".
+        folder: Of the run. An encoder bundle in it, or in its part "pretrain", has the embeddings;
+            without one nothing is written.
     """
     from data_pipelines.tokenizers import vocabulary
     from trainer.safe_files import read_sealed, read_tensors
@@ -201,11 +201,11 @@ def write_projector(folder: Path) -> None:
 
 
 class MLflow:
-    """A run of MLflow, where $MLFLOW_TRACKING_URI says; its own default is a local store."""
+    """Records a run in MLflow, at $MLFLOW_TRACKING_URI or else in a local store."""
 
     def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
-        # Its own defaults wait for minutes for a server that is away: longer than the other workers
-        # wait for this one.
+        # By default it waits minutes for an unreachable server, longer than the other workers wait
+        # for this one.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         import mlflow
@@ -227,7 +227,7 @@ class MLflow:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, where $WANDB_PROJECT and $WANDB_MODE say (offline works)."""
+    """Records a run in Weights & Biases, by $WANDB_PROJECT and $WANDB_MODE (offline works)."""
 
     def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
@@ -235,7 +235,7 @@ class WeightsAndBiases:
         self._run = wandb.init(name=folder.name, dir=str(folder), config=dict(config))
 
     def scalars(self, part: str, step: int, values: Mapping[str, float]) -> None:
-        # The stages count steps from 1 each, and W&B wants steps that rise: a step of its own.
+        # Each stage counts from step 1, but W&B wants rising steps: each part has its own counter.
         self._run.log({f"{part}/{n}": v for n, v in values.items()} | {f"{part}/step": step})
 
     def end(self, status: str, report: Mapping[str, Any]) -> None:
@@ -246,11 +246,11 @@ class WeightsAndBiases:
 
 
 def tell(trackers: Sequence[Tracker], folder: Path, stage: str, line: Mapping[str, Any]) -> None:
-    """Tells the trackers one line of a part's metrics.jsonl.
+    """Sends a line of a part's metrics.jsonl to the trackers.
 
     Args:
-      folder: of the part.
-      stage: "pretrain" or "finetune".
+        folder: Of the part.
+        stage: "pretrain" or "finetune".
     """
     part = folder.name if folder.name in ("pretrain", "warm", "scratch") else stage
     values = {

@@ -103,7 +103,7 @@ def test_the_first_error_of_a_tracker_is_logged_and_it_is_told_no_more(
     follow(trackers.Guarded("mlflow", away, lines.append), run)
     assert len(away.told) == calls and away.calls == -1
     assert lines == [
-        "warning: --track=mlflow is off from here on, the run goes on: "
+        "warning: --track=mlflow is off from here on; the run continues: "
         "ConnectionError: the server is away"
     ]
 
