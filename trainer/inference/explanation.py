@@ -1,9 +1,9 @@
-"""Which words a classifier's answer rests on, by leaving each out.
+"""Explains a classifier's prediction by leaving out each word.
 
-The contribution of a token is how much the log-odds of the predicted class fall when the text is
-read without it (leave-one-out; Li, Monroe & Jurafsky 2016, "Understanding neural networks through
-representation erasure"). Unlike gradient times input it asks the model itself, saturated gates
-included; it costs one reading of the text a token.
+The contribution of a token is the fall of the predicted class's log-odds when the text is read
+without it (leave-one-out; Li, Monroe & Jurafsky 2016, "Understanding neural networks through
+representation erasure"). Unlike gradient times input it evaluates the model itself, which also
+works for saturated gates; it reads the text once for each token.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from data_pipelines.tokenizers.subword_vocabulary import CONTINUED
 from trainer.inference.text_classifier import TextClassifier
 
 BATCH_SIZE = 64
-SHOWN = 0.1  # of the largest contribution: what is less is not marked
+SHOWN = 0.1  # of the largest contribution; smaller ones are not marked
 # Foreground and background of a terminal with 256 colours, for weak to strong contributions.
 FOR = ("\x1b[38;5;255;48;5;22m", "\x1b[38;5;255;48;5;28m", "\x1b[38;5;16;48;5;40m")
 AGAINST = ("\x1b[38;5;255;48;5;52m", "\x1b[38;5;255;48;5;124m", "\x1b[38;5;16;48;5;203m")
@@ -23,14 +23,14 @@ RESET = "\x1b[0m"
 
 
 class Contribution(NamedTuple):
-    """A token as the tokenizer cuts it, and what it adds to the predicted class's log-odds."""
+    """A token, and its contribution to the log-odds of the predicted class."""
 
     piece: str
     log_odds: float
 
 
 def contributions(model: TextClassifier, text: str) -> list[Contribution]:
-    """Returns the contribution of each token that is read of `text`, in order."""
+    """Returns the contributions of the tokens of `text`, in order."""
     texts = tf.constant([text])
     ids = model.token_ids(texts)[0].numpy()
     count = len(ids) - 1  # the end of the text is never left out
@@ -66,12 +66,12 @@ def log_odds(model: TextClassifier, ids: np.ndarray) -> np.ndarray:
 
 
 def marked(found: list[Contribution], tokenizer_kind: str, in_colour: bool) -> str:
-    """Returns the text with the tokens marked that matter.
+    """Returns the text with the important tokens marked.
 
     Args:
         tokenizer_kind: One of `data_pipelines.tokenizers.TOKENIZERS`.
-        in_colour: Green for the predicted class and red against it, the lighter the more; or else
-            the number behind the token, as in "a fine[+2.1] film".
+        in_colour: Marks in green for the predicted class and in red against it, brighter for more;
+            if False, with the number after the token, as in "a fine[+2.1] film".
     """
     largest = max((abs(c.log_odds) for c in found), default=0.0)
     text = ""

@@ -1,8 +1,8 @@
-"""--stage=export: a classifier bundle -> a SavedModel that takes raw text.
+"""--stage=export: exports a classifier bundle as a SavedModel that takes raw text.
 
-The tokenizer and the state (h, c) that the LSTM starts from are inside, so that TensorFlow alone
-runs it: TF Serving, or `tf.saved_model.load(folder).signatures["serving_default"]`. It runs on a
-CPU, whatever it was trained on.
+It contains the tokenizer and the initial state (h, c), so that TensorFlow alone can run it: TF
+Serving, or `tf.saved_model.load(folder).signatures["serving_default"]`. It runs on a CPU, whatever
+it was trained on.
 """
 
 import json
@@ -19,8 +19,7 @@ from trainer.safe_files import refuse_to_replace, remove
 
 TOLERANCE = 1e-5
 PROBE_WORDS = 40
-# What is exported is loaded as strangers load it: in isolated mode nothing of ours is importable
-# from here, and nothing of ours may be imported.
+# Loads the export as a stranger would: in isolated mode none of our packages can be imported.
 CHECK = """
 import json, sys
 import tensorflow as tf
@@ -37,15 +36,15 @@ print(json.dumps({
 def export(classifier_folder: Path, folder: Path) -> str:
     """Writes the SavedModel and checks it in a process without our code.
 
-    Its signature `serving_default` takes `texts`, string [texts], and gives `probabilities`,
-    float32 [texts, classes], and `label`, string [texts]. assets.extra/classes.txt has the
-    classes' names in their order, one a line.
+    Its signature `serving_default` takes `texts`, string [texts], and returns `probabilities`,
+    float32 [texts, classes], and `label`, string [texts]. assets.extra/classes.txt lists the names
+    of the classes in order.
 
     Returns:
-        What was done, for the eye.
+        A summary to print.
 
     Raises:
-        InputError: The bundle is not usable, or `folder` is there already or cannot be written.
+        InputError: The bundle is not usable, or `folder` exists or cannot be written.
     """
     model = load_classifier(classifier_folder)
     refuse_to_replace(folder, "--output")
@@ -54,7 +53,7 @@ def export(classifier_folder: Path, folder: Path) -> str:
     try:
         save(model, beside)
         difference = largest_difference(model, beside, probes(model))
-        if not difference <= TOLERANCE:  # not a number is no agreement either
+        if not difference <= TOLERANCE:  # NaN: the labels differ
             raise RuntimeError(
                 f"the exported model's probabilities differ by {difference} from the trainer's"
             )
@@ -79,7 +78,7 @@ def save(model: TextClassifier, folder: Path) -> None:
         label = tf.gather(names, tf.argmax(probabilities, axis=1))
         return {"probabilities": probabilities, "label": label}
 
-    # The gradient of our loops is not needed, and cannot be saved.
+    # Custom gradients are not needed, and cannot be saved.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     tf.saved_model.save(model, str(folder), {"serving_default": serve}, options)
     extra = folder / "assets.extra"
@@ -88,7 +87,7 @@ def save(model: TextClassifier, folder: Path) -> None:
 
 
 def largest_difference(model: TextClassifier, folder: Path, texts: list[str]) -> float:
-    """Returns by how much a probability of the exported model differs from the trainer's."""
+    """Returns the largest difference of a probability from the trainer's; NaN if labels differ."""
     command = [sys.executable, "-I", "-c", CHECK, str(folder)]
     done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True)
     if done.returncode:
@@ -101,7 +100,7 @@ def largest_difference(model: TextClassifier, folder: Path, texts: list[str]) ->
 
 
 def probes(model: TextClassifier) -> list[str]:
-    """Returns texts that use the vocabulary from end to end, and some that are odd."""
+    """Returns texts from the whole vocabulary, and some unusual ones."""
     size = model.tokenizer.vocab_size
     texts = ["", "\N{GREEK SMALL LETTER ALPHA} <br />!", "no " * (model.max_tokens + 9)]
     for start in range(3):

@@ -1,6 +1,6 @@
-"""--stage=predict: texts -> labels and probabilities, or what an autoencoder makes of them.
+"""--stage=predict and --stage=reconstruct: reads texts, writes predictions or reconstructions.
 
-Rows come out in the order in which they go in.
+Rows are written in the order in which they are read.
 """
 
 import json
@@ -18,7 +18,7 @@ from trainer.inference.reconstruct import reconstructor
 from trainer.inference.text_classifier import load_classifier
 from trainer.models import bundle
 
-# A window of rows is read, sorted by length, classified and written before the next is read.
+# Rows are read, sorted by length, classified and written one window after the other.
 WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 1 << 24
 FAULTS_SHOWN = 20
@@ -28,8 +28,8 @@ def predict(config: Config, texts: Sequence[str]) -> None:
     """Classifies `texts`, or else --input, and writes to --output.
 
     Raises:
-        InputError: A file is not as it must be, or rows hold no text; the other rows are written, and
-            each of these is named on standard error.
+        InputError: A file is malformed, or rows have no usable text. The other rows are written,
+            and the unusable ones are listed on standard error.
     """
     model = load_classifier(Path(config.classifier))
     tokenizer_kind = model.tokenizer.config()["type"]
@@ -48,9 +48,10 @@ def predict(config: Config, texts: Sequence[str]) -> None:
 
 
 def reconstruct(config: Config, texts: Sequence[str]) -> None:
-    """Has the autoencoder of --encoder write `texts`, or else --input, again; see `predict`.
+    """Writes `texts`, or else --input, as the autoencoder of --encoder reconstructs them.
 
-    A line of text becomes three: whether what it read and what it wrote are the same, and both.
+    A line of text becomes three: whether the reconstruction is exact, the text as read, and as
+    written. Raises as `predict`.
     """
     folder, output = Path(config.encoder), config.output or "-"
     trained = bundle.read_info(folder, "encoder", "--encoder").get("config", {})
@@ -73,18 +74,18 @@ def reconstruct(config: Config, texts: Sequence[str]) -> None:
 
 
 class Rows:
-    """The rows of the command line or of --input, in windows; those without a text are named."""
+    """Reads the rows of the command line or of --input in windows, and lists unusable ones."""
 
     def __init__(self, config: Config, texts: Sequence[str]):
         source = config.input or "-"
         self._rows = _rows_of(texts) if texts else read_rows(source, config.text_key or "text")
-        # Whoever types lines wants each answered.
+        # Typed lines are answered one by one.
         typed = not texts and source == "-" and sys.stdin.isatty()
         self._most_rows = 1 if typed else WINDOW_ROWS
         self._total = self._bad = 0
 
     def usable(self) -> Iterator[list[Row]]:
-        """Yields the rows that hold a text, in order."""
+        """Yields the usable rows of each window, in order."""
         for window in windows(self._rows, self._most_rows, WINDOW_CHARACTERS):
             self._total += len(window)
             for row in window:
@@ -94,11 +95,11 @@ class Rows:
             yield [row for row in window if not row.fault]
 
     def raise_if_bad(self) -> None:
-        """Raises InputError if there were rows without a text."""
+        """Raises InputError if there were unusable rows."""
         if self._bad:
             raise InputError(
-                f"{self._bad:,} of {self._total:,} rows hold no text that can be used; they are "
-                "left out of the output"
+                f"{self._bad:,} of {self._total:,} rows have no usable text; the output leaves "
+                "them out"
             )
 
 
@@ -111,4 +112,4 @@ def _name_fault(row: Row, number: int) -> None:
     if number <= FAULTS_SHOWN:
         print(f"error: {row.where}: {row.fault}", file=sys.stderr)
     if number == FAULTS_SHOWN:
-        print("error: (further rows of this kind are only counted)", file=sys.stderr)
+        print("error: (further unusable rows are counted, not listed)", file=sys.stderr)

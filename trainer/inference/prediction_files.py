@@ -1,4 +1,4 @@
-"""Predictions as lines of text, CSV, TSV or JSON Lines."""
+"""Writes predictions as lines of text, CSV, TSV or JSON Lines."""
 
 import contextlib
 import csv
@@ -20,7 +20,7 @@ Write = Callable[[Row, Prediction, list[Any] | None], None]
 
 @contextlib.contextmanager
 def opened(spec: str) -> Iterator[IO[str]]:
-    """Opens where predictions go; a file appears under its name when all is written.
+    """Opens the output of predictions; a file gets its name only when it is complete.
 
     Args:
         spec: `[KIND:]PATH`; "-" is standard output.
@@ -47,12 +47,12 @@ def opened(spec: str) -> Iterator[IO[str]]:
 def writer(spec: str, file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
     """Returns write(row, prediction, contributions), which writes a line or a record.
 
-    Tables and JSON Lines keep what the row had and add to it: `predicted`, and `probability_NAME`
-    for each class in a table, or `probabilities` in JSON Lines (and `contributions`, if there are
-    any). A line of text is the label, its probability and the text, tabs between them.
+    Tables and JSON Lines keep the row's values and add `predicted`, and `probability_NAME` for each
+    class in a table, or `probabilities` (and `contributions`, if given) in JSON Lines. A line of
+    text is the label, its probability and the text, separated by tabs.
 
     Args:
-        mark: Contributions -> the text with marks; a line of text has it below.
+        mark: Formats contributions for the line below a line of text.
     """
     kind, _ = kind_and_path(spec)
     if kind == "text":
@@ -94,7 +94,7 @@ def _table_writer(file: IO[str], kind: str) -> Write:
     def write_line(values: list[str]) -> None:
         if kind == "csv":
             csv_lines.writerow(values)
-        else:  # nothing is quoted in TSV
+        else:  # TSV has no quoting
             file.write("\t".join(" ".join(v.splitlines()).replace("\t", " ") for v in values))
             file.write("\n")
 
@@ -107,7 +107,7 @@ def _table_writer(file: IO[str], kind: str) -> Write:
             write_line(columns)
         if set(columns) != set(row.values) | set(added):
             raise InputError(
-                f"{row.where} has {', '.join(row.values)}, not what the first row had: "
+                f"{row.where} has {', '.join(row.values)}, which differ from the first row's: "
                 "choose --output=jsonl:PATH, where each record has its own keys"
             )
         values = {**row.values, **added}
@@ -123,5 +123,5 @@ def _as_text(value: Any) -> str:
 def _refuse_clash(row: Row, added: Mapping[str, Any]) -> None:
     if both := [name for name in added if name in row.values]:
         raise InputError(
-            f"{row.where} has {', '.join(both)} already, as predictions are called: rename it first"
+            f"{row.where} has {', '.join(both)} already, a name for predictions: rename it first"
         )

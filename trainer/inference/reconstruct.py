@@ -1,4 +1,4 @@
-"""What a pretrained sequence autoencoder makes of texts: it reads each one and writes it again."""
+"""Reconstructs texts with a pretrained sequence autoencoder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,13 +17,13 @@ BATCH_SIZE = 64
 
 
 class Reconstruction(NamedTuple):
-    """One text, read and written again.
+    """A text and its reconstruction.
 
     Attributes:
-        text: As it was given.
-        read: What the model saw of it: the words of its vocabulary, cut to its length.
-        written: What the model wrote.
-        exact: Whether it wrote the very tokens that it read, the end among them.
+        text: As given.
+        read: As the model read it: cut to its length, unknown words as <unk>.
+        written: As the model wrote it.
+        exact: Whether it wrote the same tokens as it read, including the end token.
     """
 
     text: str
@@ -32,31 +32,19 @@ class Reconstruction(NamedTuple):
     exact: bool
 
 
-def reconstruct_texts(
-    encoder_folder: Path, texts: Sequence[str], max_tokens: int
-) -> list[Reconstruction]:
-    """Returns each text as the autoencoder of a bundle writes it again, by greedy decoding.
-
-    Args:
-        encoder_folder: An encoder bundle that pretraining wrote, its decoder bundle beside it.
-        texts: Raw.
-        max_tokens: A text's first tokens that are read, the end token among them; at least 1. An
-            autoencoder does well up to the --pretrain_max_tokens of its pretraining.
-
-    Raises:
-        InputError: A bundle is missing or damaged, the two are not of one model, or the encoder is
-            not of an autoencoder.
-    """
-    return reconstructor(encoder_folder, max_tokens)(texts)
-
-
 def reconstructor(
     encoder_folder: Path, max_tokens: int
 ) -> Callable[[Sequence[str]], list[Reconstruction]]:
-    """Returns `reconstruct_texts` for many calls: the bundles are read once.
+    """Returns a function that reconstructs raw texts by greedy decoding.
+
+    Args:
+        encoder_folder: An encoder bundle from pretraining, with its decoder bundle beside it.
+        max_tokens: Number of first tokens of a text to read, including the end token; at least 1.
+            An autoencoder does well up to the --pretrain_max_tokens of its pretraining.
 
     Raises:
-        InputError: As `reconstruct_texts`.
+        InputError: A bundle is missing or damaged, the two are not from one model, or the encoder
+            is not from an autoencoder.
     """
     loaded = bundle.load(encoder_folder, "encoder", "--encoder")
     model = load_autoencoder(encoder_folder, loaded)
@@ -90,17 +78,17 @@ def load_autoencoder(encoder_folder: Path, loaded: bundle.Bundle) -> SequenceAut
     """Returns the autoencoder of an encoder bundle and the decoder bundle beside it.
 
     Args:
-        encoder_folder: Where the encoder bundle is from.
+        encoder_folder: Of the encoder bundle.
         loaded: The encoder bundle.
 
     Raises:
-        InputError: As `reconstruct_texts`.
+        InputError: As `reconstructor`.
     """
     objective = loaded.info.get("objective")
     if objective != "sequence_autoencoder":
         raise InputError(
             f"--encoder={encoder_folder}: it was pretrained with --pretrain_objective="
-            f"{objective!s:.99}; only a sequence_autoencoder writes texts again"
+            f"{objective!s:.99}; only a sequence_autoencoder writes reconstructions"
         )
     folder = encoder_folder.with_name("decoder")
     decoder = bundle.load(folder, "decoder", "the decoder beside --encoder")

@@ -1,14 +1,14 @@
-"""--stage=serve: a classifier answers over HTTP, from one process on the CPU.
+"""--stage=serve: serves a classifier over HTTP, from one process on the CPU.
 
   GET  /         a page to try sentences
   POST /predict  {"text": "..."} or {"texts": ["...", ...]}
                  -> {"predictions": [{"label": "pos", "probabilities": {"neg": 0.1, "pos": 0.9}}]}
   GET  /healthz  200 while it serves
 
-What comes while the model computes is put together into the next batch, so nobody waits for a
-timer. A fault is {"error": "..."}: 400 what is no JSON, 413 what is too large or too many, 421 a
-Host that is not this machine while it listens on loopback, 422 texts that are none, 503 when more
-is waiting than can be answered soon.
+Requests that arrive while the model computes form the next batch, so none waits for a timer. An
+error is {"error": "..."}: 400 for invalid JSON, 413 for too many or too large texts, 421 for the
+Host of another machine while it listens on loopback, 422 for invalid texts, 503 for an overfull
+queue.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from trainer.inference.text_classifier import TextClassifier, load_classifier
 
 BATCH_TEXTS = 256
 PENDING_TEXTS = 4096
-READ_AND_DROPPED = 64  # times --max_body_bytes: so far a refused body is read, to be answered
+READ_AND_DROPPED = 64  # times --max_body_bytes are read of an oversized body before the answer
 GRACE_SECONDS = 20
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
@@ -50,7 +50,7 @@ PAGE_HEADERS = {
 
 
 class Refusal(Exception):
-    """A request that is not answered: the status and why."""
+    """A refused request: the HTTP status and the reason."""
 
     def __init__(self, status: int, why: str):
         super().__init__(why)
@@ -58,7 +58,7 @@ class Refusal(Exception):
 
 
 class Batcher:
-    """Answers requests together: one batch is computed while the next one gathers."""
+    """Batches requests: one batch is computed while the next one gathers."""
 
     def __init__(self, model: TextClassifier):
         self._model = model
@@ -71,9 +71,9 @@ class Batcher:
         """Returns float32 [texts, classes].
 
         Raises:
-            Refusal: Too much is waiting.
+            Refusal: The queue is full.
         """
-        # A request alone is answered however large: --max_texts is its limit.
+        # A single request is always accepted; --max_texts limits it.
         if self._pending_texts and self._pending_texts + len(texts) > PENDING_TEXTS:
             raise Refusal(503, f"{self._pending_texts} texts are waiting: try again later")
         answer = asyncio.get_running_loop().create_future()
@@ -86,7 +86,7 @@ class Batcher:
             self._pending_texts -= len(texts)
 
     async def work(self) -> None:
-        """Computes for ever."""
+        """Computes batches until it is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
@@ -119,10 +119,10 @@ class Batcher:
 
 
 class OnlyLoopback:
-    """Middleware that answers requests to this machine's own names alone.
+    """Middleware that refuses requests whose Host is not this machine.
 
-    Otherwise a page of elsewhere could ask a server on loopback, and read what it answers, by a
-    name of its own that it lets point to 127.0.0.1 (DNS rebinding).
+    Otherwise a foreign web page could query a server on loopback, through a domain that resolves
+    to 127.0.0.1 (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp):
@@ -139,7 +139,7 @@ class OnlyLoopback:
 
 
 def is_loopback(host: str) -> bool:
-    """Returns whether a Host header, or an address, is one of this machine's own."""
+    """Returns whether a Host header or an address is a loopback one."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
@@ -153,7 +153,7 @@ def application(
     """Returns the ASGI application.
 
     Args:
-        only_loopback: Whether it listens on loopback: then only requests to there are answered.
+        only_loopback: Whether to answer only requests to loopback names.
     """
     page = (resources.files("trainer.inference") / "serve.html").read_text(encoding="utf-8")
 
@@ -191,14 +191,14 @@ def application(
 
 
 async def body_of(request: Request, max_bytes: int) -> bytes:
-    """Returns the body.
+    """Returns the body of a request.
 
     Raises:
-        Refusal: It is larger than `max_bytes`, whatever it says of its length. It is read to its
-            end first, within reason: a client that is still sending would not see the answer.
+        Refusal: It is larger than `max_bytes`, declared or not. Up to READ_AND_DROPPED times
+            `max_bytes` are read first: a client that is still sending would not see the answer.
     """
-    said = request.headers.get("content-length", "")
-    size = int(said) if said.isdecimal() else 0
+    declared = request.headers.get("content-length", "")
+    size = int(declared) if declared.isdecimal() else 0
     parts = []
     if size <= READ_AND_DROPPED * max_bytes:
         size = 0
@@ -217,7 +217,7 @@ def texts_of(body: bytes, max_texts: int) -> list[str]:
     """Returns the texts of a request's body.
 
     Raises:
-        Refusal: It is no JSON object, or has no texts, or more than `max_texts`.
+        Refusal: It is not a JSON object, or has no texts, or more than `max_texts`.
     """
     try:
         values: Any = json.loads(body)
@@ -231,33 +231,35 @@ def texts_of(body: bytes, max_texts: int) -> list[str]:
     if len(texts) > max_texts:
         raise Refusal(413, f"{len(texts)} texts are more than {max_texts} (--max_texts)")
     for number, text in enumerate(texts, 1):
-        fault = text_fault(text) if isinstance(text, str) else "it is no text"
+        fault = text_fault(text) if isinstance(text, str) else "it is not a string"
         if fault:
             raise Refusal(422, f"text {number}: {fault}")
     return texts
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens, of IPv6 where the address is.
+    """Returns a listening socket, of IPv6 for an IPv6 address.
 
     Raises:
-        InputError: The address cannot be had.
+        InputError: The address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise InputError(f"--host={host} --port={port} cannot be had: {error.strerror}") from None
+        raise InputError(
+            f"--host={host} --port={port} is not available: {error.strerror}"
+        ) from None
 
 
 def serve(config: Config) -> None:
-    """Serves until TERM or INT; what is being answered then is answered first.
+    """Serves until TERM or INT, and then finishes the open requests.
 
     Raises:
-        InputError: The classifier is not usable, or the address cannot be had.
+        InputError: The classifier is not usable, or the address is not available.
     """
     model = load_classifier(Path(config.classifier))
-    model.probabilities(["the first text makes the graphs"])
+    model.probabilities(["the first text traces the graphs"])
     listener = listening(config.host, config.port)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
@@ -271,7 +273,7 @@ def serve(config: Config) -> None:
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
     )
-    # The server restores these and raises the signal again when it has stopped.
+    # The server restores these handlers and raises the signal again when it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     print(f"serving {config.classifier} at http://{host}:{port}", flush=True)

@@ -15,11 +15,11 @@ from trainer.variables import assign
 
 
 class Prediction(NamedTuple):
-    """What a classifier says of a text.
+    """A classifier's prediction for a text.
 
     Attributes:
-        label: Name of the most probable class.
-        probabilities: By class name, in the order of the classes, to six decimals.
+        label: The most probable class.
+        probabilities: By class, rounded to six decimals.
     """
 
     label: str
@@ -27,13 +27,13 @@ class Prediction(NamedTuple):
 
 
 class TextClassifier(tf.Module):
-    """A classifier with the tokenizer that it was trained with, all of it in-graph.
+    """A classifier with its tokenizer, all in-graph.
 
     Attributes:
-        classifier: Its initial state (h, c) is among its weights.
-        tokenizer: Of the text that it was trained on.
-        class_names: By class.
-        max_tokens: A document's last tokens that are read.
+        classifier: Its weights include its initial state (h, c).
+        tokenizer: The one that it was trained with.
+        class_names: In the order of the classes.
+        max_tokens: The number of last tokens that are read of a text.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TextClassifier(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
     def token_ids(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Returns what the classifier reads: ragged int32 [texts, (at most max_tokens)]."""
+        """Returns the tokens to read: ragged int32 [texts, (at most max_tokens)]."""
         return self.tokenizer.encode(texts)[:, -self.max_tokens :]
 
     @tf.function(
@@ -59,14 +59,14 @@ class TextClassifier(tf.Module):
         autograph=False,
     )
     def logits(self, tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-        """Returns a logit for each class, of two classes too: float32 [batch, classes].
+        """Returns a logit for each class, also if there are two: float32 [batch, classes].
 
         Args:
             tokens: Int32 [batch, time], right-padded.
             lengths: Int32 [batch].
         """
         logits = self.classifier.logits(tokens, lengths, training=False)
-        if self.classifier.num_classes == 2:  # softmax of these is the sigmoid of the one
+        if self.classifier.num_classes == 2:  # their softmax is the sigmoid of the logit
             return tf.concat([-logits / 2, logits / 2], axis=1)
         return logits
 
@@ -77,19 +77,19 @@ class TextClassifier(tf.Module):
         return tf.nn.softmax(self.logits(ids.to_tensor(), tf.cast(ids.row_lengths(), tf.int32)))
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
-        """Returns the predictions in the texts' order; texts of like length are read together."""
+        """Returns the predictions in the order of the texts."""
         return [self.prediction(row) for row in self.probabilities(texts)]
 
     def prediction(self, probabilities: np.ndarray) -> Prediction:
-        """Returns what the probabilities [classes] of one text say."""
+        """Returns the prediction of a text with these probabilities [classes]."""
         values = [round(float(p), 6) for p in probabilities]
         label = self.class_names[int(np.argmax(probabilities))]
         return Prediction(label, dict(zip(self.class_names, values, strict=True)))
 
     def probabilities(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Returns the probability of each class: float32 [texts, classes], in the texts' order.
+        """Returns the probability of each class: float32 [texts, classes], in order.
 
-        Texts of about the same length are read together.
+        Texts of similar length are read together.
         """
         found = np.zeros((len(texts), len(self.class_names)), np.float32)
         if not len(texts):
@@ -108,10 +108,11 @@ class TextClassifier(tf.Module):
 
 
 def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClassifier:
-    """Returns the classifier that fine-tuning wrote to `folder`.
+    """Returns the classifier of a bundle from fine-tuning.
 
     Args:
-        flag: What named the folder, for the error.
+        folder: Of the bundle.
+        flag: The flag that names the folder, for errors.
 
     Raises:
         InputError: There is no classifier bundle in `folder`, or it is damaged.
@@ -129,7 +130,7 @@ def bundle_tokenizer(folder: Path, info: dict[str, Any], flag: str) -> Tokenizer
     """Returns the bundle's tokenizer.
 
     Raises:
-        InputError: It is not the one of the bundle's digest.
+        InputError: It does not match the bundle's digest.
     """
     config = info.get("tokenizer")
     if not isinstance(config, dict):
@@ -144,7 +145,7 @@ def bundle_tokenizer(folder: Path, info: dict[str, Any], flag: str) -> Tokenizer
 
 
 def class_names(info: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the classes' names; their numbers where a bundle does not have names."""
+    """Returns the names of the classes, or their numbers if the bundle has no names."""
     count = info["model"]["num_classes"]
     names = info.get("class_names")
     if (

@@ -11,11 +11,11 @@ from trainer.models.encoder import Encoder, States
 
 
 class TextEncoder(tf.Module):
-    """An encoder with the tokenizer that it was trained with, all of it in-graph.
+    """An encoder with its tokenizer, all in-graph.
 
     Attributes:
-        encoder: Starts from the learned state.
-        tokenizer: Of the text that it was trained on.
+        encoder: It starts from its learned state.
+        tokenizer: The one that it was trained with.
     """
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer):
@@ -27,7 +27,8 @@ class TextEncoder(tf.Module):
     def of_texts(self, texts: tf.Tensor) -> tuple[tf.RaggedTensor, States]:
         """Returns outputs of the top layer, ragged [texts, (tokens), units], and final states.
 
-        The states are for each layer [h, c], each [texts, units]. An end-of-text token comes last.
+        The states are [h, c] for each layer, each [texts, units]. The last token of a text is its
+        end token.
         """
         ids = self.tokenizer.encode(texts)
         lengths = tf.cast(ids.row_lengths(), tf.int32)
@@ -35,22 +36,23 @@ class TextEncoder(tf.Module):
         return tf.RaggedTensor.from_tensor(outputs, lengths), final
 
     def __call__(self, texts: tf.Tensor, training: bool = False) -> States:
-        """Returns the final states alone, as a Keras encoder does.
+        """Returns the final states only, as a Keras encoder does.
 
         Args:
             texts: String [texts].
             training: Must be False.
         """
         if training:
-            raise ValueError("a TextEncoder reads; to train its encoder, use --stage=finetune")
+            raise ValueError("a TextEncoder only reads; to train its encoder, use --stage=finetune")
         return self.of_texts(texts)[1]
 
 
 def load_encoder(folder: str | Path, flag: str = "folder") -> TextEncoder:
-    """Returns the encoder that pretraining wrote to `folder`, with its learned state.
+    """Returns the encoder of a bundle from pretraining, with its learned state.
 
     Args:
-        flag: What named the folder, for the error.
+        folder: Of the bundle.
+        flag: The flag that names the folder, for errors.
 
     Raises:
         InputError: There is no encoder bundle in `folder`, or it is damaged.

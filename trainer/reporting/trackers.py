@@ -36,7 +36,7 @@ class Tracker(Protocol):
 
         Args:
             status: "finished"; "killed", by TERM; or "failed", by an error.
-            report: Report.json of a run that is finished and has written its folder; else empty.
+            report: report.json of a finished run; else empty.
         """
 
 
@@ -66,7 +66,8 @@ class Guarded:
         except Exception as error:  # whatever a foreign client raises
             self._tracker = None
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            self._log(f"warning: --track={self._name} is off from here on; the run continues: {why}")
+            off = f"--track={self._name} is off from here on"
+            self._log(f"warning: {off}; the run continues: {why}")
 
 
 def faults_of(track: str) -> list[str]:

@@ -99,7 +99,7 @@ def test_many_clients_at_once_each_get_their_own_answer(server: tuple) -> None:
         ({"text": "a", "texts": ["b"]}, 422, "the body must be"),
         ({"texts": "a"}, 422, "must be a list"),
         ({"texts": ["a", " "]}, 422, "text 2: the text is empty"),
-        ({"texts": ["a", 3]}, 422, "text 2: it is no text"),
+        ({"texts": ["a", 3]}, 422, "text 2: it is not a string"),
         ({"text": "\ud800"}, 422, "lone surrogate"),
         ({"text": "a\0b"}, 422, "NUL"),
         ({"texts": ["a"] * 51}, 413, "51 texts are more than 50"),
@@ -190,7 +190,7 @@ def test_a_port_that_is_taken_is_said(server: tuple, classifier_bundle: Path) ->
         text=True,
     )
     assert done.returncode == 2
-    assert f"--port={server[1]} cannot be had: Address already in use" in done.stderr
+    assert f"--port={server[1]} is not available: Address already in use" in done.stderr
 
 
 def test_a_request_alone_is_answered_however_large(classifier_bundle: Path) -> None:
@@ -213,7 +213,7 @@ def test_an_address_of_ipv6_is_one() -> None:
         pytest.skip("this machine has no IPv6")
     with listening("::1", 0) as listener:
         assert listener.getsockname()[0] == "::1"
-    with pytest.raises(InputError, match="--host=no host --port=1 cannot be had"):
+    with pytest.raises(InputError, match="--host=no host --port=1 is not available"):
         listening("no host", 1)
 
 
