@@ -6,5 +6,5 @@ The rooms by floor. A room imports only from floors below its own (tests/test_ar
     4  batches, rows
     3  store, sources, word_vectors
     2  files, tokenizers
-    1  errors, quiet_tensorflow, reserved_ids
+    1  errors, flag_fields, quiet_tensorflow, reserved_ids
 """

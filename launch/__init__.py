@@ -4,5 +4,5 @@ The rooms by floor. A room imports only from floors below its own (tests/test_ar
 
     3  main
     2  kubernetes, local, slurm
-    1  log_files
+    1  log_files, platform
 """

@@ -1,12 +1,13 @@
-"""Files that are written so that they survive a crash, and read as if a stranger had written them.
+"""Files that survive a crash while they are written, and are read without trust.
 
-Written: beside their place, flushed to the disk, renamed, and the folder flushed as well; so that
-after a power loss there is either the old or the new.
+Written: under a temporary name, flushed to the disk and renamed, and the folder is flushed; after a
+power loss there is either the old file or the new one.
 
-Read: regular files only, never through a link; sizes, names and types are checked against the
-header and the file's length before memory is taken for them. No pickle.
+Read: regular files only, never through a link. Sizes, names and types are checked against the
+header and the file's length before memory is allocated. No pickle.
 
-The format of tensors is safetensors: 8 bytes, the header's length; the header, JSON; the bytes.
+Tensors are in the safetensors format: 8 bytes with the length of the header, the header in JSON,
+the data.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.store.seal import seal_fault, with_seal
 from data_pipelines.store.store_writer import flush_folder
 
-# The names that safetensors gives to the types of NumPy's that we write.
+# Names in safetensors of the NumPy types that we write.
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BOOL": np.bool_,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
@@ -35,16 +36,16 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 Buffer = bytes | np.ndarray
-MAX_HEADER_BYTES = 1 << 20  # some 10,000 tensors
+MAX_HEADER_BYTES = 1 << 20  # about 10,000 tensors
 MAX_JSON_BYTES = 1 << 22
 
 
 class DamagedError(Exception):
-    """A file is not there, cannot be read, or does not hold what it must; says which and why."""
+    """A file is missing, unreadable or has the wrong content; the text says which and why."""
 
 
 def write_durably(path: Path, parts: Sequence[Buffer]) -> None:
-    """Writes a new file, of parts one after the other, and flushes it to the disk."""
+    """Writes a new file from parts, and flushes it to the disk."""
     with path.open("xb") as file:
         for part in parts:
             file.write(part if isinstance(part, bytes) else part.data)
@@ -53,12 +54,12 @@ def write_durably(path: Path, parts: Sequence[Buffer]) -> None:
 
 
 def write_folder(new: Path, folder: Path, files: Mapping[str, bytes | Sequence[Buffer]]) -> None:
-    """Writes files, name -> bytes or parts, to `new`, and renames it to `folder`, which may exist.
+    """Writes files (bytes or parts by name) to `new`, and renames it to `folder`, which may exist.
 
-    If the power fails between the two renames of a folder that existed, its new and its old form
-    are still there, as NAME.new and NAME.old, and a resumed run writes it again.
+    After a power loss between the two renames of a replaced folder, NAME.new and NAME.old are
+    left, and a resumed run writes the folder again.
     """
-    remove(new)  # what a killed writer left
+    remove(new)  # left by a killed writer
     new.mkdir(parents=True)
     for name, data in files.items():
         write_durably(new / name, [data] if isinstance(data, bytes) else data)
@@ -73,26 +74,23 @@ def write_folder(new: Path, folder: Path, files: Mapping[str, bytes | Sequence[B
 
 
 def refuse_to_replace(folder: Path, flag: str) -> None:
-    """Raises InputError if there is anything at `folder`, which the user's `flag` names.
+    """Raises InputError if `folder`, named by the user's `flag`, exists.
 
-    `write_folder` puts its own in the place of whatever is there: right for a run's own folders.
+    `write_folder` replaces a folder without asking, which is right only for a run's own folders.
     """
     if os.path.lexists(folder):
         raise InputError(f"{flag}={folder} is there already: name a new folder, or remove it")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file beside `path` and renames it: whoever is killed leaves the old or the new.
-
-    It is not flushed: for what a run can do without.
-    """
+    """Writes a text file atomically, without flushing it: for files that a run can do without."""
     beside = path.with_name(path.name + ".new")
     beside.write_text(text)
     beside.replace(path)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all that is in it, if it is there."""
+    """Removes a file, a link or a whole folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -100,15 +98,15 @@ def remove(path: Path) -> None:
 
 
 def sealed(values: Mapping[str, Any]) -> bytes:
-    """Returns `values` as JSON, with a checksum of its own, which `read_sealed` verifies."""
+    """Returns `values` as JSON with a checksum, which `read_sealed` verifies."""
     return (json.dumps(with_seal(values), indent=2) + "\n").encode()
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Returns what `sealed` was given.
+    """Returns the values of a file made by `sealed`.
 
     Raises:
-        DamagedError: The file is missing, a link, larger than 4 MiB, no JSON object, or its
+        DamagedError: The file is missing, a link, larger than 4 MiB, not a JSON object, or its
             checksum is wrong.
     """
     with _opened(path) as file:
@@ -122,9 +120,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def tensor_parts(tensors: Mapping[str, np.ndarray]) -> list[Buffer]:
-    """Returns the parts of a file of tensors in the format of safetensors; no bytes are copied.
+    """Returns the parts of a safetensors file, without copying the tensors.
 
-    They are sorted by the size of their type, so that each is aligned to it.
+    Tensors with larger types come first, so that all are aligned.
     """
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
@@ -142,25 +140,25 @@ def tensor_parts(tensors: Mapping[str, np.ndarray]) -> list[Buffer]:
 
 
 def flat_bytes(array: np.ndarray) -> np.ndarray:
-    """Returns the bytes of an array in C order, uint8 [bytes], without a copy of them."""
+    """Returns the bytes of an array in C order, uint8 [bytes], without a copy."""
     return array.reshape(-1).view(np.uint8)
 
 
 def specs(tensors: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
-    """Returns name -> [dtype, shape], as JSON can hold it and `read_tensors` wants it."""
+    """Returns [dtype, shape] by name, for JSON and for `read_tensors`."""
     return {name: [str(array.dtype), list(array.shape)] for name, array in tensors.items()}
 
 
 def read_tensors(path: Path, expected: Any) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file, once its header is what was `expected`.
+    """Returns the tensors of a file whose header equals `expected`.
 
     Args:
-        expected: As `specs` returns it.
+        expected: From `specs`.
 
     Raises:
         DamagedError: The file is missing or a link; its header is larger than 1 MiB, damaged, or
-            names other tensors than expected; or the file's length is not what the header asks for.
-            All before memory is taken for the tensors.
+            names other tensors than expected; or the file's length does not match the header. All
+            is checked before memory is allocated for the tensors.
     """
     with _opened(path) as file:
         total = os.fstat(file.fileno()).st_size
@@ -186,12 +184,12 @@ def read_tensors(path: Path, expected: Any) -> dict[str, np.ndarray]:
 def _layout(
     path: Path, header: dict[str, Any], size: int
 ) -> dict[str, tuple[np.dtype, list[int], int]]:
-    """Returns name -> (dtype, shape, first byte) of tensors that fill `size` bytes, none twice."""
+    """Returns (dtype, shape, first byte) by name, of tensors that exactly cover `size` bytes."""
     header.pop("__metadata__", None)
     layout, spans = {}, []
     try:
         for name, entry in header.items():
-            name.encode()  # JSON can hold what UTF-8 cannot
+            name.encode()  # JSON allows lone surrogates, UTF-8 does not
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), entry["shape"]
             start, stop = entry["data_offsets"]
             numbers = [*shape, start, stop]
@@ -217,7 +215,7 @@ def _layout(
 
 def _difference(found: dict[str, Any], expected: Any) -> str:
     if not isinstance(expected, dict):
-        return "there is no list of the tensors that it should have"
+        return "the list of its expected tensors is missing"
     names = sorted(found.keys() ^ expected.keys())
     names = names or sorted(name for name in found if found[name] != expected[name])
     return (
@@ -242,11 +240,11 @@ def file_sha256(path: Path, max_bytes: int) -> str:
 def _opened(path: Path) -> Iterator[BufferedReader]:
     """Opens a regular file; errors of reading become DamagedError."""
     try:
-        # Not waiting: to open a pipe for reading waits for a writer.
+        # Without blocking: opening a pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise DamagedError(f"{path} is no regular file")
+            raise DamagedError(f"{path} is not a regular file")
         with os.fdopen(descriptor, "rb") as file:
             yield file
     except OSError as error:

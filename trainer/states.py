@@ -1,15 +1,19 @@
-"""Learned states: the hidden and cell state that an LSTM starts from, as values of their own.
+"""Learned states: the hidden and cell state that an LSTM starts from.
 
-They are made in four ways (`--initial_state`):
+There are four kinds (`--initial_state`):
 
   zero     zeros: Keras's default, and the control
   mean     the encoder's final state, averaged over the pretraining corpus
-  learned  trained as parameters during pretraining, and carried over (and trained on)
-  encode   the encoder's final state for the very document that is to be classified
+  learned  trained as parameters during pretraining, and further during fine-tuning
+  encode   the encoder's final state for the document to classify
 
-For use with any Keras model: `from_encoder` makes them, `load` and `load_encoder` read what
-pretraining wrote, `apply` makes layers start from them. docs/initialising-lstm-state.md has
-examples. This module needs no flags and no other part of the trainer until one is used.
+They work with any Keras model: `from_encoder` makes them, `load` and `load_encoder` read them from
+a bundle, `apply` makes layers start from them. docs/initialising-lstm-state.md has more.
+
+Example:
+    state = states.from_encoder(autoencoder, x, layers="encoder")  # the mean over x
+    states.apply(model, state)
+    model.compile("adam", "mse")
 """
 
 from collections.abc import Sequence
@@ -33,7 +37,7 @@ __all__ = ["LearnedState", "apply", "from_encoder", "learned", "load", "load_enc
 
 
 def learned(encoder: Encoder) -> list[LearnedState]:
-    """Returns the state that each layer of `encoder` starts from."""
+    """Returns the initial state of each layer of `encoder`."""
     return [LearnedState(h.numpy(), c.numpy()) for h, c in encoder.initial_states]
 
 
@@ -46,7 +50,7 @@ def mean(
     """Returns each layer's final state, averaged over the documents of `batches`.
 
     Args:
-        batches: Of `make_dataset`; a collective: all processes call it.
+        batches: From `make_dataset`. This is a collective: all processes call it.
         stop_request: As in `sum_over_batches`.
     """
 
@@ -68,21 +72,21 @@ def from_encoder(
     layers: str | Sequence[str] | None = None,
     batch_size: int = 64,
 ) -> list[LearnedState]:
-    """Returns the state in which an encoder ends after reading `data`: one LearnedState an LSTM.
+    """Returns the final state of an encoder after reading `data`: a LearnedState for each LSTM.
 
     Args:
-        encoder: A trained one: what `load_encoder` returned; a `keras.layers.LSTM`; a Keras model
-            that returns its LSTM's states, as `keras.Model(inputs, [h, c])`; or a functional or
+        encoder: A trained encoder: from `load_encoder`; a `keras.layers.LSTM`; a Keras model that
+            returns its LSTM's states, as `keras.Model(inputs, [h, c])`; or a functional or
             sequential model with an LSTM inside, such as a whole autoencoder.
-        data: What the encoder reads: texts, an array of inputs, or a `tf.data.Dataset` of batches,
-            of which labels are ignored.
-        how: "mean": averaged over the documents, h and c are [units]; "encode": of each document,
+        data: Input of the encoder: texts, an array, or a `tf.data.Dataset` of batches, whose labels
+            are ignored.
+        how: "mean": averaged over the documents, h and c are [units]; "encode": for each document,
             [documents, units].
-        layers: The names of the layers whose state is meant, where a model has several LSTMs.
-        batch_size: Of documents, where `data` is not made of batches.
+        layers: The names of the layers, for a model with several LSTMs.
+        batch_size: Of documents, if `data` is not batched.
 
     Raises:
-        ValueError: It cannot be told which states are meant, `data` is empty, or `how` is neither.
+        ValueError: The states are ambiguous, `data` is empty, or `how` is unknown.
     """
     if how not in ("mean", "encode"):
         raise ValueError(f"how={how!r} is neither 'mean' nor 'encode'")
@@ -96,19 +100,19 @@ def from_encoder(
         documents += len(final[0])
         parts.append([part.sum(0, np.float64) for part in final] if how == "mean" else final)
     if not documents:
-        raise ValueError("there are no documents to take the state of")
+        raise ValueError("there are no documents to read")
     join = np.concatenate if how == "encode" else lambda sums: np.sum(sums, axis=0) / documents
     values = [join(column).astype(np.float32) for column in zip(*parts, strict=True)]
     return [LearnedState(h, c) for h, c in zip(values[::2], values[1::2], strict=True)]
 
 
 def load(folder: str | Path, name: str = "learned") -> list[LearnedState]:
-    """Returns a state of an encoder bundle, which pretraining wrote: one LearnedState a layer.
+    """Returns a state of an encoder bundle from pretraining: a LearnedState for each layer.
 
     Args:
         folder: Of the bundle.
-        name: "learned", the state that was trained with the encoder's weights, or "mean", its final
-            state averaged over the pretraining corpus.
+        name: "learned", the state trained with the encoder's weights, or "mean", its final state
+            averaged over the pretraining corpus.
 
     Raises:
         InputError: There is no encoder bundle in the folder, or it is damaged.
@@ -120,7 +124,7 @@ def load(folder: str | Path, name: str = "learned") -> list[LearnedState]:
 
 
 def load_encoder(folder: str | Path) -> "TextEncoder":
-    """Returns the encoder of a bundle with its tokenizer: it reads raw text.
+    """Returns the encoder of a bundle with its tokenizer, for raw text.
 
     Raises:
         InputError: There is no encoder bundle in the folder, or it is damaged.
@@ -138,24 +142,23 @@ def apply(
 ) -> None:
     """Makes LSTMs start from `state`, in place.
 
-    A stateful layer gets it as its present states. Any other starts every row of every batch
-    from it, where its call is given no `initial_state`: for that a stock `keras.layers.LSTM`
-    becomes a `WarmLSTM`, the same layer with two weights more, `initial_h` and `initial_c`. They
-    are saved with the model; to load that, import this module first. As after a change of
-    `trainable`, a model that is in use must be compiled again, so that it notices.
+    A stateful layer gets it as its present states. Every other layer starts each row of a batch
+    from it, unless its call is given an `initial_state`. For that a stock `keras.layers.LSTM`
+    becomes a `WarmLSTM`, the same layer with two more weights, `initial_h` and `initial_c`, which
+    are saved with the model; to load such a model, import this module first. As after a change of
+    `trainable`, compile the model again.
 
     Args:
         target: An LSTM, a `Bidirectional` of LSTMs (two states, forward first), a model, a layer
             made of layers, or a list of these.
         state: For each LSTM a LearnedState or [h, c], each [units], and for a stateful layer also
-            [batch, units]; one alone, several in a list, or all in one flat list as Keras returns it.
-        layers: Names of the LSTMs inside of a model, where it has more than there are states.
-        trainable: Whether h and c are trained from now on, as the layer's other weights; None: if
-            they are trained now.
+            [batch, units]: a single one, a list, or a flat list as Keras returns it.
+        layers: Names of LSTMs inside of a model with more LSTMs than states.
+        trainable: Whether h and c are trained from now on; None: as before.
 
     Raises:
-        ValueError: There are more or fewer states than LSTMs, they are of other sizes, or a layer
-            cannot be made to start from a state. No layer is changed then.
+        ValueError: The numbers of states and LSTMs differ, sizes differ, or the state of a layer
+            cannot be set. No layer is changed then.
     """
     pairs = _pairs(state)
     found = keras_states.starts(_named(target, layers))
@@ -167,14 +170,14 @@ def apply(
     for start, pair in zip(found, pairs, strict=True):
         if trainable and not start.can_be_trained:
             raise ValueError(
-                f"{start.name} is stateful: what it starts from is a value, not a weight; "
+                f"{start.name} is stateful: its state is a value, not a weight; "
                 "trainable=True needs a layer that is not stateful"
             )
         for part, value in zip("hc", pair, strict=True):
             if value.shape not in start.shapes:
                 hint = (
-                    "; every row starts from one state: take from_encoder(..., how='mean'), or "
-                    "pass each row its own in the call, initial_state=[h, c]"
+                    "; every row starts from one state: use from_encoder(..., how='mean'), or "
+                    "pass a state for each row to the call, initial_state=[h, c]"
                 )
                 raise ValueError(
                     f"{start.name} takes {part} of shape {' or '.join(map(str, start.shapes))}, "
@@ -182,7 +185,7 @@ def apply(
                 )
     for start, (h, c) in zip(found, pairs, strict=True):
         start.set(h, c, trainable)
-    if isinstance(target, keras.Model):  # what it has traced may still start from zeros
+    if isinstance(target, keras.Model):  # traced functions may still start from zeros
         target.train_function = target.test_function = target.predict_function = None
 
 
@@ -197,8 +200,8 @@ def _named(target: Any, layers: str | Sequence[str] | None) -> Any:
 
 
 def _pairs(state: Any) -> list[LearnedState]:
-    """Returns one LearnedState an LSTM, of whatever `apply` takes."""
+    """Returns the argument of `apply` as a LearnedState for each LSTM."""
     parts = [np.asarray(part, np.float32) for part in tf.nest.flatten(state)]
     if not parts or len(parts) % 2:
-        raise ValueError(f"a state is h and c, for each LSTM; got {len(parts)} arrays")
+        raise ValueError(f"a state is h and c for each LSTM; got {len(parts)} arrays")
     return [LearnedState(h, c) for h, c in zip(parts[::2], parts[1::2], strict=True)]

@@ -32,11 +32,11 @@ class Cluster:
     """One process's place among its peers.
 
     Attributes:
-        rank: This process's index, 0 is the chief.
-        size: Number of processes.
-        addresses: "host:port" of every process, by rank; empty where the platform does not name them.
-        horovod: Whether a launcher of Horovod's processes started them.
-        named_by: The variable that says how many there are; empty for a process alone.
+      rank: this process's index, 0 is the chief.
+      size: number of processes.
+      addresses: "host:port" of every process, by rank; empty where the platform does not name them.
+      horovod: whether a launcher of Horovod's processes started them.
+      named_by: the variable that says how many there are; empty for a process alone.
     """
 
     rank: int
@@ -70,7 +70,7 @@ def resolve(environ: Mapping[str, str]) -> Cluster:
     WARMSTATE_PORT on, by rank; without it from one that the job's and the step's number give.
 
     Raises:
-        InputError: What is there is not usable, half there, or contradicts itself.
+      InputError: what is there is not usable, half there, or contradicts itself.
     """
     readers = (_of_tf_config, _of_horovod, _of_open_mpi, _of_hosts, _of_train_job, _of_slurm)
     found = [cluster for read in readers if (cluster := read(environ))]

@@ -1,4 +1,4 @@
-"""The one seam between the training code and the way in which workers are run.
+"""The interface between the training code and its workers.
 
 A *process* has a rank. A *shard* is one replica of the model: a process drives one or more of them
 (one a GPU), and each takes its slice of every global batch.
@@ -83,7 +83,7 @@ class Distributor:
             chosen = [i for i, array in enumerate(arrays) if array.dtype == dtype]
             if not chosen:
                 continue
-            # One flat array, so that arrays of other shapes need no other graph.
+            # One flat array, so that all shapes share a graph.
             flat = summed(np.concatenate([arrays[i].ravel() for i in chosen])).numpy()
             stops = np.cumsum([arrays[i].size for i in chosen])
             for i, part in zip(chosen, np.split(flat, stops[:-1]), strict=True):
@@ -92,7 +92,7 @@ class Distributor:
 
     def _sum(self, flat: tf.Tensor) -> tf.Tensor:
         def step(flat: tf.Tensor) -> tf.Tensor:
-            # Only one shard a process contributes, so that a process counts once.
+            # Only one shard of a process contributes, so that each process counts once.
             counts = tf.cast(tf.equal(self.local_shard(), 0), flat.dtype)
             return self.all_reduce_sum([flat * counts])[0]
 
@@ -141,20 +141,20 @@ class Distributor:
 
 
 def _travelling_dtype(dtype: str) -> np.dtype:
-    """Returns a float type that holds every value of `dtype`: not every backend sums integers."""
+    """Returns a float type that holds every value of `dtype`; some backends cannot sum integers."""
     return np.dtype(dtype) if np.issubdtype(np.dtype(dtype), np.floating) else np.dtype("float64")
 
 
 def reduce_inside_step_only(optimizer: keras.optimizers.Optimizer) -> None:
-    """Stops `optimizer.apply` from summing the gradients over the replicas a second time.
+    """Keeps `optimizer.apply` from summing the gradients over the replicas a second time.
 
-    Under a tf.distribute strategy Keras 3 reduces by itself in `apply`. The training step must
-    reduce before that (the global norm needs the sum), and a second reduction multiplies the
-    gradients by the number of replicas, which Adam hides and SGD does not.
+    Under a tf.distribute strategy Keras 3 reduces gradients in `apply`. The training step must
+    reduce earlier (the global norm needs the sum); a second reduction would multiply the gradients
+    by the number of replicas, which Adam hides and SGD does not.
     """
     if not hasattr(optimizer, "_all_reduce_sum_gradients"):
         raise RuntimeError(
-            f"Keras {keras.__version__} reduces gradients in another place than "
+            f"Keras {keras.__version__} does not reduce gradients in "
             "_all_reduce_sum_gradients; see trainer/distribution/distributor.py"
         )
     optimizer._all_reduce_sum_gradients = list
@@ -163,9 +163,9 @@ def reduce_inside_step_only(optimizer: keras.optimizers.Optimizer) -> None:
 def update_each_copy(
     variable: keras.Variable, update: Callable[..., Any], *args: tf.Tensor
 ) -> None:
-    """Runs, inside a step, `update(copy, *args)` where each shard's copy of `variable` is.
+    """Runs, inside a step, `update(copy, *args)` for each shard's copy of `variable`.
 
-    There it may assign to that copy, and to variables that are placed with it.
+    `update` may assign to that copy, and to variables that are placed with it.
     """
 
     def each(strategy: tf.distribute.Strategy, *args: Any) -> None:

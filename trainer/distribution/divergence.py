@@ -1,4 +1,4 @@
-"""Do all workers hold the same bytes? Checked by digest, never assumed."""
+"""Checks by digest that all workers hold the same bytes."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from trainer.variables import digest
 
 
 class DivergenceError(RuntimeError):
-    """Workers that must hold the same values do not."""
+    """Workers hold different values of variables that must be equal."""
 
 
 def digests(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -19,15 +19,15 @@ def digests(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 
 def check_equal(distributor: Distributor, arrays: Mapping[str, np.ndarray], when: str) -> None:
-    """Returns if all workers hold the same arrays; a collective.
+    """Checks that all workers hold the same arrays; a collective.
 
     Args:
-        arrays: By name, this worker's.
+        arrays: This worker's, by name.
         when: For the message, e.g. "after step 200".
 
     Raises:
-        DivergenceError: In every worker, naming each array that differs, and the workers that hold
-            something else than most do.
+        DivergenceError: In every worker. It lists each array that differs, and the workers in the
+            minority.
     """
     faults = differences(distributor.gather_objects(digests(arrays)))
     if faults:
@@ -35,7 +35,7 @@ def check_equal(distributor: Distributor, arrays: Mapping[str, np.ndarray], when
 
 
 def differences(by_rank: list[dict[str, str]]) -> list[str]:
-    """Returns one line for each name whose digests are not all equal."""
+    """Returns a line for each name with differing digests."""
     faults = []
     for name in sorted(set().union(*by_rank)):
         held = [worker.get(name) for worker in by_rank]

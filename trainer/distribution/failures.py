@@ -1,4 +1,4 @@
-"""Which errors say that a peer is gone, under every distributor."""
+"""Recognises errors caused by a lost peer, of every distributor."""
 
 import re
 
@@ -6,12 +6,12 @@ import tensorflow as tf
 
 
 def lost_peer(error: Exception) -> str | None:
-    """Returns the telling sentence of `error` if a lost or hanging peer caused it, else None."""
+    """Returns the main sentence of `error` if a lost or hanging peer caused it, else None."""
     message = getattr(error, "message", None) or str(error)
     by_tensorflow = isinstance(error, tf.errors.UnavailableError | tf.errors.DeadlineExceededError)
     if not (by_tensorflow or _by_horovod(error, message)):
         return None
-    # Nodes and functions of the graph, {{...}}, say nothing to its user.
+    # Names of graph nodes and functions, {{...}}, do not help the user.
     lines = [re.sub(r"\[\[.*|\{\{.*?\}\}", "", line).strip() for line in message.splitlines()]
     lines = [line for line in lines if line]
     telling = [line for line in lines if any(word in line for word in _TELLING)]
@@ -22,8 +22,8 @@ _TELLING = ("peer", "Collective", "Horovod", "not started", "not answered")
 
 
 def _by_horovod(error: Exception, message: str) -> bool:
-    # Inside a tf.function its errors are UnknownError, outside of one its own; named, not imported:
-    # most runs have no Horovod.
+    # Horovod raises UnknownError inside a tf.function and HorovodInternalError outside. The latter
+    # is compared by name: most runs have no Horovod to import.
     if type(error).__name__ == "HorovodInternalError":
         return True
     return isinstance(error, tf.errors.UnknownError) and "Horovod" in message

@@ -68,12 +68,12 @@ def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistr
     """Returns the distributor of the processes that Horovod's launcher, or ours, has started.
 
     Args:
-        collective_timeout_seconds: How long a collective waits for a peer that hangs; whole seconds
-            count, 5 at the least.
+      collective_timeout_seconds: how long a collective waits for a peer that hangs; whole seconds
+        count, 5 at the least.
 
     Raises:
-        InputError: This Horovod cannot be loaded, or sees other peers than the environment names.
-        tf.errors.DeadlineExceededError: A peer has not started within START_SECONDS.
+      InputError: this Horovod cannot be loaded, or sees other peers than the environment names.
+      tf.errors.DeadlineExceededError: a peer has not started within START_SECONDS.
     """
     try:
         import horovod.tensorflow as hvd
@@ -132,7 +132,7 @@ def wait_for_peers(
     still importing TensorFlow on a busy machine need more.
 
     Raises:
-        tf.errors.DeadlineExceededError: Some have not come within `seconds`.
+      tf.errors.DeadlineExceededError: some have not come within `seconds`.
     """
     address = environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
     if cluster.size == 1 or not address:
@@ -163,7 +163,7 @@ def use_gpu_of(local_rank: int) -> None:
     """Leaves this process one GPU, that of its rank on this machine; none where there are none.
 
     Raises:
-        InputError: There are GPUs, but fewer than processes.
+      InputError: there are GPUs, but fewer than processes.
     """
     gpus = tf.config.list_physical_devices("GPU")
     if not gpus:

@@ -9,7 +9,7 @@ from trainer.distribution.distributor import Distributor
 def make_distributor(kind: str, cluster: Cluster, collective_timeout_seconds: float) -> Distributor:
     """Returns the distributor of `kind`, one of config.DISTRIBUTORS.
 
-    "auto" is horovod or multi_worker where the environment names peers, else one_device.
+    "auto" is horovod or multi_worker if the environment names peers, else one_device.
 
     Raises:
         InputError: `kind` does not fit the environment.

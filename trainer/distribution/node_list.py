@@ -1,27 +1,27 @@
-"""Lists of hosts and of counts, as SLURM abbreviates them."""
+"""Expands lists of hosts and of counts in SLURM's notation."""
 
 import itertools
 import re
 
 from data_pipelines.errors import InputError
 
-MAX_HOSTS = 100_000  # a slip such as n[1-1000000000] must not fill the memory
+MAX_HOSTS = 100_000  # a typo such as n[1-1000000000] must not exhaust the memory
 _ITEM = re.compile(r"(?:[^\[\],\s]|\[[^\[\]]*\])+")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _COUNT = re.compile(r"(\d+)(?:\(x([1-9]\d*)\))?")
 
 
 def expand_hosts(text: str, name: str) -> list[str]:
-    """Returns the hosts that a list such as "n[01-03,7],gpu1" or "w-[0-2].job:2222" names.
+    """Returns the hosts in a list such as "n[01-03,7],gpu1" or "w-[0-2].job:2222".
 
-    A number keeps the leading zeros of the range's first; of several brackets in one item the last
-    runs fastest. As `scontrol show hostnames` has it (SLURM's "hostlist expressions").
+    Numbers keep the leading zeros of the range's first. Of several brackets in an item the last one
+    varies fastest, as in `scontrol show hostnames` (SLURM's "hostlist expressions").
 
     Args:
-        name: The variable it came from, for the message.
+        name: The variable with the list, for the message.
 
     Raises:
-        InputError: It is no such list.
+        InputError: The list is malformed.
     """
     hosts: list[str] = []
     for item in _split(text, name):
@@ -34,10 +34,10 @@ def expand_hosts(text: str, name: str) -> list[str]:
 
 
 def expand_counts(text: str, name: str) -> list[int]:
-    """Returns the numbers of a list such as "2(x3),1", which is 2, 2, 2, 1.
+    """Returns the numbers in a list such as "2(x3),1": 2, 2, 2, 1.
 
     Raises:
-        InputError: It is no such list.
+        InputError: The list is malformed.
     """
     counts: list[int] = []
     for item in text.split(","):

@@ -1,9 +1,9 @@
 """TERM asks a run to save and stop.
 
-The step or the batch of an evaluation that is under way is finished, all workers learn of the
-request with its sums, and the chief writes a checkpoint: so the time between TERM and KILL
-(`terminationGracePeriodSeconds`, Slurm's `KillWait`) must be longer than a step and the writing of
-a checkpoint together. Where it is not, the run resumes from the checkpoint before.
+The current step or batch is finished, all workers learn of the request with its sums, and the
+chief writes a checkpoint. So the time between TERM and KILL (`terminationGracePeriodSeconds`,
+Slurm's `KillWait`) must be longer than a step plus a checkpoint; otherwise the run resumes from the
+checkpoint before.
 """
 
 import math
@@ -19,23 +19,24 @@ _STDERR = 2  # the file descriptor
 
 
 class Preempted(Exception):
-    """The run was asked to stop; its text says what is saved."""
+    """The run was asked to stop; its text describes what is saved."""
 
 
 class StopRequest:
-    """Notes a TERM. Make it in the main thread, after the distributor: TensorFlow's multi-worker
-    strategy installs a handler of its own, which swallows the signal.
+    """Receives TERM. Make it in the main thread, after the distributor: TensorFlow's multi-worker
+    strategy installs another handler, which swallows the signal.
 
-    The signals are taken in a thread, so that a main thread that hangs in TensorFlow, where Python
-    runs no handler, does not keep a second one or the end of the grace time from ending the
-    process. A checkpoint that is being written is then lost, and the one before is good.
+    A thread receives the signals: Python runs no handlers while the main thread hangs in
+    TensorFlow, but a second signal or the end of the grace time must still end the process. A
+    checkpoint that is being written is then lost; the one before is intact.
 
     Args:
-        signals: Names without SIG, as ("TERM", "USR1"). The second of the same kind ends the process.
-        grace_seconds: After so long the process ends; 0 = it may take its time.
+        signals: Names without SIG, as ("TERM", "USR1"). A second signal of the same kind ends the
+            process at once.
+        grace_seconds: The process ends this long after the first signal; 0 for no limit.
 
     Attributes:
-        received: Whether one has come.
+        received: Whether a signal has been received.
     """
 
     def __init__(self, signals: Sequence[str] = ("TERM",), grace_seconds: float = 0.0):
@@ -46,7 +47,9 @@ class StopRequest:
         os.set_blocking(written, False)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
         for number in self._numbers:
-            signal.signal(number, lambda number, frame: None)  # else nothing comes to the pipe
+            signal.signal(
+                number, lambda number, frame: None
+            )  # without a handler nothing is written to the pipe
         threading.Thread(target=self._watch, name="stop request", daemon=True).start()
 
     def _watch(self) -> None:
@@ -60,7 +63,7 @@ class StopRequest:
             if number not in self._numbers:
                 continue
             if number in seen:
-                _end(f"a second {signal.Signals(number).name} came")
+                _end(f"received a second {signal.Signals(number).name}")
             if not seen:
                 limit = time.monotonic() + self._grace_seconds
             seen.add(number)
@@ -68,6 +71,6 @@ class StopRequest:
 
 
 def _end(why: str) -> None:
-    # Not through sys.stderr: its lock may be held by the thread that hangs.
-    os.write(_STDERR, f"{why}: ended at once\n".encode())
+    # Not through sys.stderr: the hanging thread may hold its lock.
+    os.write(_STDERR, f"{why}: ended immediately\n".encode())
     os._exit(EXIT_CODE)

@@ -1,4 +1,4 @@
-"""How a function of a batch runs on every shard."""
+"""Runs a function of a batch on every shard, over many batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,15 +27,15 @@ def sum_over_batches(
     batches: tf.data.Dataset,
     stop_request: StopRequest | None = None,
 ) -> Callable[[], list[np.ndarray]]:
-    """Returns a function that adds up the tensors of `sums` over all shards and batches.
+    """Returns a function that sums the tensors of `sums` over all shards and batches.
 
-    Calling it is a collective: every process calls it, with its own slices of the same global
-    batches. It is traced once, however often it is called.
+    Calling it is a collective: every process calls it, with its slices of the same global batches.
+    It is traced once.
 
     Args:
-        sums: Rows (tokens, lengths, labels, weights) -> tensors to be added up; rows of weight 0
-            must count nothing.
-        stop_request: Of this process. Where it has come to any, calling the function raises
+        sums: Maps rows (tokens, lengths, labels, weights) to tensors to sum; rows of weight 0 must
+            add nothing.
+        stop_request: Of this process. Once any process has received one, the function raises
             Preempted in all of them, after the same batch.
     """
 
@@ -45,7 +45,7 @@ def sum_over_batches(
     results = _batch_by_batch(distributor, step, batches, stop_request)
 
     def total() -> list[np.ndarray]:
-        # Float64, so that adding up many batches loses nothing.
+        # Float64, so that sums over many batches stay exact.
         parts = [[tensor.numpy().astype(np.float64) for tensor in summed] for summed in results()]
         return [np.sum(column, axis=0) for column in zip(*parts, strict=True)]
 
@@ -58,12 +58,12 @@ def gather_rows(
     batches: tf.data.Dataset,
     stop_request: StopRequest | None = None,
 ) -> np.ndarray:
-    """Returns what `columns` gives for every row of every shard: [rows, width], filler left out.
+    """Returns `columns` of the rows of all shards, without filler: [rows, width]. A collective.
 
-    The rows are in the order of the global batches, whatever the number of workers. A collective.
+    The rows are in the order of the global batches, for any number of workers.
 
     Args:
-        columns: Rows (tokens, lengths, labels, weights) -> [rows, width].
+        columns: Maps rows (tokens, lengths, labels, weights) to [rows, width].
         stop_request: As in `sum_over_batches`.
     """
 
@@ -83,10 +83,11 @@ def _batch_by_batch(
     batches: tf.data.Dataset,
     stop_request: StopRequest | None,
 ) -> Callable[[], Iterator[list[tf.Tensor]]]:
-    """Returns a function that yields what `step` gives of each batch, but for the first of it.
+    """Returns a function that yields, for each batch, the tensors of `step` after the first.
 
     Args:
-        step: (batch, 1 where this process is to stop) -> how many are, and the tensors yielded.
+        step: Maps (batch, 1 if this process is to stop) to the number of processes to stop, and
+            further tensors.
     """
 
     @tf.function(

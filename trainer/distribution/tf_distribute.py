@@ -60,9 +60,9 @@ def multi_worker(cluster: Cluster, collective_timeout_seconds: float) -> TfDistr
     """Returns the distributor of `cluster.size` processes: NCCL between GPUs, RING between CPUs.
 
     Args:
-        cluster: With the addresses of all processes; each listens on its own.
-        collective_timeout_seconds: How long a collective waits for a peer that hangs; without a
-            limit it would wait for ever.
+      cluster: with the addresses of all processes; each listens on its own.
+      collective_timeout_seconds: how long a collective waits for a peer that hangs; without a
+        limit it would wait for ever.
     """
     communication = tf.distribute.experimental.CommunicationImplementation
     gpus = tf.config.get_visible_devices("GPU")

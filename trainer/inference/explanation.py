@@ -55,7 +55,7 @@ def log_odds(model: TextClassifier, ids: np.ndarray) -> np.ndarray:
     """Returns the log-odds of each class against all others: float64 [batch, classes].
 
     Args:
-        ids: Int32 [batch, time], without padding.
+        ids: int32 [batch, time], without padding.
     """
     lengths = np.full(len(ids), ids.shape[1], np.int32)
     logits = model.logits(ids.astype(np.int32), lengths).numpy().astype(np.float64)

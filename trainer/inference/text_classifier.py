@@ -62,8 +62,8 @@ class TextClassifier(tf.Module):
         """Returns a logit for each class, also if there are two: float32 [batch, classes].
 
         Args:
-            tokens: Int32 [batch, time], right-padded.
-            lengths: Int32 [batch].
+            tokens: int32 [batch, time], right-padded.
+            lengths: int32 [batch].
         """
         logits = self.classifier.logits(tokens, lengths, training=False)
         if self.classifier.num_classes == 2:  # their softmax is the sigmoid of the logit

@@ -39,7 +39,7 @@ class TextEncoder(tf.Module):
         """Returns the final states only, as a Keras encoder does.
 
         Args:
-            texts: String [texts].
+            texts: string [texts].
             training: Must be False.
         """
         if training:

@@ -1,9 +1,9 @@
 """Cross-entropy over a large vocabulary: exact, and sampled for training.
 
 The sampled softmax estimates the full one by importance sampling (Bengio & Senecal 2003; Jean et
-al. 2015, section 3): the normaliser is the target's own term plus those of a few random words,
-each divided by the number of times that it is expected among them. The target's term is exact, so
-the estimate of the normaliser is unbiased, also where frequent words are drawn many times.
+al. 2015, section 3). The normaliser is the target's term plus those of a few random words, each
+divided by its expected count among them. The target's term is exact, so the estimate is unbiased,
+also if frequent words are drawn many times.
 """
 
 import math
@@ -14,9 +14,9 @@ import tensorflow as tf
 
 from trainer.variables import lookup
 
-# Logits held at a time: 64 MiB of float32.
+# Logits in memory at a time: 64 MiB of float32.
 CHUNK_LOGITS = 1 << 24
-# And of the sampled softmax: 2 MiB, which a cache holds.
+# The same for the sampled softmax: 2 MiB, which fits a cache.
 CHUNK_SAMPLED_LOGITS = 1 << 19
 
 
@@ -25,12 +25,12 @@ def cross_entropy(
 ) -> tf.Tensor:
     """Returns the exact cross-entropy, in nats: [tokens], of the type of `hidden`.
 
-    [tokens, vocab_size] is never held, but CHUNK_LOGITS of it at a time, and the gradient computes
-    them again: four products of that size in place of three. Differentiable once.
+    Only CHUNK_LOGITS of [tokens, vocab_size] are in memory at a time, and the gradient recomputes
+    them: four products of that size instead of three. Differentiable once.
 
     Args:
         hidden: [tokens, units].
-        targets: Int32 [tokens].
+        targets: int32 [tokens].
         kernel: [vocab_size, units].
         bias: [vocab_size].
     """
@@ -52,7 +52,7 @@ def cross_entropy(
 def _losses(
     hidden: tf.Tensor, targets: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the losses and the logs of the softmax's normalisers: [tokens] each."""
+    """Returns the losses and the logarithms of the normalisers: [tokens] each."""
 
     def chunk(
         start: tf.Tensor, stop: tf.Tensor, arrays: list[tf.TensorArray], number: tf.Tensor
@@ -77,9 +77,9 @@ def _gradients(
     bias: tf.Tensor,
     normalisers: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns the gradients by hidden, kernel and bias.
+    """Returns the gradients of hidden, kernel and bias.
 
-    That by the logits is the probabilities, chunk by chunk, less one at each target.
+    The gradient of the logits is the probabilities, chunk by chunk, minus one at each target.
     """
 
     def chunk(start: tf.Tensor, stop: tf.Tensor, sums: list[Any], number: tf.Tensor) -> list[Any]:
@@ -109,7 +109,7 @@ def _gradients(
 def _over_chunks(
     hidden: tf.Tensor, size: int, chunk: Callable[..., list[Any]], values: list[Any]
 ) -> list[Any]:
-    """Returns what chunk(start, stop, values, number) makes of `values`, `size` tokens each."""
+    """Returns `values` after chunk(start, stop, values, number) for every `size` tokens."""
     tokens = tf.shape(hidden)[0]
 
     def step(number: tf.Tensor, values: list[Any]) -> tuple[tf.Tensor, list[Any]]:
@@ -148,23 +148,23 @@ def sampled_cross_entropy(
 ) -> tf.Tensor:
     """Returns the sampled cross-entropy, in nats: float32 [tokens].
 
-    The candidates are drawn with replacement from the log-uniform distribution, which suits ids
-    sorted by falling frequency, and are shared by all tokens. Shapes as in `cross_entropy`.
+    All tokens share the candidates, which are drawn with replacement from the log-uniform
+    distribution; it suits ids sorted by falling frequency. Shapes as in `cross_entropy`.
 
     Args:
         num_sampled: Number of candidates.
-        seed: Int32 [2]; the candidates are a function of it alone, so that all workers, given
-            the same seed, share them, and N workers compute what one would.
-        products: The type that the candidates' products are made in.
+        seed: int32 [2]. The candidates depend on nothing else, so that all workers share them, and
+            N workers compute the same as one.
+        products: Type of the products with candidates.
     """
     vocab_size = kernel.shape[0]
     candidates = log_uniform_candidates(vocab_size, num_sampled, seed)
-    # Read together, so that a word's gradient is one row even where it is both.
+    # In one lookup, so that a word that is both target and candidate has one gradient row.
     read = tf.concat([targets, candidates], 0)
     weights, biases = lookup(kernel, read), lookup(bias, read)
     target_weights, candidate_weights = tf.split(weights, [tf.size(targets), num_sampled])
     target_biases, candidate_biases = tf.split(biases, [tf.size(targets), num_sampled])
-    candidate_weights.set_shape([num_sampled, kernel.shape[1]])  # unknown of rows that were read
+    candidate_weights.set_shape([num_sampled, kernel.shape[1]])  # unknown after the lookup
     candidate_biases.set_shape([num_sampled])
     target_logits = tf.reduce_sum(hidden * target_weights, axis=1) + target_biases
     offsets = candidate_biases - log_expected_count(candidates, vocab_size, num_sampled)
@@ -175,11 +175,10 @@ def sampled_cross_entropy(
 def _over_candidates(
     targets: tf.Tensor, candidates: tf.Tensor, products: tf.DType
 ) -> Callable[..., tf.Tensor]:
-    """Returns the loss as a function of the target's logits and the candidates' factors.
+    """Returns the loss as a function of the targets' logits and the candidates' factors.
 
-    Of [tokens, candidates] one array is held, and all that is done to it is done chunk by chunk,
-    while it is in the cache: differentiated by TensorFlow, each of a dozen operations would pass
-    through the memory.
+    It keeps one array [tokens, candidates], and computes chunk by chunk, in the cache. With
+    TensorFlow's gradient each of a dozen operations would read and write the whole array.
     """
 
     def product(a: tf.Tensor, b: tf.Tensor, **transposed: bool) -> tf.Tensor:
@@ -243,7 +242,7 @@ def log_uniform_candidates(vocab_size: int, num_sampled: int, seed: tf.Tensor) -
 
 
 def log_expected_count(ids: tf.Tensor, vocab_size: int, num_sampled: int) -> tf.Tensor:
-    """Returns the log of how often each id is expected among the candidates: float32."""
+    """Returns the logarithm of each id's expected count among the candidates: float32."""
     ids = tf.cast(ids, tf.float32)
     probability = tf.math.log1p(1.0 / (ids + 1.0)) / math.log(vocab_size + 1)
     return tf.math.log(probability * num_sampled)

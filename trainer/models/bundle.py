@@ -1,14 +1,13 @@
-"""Model bundles: a folder that says all that is needed to use a trained model.
+"""Model bundles: folders with all that is needed to use a trained model.
 
   NAME.safetensors   weights, and for an encoder its learned states
-  NAME.json          what the model is, the vocabulary's hash, provenance, metrics
-  vocab.txt          the vocabulary, one token a line
+  NAME.json          the model's sizes, the vocabulary's hash, provenance, metrics
+  vocab.txt          the vocabulary, a token on each line
 
-NAME is `encoder` or `decoder` (written by pretraining; a decoder is the softmax with which a
-sequence autoencoder writes, of no use without its encoder) or `classifier` (by fine-tuning). No
-pickle: loading one executes nothing, and needs nothing of the run that wrote it. A bundle may come
-from a stranger: nothing outside its folder is read, and every size is checked before memory is
-taken.
+NAME is `encoder` or `decoder` (from pretraining; a decoder is the softmax of a sequence
+autoencoder, for use with its encoder) or `classifier` (from fine-tuning). Loading executes no code
+(no pickle) and does not need the run's other files. Bundles may be untrusted: loading reads nothing
+outside of the folder, and checks every size before it allocates memory.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ import numpy as np
 
 from data_pipelines.errors import InputError
 from trainer.models.bag_autoencoder import BagAutoencoder
-from trainer.models.classifier import POOLINGS, Classifier
+from trainer.models.classifier import POOLED_VECTORS, Classifier
 from trainer.models.encoder import Encoder, LearnedState
 from trainer.models.text_model import TextModel
 from trainer.safe_files import (
@@ -38,10 +37,10 @@ from trainer.safe_files import (
 )
 from trainer.variables import assign, digest
 
-FORMAT_VERSION = 4  # names a layer: lstm/0/kernel
+FORMAT_VERSION = 4
 STATES = ("learned", "mean")
 MAX_VOCAB_BYTES = 1 << 30
-# What a bundle says of its model, by its name.
+# The sizes in a bundle's "model", by the bundle's name.
 MODEL_SIZES = {
     "encoder": ("vocab_size", "embedding_dim", "units", "num_layers"),
     "decoder": ("vocab_size", "embedding_dim", "units"),
@@ -61,18 +60,18 @@ class Bundle:
     """A loaded bundle.
 
     Attributes:
-        tensors: Name -> float32 array, also where the file has float16.
-        info: What NAME.json holds.
+        tensors: float32 arrays by name, also if the file has float16.
+        info: The content of NAME.json.
     """
 
     tensors: dict[str, np.ndarray]
     info: dict[str, Any]
 
     def state(self, name: str) -> list[LearnedState]:
-        """Returns the learned state `name`, one of STATES, of each layer.
+        """Returns the state `name`, one of STATES, of each layer.
 
         Raises:
-            InputError: The bundle holds none of that name, or not for all its layers.
+            InputError: The bundle has no such state, or not for all layers.
         """
         names = [f"states/{name}/{layer}" for layer in range(self.info["model"]["num_layers"])]
         for part in (f"{layer}/{part}" for layer in names for part in "hc"):
@@ -84,12 +83,12 @@ class Bundle:
 
 
 def encoder_model(encoder: Encoder) -> dict[str, int]:
-    """Returns the encoder's sizes as a bundle's "model" holds them."""
+    """Returns the encoder's sizes, for a bundle's "model"."""
     return {size: getattr(encoder, size) for size in MODEL_SIZES["encoder"]}
 
 
 def new_encoder(model: Mapping[str, Any], normalised: bool = False) -> Encoder:
-    """Returns a built encoder of the sizes that a bundle's "model" says; `assign` comes next."""
+    """Returns a built encoder of the sizes in a bundle's "model", to be followed by `assign`."""
     sizes = {size: model[size] for size in MODEL_SIZES["encoder"]}
     encoder = Encoder(**sizes, seed=0, normalised=normalised)
     encoder.build()
@@ -97,7 +96,7 @@ def new_encoder(model: Mapping[str, Any], normalised: bool = False) -> Encoder:
 
 
 def encoder_of(loaded: Bundle) -> Encoder:
-    """Returns the encoder of a bundle; it starts from its learned state."""
+    """Returns the encoder of a bundle, with its learned state as initial state."""
     encoder = new_encoder(loaded.info["model"])
     states = initial_state_variables(encoder, "states/learned")
     assign(encoder_variables(encoder) | states, loaded.tensors)
@@ -117,7 +116,7 @@ def encoder_variables(encoder: Encoder) -> dict[str, keras.Variable]:
 def initial_state_variables(
     encoder: Encoder, prefix: str = "initial_state"
 ) -> dict[str, keras.Variable]:
-    """Returns the state that the encoder starts from, under its names in a bundle."""
+    """Returns the encoder's initial state under its names in a bundle."""
     return {
         f"{prefix}/{layer}/{part}": variable
         for layer, state in enumerate(encoder.initial_states)
@@ -126,7 +125,7 @@ def initial_state_variables(
 
 
 def state_tensors(name: str, states: Sequence[LearnedState]) -> dict[str, np.ndarray]:
-    """Returns the learned state `name`, one LearnedState a layer, under its names in a bundle."""
+    """Returns the state `name`, a LearnedState for each layer, under its names in a bundle."""
     return {
         f"states/{name}/{layer}/{part}": np.asarray(value)
         for layer, state in enumerate(states)
@@ -143,7 +142,7 @@ def decoder_variables(model: TextModel) -> dict[str, keras.Variable]:
 
 
 def new_classifier(model: Mapping[str, Any]) -> Classifier:
-    """Returns a built classifier of the sizes that a bundle's "model" says; `assign` comes next."""
+    """Returns a built classifier of the sizes in a bundle's "model", to be followed by `assign`."""
 
     def direction(backward: Classifier | None) -> Classifier:
         return Classifier(
@@ -161,7 +160,7 @@ def new_classifier(model: Mapping[str, Any]) -> Classifier:
 
 
 def classifier_model(classifier: Classifier) -> dict[str, Any]:
-    """Returns what `new_classifier` needs, as a bundle's "model" holds it."""
+    """Returns a bundle's "model" for `new_classifier`."""
     return {
         **encoder_model(classifier.encoder),
         "hidden_units": classifier.hidden.units,
@@ -198,7 +197,7 @@ def save(
     info: Mapping[str, Any],
     vocab_path: Path,
 ) -> None:
-    """Writes a bundle beside `folder` and renames it to there, replacing what was there.
+    """Writes a bundle to `folder` atomically, replacing an older one.
 
     Raises:
         InputError: The disk is full, or the folder cannot be written.
@@ -222,22 +221,22 @@ def save(
     except OSError as error:
         raise InputError(
             f"the {name} bundle {folder} cannot be written: {error.strerror}: make room or make it "
-            "writable, and run the same command again; the checkpoints have all that it needs"
+            "writable, and run the same command again: it continues from the checkpoints"
         ) from None
 
 
 def read_info(folder: Path, name: str, flag: str) -> dict[str, Any]:
-    """Returns what a bundle says of itself, without reading its tensors.
+    """Returns the content of a bundle's NAME.json.
 
     Args:
-        flag: The flag that named the folder, for the error.
+        flag: The flag that names the folder, for errors.
 
     Raises:
-        InputError: There is no such bundle, or not of this name or format, or it is damaged.
+        InputError: The bundle is missing, damaged, or of another name or format.
     """
     path = folder / f"{name}.json"
     if not path.is_symlink() and not path.exists():
-        raise InputError(f"{flag}={folder} is no {name} bundle: {path} is not there")
+        raise InputError(f"{flag}={folder} is no {name} bundle: {path} is missing")
     try:
         info = read_sealed(path)
     except DamagedError as error:
@@ -254,7 +253,7 @@ def read_info(folder: Path, name: str, flag: str) -> dict[str, Any]:
 
 
 def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
-    """Returns what is wrong with the fields that this program reads, None if nothing is."""
+    """Returns the first fault in the fields that this program reads, or None."""
     kinds: dict[str, type] = {
         "model": dict,
         "tensors": dict,
@@ -275,7 +274,7 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
     for fact in ("reads_first", "normalised", "bidirectional") if name == "classifier" else ():
         if type(model.get(fact)) is not bool:
             return f"the model's {fact!r} is {model.get(fact)!r:.99}"
-    if name == "classifier" and model.get("pooling") not in (*POOLINGS,):
+    if name == "classifier" and model.get("pooling") not in (*POOLED_VECTORS,):
         return f"the model's 'pooling' is {model.get('pooling')!r:.99}"
     if name == "classifier" and not 0 < info["max_tokens"] < 2**31:
         return f"'max_tokens' is {info['max_tokens']}"
@@ -286,8 +285,7 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
     """Returns the bundle in `folder`.
 
     Raises:
-        InputError: It is not there, a file of it is damaged, or the model that it describes is not
-            that of its tensors.
+        InputError: It is missing, a file of it is damaged, or its "model" does not fit its tensors.
     """
     info = read_info(folder, name, flag)
     try:
@@ -311,7 +309,7 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
 def _check_model(
     bundle_name: str, model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str
 ) -> None:
-    """Raises InputError if to build the model would take more memory than the tensors have."""
+    """Raises InputError if building the model would take more memory than its tensors."""
     for name, size in LARGE_TENSORS[bundle_name](model):
         found = tensors[name].size if name in tensors else 0
         if found != size:
@@ -321,8 +319,8 @@ def _check_model(
             )
 
 
-# Names and sizes of the tensors that a model must have, of which no other is larger. They come one
-# by one, for a stack may be said to be endless.
+# These yield the names and sizes of a model's largest tensors, one by one: the claimed number of
+# layers may be huge.
 
 
 def _of_encoder(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -345,10 +343,8 @@ def _of_classifier(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
     hidden_units, units = model["hidden_units"], model["units"]
     for direction in ("", "backward/") if model["bidirectional"] else ("",):
-        yield (
-            f"{direction}hidden/kernel",
-            POOLINGS[model["pooling"]] * units * hidden_units,
-        )
+        read = POOLED_VECTORS[model["pooling"]] * units
+        yield f"{direction}hidden/kernel", read * hidden_units
         yield f"{direction}output/kernel", hidden_units * outputs
         if model["normalised"]:
             yield f"{direction}frequencies", model["vocab_size"]

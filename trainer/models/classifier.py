@@ -1,8 +1,8 @@
-"""The supervised LSTM: the encoder, a small ReLU layer, one logit a class (one for two classes).
+"""The supervised LSTM: encoder, small ReLU layer, and a logit per class (one for two classes).
 
 The head is that of Miyato et al. 2017, section 4.1: 30 ReLU units between the LSTM's last output
-and the logit. With pooling "concat" it reads the mean and the maximum of all outputs beside the
-last one (Howard & Ruder 2018, section 3.3).
+and the logit. With pooling "concat" it also reads the mean and the maximum of all outputs (Howard &
+Ruder 2018, section 3.3).
 """
 
 from typing import Any
@@ -13,21 +13,21 @@ import tensorflow as tf
 from trainer.models.encoder import Encoder, States, dropout
 from trainer.models.lstm import Words
 
-# What the head reads, and how many vectors of the LSTM's size that is.
-POOLINGS = {"last": 1, "concat": 3}
+# Kind of pooling -> number of vectors of the LSTM's size that the head reads.
+POOLED_VECTORS = {"last": 1, "concat": 3}
 
 
 class Classifier(keras.layers.Layer):
     """A document classifier whose LSTM may start from a learned state.
 
     Attributes:
-        encoder: The LSTM that is trained.
+        encoder: The trained LSTMs.
         reader: None, or a frozen encoder that reads the document first; the trained LSTMs then
-            start from the states in which its own ended (`--initial_state=encode`).
-        pooling: What the head reads: "last", the last output; or "concat", the last output and the
-            mean and the maximum of all.
-        backward: None, or a classifier that reads the words in reverse order: the logits are then
-            the means of both's (Miyato et al. 2017, section 4.1).
+            start from its final states (`--initial_state=encode`).
+        pooling: Input of the head: "last", the last output; or "concat", the last output and the
+            mean and maximum of all.
+        backward: None, or a classifier that reads the words in reverse order; the logits are then
+            the mean of both (Miyato et al. 2017, section 4.1).
     """
 
     built: bool  # Keras's own
@@ -62,11 +62,11 @@ class Classifier(keras.layers.Layer):
         )
 
     def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
-        """Makes the weights; the shape of the tokens does not matter."""
+        """Creates the weights, which do not depend on the shape of the tokens."""
         for encoder in (self.encoder, self.reader):
             if encoder is not None and not encoder.built:
                 encoder.build()
-        self.hidden.build((None, POOLINGS[self.pooling] * self.encoder.units))
+        self.hidden.build((None, POOLED_VECTORS[self.pooling] * self.encoder.units))
         self.output_layer.build((None, self.hidden.units))
         if self.reader is not None:
             self.reader.trainable = False
@@ -86,12 +86,11 @@ class Classifier(keras.layers.Layer):
         """Returns float32 [batch, 1] for two classes, else [batch, num_classes].
 
         Args:
-            tokens: Int32 [batch, time], right-padded.
-            lengths: Int32 [batch].
-            training: Whether a gradient will be taken; if not, nothing is dropped.
-            dropout_rate: Of the embeddings, of what a layer hands to the next, and of what the head
-                reads.
-            embedding_seed, output_seed: Int32 [2], needed where dropout_rate is not 0.
+            tokens: int32 [batch, time], right-padded.
+            lengths: int32 [batch].
+            training: Whether a gradient will be taken; if not, there is no dropout.
+            dropout_rate: For embeddings, outputs between layers, and inputs of the head.
+            embedding_seed, output_seed: int32 [2], needed if dropout_rate is not 0.
         """
         start = self.start(tokens, lengths)
         if not training:
@@ -101,7 +100,7 @@ class Classifier(keras.layers.Layer):
 
     @property
     def directions(self) -> list["Classifier"]:
-        """Returns this classifier, and `backward` if there is one."""
+        """This classifier, and `backward` if there is one."""
         return [self] if self.backward is None else [self, self.backward]
 
     def embed(
@@ -111,7 +110,7 @@ class Classifier(keras.layers.Layer):
         dropout_rate: float = 0.0,
         embedding_seed: tf.Tensor | None = None,
     ) -> list[tf.Tensor]:
-        """Returns what each direction reads, [batch, time, embedding_dim]: this, then `backward`.
+        """Returns each direction's embeddings, [batch, time, embedding_dim]: this, then `backward`.
 
         Arguments as for `logits`.
         """
@@ -124,14 +123,14 @@ class Classifier(keras.layers.Layer):
         )
 
     def words(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[Words]:
-        """Returns what each direction reads where nothing is trained: this, then `backward`."""
+        """Returns each direction's words for reading without training: this, then `backward`."""
         words = [self.encoder.words(tokens)]
         if self.backward is None:
             return words
         return words + self.backward.words(reversed_words(tokens, lengths), lengths)
 
     def start(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[States]:
-        """Returns the states from which each direction's LSTMs read these documents."""
+        """Returns the states that each direction's LSTMs start from for these documents."""
         if self.reader is None:
             states = self.encoder.start(tf.shape(tokens)[0])
         else:
@@ -151,14 +150,14 @@ class Classifier(keras.layers.Layer):
         output_seed: tf.Tensor | None = None,
         every_step: bool = False,
     ) -> tf.Tensor:
-        """Returns the logits of documents of which the words are embedded already.
+        """Returns the logits of embedded documents.
 
         Args:
-            embedded: From `embed`, or, without training, from `words`.
-            start: From the method of this name.
+            embedded: From `embed` or, without training, from `words`.
+            start: From `start`.
             lengths, training, dropout_rate, output_seed: As for `logits`.
-            every_step: Whether to predict after every word, for `pooling` "last": the logits are
-                then [batch, time, ...], and those of step `lengths` - 1 are what is returned if not.
+            every_step: Whether to predict after every word, with `pooling` "last". The logits are
+                then [batch, time, ...]; those of step `lengths` - 1 equal the usual ones.
         """
         first = embedded[0]
         steps = tf.shape(first.index if isinstance(first, Words) else first)[1]
@@ -187,23 +186,22 @@ class Classifier(keras.layers.Layer):
 
 
 def reversed_words(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-    """Returns each row's words in reverse order; the end token stays last: int32 [batch, time]."""
+    """Returns each row's words in reverse order, the end token last: int32 [batch, time]."""
     return tf.reverse_sequence(tokens, tf.maximum(lengths - 1, 0), seq_axis=1)
 
 
 def of_backward(seed: tf.Tensor | None) -> tf.Tensor | None:
-    """Returns another seed, for what `backward` draws."""
+    """Returns another seed, for the draws of `backward`."""
     return None if seed is None else tf.random.experimental.stateless_fold_in(seed, 1)
 
 
 def last_mean_maximum(outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """Returns the last output and the mean and maximum of all, side by side: [batch, 3 * units].
+    """Returns the last output, the mean and the maximum, concatenated: [batch, 3 * units].
 
     Args:
         outputs: [batch, time, units].
         last: [batch, units].
-        mask: Bool [batch, time], True at least once in each row; where it is False, outputs count
-            nothing.
+        mask: bool [batch, time], False for outputs to ignore; True at least once in each row.
     """
     counted = mask[:, :, None]
     total = tf.reduce_sum(tf.where(counted, outputs, tf.zeros_like(outputs)), axis=1)
@@ -219,9 +217,8 @@ def losses_and_errors(
 
     Args:
         logits: As `Classifier.logits` returns them, or those of every step.
-        labels: Int32 [batch], or [batch, time].
-        smoothing: The part of the label that is spread over all classes (Szegedy et al. 2016,
-            section 7).
+        labels: int32 [batch], or [batch, time].
+        smoothing: Share of the label spread over all classes (Szegedy et al. 2016, section 7).
     """
     if logits.shape[-1] == 1:
         logit = logits[..., 0]

@@ -1,4 +1,4 @@
-"""The recurrent encoder: word embeddings, a stack of LSTMs, and the state that each starts from."""
+"""The recurrent encoder: word embeddings and a stack of LSTMs with learned initial states."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,15 @@ import tensorflow as tf
 from trainer.models.lstm import WarmLSTM, Words
 from trainer.variables import lookup
 
-# For each layer of a stack, the lowest first: [h, c], each [batch, units].
+# For each layer of a stack, from the lowest: [h, c], each [batch, units].
 States = list[list[tf.Tensor]]
 SMALLEST_VARIANCE = 1e-6
-# Seeds that an initializer takes are the encoder's plus less than this.
+# The seeds of a layer's initializers are the encoder's seed plus less than this.
 _SEEDS_PER_LAYER = 1000
 
 
 class LearnedState(NamedTuple):
-    """The state of one LSTM: h and c, float32 [units], or [documents, units], one each."""
+    """The state of an LSTM: h and c, float32 [units], or [documents, units]."""
 
     h: np.ndarray
     c: np.ndarray
@@ -31,7 +31,7 @@ def token_mask(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
 
 
 def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
-    """Returns `x` with a fraction `rate` of its elements zeroed and the others scaled up."""
+    """Returns `x` with a fraction `rate` of its elements zeroed and the rest scaled up."""
     return tf.nn.experimental.stateless_dropout(x, rate, seed) if rate else x
 
 
@@ -41,11 +41,11 @@ def dropped_weights(
 ) -> Iterator[None]:
     """Returns a context in which a fraction `rate` of the LSTMs' recurrent weights is zeroed.
 
-    The others are scaled up. All that is read in it has the same weights: the mask of a whole
-    training step (Merity et al. 2018, section 2: the weight-dropped LSTM).
+    The rest is scaled up. One mask holds for the whole context, which is a training step (Merity et
+    al. 2018, section 2: the weight-dropped LSTM).
 
     Args:
-        seed: Int32 [2], needed where rate is not 0.
+        seed: int32 [2], needed if rate is not 0.
     """
     lstms = [lstm for encoder in encoders for lstm in encoder.lstms] if rate else []
     before = [lstm.recurrent_mask for lstm in lstms]
@@ -61,10 +61,10 @@ def dropped_weights(
 
 @keras.saving.register_keras_serializable(package="warmstate")
 class ChronoBias(keras.initializers.Initializer):
-    """LSTM biases with which cells start out remembering for 1 to `longest` steps.
+    """LSTM biases with which cells initially remember 1 to `longest` steps.
 
-    Forget gates start at log(t), input gates at -log(t), t uniform in [1, longest) by cell: each
-    cell is then an average over about t steps, which neither forgets a document's start nor
+    Forget gates start at log(t), input gates at -log(t), with t uniform in [1, longest) for each
+    cell. A cell then averages over about t steps, so that it neither forgets a document's start nor
     saturates. Tallec & Ollivier 2018, section 3.
     """
 
@@ -88,15 +88,16 @@ class Encoder(keras.layers.Layer):
 
     Attributes:
         embeddings: [vocab_size, embedding_dim].
-        normalised: Whether words are read with embeddings of which each number has mean 0 and
-            variance 1 over the words of a text (Miyato et al. 2017, equation 1).
-        frequencies: [vocab_size], only where normalised: of the words in a text; they add up to 1.
-        lstms: The stack, the lowest layer first; each reads the outputs of the one below.
-        embedding_scale: New embeddings are uniform in its bounds, plus and minus.
-        memory_steps: How long cells start out remembering, at the most; see ChronoBias.
-        precision: Keras's dtype policy of the LSTMs; what they are given and give is float32.
-        recompute: Whether training keeps no activations of the LSTMs, and computes them again; not
-            kept with the encoder.
+        normalised: Whether embeddings are normalised to mean 0 and variance 1 over the words of a
+            text (Miyato et al. 2017, equation 1).
+        frequencies: [vocab_size], of the words in a text, with sum 1; only if normalised.
+        lstms: The stack, from the lowest layer; each reads the outputs of the one below. Their
+            weights `initial_h` and `initial_c` are the learned initial state.
+        embedding_scale: New embeddings are uniform between minus and plus this.
+        memory_steps: Longest initial memory of a cell; see ChronoBias.
+        precision: Keras's dtype policy of the LSTMs, whose inputs and outputs are float32.
+        recompute: Whether the backward pass recomputes the LSTMs' activations instead of keeping
+            them; not part of the configuration.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Encoder(keras.layers.Layer):
         )
 
     def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
-        """Makes the weights; the shape of the tokens does not matter."""
+        """Creates the weights, which do not depend on the shape of the tokens."""
         self.embeddings = self.add_weight(
             shape=(self.vocab_size, self.embedding_dim),
             initializer=keras.initializers.RandomUniform(
@@ -172,12 +173,12 @@ class Encoder(keras.layers.Layer):
         return (tf.gather(self.embeddings.value, tokens) - mean) / deviation
 
     def words(self, tokens: tf.Tensor) -> Words:
-        """Returns the tokens with each different one embedded once, to be read without training."""
-        different, index = tf.unique(tf.reshape(tokens, [-1]))
-        return Words(self.embed(different), tf.reshape(index, tf.shape(tokens)))
+        """Returns the tokens, each distinct one embedded once, for reading without training."""
+        distinct, index = tf.unique(tf.reshape(tokens, [-1]))
+        return Words(self.embed(distinct), tf.reshape(index, tf.shape(tokens)))
 
     def moments(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the mean and standard deviation of a text's embeddings: [embedding_dim] each."""
+        """Returns mean and standard deviation of a text's embeddings: [embedding_dim] each."""
         table = tf.convert_to_tensor(self.embeddings)
         weights = tf.convert_to_tensor(self.frequencies)[:, None]
         mean = tf.reduce_sum(weights * table, axis=0)
@@ -185,10 +186,10 @@ class Encoder(keras.layers.Layer):
         return mean, tf.sqrt(variance + SMALLEST_VARIANCE)
 
     def absorb_normalisation(self) -> None:
-        """Changes the lowest LSTM's weights so that it reads as it did before `normalised`.
+        """Adapts the lowest LSTM's weights, trained on plain embeddings, to normalised ones.
 
-        For weights that were trained on the embeddings as they are: x W + b is
-        (x - mean) / deviation W' + b' with W' = deviation W and b' = b + mean W.
+        Its outputs stay the same: x W + b is (x - mean) / deviation W' + b' with W' = deviation W
+        and b' = b + mean W.
         """
         mean, deviation = (value.numpy() for value in self.moments())
         cell = self.lstms[0].cell
@@ -198,7 +199,7 @@ class Encoder(keras.layers.Layer):
 
     @property
     def initial_states(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        """For each layer the weights (h, c), each [units], that reading starts from."""
+        """The weights (h, c) of each layer's initial state, each [units]."""
         return [(lstm.initial_h, lstm.initial_c) for lstm in self.lstms]
 
     def start(self, batch_size: tf.Tensor) -> States:
@@ -221,16 +222,16 @@ class Encoder(keras.layers.Layer):
         """Runs the LSTMs from `states` over `embedded`.
 
         Args:
-            embedded: [batch, time, embedding_dim]; or, without training, what `words` returns.
-            mask: Bool [batch, time], False at padding.
+            embedded: [batch, time, embedding_dim] or, without training, from `words`.
+            mask: bool [batch, time], False at padding.
             states: For each layer [h, c], each [batch, units].
             training: Whether a gradient will be taken: the LSTMs then keep their activations.
-            dropout_rate: Of the outputs that one layer hands to the next.
-            dropout_seed: Int32 [2], needed where dropout_rate is not 0.
+            dropout_rate: For outputs between layers.
+            dropout_seed: int32 [2], needed if dropout_rate is not 0.
 
         Returns:
-            The top layer's outputs [batch, time, units], and each layer's [h, c] as they are after
-            each row's last token.
+            The top layer's outputs [batch, time, units], and each layer's [h, c] after each row's
+            last token.
         """
         outputs, final = embedded, []
         for layer, (lstm, state) in enumerate(zip(self.lstms, states, strict=True)):
@@ -245,10 +246,7 @@ class Encoder(keras.layers.Layer):
         return tf.cast(outputs, self.embeddings.dtype), final
 
     def call(self, tokens: tf.Tensor, lengths: tf.Tensor) -> tuple[tf.Tensor, States]:
-        """Reads `tokens` from the encoder's own initial state, without training.
-
-        Returns what `read` returns.
-        """
+        """Reads `tokens` from the encoder's initial state, without training; see `read`."""
         states = self.start(tf.shape(tokens)[0])
         mask = token_mask(tokens, lengths)
         return self.read(self.words(tokens), mask, states, training=False)

@@ -1,7 +1,7 @@
-"""The states of any Keras LSTM: those that it ends with, and those that it starts from.
+"""Reads the final states of any Keras LSTM, and sets its initial states.
 
-An LSTM here is a `keras.layers.LSTM`, a class made from it, an `RNN` of one or more `LSTMCell`,
-or a `Bidirectional` of two of these: the forward layer's states first, as Keras returns them.
+An LSTM here is a `keras.layers.LSTM` or a subclass, an `RNN` of `LSTMCell`s, or a `Bidirectional`
+of two of these: the forward layer's states first, as Keras returns them.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,19 +17,19 @@ Pair = tuple[tf.Tensor, tf.Tensor]
 RECURRENT = (keras.layers.RNN, keras.layers.Bidirectional)
 
 
-# ---- Ends ----
+# ---- Final states ----
 
 
 def reads_states(encoder: Any, layers: Sequence[str] | None) -> Callable[[Any], list[Pair]]:
-    """Returns inputs -> the final (h, c) of each LSTM of `encoder`, each [batch, units].
+    """Returns a function from inputs to the final (h, c) of each LSTM, each [batch, units].
 
     Args:
         encoder: See `trainer.states.from_encoder`.
-        layers: Names of layers of a functional or sequential model; None takes its outputs if
+        layers: Names of layers of a functional or sequential model. None takes its outputs if
             there are several, else its only LSTM.
 
     Raises:
-        ValueError: It cannot be told which states are meant, or there are none.
+        ValueError: The states are ambiguous, or there are none.
     """
     if isinstance(encoder, RECURRENT):
         if not is_lstm(encoder):
@@ -54,7 +54,7 @@ def reads_states(encoder: Any, layers: Sequence[str] | None) -> Callable[[Any], 
 
     def read(inputs: Any) -> list[Pair]:
         outputs = tf.nest.flatten(encoder(inputs, training=False))
-        # An odd one comes first: what the layer returns besides its states.
+        # If the number is odd, the first one is the layer's output.
         return _pairs(outputs[len(outputs) % 2 :], name)
 
     return read
@@ -88,7 +88,7 @@ def _refuse_other_states(model: keras.models.Model) -> None:
 
 
 def _ending_in(model: keras.models.Model, names: Sequence[str] | None) -> keras.models.Model:
-    """Returns the model from the same inputs to the states of the layers of these names."""
+    """Returns a model from the same inputs to the final states of the named layers."""
     there = {layer.name: layer for layer in model.layers if is_lstm(layer)}
     wanted = [names] if isinstance(names, str) else names if names is not None else list(there)
     if names is None and len(there) != 1:
@@ -113,7 +113,7 @@ def _ending_in(model: keras.models.Model, names: Sequence[str] | None) -> keras.
 
 
 def _returning_state(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """Returns a copy of the LSTM, its weights too, that returns states and keeps none."""
+    """Returns a copy of the LSTM with its weights, which returns its states and is not stateful."""
     copy = _copy(layer)
     first = getattr(layer, "forward_layer", layer)
     copy.build((None, None, _cells(first)[0].kernel.shape[0]))
@@ -131,7 +131,7 @@ def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
 
 
 def is_lstm(layer: Any) -> bool:
-    """Returns whether the layer's states are those of LSTMs; see the top of this module."""
+    """Returns whether the layer is an LSTM; see the top of this module."""
     if isinstance(layer, keras.layers.Bidirectional):
         return is_lstm(layer.forward_layer) and is_lstm(layer.backward_layer)
     return isinstance(layer, keras.layers.RNN) and all(
@@ -143,15 +143,15 @@ def _cells(layer: keras.layers.RNN) -> list[keras.layers.Layer]:
     return getattr(layer.cell, "cells", [layer.cell])
 
 
-# ---- Starts ----
+# ---- Initial states ----
 
 
 class Start:
-    """Where one LSTM of a target starts from: what `trainer.states.apply` sets.
+    """The initial state of an LSTM, as `trainer.states.apply` sets it.
 
     Attributes:
         name: For errors.
-        shapes: That h and c may have.
+        shapes: Allowed shapes of h and c.
         can_be_trained: Whether h and c can be weights.
     """
 
@@ -160,12 +160,12 @@ class Start:
     can_be_trained = True
 
     def set(self, h: np.ndarray, c: np.ndarray, trainable: bool | None) -> None:
-        """Makes it start from h and c."""
+        """Sets h and c."""
         raise NotImplementedError
 
 
 class _Stateful(Start):
-    """A stateful layer: its states are set, once."""
+    """A stateful layer: its present states are set."""
 
     can_be_trained = False
 
@@ -184,20 +184,20 @@ class _Stateful(Start):
 
 
 class _Weights(Start):
-    """A layer that is not stateful: it gets weights, which it then starts every row from."""
+    """A layer that is not stateful: every row starts from two weights of the layer."""
 
     def __init__(self, layer: keras.layers.LSTM):
         if not isinstance(layer, WarmLSTM) and type(layer) is not keras.layers.LSTM:
             raise ValueError(
-                f"{layer.name} is of the class {type(layer).__name__}, which may start as it "
-                "likes; derive that from trainer.models.lstm.WarmLSTM, or pass "
+                f"{layer.name} is of the class {type(layer).__name__}, which may define its start "
+                "itself; derive that from trainer.models.lstm.WarmLSTM, or pass "
                 "initial_state=[h, c] to its call"
             )
         for node in layer._inbound_nodes:
             if node.arguments.kwargs.get("initial_state") is not None:
                 raise ValueError(
-                    f"{layer.name} is called with initial_state=..., which comes before the state "
-                    "that a layer has; build the model without it, or change what it is given"
+                    f"{layer.name} is called with initial_state=..., which overrides the layer's "
+                    "state; build the model without it, or change the call"
                 )
         self.name, self.layer = layer.name, layer
         self.shapes = [(layer.units,)]
@@ -205,8 +205,8 @@ class _Weights(Start):
     def set(self, h: np.ndarray, c: np.ndarray, trainable: bool | None) -> None:
         layer = self.layer
         if type(layer) is keras.layers.LSTM:
-            # A WarmLSTM has the same attributes and one more. Keras's class has no place in its
-            # configuration for a state, so that a saved model could not keep it.
+            # A WarmLSTM has one more attribute. The configuration of Keras's class has no place for
+            # a state, so that a saved model would lose it.
             object.__setattr__(layer, "__class__", WarmLSTM)
             layer.initial_state = None
         kind = {True: "learned", False: "fixed", None: layer.initial_state or "fixed"}
@@ -216,10 +216,10 @@ class _Weights(Start):
 
 
 def starts(target: Any) -> list[Start]:
-    """Returns where each LSTM of a layer, a model or a list of them starts from, in order.
+    """Returns the initial state of each LSTM of a layer, a model or a list of them, in order.
 
     Raises:
-        ValueError: One of them cannot be made to start from a state.
+        ValueError: The initial state of an LSTM cannot be set.
     """
     if isinstance(target, (list, tuple)):
         return [start for each in target for start in starts(each)]
@@ -231,7 +231,7 @@ def starts(target: Any) -> list[Start]:
         raise ValueError(
             f"{target.name} is a {type(target).__name__} of {type(target.cell).__name__}: only "
             "keras.layers.LSTM can be made to start from a state; pass initial_state=... to its "
-            "call, or use LSTM layers, one after the other"
+            "call, or stack LSTM layers"
         )
     return starts(lstms_within(target))
 

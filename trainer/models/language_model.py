@@ -1,9 +1,8 @@
-"""The recurrent language model (Dai & Le 2015, section 2: LM-LSTM): it predicts the next word.
+"""The recurrent language model (Dai & Le 2015, section 2: LM-LSTM), which predicts the next word.
 
-The first word of a row is predicted from the state that the row starts from, word i + 1 from the
-output after reading word i. So the state that a document starts from is the one that a classifier
-starts from, before it reads the same first word, and what must be carried from one piece of a
-text to the next is the LSTM's state and nothing else.
+The first word of a row is predicted from the row's initial state, word i + 1 from the output after
+word i. So a document starts from the same state as a classifier, which then reads the same first
+word, and only the LSTM's state must be carried from one piece of a text to the next.
 """
 
 import tensorflow as tf
@@ -17,7 +16,7 @@ class LanguageModel(TextModel):
 
     @property
     def carried_size(self) -> int:
-        """Numbers of state that a row hands on to the row that continues it."""
+        """Size of the state that a row carries to the next row of the same text."""
         return sum(part.shape[-1] for part in tf.nest.flatten(self.encoder.start(1)))
 
     def loss_sum(
@@ -46,16 +45,16 @@ class LanguageModel(TextModel):
         training: bool,
         noise: Noise = EXACT,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns the loss of rows that continue others: truncated backpropagation through time.
+        """Returns the loss of rows that continue others (truncated backpropagation through time).
 
         Args:
             tokens, lengths, weights, training, noise: See `TextModel.loss_sum`.
-            carried: [batch, carried_size], the state in which each row goes on; no gradient passes
-                through it.
-            carries: Float32 [batch], 0 where a row starts from the encoder's initial state instead.
+            carried: [batch, carried_size], the state in which each row continues; no gradient
+                passes through it.
+            carries: float32 [batch], 0 for rows that start from the encoder's initial state.
 
         Returns:
-            (loss, number of tokens, [batch, carried_size] as it is after each row's last token).
+            (loss, number of tokens, the state [batch, carried_size] after each row's last token).
         """
         initial = self.encoder.start(tf.shape(tokens)[0])
         parts = tf.nest.flatten(initial)

@@ -1,10 +1,10 @@
 """The sequence autoencoder (Dai & Le 2015, section 2).
 
-One LSTM and one embedding table read a document and then write it again. In the paper a document
-of n tokens is one sequence of 2n - 1 inputs, w1 .. wn, w1 .. w(n-1), with the loss on the last n
+One LSTM and one embedding table read a document and then reconstruct it. In the paper a document of
+n tokens is one sequence of 2n - 1 inputs, w1 .. wn, w1 .. w(n-1), with the loss on the last n
 outputs: reading wn (the end of sequence) predicts w1, reading w1 predicts w2, and so on. Here the
-two halves are two passes of the same layer, the second from the state in which the first ended,
-which is the same computation and needs no per-row alignment in a padded batch.
+two halves are two passes of the same layer, the second from the final state of the first. That is
+the same computation, without aligning the rows of a padded batch.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from trainer.models.text_model import EXACT, Noise, TextModel, all_but_last, dro
 
 
 class SequenceAutoencoder(TextModel):
-    """An encoder and the softmax over the vocabulary that writes the text again."""
+    """An encoder, and a softmax over the vocabulary that reconstructs the text."""
 
     def predicting_outputs(
         self,
@@ -28,10 +28,10 @@ class SequenceAutoencoder(TextModel):
         dropout_rate: float = 0.0,
         dropout_seed: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Returns the LSTM outputs from which the tokens are predicted: [batch, time, units].
+        """Returns the LSTM outputs that predict the tokens: [batch, time, units].
 
-        Position i predicts token i: position 0 is the state in which reading ended, position i
-        the output after writing token i - 1. Dropout is between the layers of a stack.
+        Position 0 is the final state of reading, position i the output after writing token i - 1.
+        Dropout is between the layers of a stack.
         """
         seeds = [dropout_seed] * 2
         if dropout_rate:
@@ -64,16 +64,16 @@ class SequenceAutoencoder(TextModel):
     def reconstruct(
         self, tokens: tf.Tensor, lengths: tf.Tensor, max_tokens: int
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Reads each row and writes it again, taking the likeliest word each time.
+        """Reads each row and writes it again by greedy decoding.
 
         Args:
-            tokens: Int32 [batch, time], right-padded, each with its end token.
-            lengths: Int32 [batch].
-            max_tokens: The most that are written of a row.
+            tokens: int32 [batch, time], right-padded, each row with its end token.
+            lengths: int32 [batch].
+            max_tokens: Largest number of tokens to write of a row.
 
         Returns:
-            The rows, int32 [batch, max_tokens], right-padded, and their lengths, int32 [batch]: up to
-            the end token, which counts, or max_tokens where none was written.
+            The rows, int32 [batch, max_tokens], right-padded, and their lengths, int32 [batch],
+            including the end token, or max_tokens for a row without one.
         """
         batch = tf.shape(tokens)[0]
         _, states = self.encoder(tokens, lengths)
@@ -109,7 +109,7 @@ class SequenceAutoencoder(TextModel):
 
 
 def same_rows(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
-    """Returns which rows of int32 [batch, time] are equal, padding apart: bool [batch]."""
+    """Returns which rows of int32 [batch, time] are equal up to padding: bool [batch]."""
     width = tf.maximum(tf.shape(first)[1], tf.shape(second)[1])
     first, second = (
         tf.pad(rows, [[0, 0], [0, width - tf.shape(rows)[1]]], constant_values=PADDING_ID)

@@ -1,4 +1,4 @@
-"""What all pretraining objectives are made of: an encoder and a softmax over the vocabulary."""
+"""The base of all pretraining models: an encoder and a softmax over the vocabulary."""
 
 from typing import Any, NamedTuple
 
@@ -10,16 +10,15 @@ from trainer.models.encoder import Encoder, dropout
 
 
 class Noise(NamedTuple):
-    """What training draws at random. Without it a loss is exact. Seeds are int32 [2].
+    """The random parts of training; without them a loss is exact. Seeds are int32 [2].
 
     Attributes:
-        dropout_rate: Of the embeddings and of the outputs of each layer.
-        word_dropout_rate: Of the words that the LSTM is given while it predicts, not of those that
-            are predicted (Bowman et al. 2016, section 3.1): an autoencoder must then take more from
-            the state in which reading ended.
-        subsampling: 0, or the frequency above which words are left out of the loss, the more often
-            the more frequent they are; see `kept_words`.
-        num_sampled: Candidates of the sampled softmax; 0 is the exact one.
+        dropout_rate: For embeddings and outputs of each layer.
+        word_dropout_rate: For input words while predicting, not for predicted ones (Bowman et al.
+            2016, section 3.1): an autoencoder must then rely more on the final state of reading.
+        subsampling: 0, or the frequency above which words are randomly left out of the loss, more
+            frequent words more often; see `kept_words`.
+        num_sampled: Candidates of the sampled softmax; 0 for the exact one.
     """
 
     dropout_rate: float = 0.0
@@ -33,15 +32,15 @@ class Noise(NamedTuple):
     softmax_seed: tf.Tensor | None = None
 
 
-EXACT = Noise()  # none
+EXACT = Noise()  # no noise
 
 
 class TextModel(keras.layers.Layer):
-    """An encoder, and the softmax with which its outputs predict words.
+    """An encoder, and a softmax that predicts words from its outputs.
 
     Attributes:
-        tied: Whether the softmax compares a projection of the output with the embeddings (Press &
-            Wolf 2017; Inan et al. 2017), rather than the output with a matrix of its own.
+        tied: Whether the softmax multiplies a projection of the output with the embeddings (Press &
+            Wolf 2017; Inan et al. 2017), rather than the output with a separate matrix.
     """
 
     def __init__(self, encoder: Encoder, tied: bool = False, **kwargs: Any):
@@ -50,7 +49,7 @@ class TextModel(keras.layers.Layer):
         self.tied = tied
 
     def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
-        """Makes the weights; the shape of the tokens does not matter."""
+        """Creates the weights, which do not depend on the shape of the tokens."""
         if not self.encoder.built:
             self.encoder.build()
         vocab_size, units = self.encoder.vocab_size, self.encoder.units
@@ -65,7 +64,7 @@ class TextModel(keras.layers.Layer):
         self.softmax_bias = self.add_weight(
             shape=(vocab_size,), initializer="zeros", name="softmax_bias"
         )
-        # Start from Zipf's law: the sampled softmax then starts without variance.
+        # From Zipf's law, with which the sampled softmax starts without variance.
         self.softmax_bias.assign(
             softmax.log_expected_count(tf.range(vocab_size), vocab_size, num_sampled=1)
         )
@@ -82,9 +81,9 @@ class TextModel(keras.layers.Layer):
         """Returns the summed cross-entropy of the predicted tokens, in nats, and their number.
 
         Args:
-            tokens: Int32 [batch, time], right-padded.
-            lengths: Int32 [batch].
-            weights: Float32 [batch]; rows of weight 0 count nothing.
+            tokens: int32 [batch, time], right-padded.
+            lengths: int32 [batch].
+            weights: float32 [batch], 0 for rows to ignore.
             training: Whether a gradient will be taken.
         """
         raise NotImplementedError
@@ -102,12 +101,12 @@ class TextModel(keras.layers.Layer):
     def prediction_loss(
         self, outputs: tf.Tensor, tokens: tf.Tensor, counted: tf.Tensor, noise: Noise
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the summed cross-entropy of tokens given outputs, in nats, and their number.
+        """Returns the summed cross-entropy of the tokens, in nats, and their number.
 
         Args:
             outputs: [batch, time, units]; output i predicts token i.
-            tokens: Int32 [batch, time].
-            counted: Bool [batch, time], False where nothing is to be predicted.
+            tokens: int32 [batch, time].
+            counted: bool [batch, time], False for tokens to ignore.
         """
         if noise.subsampling:
             vocab_size = self.encoder.vocab_size
@@ -133,12 +132,12 @@ class TextModel(keras.layers.Layer):
         return tf.reduce_sum(losses), tf.cast(tf.size(targets), tf.float32)
 
     def logits(self, outputs: tf.Tensor) -> tf.Tensor:
-        """Returns the logits of the words that outputs, [rows, units], predict: [rows, vocab]."""
+        """Returns the logits of words given outputs [rows, units]: [rows, vocab]."""
         hidden, kernel, bias = self._softmax(outputs)
         return tf.matmul(hidden, kernel, transpose_b=True) + bias
 
     def _softmax(self, hidden: tf.Tensor) -> tuple[tf.Tensor, tf.Variable, tf.Variable]:
-        """Returns what the softmax compares, [rows, width], with what, and its bias."""
+        """Returns the softmax's factors, [rows, width] and [vocab, width], and its bias."""
         kernel, bias = self.softmax_kernel.value, self.softmax_bias.value
         if self.tied:
             return tf.matmul(hidden, kernel), self.encoder.embeddings.value, bias
@@ -148,7 +147,7 @@ class TextModel(keras.layers.Layer):
 def all_but_last(steps: tf.Tensor) -> tf.Tensor:
     """Returns `steps`, [batch, time, features], without the last one.
 
-    On a CPU the gradient of a slice is ten times as fast as that of `steps[:, :-1]`.
+    On a CPU the gradient of tf.slice is ten times as fast as that of `steps[:, :-1]`.
     """
     time = steps.shape[1] or tf.shape(steps)[1]
     cut = tf.slice(steps, [0, 0, 0], [-1, time - 1, -1])
@@ -165,11 +164,11 @@ def drop_words(embedded: tf.Tensor, rate: float, seed: tf.Tensor | None) -> tf.T
 
 
 def kept_words(tokens: tf.Tensor, vocab_size: int, threshold: float, seed: tf.Tensor) -> tf.Tensor:
-    """Returns bool [batch, time]: which words stay when frequent ones are left out at random.
+    """Returns which words to keep when frequent ones are left out at random: bool [batch, time].
 
     A word of frequency f stays with probability sqrt(threshold / f) + threshold / f, as in the
-    program of Mikolov et al. 2013 (section 2.3 has nearly the same). Frequencies are those of the
-    log-uniform law, which ids sorted by falling frequency nearly follow.
+    program of Mikolov et al. 2013 (section 2.3 differs slightly). Frequencies follow the
+    log-uniform law, a good fit for ids sorted by falling frequency.
     """
     frequency = tf.exp(softmax.log_expected_count(tokens, vocab_size, num_sampled=1))
     ratio = threshold / frequency

@@ -4,10 +4,10 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.losses.adversarial import (
-    adversarial_move,
+    adversarial_perturbation,
     divergence,
     random_direction,
-    virtual_adversarial_move,
+    virtual_adversarial_perturbation,
 )
 from trainer.losses.label_gain import linear_weights
 from trainer.models.classifier import Classifier, losses_and_errors
@@ -70,11 +70,11 @@ def loss_sum(config: Config, classifier: Classifier, objective: TextModel | None
         total = label_loss(logits)
         if config.adversarial_weight:
             norm = config.perturbation_norm
-            moves = adversarial_move(label_loss, logits, tape, embedded, lengths, norm)
+            moves = adversarial_perturbation(label_loss, logits, tape, embedded, lengths, norm)
             total += config.adversarial_weight * label_loss(moved(embedded, moves))
         if config.virtual_adversarial_weight:
             seed = seeds.fold(config.seed, seeds.VIRTUAL_ADVERSARIAL_DIRECTION, step)
-            moves = virtual_adversarial_move(
+            moves = virtual_adversarial_perturbation(
                 at_end(logits, lengths),
                 lambda embedded: at_end(read(embedded), lengths),
                 embedded,

@@ -1,11 +1,11 @@
 """Every random draw of training is a pure function of (run seed, purpose, step, shard).
 
-So a resumed run draws what an uninterrupted one would have drawn.
+So a resumed run draws the same numbers as an uninterrupted one.
 """
 
 import tensorflow as tf
 
-# What a draw is for. The numbers are part of the reproducibility of a run: never reuse one.
+# Purposes of draws. Runs are reproducible only if no number is ever reused.
 EMBEDDING_DROPOUT = 1
 OUTPUT_DROPOUT = 2
 SOFTMAX_CANDIDATES = 3

@@ -70,7 +70,7 @@ def test_a_second_signal_ends_the_process_whatever_it_does(start, does: str) -> 
     time.sleep(0.1)  # signals of one kind that come together are one
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
-    assert process.stdout.read() == "a second SIGTERM came: ended at once\n"
+    assert process.stdout.read() == "received a second SIGTERM: ended immediately\n"
 
 
 @pytest.mark.parametrize("does", ["go on", "hang"])

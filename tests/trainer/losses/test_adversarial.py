@@ -117,7 +117,7 @@ def test_moves_have_the_norm_and_leave_ends_and_padding_alone() -> None:
     direction = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
     direction[0] *= 1e-30  # of which the square is 0
     direction[2] = 0
-    movable = adversarial.movable_words(LENGTHS, 5)
+    movable = adversarial.perturbed_words(LENGTHS, 5)
     np.testing.assert_array_equal(movable, MOVABLE)
     found = adversarial.of_norm(direction, movable, 5.0).numpy()
     assert (found[~MOVABLE] == 0).all()

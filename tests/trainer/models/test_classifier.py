@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from trainer import config
-from trainer.models.classifier import POOLINGS, Classifier, losses_and_errors
+from trainer.models.classifier import POOLED_VECTORS, Classifier, losses_and_errors
 from trainer.models.encoder import Encoder
 
 VOCAB_SIZE, DIM, UNITS = 30, 4, 6
@@ -39,7 +39,7 @@ def test_concat_pooling_reads_the_last_the_mean_and_the_maximum_of_the_outputs()
 
 
 def test_every_pooling_has_a_flag() -> None:
-    assert tuple(POOLINGS) == config.POOLINGS
+    assert tuple(POOLED_VECTORS) == config.POOLINGS
 
 
 def test_the_initial_state_matters_and_is_trained() -> None:
