@@ -3,12 +3,12 @@
 The rooms by floor. A room imports only from floors below its own (tests/test_architecture.py;
 docs/how-it-works.md has a sentence for each):
 
-    8  main, preflight
-    7  stages
+    8  main
+    7  stages, preflight
     6  states
     5  training, inference, report_page
-    4  models, config
+    4  models
     3  losses, reporting
     2  distribution
-    1  native, safe_files, variables
+    1  config, native, safe_files, variables
 """
