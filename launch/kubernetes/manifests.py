@@ -134,8 +134,8 @@ def _fill(
     _fill_template(resources[_TEMPLATE]["spec"], options)
     if trainer_flags:
         (trainer,) = resources[_TEMPLATE]["spec"]["template"]["spec"]["containers"]
-        # Kubernetes would put a variable's value for $(NAME).
-        trainer["args"] = [flag.replace("$(", "$$(") for flag in trainer_flags]
+        # Kubernetes puts a variable's value for $(NAME), and $ for $$.
+        trainer["args"] = [flag.replace("$", "$$") for flag in trainer_flags]
     if _ELASTIC in resources:
         _fill_elastic(resources[_ELASTIC]["spec"], options)
     (kind,) = {kind for kind, name in resources if kind in JOB_KINDS and name == "warmstate"}

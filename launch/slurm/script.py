@@ -17,7 +17,7 @@ from launch.platform import NAME, ClusterOptions
 
 SAVE_SECONDS = 60  # before the time limit; SLURM may take up to 60 seconds more
 WAIT_SECONDS = 120  # for the others after the first worker's end, above the collective timeout
-_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # sbatch(1), --time
+_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}", re.ASCII)  # sbatch(1), --time
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def faults(options: SlurmOptions) -> list[str]:
         found.append(f"--name={name}: must be letters, digits, . - and _, and not a number")
     for flag_name in ("partition", "account"):
         value = getattr(options, flag_name)
-        if value is not None and not re.fullmatch(r"[\w.,@+-]+", value):
+        if value is not None and not re.fullmatch(r"[\w.,@+-]+", value, re.ASCII):
             found.append(f"--{flag_name}={value}: must be letters, digits and any of .,@+-_")
     if limit is not None and not _TIME.fullmatch(limit):
         found.append(f"--time_limit={limit}: must be minutes, hours:minutes:seconds or days-hours")
@@ -122,11 +122,12 @@ def _sbatch_options(options: SlurmOptions, folder: Path) -> list[str]:
 def _srun(options: SlurmOptions, folder: Path) -> list[str]:
     # srun does not inherit --cpus-per-task from sbatch.
     cpus = [f"--cpus-per-task={options.cpus_per_worker}"] if options.cpus_per_worker else []
+    output = shlex.quote(f"--output={log_folder(folder)}/%j-worker-%t.log")  # bash reads this line
     return [
         f"srun --ntasks={options.workers or 1} --distribution=block",
         f"--kill-on-bad-exit=0 --wait={WAIT_SECONDS}",
         *cpus,
-        f"--open-mode=append --output={log_folder(folder)}/%j-worker-%t.log",
+        f"--open-mode=append {output}",
     ]
 
 
