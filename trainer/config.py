@@ -74,8 +74,8 @@ class RunConfig:
     stall_seconds: float = _run(0.0, "Time without a step or evaluation after which the run prints "
         "all stacks and exits with code 1. Must exceed the first step, which includes tracing. 0: "
         "no limit.", at_least=0)
-    status_port: int = _run(0, "Port on which the chief serves /healthz and Prometheus's /metrics. "
-        "0: none.", at_least=0, at_most=65535)
+    status_port: int = _run(0, "Port on which the first worker of each host serves /healthz, "
+        "/started and Prometheus's /metrics. 0: none.", at_least=0, at_most=65535)
     status_host: str = _run("127.0.0.1", "Address that --status_port listens on. 0.0.0.0: every "
         "address of this machine, open to whoever can reach it.")
     steps_per_call: int = _run(1, "Number of steps in one call of TensorFlow: faster when a step "

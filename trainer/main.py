@@ -156,7 +156,7 @@ def _run_stage(config: Config, cluster: Cluster, say: Callable[[str], None] | No
             + (preflight.resume_faults(config, folder) if writes else [])
         )
     vitals = Vitals(stall_seconds=config.stall_seconds)
-    if chief and config.status_port:
+    if cluster.is_first_of_host and config.status_port:
         serve(config.status_host, config.status_port, vitals)
     store = open_store(config, cluster)
     preflight.raise_if(

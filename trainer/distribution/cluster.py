@@ -45,6 +45,12 @@ class Cluster:
     horovod: bool = False
     named_by: str = field(default="", compare=False)
 
+    @property
+    def is_first_of_host(self) -> bool:
+        """Whether no process before this one runs on the same host; the chief always is."""
+        hosts = [address.rpartition(":")[0] for address in self.addresses]
+        return hosts.index(hosts[self.rank]) == self.rank if hosts else self.rank == 0
+
 
 def resolve(environ: Mapping[str, str]) -> Cluster:
     """Returns the cluster that `environ` describes; where several platforms do, the first.

@@ -1,7 +1,9 @@
 """--status_port: serves the health and the metrics of a run over HTTP, for probes and Prometheus.
 
-/healthz   200, or 503 after --stall_seconds without a step or an evaluation
-/metrics   Prometheus's text format
+/started             200 once a step has been done, 503 before: data is prepared, the step traced
+/healthz             200, or 503 after --stall_seconds without a step or an evaluation
+/healthz?stalled=N   the same after N seconds; the first step of a stage has no limit
+/metrics             Prometheus's text format
 """
 
 import http.server
@@ -10,6 +12,7 @@ import socket
 import socketserver
 import threading
 import time
+import urllib.parse
 from dataclasses import dataclass, field
 
 from data_pipelines.errors import InputError
@@ -37,18 +40,32 @@ class Vitals:
     beat: float = field(default_factory=time.monotonic)
     saved: float | None = None
     stall_seconds: float = 0.0
+    _first: int = 0  # step after which this sitting began the stage
+    _has_stepped: bool = False
 
     def begin(self, stage: str, step: int, steps: int) -> None:
         """Starts a stage after `step`."""
-        self.stage, self.step, self.steps = stage, step, steps
+        self._has_stepped = self.has_stepped()
+        self.stage, self.step, self.steps, self._first = stage, step, steps, step
         self.loss = self.tokens_per_second = math.nan
         self.saved = None
         self.beat = time.monotonic()
 
-    def stalled_seconds(self) -> float | None:
-        """Returns the seconds since the last step if they exceed the limit, else None."""
+    def has_stepped(self) -> bool:
+        """Returns whether this process has done a step, so that the slow start is over."""
+        return self._has_stepped or self.step > self._first
+
+    def stalled_seconds(self, limit_seconds: float = 0.0) -> float | None:
+        """Returns the time since the last step if it is too long, else None.
+
+        Args:
+            limit_seconds: Replaces `stall_seconds`, but not in the first step of a stage, which
+                includes tracing.
+        """
         since = time.monotonic() - self.beat
-        return since if self.stage and 0 < self.stall_seconds < since else None
+        first = self.step <= self._first
+        limit = limit_seconds if limit_seconds and not first else self.stall_seconds
+        return since if self.stage and 0 < limit < since else None
 
 
 def prometheus_text(vitals: Vitals) -> str:
@@ -117,9 +134,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/metrics":
             text = prometheus_text(self.server.vitals)
             return 200, "text/plain; version=0.0.4; charset=utf-8", text
-        if self.path != "/healthz":
-            return 404, "text/plain", "there is /healthz and /metrics\n"
-        stalled = self.server.vitals.stalled_seconds()
+        url = urllib.parse.urlsplit(self.path)
+        if url.path == "/started":
+            started = self.server.vitals.has_stepped()
+            return (200, "text/plain", "ok\n") if started else (503, "text/plain", "no step yet\n")
+        if url.path != "/healthz":
+            return 404, "text/plain", "there is /started, /healthz and /metrics\n"
+        limit = dict(urllib.parse.parse_qsl(url.query)).get("stalled", "0")
+        if not (limit.isascii() and limit.isdecimal()):
+            return 400, "text/plain", f"stalled={limit}: must be a whole number of seconds\n"
+        stalled = self.server.vitals.stalled_seconds(float(limit))
         if stalled is None:
             return 200, "text/plain", "ok\n"
         return 503, "text/plain", f"no step for {stalled:.0f} s\n"

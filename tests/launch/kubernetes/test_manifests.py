@@ -6,6 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import yaml
 
 from launch.kubernetes import manifests as kubernetes
 from launch.kubernetes.options import OVERLAYS, KubernetesOptions
+from trainer.reporting import status_server
 
 REPOSITORY = Path(__file__).parents[3]
 CRDS = REPOSITORY.parent / "shared" / "k8s" / "crds"
@@ -492,6 +496,60 @@ def test_an_elastic_job_has_one_pod_with_what_all_its_workers_need() -> None:
     )
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert "--distributor=horovod" not in container["command"]
+
+
+@pytest.mark.parametrize("overlay", ["indexed-job", "jobset", "trainjob", "elastic"])
+def test_probes_know_a_long_start_from_a_stalled_step(overlay: str) -> None:
+    """The paths and flags are those of the trainer: its own server answers them."""
+    templates = [t for d in kubernetes.render(options(overlay)) for t in pod_templates(d)]
+    assert templates
+    for template in templates:
+        (container,) = template["spec"]["containers"]
+        (port,) = [each for each in container["ports"] if each["name"] == "status"]
+        start, live = container["startupProbe"], container["livenessProbe"]
+        assert {start["httpGet"]["port"], live["httpGet"]["port"]} == {"status"}
+        number = port["containerPort"]
+        assert {f"--status_port={number}", "--status_host=0.0.0.0"} <= set(container["command"])
+        annotations = template["metadata"]["annotations"]
+        assert annotations["prometheus.io/port"] == str(number)
+        vitals = status_server.Vitals()
+        served = status_server.serve("127.0.0.1", 0, vitals)
+
+        def ask(probe: Document, served: int = served) -> int:
+            url = f"http://127.0.0.1:{served}{probe['httpGet']['path']}"
+            try:
+                return urllib.request.urlopen(url, timeout=10).status
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        long_ago = time.monotonic() - 3600
+        vitals.begin("pretrain", 100, 200)
+        vitals.beat = long_ago  # the first step takes an hour
+        assert (ask(start), ask(live)) == (503, 200)
+        vitals.step, vitals.beat = 101, time.monotonic()
+        assert (ask(start), ask(live)) == (200, 200)
+        vitals.beat = long_ago
+        assert (ask(start), ask(live)) == (200, 503)
+        vitals.begin("finetune", 0, 10)  # traces again
+        vitals.beat = long_ago
+        assert (ask(start), ask(live)) == (200, 200)
+
+
+def test_the_dashboard_and_the_monitor_name_what_there_is() -> None:
+    folder = REPOSITORY / "k8s" / "monitoring"
+    dashboard = json.loads((folder / "dashboard.json").read_text())
+    shown = set(re.findall(r"warmstate_\w+", json.dumps(dashboard["panels"])))
+    text = status_server.prometheus_text(status_server.Vitals(saved=0.0))
+    assert shown == set(re.findall(r"^# TYPE (\w+)", text, re.M))
+    assert all(panel["targets"][0]["expr"] for panel in dashboard["panels"])
+    monitor = yaml.safe_load((folder / "podmonitor.yaml").read_text())
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    (template,) = [t for document in kubernetes.render(options()) for t in pod_templates(document)]
+    labels = template["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert set(monitor["spec"]["podTargetLabels"]) <= labels.keys()
+    names = [port["name"] for port in template["spec"]["containers"][0]["ports"]]
+    assert endpoint["port"] in names
 
 
 def test_names_stay_labels() -> None:

@@ -21,6 +21,13 @@ def test_workers() -> None:
     assert resolve(tf_config(cluster, "worker", 2)) == Cluster(2, 3, ("a:1", "b:2", "c:3"))
 
 
+def test_the_first_process_of_each_host() -> None:
+    addresses = ("a:1", "a:2", "b:1", "[::1]:1", "[::1]:2")
+    clusters = [Cluster(rank, len(addresses), addresses) for rank in range(len(addresses))]
+    assert [each.is_first_of_host for each in clusters] == [True, False, True, True, False]
+    assert Cluster(0, 2).is_first_of_host and not Cluster(1, 2).is_first_of_host
+
+
 def test_a_chief_comes_before_the_workers() -> None:
     cluster = {"chief": ["a:1"], "worker": ["b:2"]}
     assert resolve(tf_config(cluster, "chief", 0)).rank == 0

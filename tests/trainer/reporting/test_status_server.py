@@ -47,6 +47,27 @@ def test_a_stall_is_unhealthy_only_while_a_stage_trains() -> None:
     assert get(port, "/healthz")[0] == 200
 
 
+def test_a_limit_of_the_probe_s_own_leaves_the_first_step_its_time() -> None:
+    vitals = Vitals()
+    port = serve("127.0.0.1", 0, vitals)
+    assert get(port, "/started") == (503, "no step yet\n")
+    vitals.begin("pretrain", 3, 10)
+    vitals.beat = time.monotonic() - 101
+    assert get(port, "/healthz?stalled=100")[0] == 200  # it traces
+    vitals.step = 4
+    assert get(port, "/started") == (200, "ok\n")
+    code, text = get(port, "/healthz?stalled=100")
+    assert code == 503 and text.startswith("no step for 101 s")
+    assert get(port, "/healthz?stalled=300")[0] == 200
+    assert get(port, "/healthz")[0] == 200
+    vitals.begin("finetune", 0, 10)
+    assert get(port, "/started")[0] == 200
+    assert get(port, "/healthz?stalled=x") == (
+        400,
+        "stalled=x: must be a whole number of seconds\n",
+    )
+
+
 def test_a_client_that_talks_nonsense_does_no_harm(capfd: pytest.CaptureFixture) -> None:
     port = serve("127.0.0.1", 0, Vitals())
     for nonsense in (b"\0\xff\r\n\r\n", b"GET " + b"/" * 70_000 + b" HTTP/1.1\r\n\r\n", b""):
