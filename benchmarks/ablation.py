@@ -32,12 +32,13 @@ from trainer.distribution import cluster
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.make import make_distributor
 from trainer.distribution.preemption import StopRequest
-from trainer.main import open_store, with_precision
 from trainer.report_page.statistics import mean_of_runs
 from trainer.stages.evaluate import evaluate
 from trainer.stages.finetune import finetune
 from trainer.stages.pretrain import pretrain
-from trainer.stages.run import Run
+from trainer.stages.run_stage import open_store
+from trainer.training import precision
+from trainer.training.run import Run
 
 FLAGS = flags.FLAGS
 OBJECTIVES = {"sequence_autoencoder": "sequence autoencoder", "language_model": "language model"}
@@ -74,14 +75,20 @@ def test_error(
     done = folder / "test.json"
     if done.exists():
         return json.loads(done.read_text())["error_percent"]
-    config = replace(base, seed=seed, pretrain_objective=objective or "sequence_autoencoder")
+    config = replace(
+        base,
+        seed=seed,
+        pretrain_objective=objective or "sequence_autoencoder",
+        encoder=str(encoder / "encoder") if objective else "",
+        init_weights=weights,
+        initial_state=state,
+    )
     keras.backend.clear_session()
     stop = StopRequest(("TERM",), config.grace_seconds)
     run = Run(config, distributor, store, stop, say)
     if objective and not (encoder / "encoder" / "encoder.json").exists():
         pretrain(run, encoder)
-    from_encoder = encoder / "encoder" if objective else None
-    finetune(run, folder, from_encoder, weights, state)
+    finetune(run, folder)
     error = evaluate(run, folder / "classifier", "test", folder)["error_percent"]
     done.write_text(json.dumps({"error_percent": error}) + "\n")
     say(f"{folder.name}: test error {error:.2f} %")
@@ -200,7 +207,7 @@ def main(argv: list[str]) -> None:
     Path(base.run_dir).mkdir(parents=True, exist_ok=True)
     alone = cluster.resolve({})
     distributor = make_distributor("one_device", alone, base.collective_timeout_seconds)
-    base = with_precision(base, distributor, say)
+    base = precision.resolved(base, distributor, Path(base.run_dir), say)
     store = open_store(base, alone)
     seeds = list(range(FLAGS.seeds))
     errors: dict[str, list[float]] = {}

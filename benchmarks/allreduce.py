@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from trainer.training.task import Task
-from trainer.training.train_step import make_train_step
+from trainer.training.train_step import TrainStep
 
 ROWS, TOKENS, UNITS, SAMPLED = 16, 64, 64, 256  # of each worker
 VOCABULARIES = (30_000, 300_000)
@@ -65,23 +65,19 @@ def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:
 
     from tests import loop_settings
     from trainer.distribution import cluster as clusters
-    from trainer.distribution.distributor import reduce_inside_step_only
     from trainer.distribution.make import make_distributor
-    from trainer.training.optimizer import make_optimizer
-    from trainer.training.schedules import Schedule
+    from trainer.training.optimizer import Optimizer
 
     distributor = make_distributor(kind, clusters.resolve(os.environ), 60.0)
     with distributor.scope():
         task = make_task(vocab_size)
-        optimizer = make_optimizer("adam", Schedule("constant", 1e-3))
-        optimizer.build(list(task.variables.values()))
-    reduce_inside_step_only(optimizer)
     batches = random_batches(vocab_size, distributor.rank)
     steps = {}
     for name, (sparse_reduce, compress) in VARIANTS.items():
         used = Alone(distributor) if name == "alone" else distributor
-        chosen = loop_settings.settings(sparse_reduce=sparse_reduce, compress=compress)
-        steps[name], _ = make_train_step(task, optimizer, used, chosen, batches)
+        chosen = loop_settings.config(sparse_reduce=sparse_reduce, compress=compress)
+        optimizer = Optimizer("adam", task.stage, task.variables, distributor)
+        steps[name] = TrainStep(task, chosen, used, optimizer, batches(0, 1))
     milliseconds: dict[str, list[float]] = {name: [] for name in steps}
     for number, batch in enumerate(batches(0, repeats + 2)):
         for name, step in steps.items():
@@ -149,6 +145,7 @@ def make_task(vocab_size: int):
     """Returns the pretraining task; call it in the distributor's scope."""
     import tensorflow as tf
 
+    from trainer.config import StageConfig
     from trainer.models.encoder import Encoder
     from trainer.models.sequence_autoencoder import SequenceAutoencoder
     from trainer.models.text_model import Noise
@@ -170,7 +167,8 @@ def make_task(vocab_size: int):
             ),
         )
 
-    return Task("pretrain", trained_variables(model), loss_sum, evaluate=dict)
+    stage = StageConfig(learning_rate=1e-3)
+    return Task("pretrain", Path(), stage, trained_variables(model), loss_sum, evaluate=dict)
 
 
 def random_batches(vocab_size: int, rank: int):

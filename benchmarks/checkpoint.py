@@ -22,17 +22,16 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.machine import facts
-from tests.loop_settings import settings
+from tests import loop_settings
 from trainer.config import Config
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.make import make_distributor
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
 from trainer.stages import pretrain
 from trainer.training.checkpoint import Checkpointer
-from trainer.training.optimizer import make_optimizer, optimizer_variables
-from trainer.training.schedules import Schedule
+from trainer.training.optimizer import Optimizer
 from trainer.training.task import Task
-from trainer.training.train_step import make_train_step
+from trainer.training.train_step import TrainStep
 
 ROWS, TOKENS = 64, 128
 CONFIG = Config(vocab_size=10_000, embedding_dim=128, units=128, sampled_softmax=256)
@@ -76,12 +75,11 @@ def make_step(folder: Path) -> tuple[Callable[[dict], Any], _Timed]:
         model = SequenceAutoencoder(encoder, tied=False)
         model.build()
         variables = pretrain.trained_variables(model)
-        optimizer = make_optimizer("adam", Schedule("constant", rate=1e-3))
-        optimizer.build(list(variables.values()))
-    task = Task("pretrain", variables, pretrain.loss_sum(model, CONFIG), dict)
-    chosen = settings(steps=100_000)
-    step, _ = make_train_step(task, optimizer, distributor, chosen, batches)
-    state = {**variables, **optimizer_variables(optimizer)}
+    stage = loop_settings.stage(steps=100_000, learning_rate=1e-3)
+    optimizer = Optimizer("adam", stage, variables, distributor)
+    task = Task("pretrain", folder, stage, variables, pretrain.loss_sum(model, CONFIG), dict)
+    step = TrainStep(task, loop_settings.config(), distributor, optimizer, batches(0, 1))
+    state = {**variables, **optimizer.variables}
     checkpoints = _Timed(folder, distributor, state, print)
 
     def run(batch: dict) -> None:

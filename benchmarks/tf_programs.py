@@ -19,7 +19,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from trainer.training.task import Task  # noqa: E402
-from trainer.training.train_step import make_train_step  # noqa: E402
+from trainer.training.train_step import TrainStep as Step  # noqa: E402
 
 BASE_MEGABYTES = peak_megabytes()
 
@@ -63,12 +63,10 @@ class OurTrainStep(TrainStep):
     def load(self, path: str, vocab: int, dim: int, units: int, sampled: int) -> str:
         from tests import loop_settings
         from trainer.config import Config
-        from trainer.distribution.distributor import reduce_inside_step_only
         from trainer.distribution.tf_distribute import one_device
         from trainer.models.sequence_autoencoder import SequenceAutoencoder
         from trainer.stages.pretrain import loss_sum, make_encoder, trained_variables
-        from trainer.training.optimizer import make_optimizer
-        from trainer.training.schedules import Schedule
+        from trainer.training.optimizer import Optimizer
 
         self._batches = read_batches(path)
         config = Config(vocab_size=vocab, embedding_dim=dim, units=units, sampled_softmax=sampled)
@@ -77,16 +75,12 @@ class OurTrainStep(TrainStep):
             model = SequenceAutoencoder(make_encoder(config, vocab))
             model.build()
             variables = trained_variables(model)
-            optimizer = make_optimizer("adam", Schedule("constant", rate=1e-3))
-            optimizer.build(list(variables.values()))
-        reduce_inside_step_only(optimizer)
-        task = Task("pretrain", variables, loss_sum(model, config), dict)
-        settings = loop_settings.settings(steps=1_000)
+        stage = loop_settings.stage(steps=1_000, learning_rate=1e-3)
+        optimizer = Optimizer("adam", stage, variables, distributor)
+        task = Task("pretrain", Path(), stage, variables, loss_sum(model, config), dict)
         spec = self._batch(*self._batches[0], 0)
         dataset = tf.data.Dataset.from_tensors(spec).map(_of_any_size)
-        self._step, _ = make_train_step(
-            task, optimizer, distributor, settings, lambda start, stop: dataset
-        )
+        self._step = Step(task, loop_settings.config(), distributor, optimizer, dataset)
         return tf.__version__
 
     def _batch(self, tokens: np.ndarray, lengths: np.ndarray, step: int) -> dict[str, tf.Tensor]:

@@ -4,8 +4,8 @@ The rooms by floor. A room imports only from floors below its own (tests/test_ar
 docs/how-it-works.md has a sentence for each):
 
     8  main
-    7  stages, preflight
-    6  states
+    7  stages
+    6  preflight, states
     5  training, inference, report_page
     4  models
     3  losses, reporting

@@ -29,15 +29,18 @@ def faults_of(config: Config, cluster: Cluster) -> list[str]:
 def _faults(config: Config, cluster: Cluster) -> list[str]:
     faults = _address_faults(config) + _run_dir_faults(config)
     if config.stage in USING_STAGES:
-        return faults + _using_faults(config, cluster)
-    faults += trackers.faults_of(config.track)
-    faults += distributor_faults(config.distributor, cluster)
-    faults += _batch_size_faults(config, cluster)
-    faults += _pretraining_faults(config)
-    faults += _step_faults(config)
-    faults += _source_faults(config)
-    faults += _finetuning_faults(config)
-    return faults + _stage_faults(config)
+        return [*faults, *_using_faults(config, cluster)]
+    return [
+        *faults,
+        *trackers.faults_of(config.track),
+        *distributor_faults(config.distributor, cluster),
+        *_batch_size_faults(config, cluster),
+        *_pretraining_faults(config),
+        *_bag_faults(config),
+        *_step_faults(config),
+        *_finetuning_faults(config),
+        *_stage_faults(config),
+    ]
 
 
 def _address_faults(config: Config) -> list[str]:
@@ -73,200 +76,182 @@ def _run_dir_faults(config: Config) -> list[str]:
     return [] if config.stage == "replay" else _folder_faults("--run_dir", config.run_dir)
 
 
-def _batch_size_faults(config: Config, cluster: Cluster) -> list[str]:
-    """Returns what is wrong with global batches for so many workers."""
-    faults = []
+def _batch_size_faults(config: Config, cluster: Cluster) -> Iterator[str]:
+    """Yields global batches that are too small for so many workers."""
     for stage in ("pretrain", "finetune"):
         name = f"{stage}_batch_size"
         if config.stage in ("all", stage) and getattr(config, name) < cluster.size:
-            faults.append(
+            yield (
                 f"--{name}={getattr(config, name)} is smaller than the number of workers, "
                 f"{cluster.size}: some would have nothing to do"
             )
-    return faults
 
 
-def _pretraining_faults(config: Config) -> list[str]:
-    """Returns which flags of pretraining do not go together."""
-    faults = []
+def _pretraining_faults(config: Config) -> Iterator[str]:
+    """Yields which flags of pretraining do not go together."""
     if config.uses_softmax and config.sampled_softmax >= config.vocab_size:
-        faults.append(
+        yield (
             f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
             f"{config.vocab_size}; 0 is the exact softmax"
         )
     tokens = config.pretrain_tokens_per_batch
     if tokens and tokens < config.pretrain_max_tokens:
-        faults.append(
+        yield (
             f"--pretrain_tokens_per_batch={tokens} must be at least --pretrain_max_tokens="
             f"{config.pretrain_max_tokens}, the longest row; 0 counts rows instead"
         )
     packing = config.pretrain_packing
     if tokens and packing != "none":
-        faults.append(
+        yield (
             f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing={packing}: its rows "
             "have one length; set --pretrain_batch_size instead"
         )
     if config.reconstruct_documents and config.pretrain_objective != "sequence_autoencoder":
-        faults.append(
+        yield (
             f"--reconstruct_documents={config.reconstruct_documents} with --pretrain_objective="
             f"{config.pretrain_objective}: only a sequence_autoencoder writes texts again"
         )
     if packing == "stream" and config.pretrain_objective != "language_model":
-        faults.append(
+        yield (
             f"--pretrain_packing=stream with --pretrain_objective={config.pretrain_objective}: "
             "only a language model carries its state from row to row; use concat or none"
         )
-    return faults + _bag_faults(config)
 
 
-def _bag_faults(config: Config) -> list[str]:
-    """Returns flags of pretraining that do not go with --pretrain_objective=bag_autoencoder."""
+def _bag_faults(config: Config) -> Iterator[str]:
+    """Yields flags of pretraining that do not go with --pretrain_objective=bag_autoencoder."""
     if config.pretrain_objective != "bag_autoencoder":
-        return []
-    faults = []
+        return
     if config.pretrain_packing != "none":
-        faults.append(
+        yield (
             f"--pretrain_packing={config.pretrain_packing} with --pretrain_objective="
             "bag_autoencoder: a bag holds one document's words, so each row must be one document; "
             "use none"
         )
     if config.pretrain_subsampling:
-        faults.append(
+        yield (
             f"--pretrain_subsampling={config.pretrain_subsampling} with --pretrain_objective="
             "bag_autoencoder: the bag weights words by inverse document frequency already; use 0"
         )
-    return faults
 
 
-def _step_faults(config: Config) -> list[str]:
-    """Returns which flags of how steps are taken do not go together."""
-    faults = []
+def _step_faults(config: Config) -> Iterator[str]:
+    """Yields which flags of steps do not go together."""
     if config.profile_steps and step_range(config.profile_steps) is None:
-        faults.append(
+        yield (
             f"--profile_steps={config.profile_steps} must be A:B, two step numbers from 1, A at "
             "most B, as in --profile_steps=20:30"
         )
     if config.steps_per_call > 1 and config.on_nonfinite == "skip":
-        faults.append(
+        yield (
             f"--steps_per_call={config.steps_per_call} with --on_nonfinite=skip: whether a step is "
             "left out is decided after each; set --steps_per_call=1 or --on_nonfinite=stop"
         )
     if config.steps_per_call > 1 and config.precision == "mixed_float16":
-        faults.append(
+        yield (
             f"--steps_per_call={config.steps_per_call} with --precision=mixed_float16: a step that "
             "overflows is tried again; set --steps_per_call=1 or --precision=mixed_bfloat16"
         )
     if config.steps_per_call > 1 and config.finetune_ema:
-        faults.append(
+        yield (
             f"--steps_per_call={config.steps_per_call} with --finetune_ema={config.finetune_ema}: "
             "the weights are averaged after each step; set one of them back"
         )
-    return faults
 
 
-def _source_faults(config: Config) -> list[str]:
-    """Returns a fault if it is not clear which texts are read."""
-    faults = []
-    pair = (config.unlabelled, config.labelled)
-    if any(pair) and (config.source or not all(pair)):
-        faults.append(
-            f"--source={config.source} --unlabelled={pair[0]} --labelled={pair[1]}: give either "
-            "--source, or both --unlabelled and --labelled"
-        )
-    return faults
-
-
-def _finetuning_faults(config: Config) -> list[str]:
-    """Returns which flags of fine-tuning do not go together."""
-    faults = []
+def _finetuning_faults(config: Config) -> Iterator[str]:
+    """Yields which flags of fine-tuning do not go together."""
     for name in ("encoder_frozen_steps", "unfreeze_every_steps"):
         if config.optimizer == "adamw" and getattr(config, name):
-            faults.append(
+            yield (
                 f"--{name}={getattr(config, name)} with --optimizer=adamw: its weight decay would "
                 "move the frozen weights; use --optimizer=adam"
             )
     if config.label_gain == "linear" and config.pooling != "last":
-        faults.append(
+        yield (
             f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
             "predicted from that word's output; use --pooling=last"
         )
     vectors = config.init_embeddings
     if vectors and "://" not in vectors and not Path(vectors).is_file():
-        faults.append(f"--init_embeddings={vectors} is not a file")
+        yield f"--init_embeddings={vectors} is not a file"
     if vectors and config.stage == "finetune" and config.init_weights == "encoder":
-        faults.append(
+        yield (
             f"--init_embeddings={vectors} with --init_weights=encoder: the encoder has embeddings; "
             "set --init_weights=random, or leave one out"
         )
     if config.unlabelled_batch_size and not config.virtual_adversarial_weight:
-        faults.append(
+        yield (
             f"--unlabelled_batch_size={config.unlabelled_batch_size} needs "
             "--virtual_adversarial_weight: no other loss reads documents without labels"
         )
-    return faults
 
 
-def _stage_faults(config: Config) -> list[str]:
-    faults = []
+def _stage_faults(config: Config) -> Iterator[str]:
+    """Yields which flags do not go together with the stage or with each other."""
+    pair = (config.unlabelled, config.labelled)
+    if any(pair) and (config.source or not all(pair)):
+        yield (
+            f"--source={config.source} --unlabelled={pair[0]} --labelled={pair[1]}: give either "
+            "--source, or both --unlabelled and --labelled"
+        )
     if config.stage == "finetune" and not config.encoder and config.needs_encoder:
         why = (
             "--init_weights=encoder"
             if config.init_weights == "encoder"
             else f"--initial_state={config.initial_state}"
         )
-        faults.append(
+        yield (
             f"{why} needs an encoder: set --encoder to a bundle that --stage=pretrain wrote, or "
             "train from scratch with --init_weights=random --initial_state=zero"
         )
     for name in ("encoder", "backward_encoder"):
         if config.stage == "all" and getattr(config, name):
-            faults.append(f"--stage=all trains an encoder of its own: leave --{name} out")
+            yield f"--stage=all trains an encoder of its own: leave --{name} out"
     if config.stage == "all" and config.pretrain_direction == "backward":
-        faults.append(
+        yield (
             "--pretrain_direction=backward with --stage=all, whose classifier reads forward: "
             "pretrain with --stage=pretrain, and give the encoder to fine-tuning as "
             "--backward_encoder"
         )
     if config.stage == "finetune" and config.backward_encoder and not config.needs_encoder:
-        faults.append(
+        yield (
             f"--backward_encoder={config.backward_encoder} is not read with --init_weights=random "
             "--initial_state=zero: leave it out, or take weights or a state from encoders"
         )
     if config.stage == "evaluate" and not config.classifier:
-        faults.append("--stage=evaluate needs --classifier: a bundle that --stage=finetune wrote")
+        yield "--stage=evaluate needs --classifier: a bundle that --stage=finetune wrote"
     if (config.stage == "replay") != (config.step > 0):
-        faults.append(
+        yield (
             f"--step={config.step} with --stage={config.stage}: replay needs a step, counted from "
             "1, and nothing else takes one"
         )
-    return faults
 
 
-def _using_faults(config: Config, cluster: Cluster) -> list[str]:
-    """Returns what is wrong with a stage that uses a trained model."""
-    stage, faults = config.stage, []
+def _using_faults(config: Config, cluster: Cluster) -> Iterator[str]:
+    """Yields the faults of a stage that uses a trained model."""
+    stage = config.stage
     if cluster.size > 1:
-        faults.append(f"--stage={stage} is for one process; the environment names {cluster.size}")
+        yield f"--stage={stage} is for one process; the environment names {cluster.size}"
     if config.reconstruct and not (config.encoder and stage == "predict"):
-        faults.append("--reconstruct needs --stage=predict and --encoder, an encoder bundle")
+        yield "--reconstruct needs --stage=predict and --encoder, an encoder bundle"
     if config.reconstruct and config.explain:
-        faults.append("--reconstruct and --explain: choose one")
+        yield "--reconstruct and --explain: choose one"
     if not config.classifier and not config.reconstruct:
-        faults.append(f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote")
+        yield f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote"
     if stage == "export" and not config.output:
-        faults.append("--stage=export needs --output: the folder that the model is written to")
+        yield "--stage=export needs --output: the folder that the model is written to"
     missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]
     if stage == "serve" and missing:
-        faults.append(
+        yield (
             f"--stage=serve needs {' and '.join(missing)}: pip install -c constraints.txt "
             "-e '.[serve]' in a clone of warmstate"
         )
     if (config.explain or config.reconstruct) and kind_and_path(config.output)[0] in ("csv", "tsv"):
         flag = "explain" if config.explain else "reconstruct"
-        faults.append(f"--{flag} with --output={config.output}: choose text or jsonl")
+        yield f"--{flag} with --output={config.output}: choose text or jsonl"
     if stage == "predict" and config.output.endswith((".gz", ".zst")):
-        faults.append(f"--output={config.output}: what is written is not compressed; name it so")
-    return faults
+        yield f"--output={config.output}: what is written is not compressed; name it so"
 
 
 def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:

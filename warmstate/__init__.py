@@ -1,4 +1,4 @@
-"""warmstate in Python: the stages as functions, in this process, and what they wrote as objects.
+"""warmstate in Python: the stages as functions of this process, and their bundles as objects.
 
     import warmstate
 
@@ -7,11 +7,11 @@
     classifier = warmstate.finetune("runs/b", store, encoder.folder, finetune_steps=200)
     warmstate.predict(classifier.folder, ["A fine film."])
 
-Settings are the flags of the console script, by the same names. Input that is wrong raises
-`InputError`, all its faults in one message; nothing exits. Call the stages from the main thread of
-a process that is no part of a larger job; several workers are started by `warmstate launch`.
+Settings are the flags of the command line, by name. Wrong input raises `InputError`, with all
+faults in one message; nothing exits the process. Call the stages from the main thread of a process
+that is not part of a larger job; `warmstate launch` starts several workers.
 
-`warmstate.states` makes, reads and applies learned states, for any Keras model.
+`warmstate.states` makes, reads and applies learned states of any Keras model.
 
 Importing this package imports no TensorFlow; the first call does.
 """
@@ -47,11 +47,11 @@ Log = Callable[[str], None]
 
 
 class Trained(NamedTuple):
-    """What a stage of training left.
+    """The result of a training stage.
 
     Attributes:
-      folder: the bundle, for `finetune` or `load_encoder`, `load_classifier` and `predict`.
-      report: what report.json says of the stage.
+        folder: The bundle, for `finetune` or `load_encoder`, `load_classifier` and `predict`.
+        report: The stage's part of report.json.
     """
 
     folder: Path
@@ -59,16 +59,19 @@ class Trained(NamedTuple):
 
 
 def prepare(folder: str | Path, *, log: Log = print, **settings: Setting | None) -> "TokenStore":
-    """Makes a token store, or opens the one that `folder` holds.
+    """Makes a token store, or opens the one in `folder`.
 
     Args:
-      folder: of the store.
-      log: takes lines of progress.
-      **settings: fields of `data_pipelines.prepare.PrepareConfig`; `source` or `unlabelled` and
-        `labelled` are needed.
+        folder: Of the store.
+        log: Receives lines of progress.
+        **settings: Fields of `data_pipelines.prepare.PrepareConfig`: either `source`, or
+            `unlabelled` and `labelled`, and others.
 
     Raises:
-      InputError: a setting is wrong, or the data is.
+        InputError: A setting or the data is wrong.
+
+    Example:
+        store = warmstate.prepare("runs/store", source="csv:reviews.csv", vocab_size=5_000)
     """
     _import_quietly()
     from data_pipelines.prepare import PrepareConfig, ensure_store
@@ -84,19 +87,22 @@ def pretrain(
     log: Log = print,
     **settings: Setting,
 ) -> Trained:
-    """Trains an encoder on a store's text, or goes on where `run_dir` was left.
+    """Trains an encoder on a store's text, or resumes the run in `run_dir`.
 
     Args:
-      run_dir: folder that the run writes.
-      store: what `prepare` made, or its folder.
-      log: takes lines of progress.
-      **settings: the trainer's flags, e.g. `pretrain_steps=500, units=128`.
+        run_dir: Folder that the run writes.
+        store: From `prepare`, or its folder.
+        log: Receives lines of progress.
+        **settings: The trainer's flags.
 
     Returns:
-      The encoder's bundle, and steps, seconds, tokens_per_second, perplexity.
+        The encoder's bundle, and steps, seconds, tokens_per_second, perplexity.
 
     Raises:
-      InputError: a setting or the store is wrong.
+        InputError: A setting or the store is wrong.
+
+    Example:
+        encoder = warmstate.pretrain("runs/a", store, pretrain_steps=500, units=128)
     """
     report = _run("pretrain", run_dir, store, log, settings)
     return Trained(Path(run_dir) / "encoder", report["pretrain"])
@@ -110,21 +116,24 @@ def finetune(
     log: Log = print,
     **settings: Setting,
 ) -> Trained:
-    """Trains a classifier on a store's labelled text, or goes on where `run_dir` was left.
+    """Trains a classifier on a store's labelled text, or resumes the run in `run_dir`.
 
     Args:
-      run_dir: folder that the run writes.
-      store: what `prepare` made, or its folder.
-      encoder: the bundle that weights and states come from; None: from scratch. The sizes of the
-        model are then the encoder's, unless settings say otherwise.
-      log: takes lines of progress.
-      **settings: the trainer's flags, e.g. `finetune_steps=200, initial_state="mean"`.
+        run_dir: Folder that the run writes.
+        store: From `prepare`, or its folder.
+        encoder: Bundle that weights, states and sizes of the model come from; None trains from
+            scratch.
+        log: Receives lines of progress.
+        **settings: The trainer's flags.
 
     Returns:
-      The classifier's bundle, and steps, seconds, validation metrics, and digests by worker.
+        The classifier's bundle, and steps, seconds, validation metrics, and digests by worker.
 
     Raises:
-      InputError: a setting, the store or the encoder is wrong.
+        InputError: A setting, the store or the encoder is wrong.
+
+    Example:
+        classifier = warmstate.finetune("runs/b", store, encoder.folder, initial_state="mean")
     """
     if encoder is None:
         usual: dict[str, Setting] = {"init_weights": "random", "initial_state": "zero"}
@@ -146,25 +155,31 @@ def evaluate(
     """Returns error_percent, loss (nats) and documents of a classifier on a labelled split.
 
     Args:
-      run_dir: folder that the run writes.
-      store: what the classifier was trained on, or its folder.
-      classifier: the bundle.
-      split: "train", "validation" or "test".
-      log: takes lines of progress.
-      **settings: the trainer's flags.
+        run_dir: Folder that the run writes.
+        store: The store that the classifier was trained on, or its folder.
+        classifier: Folder of the bundle.
+        split: "train", "validation" or "test".
+        log: Receives lines of progress.
+        **settings: The trainer's flags.
 
     Raises:
-      InputError: a setting, the store or the classifier is wrong.
+        InputError: A setting, the store or the classifier is wrong.
+
+    Example:
+        error = warmstate.evaluate("runs/c", store, classifier.folder)["error_percent"]
     """
     usual: dict[str, Setting] = {"classifier": str(classifier), "evaluate_split": split}
     return _run("evaluate", run_dir, store, log, usual | settings)[split]
 
 
 def load_encoder(folder: str | Path) -> "TextEncoder":
-    """Returns the encoder of a bundle with its tokenizer: raw text in, (h, c) of each layer out.
+    """Returns an encoder with its tokenizer: raw text in, (h, c) of each layer out.
 
     Raises:
-      InputError: there is no encoder bundle in `folder`, or it is damaged.
+        InputError: There is no encoder bundle in `folder`, or it is damaged.
+
+    Example:
+        states = warmstate.load_encoder("runs/a/encoder")(["A fine film."])
     """
     _import_quietly()
     from trainer.inference.text_encoder import load_encoder
@@ -173,10 +188,13 @@ def load_encoder(folder: str | Path) -> "TextEncoder":
 
 
 def load_classifier(folder: str | Path) -> "TextClassifier":
-    """Returns the classifier of a bundle with its tokenizer: raw text in, probabilities out.
+    """Returns a classifier with its tokenizer: raw text in, probabilities out.
 
     Raises:
-      InputError: there is no classifier bundle in `folder`, or it is damaged.
+        InputError: There is no classifier bundle in `folder`, or it is damaged.
+
+    Example:
+        predictions = warmstate.load_classifier("runs/b/classifier").predict(["A fine film."])
     """
     _import_quietly()
     from trainer.inference.text_classifier import load_classifier
@@ -188,14 +206,17 @@ def predict(classifier: "TextClassifier | str | Path", texts: Sequence[str]) -> 
     """Returns the label and the probabilities of each text, in order.
 
     Args:
-      classifier: what `load_classifier` returned, or a bundle's folder.
-      texts: any number; those of like length are read together.
+        classifier: From `load_classifier`, or a bundle's folder.
+        texts: Any number.
 
     Raises:
-      InputError: there is no classifier bundle in the folder, or it is damaged.
+        InputError: There is no classifier bundle in the folder, or it is damaged.
+
+    Example:
+        (prediction,) = warmstate.predict("runs/b/classifier", ["A fine film."])
     """
     if isinstance(texts, str):
-        raise InputError("texts is one text: put it in a list")
+        raise InputError("texts is a single text: put it in a list")
     model = load_classifier(classifier) if isinstance(classifier, str | Path) else classifier
     return model.predict(texts)
 
@@ -216,7 +237,6 @@ def _run(
 ) -> dict[str, Any]:
     """Runs a stage in this process; returns its report."""
     from data_pipelines.store.token_store import TokenStore
-    from trainer import main
     from trainer.distribution.cluster import Cluster
     from trainer.preflight import faults_of, raise_if
 
@@ -227,7 +247,9 @@ def _run(
     alone = Cluster(rank=0, size=1)
     raise_if(faults_of(config, alone))
     with _process_kept():
-        main.run_stage(config, alone, log)
+        from trainer.stages.run_stage import run_stage
+
+        run_stage(config, alone, log)
     return json.loads((Path(run_dir) / "report.json").read_text())
 
 
@@ -274,12 +296,12 @@ def _sizes(encoder: Path) -> dict[str, Setting]:
 
 @contextlib.contextmanager
 def _process_kept() -> Iterator[None]:
-    """Undoes what a stage changes for its whole process: signals, and TensorFlow's determinism.
+    """Restores what a stage changes for its whole process: signals and TensorFlow's determinism.
 
-    Left on, the latter would make every random operation of the caller's an error without a seed.
+    With determinism left on, the caller's random operations without a seed would raise errors.
     """
     _import_quietly()
-    # There is no public way to switch it off or to ask.
+    # There is no public way to read it or to switch it off.
     from tensorflow.python.framework import config as tensorflow_config
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

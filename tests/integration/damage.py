@@ -135,7 +135,7 @@ def verify_store(folder: Path) -> str:
     from data_pipelines.errors import InputError
     from trainer.config import Config
     from trainer.distribution.cluster import Cluster
-    from trainer.main import open_store
+    from trainer.stages.run_stage import open_store
 
     if not (folder / "store" / "manifest.json").exists():
         return "(the store is made again from --source)"  # minutes of work, not for this table

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.training.task import Task
-from trainer.training.train_step import make_train_step
+from trainer.training.train_step import TrainStep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -137,29 +137,25 @@ def train(case: Case, distributor) -> dict[str, np.ndarray]:
     import tensorflow as tf
 
     from tests import loop_settings
-    from trainer.distribution.distributor import reduce_inside_step_only
-    from trainer.training.optimizer import make_optimizer
-    from trainer.training.schedules import Schedule
+    from trainer.training.optimizer import Optimizer
 
-    task = make_task(case, distributor)
-    settings = loop_settings.settings(
+    stage = loop_settings.stage(schedule="exponential", learning_rate_decay=0.99)
+    task = make_task(case, distributor, stage)
+    config = loop_settings.config(
         clip_norm=0.5,
         accumulate_steps=case.accumulate_steps,
         sparse_reduce=case.sparse_reduce,
     )
-    with distributor.scope():
-        optimizer = make_optimizer(case.optimizer, Schedule("exponential", 0.1, 0.99))
-        optimizer.build(list(task.variables.values()))
-    reduce_inside_step_only(optimizer)
+    optimizer = Optimizer(case.optimizer, stage, task.variables, distributor)
     batches = make_batches(distributor)
-    step, _ = make_train_step(task, optimizer, distributor, settings, batches)
+    step = TrainStep(task, config, distributor, optimizer, batches(0, 1))
     losses = [float(step(batch, tf.constant(0.0))[0]) for batch in batches(0, STEPS)]
     return {"losses": np.array(losses)} | {
         name: variable.numpy() for name, variable in task.variables.items()
     }
 
 
-def make_task(case: Case, distributor):
+def make_task(case: Case, distributor, stage):
     """Returns a bag-of-words classifier with one hidden layer, all of it in `case.dtype`."""
     import keras
     import tensorflow as tf
@@ -187,7 +183,7 @@ def make_task(case: Case, distributor):
         losses = tf.nn.sigmoid_cross_entropy_with_logits(truth, logit)
         return tf.reduce_sum(losses * weights), tf.reduce_sum(weights)
 
-    return Task("finetune", variables, loss_sum, evaluate=dict)
+    return Task("finetune", Path(), stage, variables, loss_sum, evaluate=dict)
 
 
 def make_batches(distributor):

@@ -207,4 +207,4 @@ def test_two_workers_stop_at_the_same_step_that_is_not_finite(
     done = run(2, *skip, "--on_nonfinite=skip", "--max_skipped_steps=3")
     output = done.stdout + done.stderr
     assert done.returncode == 2, output
-    assert "left out, 3 of 3" in output and "3 were left out before it" in output
+    assert "skipped, 3 of 3" in output and "3 were skipped before it" in output

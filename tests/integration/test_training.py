@@ -278,6 +278,10 @@ def test_the_whole_job_on_two_workers(small_store: Path, tmp_path: Path) -> None
         kept = run_folder.read(tmp_path).parts[name].predictions
         assert len(kept.label) == 60
         assert round(100 * kept.is_wrong.mean(), 3) == error
+    # Each classifier records how it started, not how the whole job was configured.
+    for name, start in (("warm", ("encoder", "learned")), ("scratch", ("random", "zero"))):
+        info = json.loads((tmp_path / name / "classifier" / "classifier.json").read_text())
+        assert (info["config"]["init_weights"], info["config"]["initial_state"]) == start
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Calibration</h2>" in page and "<h2>Missing</h2>" not in page
     for digest in report["broadcast"]["digests"]:

@@ -145,21 +145,6 @@ def _travelling_dtype(dtype: str) -> np.dtype:
     return np.dtype(dtype) if np.issubdtype(np.dtype(dtype), np.floating) else np.dtype("float64")
 
 
-def reduce_inside_step_only(optimizer: keras.optimizers.Optimizer) -> None:
-    """Keeps `optimizer.apply` from summing the gradients over the replicas a second time.
-
-    Under a tf.distribute strategy Keras 3 reduces gradients in `apply`. The training step must
-    reduce earlier (the global norm needs the sum); a second reduction would multiply the gradients
-    by the number of replicas, which Adam hides and SGD does not.
-    """
-    if not hasattr(optimizer, "_all_reduce_sum_gradients"):
-        raise RuntimeError(
-            f"Keras {keras.__version__} does not reduce gradients in "
-            "_all_reduce_sum_gradients; see trainer/distribution/distributor.py"
-        )
-    optimizer._all_reduce_sum_gradients = list
-
-
 def update_each_copy(
     variable: keras.Variable, update: Callable[..., Any], *args: tf.Tensor
 ) -> None:

@@ -10,7 +10,7 @@ from trainer.distribution.steps import sum_over_batches
 from trainer.models import bundle
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.stages.predictions import predict, save
-from trainer.stages.run import Run
+from trainer.training.run import Run
 from trainer.variables import assign
 
 BATCH_SIZE = 64

@@ -1,4 +1,4 @@
-"""--stage=finetune: an encoder bundle and labelled text -> a supervised LSTM."""
+"""--stage=finetune: from an encoder bundle and labelled text to a supervised LSTM."""
 
 import dataclasses
 import time
@@ -18,83 +18,31 @@ from trainer.models.classifier import Classifier
 from trainer.models.text_model import TextModel
 from trainer.stages.evaluate import error_and_loss
 from trainer.stages.finetune_batches import FinetuneBatches
-from trainer.stages.finetune_loss import loss_sum
+from trainer.stages.finetune_loss import FinetuneLoss
 from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.pretrain import make_encoder, make_objective, pretraining_splits
-from trainer.stages.run import Batches, Run
 from trainer.training import loop
 from trainer.training.optimizer import Rate
+from trainer.training.run import Run, StoreBatches
 from trainer.training.task import Task
 from trainer.variables import assign, digest, values_of
 
-# Initializers take the run's seed plus less than this, for each layer of a stack anew.
+# Added to the run's seed for the second direction; initializers add less than this.
 BACKWARD_SEED = 500
 
 
-def finetune(
-    run: Run, folder: Path, encoder_folder: Path | None, init_weights: str, initial_state: str
-) -> dict[str, Any]:
+def finetune(run: Run, folder: Path) -> dict[str, Any]:
     """Trains a classifier in `folder` and writes the bundle `folder`/classifier.
 
-    Args:
-      encoder_folder: the encoder bundle; None where neither weights nor state come from one.
-      init_weights: "encoder" or "random".
-      initial_state: "zero", "mean", "learned" or "encode".
-
     Returns:
-      For the report: steps, seconds, tokens_per_second, validation metrics, and for a warm
-      start the broadcast: digests by worker, bytes, seconds.
+        For the report: steps, seconds, tokens_per_second, validation metrics, and for a warm start
+        the broadcast: digests by worker, bytes, seconds.
     """
-    config = run.config
-    view = labelled_documents(run)
-    plan = run.plan(view, config.finetune_batch_size, config.finetune_max_tokens)
-    name = folder.name
-    bidirectional = bool(config.backward_encoder) and encoder_folder is not None
-    classifier = make_classifier(run, initial_state == "encode", bidirectional)
-    if classifier.encoder.normalised:
-        frequencies = word_frequencies(run)
-        for direction in classifier.directions:
-            direction.encoder.frequencies.assign(frequencies)
-    report: dict[str, Any] = {"init_weights": init_weights, "initial_state": initial_state}
-    if config.init_embeddings and init_weights == "random":
-        for direction in classifier.directions:
-            report["init_embeddings"] = init_embeddings(run, direction.encoder)
-    encoders: dict[str, str] = {}
-    if encoder_folder is not None:
-        report["broadcast"], encoders = warm_start(
-            run, classifier, encoder_folder, init_weights, initial_state
-        )
-    validation = run.all_documents(
-        run.store.split("validation"), config.finetune_batch_size, config.finetune_max_tokens
-    )
-    run.log(
-        f"{name}: {len(view):,} labelled documents, {plan.steps_per_epoch:,} steps an epoch, "
-        f"{config.finetune_steps:,} steps to do; weights: {init_weights}, state: {initial_state}"
-    )
-    objective = joint_objective(run, classifier) if config.joint_weight else None
-    batches = FinetuneBatches(run.batches(view, plan), unlabelled_documents(run))
-    result = loop.train(
-        Task(
-            name="finetune",
-            variables=trained_variables(classifier, initial_state) | softmax_variables(objective),
-            loss_sum=loss_sum(config, classifier, objective),
-            evaluate=error_and_loss(run, classifier, validation),
-            rates=encoder_rates(config, classifier) if init_weights == "encoder" else {},
-            select_by="error_percent",
-            # One that this run trained itself is written again by each sitting: its mean state
-            # differs in the last bits on another number of workers.
-            encoders=encoders if config.encoder else {},
-        ),
-        run.settings("finetune", folder, plan.steps_per_epoch),
-        run.distributor,
-        batches,
-        run.stop_request,
-        run.log,
-        run.vitals,
-    )
+    classifier, task, batches, report = set_up(run, folder)
+    result = loop.train(run, task, batches)
     report |= {
-        "labelled_documents": len(view),
-        "steps": config.finetune_steps,
+        "labelled_documents": len(batches.labelled.view),
+        "steps": run.config.finetune_steps,
         "best_step": result.step,
         "seconds": round(result.seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1),
@@ -105,15 +53,62 @@ def finetune(
     return report
 
 
+def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, dict[str, Any]]:
+    """Returns the classifier at its start, what is trained, on what, and the report so far."""
+    config = run.config
+    view = labelled_documents(run)
+    plan = run.plan(view, config.finetune_batch_size, config.finetune_max_tokens)
+    classifier = make_classifier(run)
+    if classifier.encoder.normalised:
+        frequencies = word_frequencies(run)
+        for direction in classifier.directions:
+            direction.encoder.frequencies.assign(frequencies)
+    report: dict[str, Any] = {
+        "init_weights": config.init_weights,
+        "initial_state": config.initial_state,
+    }
+    if config.init_embeddings and config.init_weights == "random":
+        for direction in classifier.directions:
+            report["init_embeddings"] = init_embeddings(run, direction.encoder)
+    encoders: dict[str, str] = {}
+    if config.reads_encoder:
+        report["broadcast"], encoders = warm_start(run, classifier)
+    validation = run.all_documents(
+        run.store.split("validation"), config.finetune_batch_size, config.finetune_max_tokens
+    )
+    run.log(
+        f"{folder.name}: {len(view):,} labelled documents, {plan.steps_per_epoch:,} steps an "
+        f"epoch, {config.finetune_steps:,} steps to do; weights: {config.init_weights}, "
+        f"state: {config.initial_state}"
+    )
+    objective = joint_objective(run, classifier) if config.joint_weight else None
+    task = Task(
+        name="finetune",
+        folder=folder,
+        stage=config.of_stage("finetune"),
+        variables=trained_variables(classifier, config.initial_state)
+        | softmax_variables(objective),
+        loss_sum=FinetuneLoss(config, classifier, objective),
+        evaluate=error_and_loss(run, classifier, validation),
+        rates=encoder_rates(config, classifier),
+        select_by="error_percent",
+        # Each sitting of --stage=all writes its encoder again: on another number of workers its
+        # mean state differs in the last bits.
+        encoders=encoders if config.stage == "finetune" else {},
+    )
+    batches = FinetuneBatches(run.batches(view, plan), unlabelled_documents(run))
+    return classifier, task, batches, report
+
+
 def labelled_documents(run: Run) -> SplitView:
-    """Returns the train split, or the part of it that --finetune_documents asks for."""
+    """Returns the train split, or --finetune_documents of it."""
     view = run.store.split("train")
     wanted = run.config.finetune_documents
     return view.sample(wanted, run.config.seed) if wanted else view
 
 
-def unlabelled_documents(run: Run) -> Batches | None:
-    """Returns what reads --unlabelled_batch_size documents a step, None where that is 0."""
+def unlabelled_documents(run: Run) -> StoreBatches | None:
+    """Returns batches of --unlabelled_batch_size documents; None if that is 0."""
     batch_size, split = run.config.unlabelled_batch_size, "unsupervised"
     if not batch_size:
         return None
@@ -122,7 +117,7 @@ def unlabelled_documents(run: Run) -> Batches | None:
 
 
 def word_frequencies(run: Run) -> np.ndarray:
-    """Returns how often each word is in the text for training: float32 [vocab_size], sum 1.
+    """Returns each word's frequency in the training text: float32 [vocab_size], sum 1.
 
     A collective; only the chief counts.
     """
@@ -134,9 +129,10 @@ def word_frequencies(run: Run) -> np.ndarray:
     return run.distributor.broadcast_arrays(counted)["frequencies"]
 
 
-def make_classifier(run: Run, with_reader: bool, bidirectional: bool = False) -> Classifier:
+def make_classifier(run: Run) -> Classifier:
     """Returns a new classifier, its weights drawn from the run's seed."""
     vocab_size = run.store.vocab_size
+    with_reader = run.config.initial_state == "encode"
 
     def direction(config: Config, backward: Classifier | None = None) -> Classifier:
         return Classifier(
@@ -150,7 +146,7 @@ def make_classifier(run: Run, with_reader: bool, bidirectional: bool = False) ->
 
     with run.distributor.scope():
         backward = None
-        if bidirectional:
+        if run.config.backward_encoder and run.config.reads_encoder:
             other = dataclasses.replace(run.config, seed=run.config.seed + BACKWARD_SEED)
             backward = direction(other)
         classifier = direction(run.config, backward)
@@ -158,40 +154,33 @@ def make_classifier(run: Run, with_reader: bool, bidirectional: bool = False) ->
     return classifier
 
 
-def warm_start(
-    run: Run,
-    classifier: Classifier,
-    encoder_folder: Path,
-    init_weights: str,
-    initial_state: str,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Gives every worker the encoders' weights and states; only the chief reads them.
+def warm_start(run: Run, classifier: Classifier) -> tuple[dict[str, Any], dict[str, str]]:
+    """Gives every worker the weights and states of --encoder; only the chief reads the bundle.
 
-    Where the classifier has a second direction, that one's are from --backward_encoder.
+    A second direction gets those of --backward_encoder.
 
     Returns:
-      For the report: digests (SHA-256 of what each worker's variables then hold, by rank), bytes,
-        seconds.
-      The digests of the bundles, by flag.
+        For the report: digests (SHA-256 of each worker's variables afterwards, by rank), bytes,
+        seconds; and the digests of the bundles, by flag.
 
     Raises:
-      InputError: a bundle does not fit the model.
-      DivergenceError: workers hold different bytes.
+        InputError: A bundle does not fit the model.
+        DivergenceError: Workers hold different bytes.
     """
     began = time.perf_counter()
-    received, size = _received(run, encoder_folder, "--encoder")
+    config = run.config
+    received, size = _received(run, Path(config.encoder), "--encoder")
     encoders = {"--encoder": received.info["tensors_sha256"]}
-    held = _take_over(classifier, received, init_weights, initial_state)
+    held = _take_over(config, classifier, received)
     if classifier.backward is not None:
-        folder = Path(run.config.backward_encoder)
-        received, more = _received(run, folder, "--backward_encoder")
+        received, more = _received(run, Path(config.backward_encoder), "--backward_encoder")
         size += more
         encoders["--backward_encoder"] = received.info["tensors_sha256"]
-        theirs = _take_over(classifier.backward, received, init_weights, initial_state)
+        theirs = _take_over(config, classifier.backward, received)
         held |= {f"backward/{name}": value for name, value in theirs.items()}
     digests = run.distributor.gather_objects(digest(held))
     if len(set(digests)) > 1:
-        check_equal(run.distributor, held, "after the broadcast")  # raises, and says what differs
+        check_equal(run.distributor, held, "after the broadcast")  # raises, and names what differs
     seconds = time.perf_counter() - began
     run.log(
         f"finetune: broadcast {size / 1e6:.1f} MB to {len(digests)} workers in "
@@ -201,31 +190,31 @@ def warm_start(
 
 
 def _received(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:
-    """Returns the encoder bundle that the chief reads, in every process, and its bytes."""
+    """Returns the encoder bundle that the chief reads, in every process, and its size in bytes."""
     loaded = bundle.load(folder, "encoder", flag) if run.is_chief else None
-    said = {name: loaded.info[name] for name in ("model", "tensors_sha256")} if loaded else None
-    info = run.distributor.gather_objects(said)[0]
+    keys = ("model", "tensors_sha256")
+    info = run.distributor.gather_objects({k: loaded.info[k] for k in keys} if loaded else None)[0]
     tensors = run.distributor.broadcast_arrays(loaded.tensors if loaded else None)
     return bundle.Bundle(tensors, info), sum(array.nbytes for array in tensors.values())
 
 
 def _take_over(
-    classifier: Classifier, received: bundle.Bundle, init_weights: str, initial_state: str
+    config: Config, classifier: Classifier, received: bundle.Bundle
 ) -> dict[str, np.ndarray]:
-    """Sets one direction's variables from its encoder's bundle; returns what they then hold."""
+    """Sets one direction's variables from its encoder's bundle; returns their new values."""
     held: dict[str, np.ndarray] = {}
-    if init_weights == "encoder":
+    if config.init_weights == "encoder":
         variables = bundle.encoder_variables(classifier.encoder)
         assign(variables, received.tensors)
         if classifier.encoder.normalised:
             classifier.encoder.absorb_normalisation()
         held |= values_of(variables)
-    if initial_state in bundle.STATES:
-        states.apply(classifier.encoder, received.state(initial_state))
+    if config.initial_state in bundle.STATES:
+        states.apply(classifier.encoder, received.state(config.initial_state))
         held |= values_of(bundle.initial_state_variables(classifier.encoder))
-    if initial_state == "encode":
+    if config.initial_state == "encode":
         reader = classifier.reader
-        assert reader is not None  # whoever made this classifier knew the initial state
+        assert reader is not None  # `make_classifier` reads the same flag
         variables = bundle.encoder_variables(reader)
         assign(variables, received.tensors)
         states.apply(reader, received.state("learned"))
@@ -235,7 +224,7 @@ def _take_over(
 
 
 def trained_variables(classifier: Classifier, initial_state: str) -> dict[str, keras.Variable]:
-    """Returns what fine-tuning trains: all but the reader, and the state only if it is learned."""
+    """Returns the trained variables: all but the reader's, and the state only if it is learned."""
     fixed = () if initial_state == "learned" else ("initial_state/",)
     return {
         name: variable
@@ -251,7 +240,7 @@ def joint_objective(run: Run, classifier: Classifier) -> TextModel:
 
 
 def softmax_variables(objective: TextModel | None) -> dict[str, keras.Variable]:
-    """Returns what fine-tuning trains of the objective beside the encoder; no bundle holds it."""
+    """Returns the objective's variables besides the encoder's; no bundle holds them."""
     if objective is None:
         return {}
     decoder = bundle.decoder_variables(objective)
@@ -259,11 +248,13 @@ def softmax_variables(objective: TextModel | None) -> dict[str, keras.Variable]:
 
 
 def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:
-    """Returns the learning rates of the weights that come from the encoder, by layer.
+    """Returns the learning rates of weights that come from the encoder, by layer.
 
-    The head is above all; below it the LSTMs, then the embeddings. A learned state is not among
-    them: it is trained as the head is.
+    The head is above all layers; below it are the LSTMs, then the embeddings. A learned state has
+    the head's rate.
     """
+    if config.init_weights != "encoder":
+        return {}
     encoder = bundle.encoder_variables(classifier.encoder)
     depth = {
         name: 1 + config.num_layers - (int(name.split("/")[1]) + 1 if "/" in name else 0)

@@ -1,4 +1,4 @@
-"""The batches of fine-tuning: labelled documents and, for virtual adversarial training, others."""
+"""Batches of labelled documents and, for virtual adversarial training, unlabelled ones."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,27 @@ import tensorflow as tf
 
 from data_pipelines.batches.batch_plan import BatchPlan
 from data_pipelines.store.token_store import NO_LABEL
-from trainer.stages.run import Batches
+from trainer.training.run import StoreBatches
 
 
 @dataclass(frozen=True)
 class FinetuneBatches:
-    """(start_step, stop_step) -> this process's slices of those global batches.
+    """The global batches (`task.Batches`) of fine-tuning.
 
-    Elements are those of `make_dataset`, and `global_counts`. The unlabelled
-    rows of each shard come after its labelled ones, with labels of -1.
+    Elements are those of `make_dataset`, and `global_counts`. In each shard unlabelled rows, with
+    labels of -1, follow the labelled ones.
 
     Attributes:
-      unlabelled: None, or what is read beside the labelled documents, in an order of its own.
+        unlabelled: Documents read besides, in a separate order; or None.
     """
 
-    labelled: Batches
-    unlabelled: Batches | None = None
+    labelled: StoreBatches
+    unlabelled: StoreBatches | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in one pass over the labelled documents."""
+        return self.labelled.steps_per_epoch
 
     def __call__(self, start_step: int, stop_step: int) -> tf.data.Dataset:
         dataset = self.labelled(start_step, stop_step)
@@ -32,17 +37,17 @@ class FinetuneBatches:
         return dataset.map(self._with_counts)
 
     def examples(self, step: int) -> list[int]:
-        """Returns which labelled documents the global batch of `step`, from 0, is made of."""
+        """Returns the numbers of the labelled documents in the global batch of `step`."""
         return self.labelled.examples(step)
 
     def texts(self, step: int) -> dict[int, str]:
-        """Returns the text that the global batch of `step`, from 0, has of those documents."""
+        """Returns the texts of these documents."""
         return self.labelled.texts(step)
 
     def global_counts(self, step: int) -> np.ndarray:
-        """Returns float32 [3]: what the global batch of `step`, from 0, has in all its shards.
+        """Returns counts of the global batch of `step`, over all shards: float32 [3].
 
-        These are the labelled documents, all documents, and the labelled documents' tokens.
+        They are the labelled documents, all documents, and the labelled documents' tokens.
         """
         view, plan = self.labelled.view, self.labelled.plan
         assert isinstance(plan, BatchPlan)  # only pretraining packs documents into rows
@@ -62,7 +67,7 @@ class FinetuneBatches:
 def joined(
     labelled: dict[str, tf.Tensor], unlabelled: dict[str, tf.Tensor]
 ) -> dict[str, tf.Tensor]:
-    """Returns one element of two of the same step: each shard's rows, labelled ones first."""
+    """Joins two elements of the same step: each shard's rows, labelled ones first."""
     time = tf.maximum(tf.shape(labelled["tokens"])[1], tf.shape(unlabelled["tokens"])[1])
     parts = [
         labelled,

@@ -1,4 +1,7 @@
-"""What fine-tuning minimises: the label's cross-entropy, and what flags add to it."""
+"""The training loss of fine-tuning: the label's cross-entropy, and the terms that flags add."""
+
+import functools
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -15,55 +18,60 @@ from trainer.models.encoder import dropped_weights
 from trainer.models.text_model import TextModel
 from trainer.stages import pretrain
 from trainer.training import seeds
-from trainer.training.task import LossSum
+
+Rows = dict[str, tf.Tensor]
+# A document's embeddings, by direction -> its logits, always with the same outputs dropped.
+Read = Callable[[list[tf.Tensor]], tf.Tensor]
 
 
-def loss_sum(config: Config, classifier: Classifier, objective: TextModel | None = None) -> LossSum:
-    """Returns the training loss, with dropout: a mean over the global batch's labelled documents.
+class FinetuneLoss:
+    """The training loss, with dropout: a mean over the global batch's labelled documents.
 
-    Its terms are weighted by flags, and each is a mean over what it reads: the virtual adversarial
-    one over all documents, labelled or not; that of joint training (Dai & Le 2015, section 4.1)
-    over the labelled documents' tokens.
+    Flags weight its terms, and each is a mean over what it reads: the virtual adversarial one over
+    all documents, with or without labels; that of joint training (Dai & Le 2015, section 4.1) over
+    the labelled documents' tokens.
 
     Args:
-      objective: of joint training, on the classifier's encoder; None where there is none.
+        objective: Model of joint training, on the classifier's encoder; None without.
     """
-    objective_loss = objective and pretrain.loss_sum(objective, config)
 
-    def of_rows(
-        rows: dict[str, tf.Tensor], step: tf.Tensor, shard: tf.Tensor
+    def __init__(self, config: Config, classifier: Classifier, objective: TextModel | None = None):
+        self._config = config
+        self._classifier = classifier
+        self._objective_loss = objective and pretrain.loss_sum(objective, config)
+
+    def __call__(
+        self, rows: Rows, step: tf.Tensor, shard: int | tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        tokens, lengths, labels = rows["tokens"], rows["lengths"], rows["labels"]
-        labelled = rows["weights"] * tf.cast(labels >= 0, tf.float32)
-        labels = tf.maximum(labels, 0)
-        start = classifier.start(tokens, lengths)
-        output_seed = seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard)
+        """Returns the summed loss and the number of labelled documents."""
+        encoders = [direction.encoder for direction in self._classifier.directions]
+        seed = seeds.fold(self._config.seed, seeds.RECURRENT_WEIGHT_DROPOUT, step)
+        with dropped_weights(encoders, self._config.recurrent_weight_dropout, seed):
+            return self._of_rows(rows, step, shard)
 
-        def read(embedded: list[tf.Tensor]) -> tf.Tensor:
-            # Always with the same outputs dropped: they differ by what is read alone.
-            return classifier.read(
-                embedded,
-                lengths,
-                start,
-                training=True,
-                dropout_rate=config.finetune_dropout,
-                output_seed=output_seed,
-                every_step=config.label_gain == "linear",
-            )
+    def _of_rows(
+        self, rows: Rows, step: tf.Tensor, shard: int | tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        config, classifier = self._config, self._classifier
+        tokens, lengths = rows["tokens"], rows["lengths"]
+        labelled = rows["weights"] * tf.cast(rows["labels"] >= 0, tf.float32)
+        labels = tf.maximum(rows["labels"], 0)
+        read = functools.partial(
+            classifier.read,
+            lengths=lengths,
+            start=classifier.start(tokens, lengths),
+            training=True,
+            dropout_rate=config.finetune_dropout,
+            output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
+            every_step=config.label_gain == "linear",
+        )
 
         def label_loss(logits: tf.Tensor) -> tf.Tensor:
             losses = label_losses(logits, labels, lengths, config.label_smoothing)
             return tf.reduce_sum(losses * labelled)
 
-        def moved(embedded: list[tf.Tensor], moves: list[tf.Tensor]) -> tf.Tensor:
-            return read([e + move for e, move in zip(embedded, moves, strict=True)])
-
-        embedded = classifier.embed(
-            tokens,
-            lengths,
-            config.finetune_dropout,
-            seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard),
-        )
+        embedding_seed = seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard)
+        embedded = classifier.embed(tokens, lengths, config.finetune_dropout, embedding_seed)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(embedded)
             logits = read(embedded)
@@ -71,43 +79,46 @@ def loss_sum(config: Config, classifier: Classifier, objective: TextModel | None
         if config.adversarial_weight:
             norm = config.perturbation_norm
             moves = adversarial_perturbation(label_loss, logits, tape, embedded, lengths, norm)
-            total += config.adversarial_weight * label_loss(moved(embedded, moves))
+            total += config.adversarial_weight * label_loss(read(_moved(embedded, moves)))
         if config.virtual_adversarial_weight:
-            seed = seeds.fold(config.seed, seeds.VIRTUAL_ADVERSARIAL_DIRECTION, step)
-            moves = virtual_adversarial_perturbation(
-                at_end(logits, lengths),
-                lambda embedded: at_end(read(embedded), lengths),
-                embedded,
-                [random_direction(e, tokens, seed + i) for i, e in enumerate(embedded)],
-                lengths,
-                config.perturbation_norm,
-            )
-            changes = divergence(
-                tf.stop_gradient(at_end(logits, lengths)),
-                at_end(moved(embedded, moves), lengths),
-            )
-            # The sum is divided by the labelled documents, but this term is a mean over all.
-            labelled_part = rows["global_counts"][:, 0] / rows["global_counts"][:, 1]
-            changed = tf.reduce_sum(changes * rows["weights"] * labelled_part)
+            changed = self._virtual_adversarial(rows, step, read, embedded, logits)
             total += config.virtual_adversarial_weight * changed
-        if objective_loss:
-            nats, _ = objective_loss({**rows, "weights": labelled}, step, shard)
-            # Documents a token of the global batch: the same in all rows, of which there may be 0.
-            ratio = rows["global_counts"][:, 0] / rows["global_counts"][:, 2]
-            ratio = tf.math.divide_no_nan(tf.reduce_sum(ratio), tf.cast(tf.size(ratio), tf.float32))
-            total += config.joint_weight * nats * ratio
+        if self._objective_loss:
+            nats, _ = self._objective_loss({**rows, "weights": labelled}, step, shard)
+            total += config.joint_weight * nats * _documents_per_token(rows)
         return total, tf.reduce_sum(labelled)
 
-    encoders = [direction.encoder for direction in classifier.directions]
+    def _virtual_adversarial(
+        self, rows: Rows, step: tf.Tensor, read: Read, embedded: list[tf.Tensor], logits: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the divergence of predictions, summed for a mean over all documents."""
+        lengths = rows["lengths"]
+        seed = seeds.fold(self._config.seed, seeds.VIRTUAL_ADVERSARIAL_DIRECTION, step)
+        moves = virtual_adversarial_perturbation(
+            at_end(logits, lengths),
+            lambda embedded: at_end(read(embedded), lengths),
+            embedded,
+            [random_direction(e, rows["tokens"], seed + i) for i, e in enumerate(embedded)],
+            lengths,
+            self._config.perturbation_norm,
+        )
+        changes = divergence(
+            tf.stop_gradient(at_end(logits, lengths)),
+            at_end(read(_moved(embedded, moves)), lengths),
+        )
+        # The step divides the sum by the labelled documents, but this term is a mean over all.
+        labelled_part = rows["global_counts"][:, 0] / rows["global_counts"][:, 1]
+        return tf.reduce_sum(changes * rows["weights"] * labelled_part)
 
-    def with_dropped_weights(
-        rows: dict[str, tf.Tensor], step: tf.Tensor, shard: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        seed = seeds.fold(config.seed, seeds.RECURRENT_WEIGHT_DROPOUT, step)
-        with dropped_weights(encoders, config.recurrent_weight_dropout, seed):
-            return of_rows(rows, step, shard)
 
-    return with_dropped_weights
+def _moved(embedded: list[tf.Tensor], moves: list[tf.Tensor]) -> list[tf.Tensor]:
+    return [e + move for e, move in zip(embedded, moves, strict=True)]
+
+
+def _documents_per_token(rows: Rows) -> tf.Tensor:
+    """Returns labelled documents per token of the global batch: the same in all rows, if any."""
+    ratio = rows["global_counts"][:, 0] / rows["global_counts"][:, 2]
+    return tf.math.divide_no_nan(tf.reduce_sum(ratio), tf.cast(tf.size(ratio), tf.float32))
 
 
 def label_losses(
@@ -116,10 +127,10 @@ def label_losses(
     """Returns each document's cross-entropy: float32 [batch].
 
     Args:
-      logits: of the documents, or of all their steps: then it is the steps' mean, weighted by
-        `linear_weights`.
-      labels, lengths: int32 [batch].
-      smoothing: as for `losses_and_errors`.
+        logits: Of the documents, or of all their steps; then the loss is the steps' mean, weighted
+            by `linear_weights`.
+        lengths: int32 [batch].
+        smoothing: As for `losses_and_errors`.
     """
     if logits.shape.rank == 2:
         return losses_and_errors(logits, labels, smoothing)[0]
@@ -129,5 +140,5 @@ def label_losses(
 
 
 def at_end(logits: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-    """Returns the documents' logits, [batch, ...], of theirs or of those of all their steps."""
+    """Returns the logits at the documents' ends, [batch, ...], of logits with or without steps."""
     return logits if logits.shape.rank == 2 else tf.gather(logits, lengths - 1, batch_dims=1)

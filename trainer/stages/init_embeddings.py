@@ -1,25 +1,25 @@
-"""--init_embeddings: word vectors that others trained, as the embeddings that training starts from.
+"""--init_embeddings: embeddings that start from pretrained word vectors.
 
-The paper's word2vec row (Dai & Le 2015, table 2): all else is drawn at random.
+This is the paper's word2vec row (Dai & Le 2015, table 2). All other weights start random.
 """
 
 from data_pipelines.errors import InputError
 from data_pipelines.tokenizers.vocabulary import FIRST_ID, read_lines
 from data_pipelines.word_vectors import read_word_vectors
 from trainer.models.encoder import Encoder
-from trainer.stages.run import Run
+from trainer.training.run import Run
 
 
 def init_embeddings(run: Run, encoder: Encoder) -> dict[str, int]:
-    """Sets the embeddings of the words that the file has; the others stay as they are.
+    """Sets the embeddings of the words in the file; others do not change.
 
     A collective; only the chief reads the file.
 
     Returns:
-      For the report: how many of the vocabulary's words were found, and how many it has.
+        For the report: the number of words found, and of words in the vocabulary.
 
     Raises:
-      InputError: the file is not readable, or has none of the words; in the chief only.
+        InputError: In the chief: the file cannot be read, or has none of the words.
     """
     path, found = run.config.init_embeddings, None
     words = encoder.vocab_size - FIRST_ID

@@ -15,7 +15,7 @@ from trainer.distribution.steps import gather_rows
 from trainer.models.classifier import Classifier, losses_and_errors, reversed_words
 from trainer.models.encoder import token_mask
 from trainer.reporting.predictions import Predictions, write
-from trainer.stages.run import Run
+from trainer.training.run import Run
 
 STATE_DOCUMENTS = 512
 WRONG_EXAMPLES = 6

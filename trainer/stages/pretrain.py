@@ -1,4 +1,4 @@
-"""--stage=pretrain: unlabelled text -> an autoencoder or a language model -> an encoder bundle."""
+"""--stage=pretrain: trains an autoencoder or language model, and writes an encoder bundle."""
 
 import dataclasses
 import math
@@ -25,8 +25,8 @@ from trainer.models.language_model import LanguageModel
 from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, TextModel
 from trainer.stages.init_embeddings import init_embeddings
-from trainer.stages.run import Run
 from trainer.training import loop, seeds
+from trainer.training.run import Run, StoreBatches
 from trainer.training.task import LossSum, Task
 from trainer.variables import digest, values_of
 
@@ -38,7 +38,7 @@ OBJECTIVES = {
 
 
 def pretraining_splits(store: TokenStore) -> list[str]:
-    """Returns the splits of `store` whose text is for training, with labels or without."""
+    """Returns the splits of `store` with training text, labelled or not."""
     return [name for name in ("train", "unsupervised") if name in store.splits]
 
 
@@ -46,52 +46,20 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     """Trains the model of the objective in `folder` and writes the bundle `folder`/encoder.
 
     Returns:
-      For the report: steps, tokens_per_second, seconds, and the validation metrics.
-
-    Raises:
-      InputError: there are fewer documents than --pretrain_documents, or fewer rows to carry on
-        than model replicas.
+        For the report: steps, tokens_per_second, seconds, and the validation metrics.
     """
     config = run.config
-    documents = corpus(run, *pretraining_splits(run.store))
-    view, plan = rows_and_order(run, documents)
-    with run.distributor.scope():
-        encoder = make_encoder(config, run.store.vocab_size, config.pretrain_embedding_scale)
-        model = make_objective(run, encoder)
-        carried = carried_state(run, model)
-    initial = {}
-    if config.init_embeddings:
-        initial["init_embeddings"] = init_embeddings(run, model.encoder)
-    validation = validation_pieces(run, config.pretrain_evaluate_documents)
-    run.log(
-        f"pretrain: {view.num_tokens:,} tokens in {len(view):,} documents or pieces, "
-        f"{plan.steps_per_epoch:,} steps an epoch, {config.pretrain_steps:,} steps to do"
-    )
-    result = loop.train(
-        Task(
-            name="pretrain",
-            variables=trained_variables(model),
-            loss_sum=loss_sum(model, config),
-            evaluate=evaluation(run, model, validation),
-            ranked_by="nats_per_token",
-            carried=carried,
-        ),
-        run.settings("pretrain", folder, plan.steps_per_epoch),
-        run.distributor,
-        run.batches(view, plan),
-        run.stop_request,
-        run.log,
-        run.vitals,
-    )
+    model, task, batches, report = set_up(run, folder)
+    result = loop.train(run, task, batches)
     run.log("pretrain: averaging the final state over the corpus")
     averaged = run.some_documents(
-        in_pieces(run, documents),
+        corpus(run).pieces(config.pretrain_max_tokens),
         config.mean_state_documents,
         config.pretrain_batch_size,
         config.pretrain_max_tokens,
     )
     mean = states.mean(run.distributor, model.encoder, averaged, run.stop_request)
-    report = initial | {
+    report |= {
         "steps": config.pretrain_steps,
         "seconds": round(result.seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1),
@@ -106,10 +74,44 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     return report
 
 
+def set_up(run: Run, folder: Path) -> tuple[TextModel, Task, StoreBatches, dict[str, Any]]:
+    """Returns the model at its start, what is trained, on what, and the report so far.
+
+    Raises:
+        InputError: There are fewer documents than --pretrain_documents, or fewer rows to carry on
+            than model replicas.
+    """
+    config = run.config
+    view, plan = rows_and_order(run, corpus(run))
+    with run.distributor.scope():
+        encoder = make_encoder(config, run.store.vocab_size, config.pretrain_embedding_scale)
+        model = make_objective(run, encoder)
+        carried = carried_state(run, model)
+    report: dict[str, Any] = {}
+    if config.init_embeddings:
+        report["init_embeddings"] = init_embeddings(run, model.encoder)
+    run.log(
+        f"pretrain: {view.num_tokens:,} tokens in {len(view):,} documents or pieces, "
+        f"{plan.steps_per_epoch:,} steps an epoch, {config.pretrain_steps:,} steps to do"
+    )
+    validation = validation_pieces(run, config.pretrain_evaluate_documents)
+    task = Task(
+        name="pretrain",
+        folder=folder,
+        stage=config.of_stage("pretrain"),
+        variables=trained_variables(model),
+        loss_sum=loss_sum(model, config),
+        evaluate=evaluation(run, model, validation),
+        ranked_by="nats_per_token",
+        carried=carried,
+    )
+    return model, task, run.batches(view, plan), report
+
+
 def make_objective(run: Run, encoder: Encoder) -> TextModel:
     """Returns a new model of --pretrain_objective on `encoder`.
 
-    Call it in the scope. A collective: word statistics are counted by the chief.
+    Call it in the scope. A collective: only the chief counts words.
     """
     config = run.config
     tied = config.tied_softmax
@@ -130,9 +132,9 @@ def make_objective(run: Run, encoder: Encoder) -> TextModel:
     return bag_model
 
 
-def corpus(run: Run, *splits: str) -> SplitView:
-    """Returns the documents of `splits`, or the part of them that --pretrain_documents asks for."""
-    view = run.store.split(*splits)
+def corpus(run: Run) -> SplitView:
+    """Returns the training text, or --pretrain_documents of it."""
+    view = run.store.split(*pretraining_splits(run.store))
     wanted = run.config.pretrain_documents
     if wanted > len(view):
         raise InputError(
@@ -143,20 +145,15 @@ def corpus(run: Run, *splits: str) -> SplitView:
 
 
 def directed(run: Run, view: SplitView) -> SplitView:
-    """Returns the documents in the direction in which --pretrain_direction reads them."""
+    """Returns the documents in the order of --pretrain_direction."""
     return view.reversed() if run.config.pretrain_direction == "backward" else view
-
-
-def in_pieces(run: Run, documents: SplitView) -> SplitView:
-    """Returns the documents in pieces of at most --pretrain_max_tokens."""
-    return documents.pieces(run.config.pretrain_max_tokens)
 
 
 def validation_pieces(run: Run, documents: int) -> tf.data.Dataset:
     """Returns batches of about `documents` validation pieces, the same ones at every call."""
     config = run.config
     return run.some_documents(
-        in_pieces(run, directed(run, run.store.split("validation"))),
+        directed(run, run.store.split("validation")).pieces(config.pretrain_max_tokens),
         documents,
         config.pretrain_batch_size,
         config.pretrain_max_tokens,
@@ -175,7 +172,7 @@ def rows_and_order(run: Run, documents: SplitView) -> tuple[SplitView, BatchPlan
             seed=config.seed,
             carried=config.pretrain_packing == "stream",
         )
-    view = in_pieces(run, documents)
+    view = documents.pieces(max_tokens)
     tokens_per_batch = config.pretrain_tokens_per_batch
     return view, run.plan(view, batch_size, max_tokens, tokens_per_batch=tokens_per_batch)
 
@@ -202,10 +199,10 @@ def make_encoder(
 
 
 def carried_state(run: Run, model: TextModel) -> keras.Variable | None:
-    """Returns what --pretrain_packing=stream carries for each row of the global batch, or None.
+    """Returns the state that --pretrain_packing=stream carries for each row, or None.
 
-    Every process holds it for all rows: it is small beside the gradients that the step sums, and
-    a run may then resume on any number of workers. Call it in the scope.
+    Every process holds it for all rows of the global batch: it is small compared with the
+    gradients, and a run may then resume on any number of workers. Call it in the scope.
     """
     config, shards = run.config, run.distributor.num_shards
     if config.pretrain_packing != "stream":
@@ -220,7 +217,7 @@ def carried_state(run: Run, model: TextModel) -> keras.Variable | None:
 
 
 def trained_variables(model: TextModel) -> dict[str, keras.Variable]:
-    """Returns what pretraining trains, the learned initial state among it."""
+    """Returns the trained variables, with the learned initial state."""
     return {
         **bundle.encoder_variables(model.encoder),
         **bundle.initial_state_variables(model.encoder),
@@ -259,9 +256,9 @@ def loss_sum(model: TextModel, config: Config) -> LossSum:
 def evaluation(
     run: Run, model: TextModel, batches: tf.data.Dataset
 ) -> Callable[[], dict[str, float]]:
-    """Returns a collective that gives what `model` measures over `batches`, and the perplexity.
+    """Returns a collective that gives the model's metrics and the perplexity over `batches`.
 
-    Every document or piece starts from the encoder's initial state, whatever training carries on.
+    Every document or piece starts from the encoder's initial state, also with carried states.
     """
     names: list[str] = []  # known once `sums` was traced
 
@@ -284,7 +281,7 @@ def evaluation(
 
 
 def exact_match_percent(run: Run, model: SequenceAutoencoder) -> float:
-    """Returns how many of the --reconstruct_documents are written again without a fault.
+    """Returns the percentage of --reconstruct_documents that are reconstructed exactly.
 
     A collective. Greedy decoding, up to the end token.
     """
@@ -308,10 +305,10 @@ def save_encoder(
     mean: list[LearnedState],
     metrics: dict[str, Any],
 ) -> str:
-    """Writes the encoder bundle: weights, both learned states, and where they are from.
+    """Writes the encoder bundle: weights, both states, and their provenance.
 
     Returns:
-      The digest of its tensors.
+        The digest of its tensors.
     """
     tensors = values_of(bundle.encoder_variables(encoder))
     tensors |= bundle.state_tensors("learned", states.learned(encoder))
@@ -333,7 +330,7 @@ def save_encoder(
 
 
 def save_decoder(run: Run, folder: Path, model: SequenceAutoencoder, encoder_sha256: str) -> None:
-    """Writes the decoder bundle: what `stages/reconstruct.py` needs besides the encoder's."""
+    """Writes the decoder bundle, which inference/reconstruct.py needs besides the encoder's."""
     sizes = {size: getattr(model.encoder, size) for size in bundle.MODEL_SIZES["decoder"]}
     info = {
         "model": {**sizes, "tied": model.tied},

@@ -1,61 +1,121 @@
-"""--stage=replay: the flags of the run that is looked at."""
+"""--stage=replay: runs one step of a run again, to look at it.
+
+It starts from the newest checkpoint before the step, with the same data and seeds. On the same
+number of shards the numbers are the same to the last bit. Nothing is written.
+"""
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import InputError
 from data_pipelines.flag_fields import kind_of
 from trainer.config import FREE_ON_RESUME, Config
+from trainer.stages import finetune, pretrain
+from trainer.training.loop import Training
+from trainer.training.run import Run
 
-PARTS = ("pretrain", "warm", "scratch")  # folders that --stage=all trains in
+SHOWN_GRADIENTS = 10
 OF_THIS_PROCESS = ("step", "run_dir", "track", "status_port", "status_host")
 
 
-def config_of_run(config: Config) -> Config:
-    """Returns the flags of the run in --run_dir, with `step` set, and `stage` the one to rerun.
+def replay(run: Run) -> dict[str, Any]:
+    """Runs --step again; a collective.
 
-    What may differ between two sittings is taken from `config` where it is not the default. Where
-    the run tells others of itself is not: the replay is no part of it, and it may be under way.
+    Args:
+        run: Its configuration is that of `config_of_run`.
+
+    Returns:
+        step, start_step, shards_of_the_run, loss, global_norm, the norms of the gradients by
+        variable, largest first, and the examples of the batch by number.
+    """
+    step, stage = run.config.step, run.config.stage
+    _, task, batches, _ = (pretrain if stage == "pretrain" else finetune).set_up(run, run.folder)
+    outcome, start, notes = Training(run, task, batches).replay(batches, step)
+    norms = dict(zip(task.variables, outcome.norms.numpy().tolist(), strict=True))
+    # Non-finite ones come first.
+    largest = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
+    return {
+        "step": step,
+        "start_step": start,
+        "shards_of_the_run": notes.get("shards"),
+        "loss": float(outcome.loss),
+        "global_norm": math.hypot(*norms.values()),
+        "gradient_norms": {name: norms[name] for name in largest},
+        "examples": batches.texts(step - 1),
+    }
+
+
+def describe(replayed: dict[str, Any], shards: int) -> list[str]:
+    """Returns the lines that a replay prints last.
+
+    Args:
+        shards: Number of shards of this process group.
+    """
+    lines = [
+        f"step {replayed['step']} · loss {replayed['loss']:.9g} · global norm of the gradients "
+        f"{replayed['global_norm']:.9g}"
+    ]
+    of_the_run = replayed["shards_of_the_run"]
+    if of_the_run not in (None, shards):
+        lines.append(
+            f"warning: the run had {of_the_run} shards, this has {shards}: random draws, such as "
+            "dropout, differ; start as many"
+        )
+    lines.append("largest gradients by their norm, before clipping:")
+    shown = list(replayed["gradient_norms"].items())[:SHOWN_GRADIENTS]
+    lines += [f"  {norm:.6g}  {name}" for name, norm in shown]
+    lines.append("examples of the batch:")
+    lines += [f"  {number}: {text}" for number, text in replayed["examples"].items()]
+    return lines
+
+
+def config_of_run(config: Config) -> Config:
+    """Returns the flags of the run in --run_dir, with the stage and the step to run again.
+
+    Flags that may change when a run is resumed are taken from `config` unless they have their
+    default. Trackers and the status server are left to the run, which may still be running.
 
     Raises:
-      InputError: there is no run or no such step of it, its flags cannot be read, or its store is
-        gone.
+        InputError: There is no run or no such step, its flags cannot be read, or its store is gone.
     """
     folder, path = Path(config.run_dir), folder_of_run(config) / "config.json"
+    saved = _read(path, f"--run_dir={folder}")
     given = {
         item.name: getattr(config, item.name)
         for item in dataclasses.fields(Config)
         if item.name in FREE_ON_RESUME and getattr(config, item.name) != item.default
     }
-    saved = _read(path, f"--run_dir={folder}")
-    values: dict[str, Any] = dataclasses.asdict(saved) | given | {"stage": saved.stage}
+    found = dataclasses.replace(saved, **given | {"stage": saved.stage})
     if saved.stage == "all":
-        values |= _of_part(folder, path.parent)
+        parts = dataclasses.replace(found, run_dir=str(path.parent)).parts()
+        if folder.parent != path.parent or folder.name not in parts:
+            names = ", ".join(str(path.parent / part) for part in parts)
+            raise InputError(f"--run_dir={folder} is of --stage=all: name one of {names}")
+        stage = "pretrain" if folder.name == "pretrain" else "finetune"
+        found = dataclasses.replace(parts[folder.name], stage=stage)
     elif saved.stage not in ("pretrain", "finetune") or path.parent != folder:
         raise InputError(f"--run_dir={folder}: {path} is of --stage={saved.stage}, not of training")
-    last = f"{values['stage']}_steps"
-    if config.step > values[last]:
+    steps = found.of_stage(found.stage).steps
+    if config.step > steps:
         raise InputError(
             f"--step={config.step} is after the last step of the run in --run_dir={folder}, "
-            f"--{last}={values[last]}"
+            f"--{found.stage}_steps={steps}"
         )
-    if not values["store"]:
-        values["store"] = str(path.parent / "store")
-    if not (Path(values["store"]) / "manifest.json").exists():
-        raise InputError(
-            f"--store={values['store']}, which the run read, is gone: name its --store"
-        )
-    values |= {name: getattr(config, name) for name in OF_THIS_PROCESS}
-    return Config(**values | {"resume": "auto"})
+    store = found.store or str(path.parent / "store")
+    if not (Path(store) / "manifest.json").exists():
+        raise InputError(f"--store={store}, which the run read, is gone: name its --store")
+    ours = {name: getattr(config, name) for name in OF_THIS_PROCESS}
+    return dataclasses.replace(found, store=store, resume="auto", **ours)
 
 
 def folder_of_run(config: Config) -> Path:
-    """Returns the folder of the run of which --run_dir is a part, or all.
+    """Returns the folder of the run that --run_dir is, or is a part of.
 
     Raises:
-      InputError: there is no run.
+        InputError: There is no run.
     """
     folder = Path(config.run_dir)
     for found in (folder, folder.parent):
@@ -64,18 +124,6 @@ def folder_of_run(config: Config) -> Path:
     raise InputError(
         f"--run_dir={folder} holds no run: neither it nor the folder above has a config.json"
     )
-
-
-def _of_part(folder: Path, run: Path) -> dict[str, Any]:
-    """Returns the flags that make one stage of what --stage=all did in a folder of its own."""
-    if folder.parent != run or folder.name not in PARTS:
-        parts = ", ".join(str(run / part) for part in PARTS)
-        raise InputError(f"--run_dir={folder} is of --stage=all: name one of {parts}")
-    if folder.name == "pretrain":
-        return {"stage": "pretrain"}
-    if folder.name == "warm":
-        return {"stage": "finetune", "encoder": str(run / "pretrain" / "encoder")}
-    return {"stage": "finetune", "init_weights": "random", "initial_state": "zero"}
 
 
 def _read(path: Path, where: str) -> Config:
@@ -88,7 +136,7 @@ def _read(path: Path, where: str) -> Config:
     if wrong:
         raise InputError(
             f"{where}: {path} is of another version of this program: --{wrong[0]} is unknown, or "
-            "not of its type"
+            "has another type"
         )
     return Config(**saved)
 

@@ -1,14 +1,13 @@
-"""Training state on disk: all that an interrupted run needs to end as if it never stopped.
+"""Checkpoints: everything that an interrupted run needs to end as if it had never stopped.
 
-  CHECKPOINTS/step-00000500/state.safetensors   every variable of the model and the optimizer
-  CHECKPOINTS/step-00000500/state.json          the step, the SHA-256, and the loop's own notes
+    CHECKPOINTS/step-00000500/state.safetensors   every variable of the model and the optimizer
+    CHECKPOINTS/step-00000500/state.json          the step, the SHA-256, and the loop's notes
 
-Only the chief reads and writes; the others get the state by broadcast, so they need not share
-its file system. The data order is a function of the step and needs no state.
+Only the chief reads and writes. It broadcasts the state, so workers need no shared file system. The
+data order is a function of the step and needs no state.
 
-The chief writes in a thread of its own, so that the steps go on meanwhile. How a
-write ended is known at the next save, or at the end; all workers learn it there, and go on or stop
-together.
+The chief writes in a separate thread while training continues. All workers learn at the next save,
+or at the end, whether the write succeeded, and continue or stop together.
 """
 
 import contextlib
@@ -46,17 +45,15 @@ NAME = re.compile(r"step-(\d{8,12})")
 
 
 class Checkpointer:
-    """Saves and restores a set of variables in `folder`.
+    """Saves and restores `variables` in `folder`.
 
     Args:
-      keep: how many of the newest checkpoints are kept.
-      keep_best: how many of those with the lowest `value` are kept besides.
-      encoders: by the flag that named it, the digest of each encoder bundle that a part of the
-        model comes from which no checkpoint holds.
+        errors: What to do when a checkpoint cannot be written: "stop" or "warn".
+        keep_best: Number of checkpoints with the lowest `value` to keep as well.
+        encoders: Flag -> digest of each encoder bundle that gave the model its start.
 
     Attributes:
-      saved: when the last one was written here, by time.monotonic(); None before.
-      errors: "stop" or "warn": what happens when one cannot be written.
+        saved: Time of the last write in this process, by time.monotonic(); None before.
     """
 
     def __init__(
@@ -89,23 +86,21 @@ class Checkpointer:
         arrays: Mapping[str, np.ndarray] | None = None,
         value: float | None = None,
     ) -> None:
-        """Begins to write the state after `step` steps, once the write before is done.
-
-        A collective. What is written is the state at the time of this call.
+        """Starts to write the present state, once the write before has ended; a collective.
 
         Args:
-          notes: of the loop; anything that JSON can hold.
-          arrays: further tensors to keep beside the variables; not to be changed afterwards.
-          value: how good the state is, lower is better; None where it was not evaluated.
+            notes: Of the loop; anything that JSON can hold.
+            arrays: Further tensors to save; they must not change afterwards.
+            value: Rank of the state, lower is better; None if it was not evaluated.
 
         Raises:
-          InputError: in every worker, where `errors` is "stop" and the write before failed.
+            InputError: In every worker, if `errors` is "stop" and the write before failed.
         """
         self.wait()
         if not self._distributor.is_chief:
             return
-        # What is read stays as it is: TensorFlow gives a variable that a step changes new memory
-        # while the old one is held. To copy it here would delay the step.
+        # These tensors do not change: a step that assigns to a variable whose memory is held gets
+        # new memory. Copying here would delay the step.
         tensors = {name: tf.convert_to_tensor(v.value) for name, v in self._variables.items()}
         tensors |= {f"+{name}": array for name, array in (arrays or {}).items()}
         self._thread = threading.Thread(
@@ -114,10 +109,10 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> bool:
-        """Returns, once nothing is being written, whether all went well; a collective.
+        """Waits for the write, and returns whether it succeeded; a collective.
 
         Raises:
-          InputError: as `save`.
+            InputError: As for `save`.
         """
         self.close()
         error = self._distributor.gather_objects(self._error)[0]
@@ -129,14 +124,11 @@ class Checkpointer:
         return not error
 
     def report(self, error: str) -> None:
-        """Takes in an error of something else that the chief writes; `wait` treats it as its own.
-
-        For what must stop all workers but happens in one: it has no collective to tell them by.
-        """
+        """Makes `wait` report this error of the chief, which other workers cannot see."""
         self._error = self._error or error
 
     def close(self) -> None:
-        """Returns when nothing is being written; no collective, for a run that ends by an error."""
+        """Waits for the write; no collective, for a run that ends with an error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -145,7 +137,7 @@ class Checkpointer:
         """Removes all checkpoints, for a run that starts again.
 
         Raises:
-          InputError: they cannot be removed; in the chief only.
+            InputError: In the chief: they cannot be removed.
         """
         if self._distributor.is_chief:
             try:
@@ -156,20 +148,19 @@ class Checkpointer:
                 ) from None
 
     def restore(self, before: int | None = None) -> Restored | None:
-        """Sets the variables to the newest good checkpoint; a collective.
+        """Sets the variables to the newest intact checkpoint; a collective.
 
-        Damaged ones that are newer are renamed to NAME.damaged.
+        Damaged newer ones are renamed to NAME.damaged.
 
         Args:
-          before: of those of an earlier step only, and nothing is renamed.
+            before: Only checkpoints of an earlier step count, and nothing is renamed.
 
         Returns:
-          (step, notes, arrays) as they were saved, arrays in the chief only; None where there is
-          no checkpoint.
+            (step, notes, arrays) as saved, arrays in the chief only; None without checkpoints.
 
         Raises:
-          InputError: in every worker: there are checkpoints, but none is good (they are left as
-            they are), or the newest good one is not of this model, or not from this encoder.
+            InputError: In every worker: all checkpoints are damaged (they are left alone), or the
+                newest intact one is of another model, or of another encoder.
         """
         state, tensors, error = None, {}, ""
         if self._distributor.is_chief:
@@ -219,9 +210,9 @@ class Checkpointer:
             self._remove_old()
         except OSError as error:
             self.report(self._what_to_do(step, error))
-            with contextlib.suppress(OSError):  # half a checkpoint is room for other things
+            with contextlib.suppress(OSError):  # frees the space of half a checkpoint
                 remove(beside)
-        except Exception as error:  # else it would be lost with the thread
+        except Exception as error:  # a thread's error would be lost
             self.report(f"the checkpoint of step {step} was not written: {error!r}")
 
     def _remove_old(self) -> None:
@@ -244,7 +235,7 @@ class Checkpointer:
         return (
             f"the checkpoint of step {step} cannot be written in {self._folder}: {error.strerror}; "
             f"{last}: make room or make the folder writable, and run the same command again, or "
-            "train on without with --checkpoint_errors=warn"
+            "continue without checkpoints with --checkpoint_errors=warn"
         )
 
     def _folders(self) -> list[Path]:
@@ -303,10 +294,10 @@ class Checkpointer:
             )
 
     def _check_encoders(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Raises InputError if the run began with another encoder bundle.
+        """Raises InputError if the run began with another encoder bundle, wherever it is now.
 
-        Its states, or the encoder that reads first, would come from another one than the weights.
-        Where the bundle lies does not matter. Checkpoints of before this was noted say nothing.
+        The weights would come from one encoder, the states from another. Old checkpoints do not
+        record their encoder and pass.
         """
         for flag, began_with in state.get("encoders", {}).items():
             found = self._encoders.get(flag, began_with)
@@ -323,7 +314,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the state and the tensors of one checkpoint.
 
     Raises:
-      DamagedError: it is not as it was written.
+        DamagedError: It is not as it was written.
     """
     if folder.is_symlink():
         raise DamagedError(f"{folder} is a link")
@@ -343,7 +334,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _value_of(folder: Path) -> float:
-    """Returns how good a checkpoint says it is, lower is better; infinity where it says nothing."""
+    """Returns a checkpoint's `value`, lower is better; infinity if it has none."""
     with contextlib.suppress(DamagedError):
         value = read_sealed(folder / "state.json").get("value")
         if type(value) is float and math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Exponential moving averages of weights: what is evaluated and kept in place of the last ones.
+"""Exponential moving averages of weights, evaluated and kept in place of the last weights.
 
 Averaged weights have less of the noise of single steps (Polyak & Juditsky 1992).
 """
@@ -13,54 +13,52 @@ from trainer.distribution.distributor import Distributor
 from trainer.variables import assign, values_of
 
 
-class Averages:
-    """Averages of `variables`, which `update` brings up to date after each step.
+class MovingAverage:
+    """The exponential moving average of `weights`.
 
     Args:
-      decay: what is left of an average after a step; less in the first steps, (1 + n) / (10 + n)
-        after n steps, so that the first weights are soon forgotten.
+        weights: Trained variables by name.
+        decay: Factor on the average per step. In the first steps it is (1 + n) / (10 + n) after n
+            steps if that is less, so that the initial weights are soon forgotten.
 
     Attributes:
-      variables: the averages, by name: "average/NAME".
+        variables: The averages, by "average/NAME".
     """
 
     def __init__(
-        self, variables: Mapping[str, keras.Variable], decay: float, distributor: Distributor
+        self, weights: Mapping[str, keras.Variable], decay: float, distributor: Distributor
     ):
-        self._of = variables
+        self._weights = weights
+        self._decay = decay
         with distributor.scope():
             self.variables = {
                 f"average/{name}": keras.Variable(
                     variable.numpy(), dtype=variable.dtype, trainable=False, name="average"
                 )
-                for name, variable in variables.items()
+                for name, variable in weights.items()
             }
+        self.update = tf.function(self._update, autograph=False)
 
-        def update(steps: tf.Tensor) -> None:
-            steps = tf.cast(steps, tf.float32)
-            kept = tf.minimum(decay, (1 + steps) / (10 + steps))
-            for variable, average in zip(variables.values(), self.variables.values(), strict=True):
-                difference = tf.convert_to_tensor(variable) - tf.convert_to_tensor(average)
-                moved = difference * tf.cast(1 - kept, average.dtype)
-                average.assign(tf.convert_to_tensor(average) + moved)
-
-        self._update = tf.function(update, autograph=False)
-
-    def update(self, steps: tf.Tensor) -> None:
-        """Takes in the variables as they are after `steps` steps; outside of a step."""
-        self._update(steps)
+    def _update(self, steps: tf.Tensor) -> None:
+        """Adds the weights as they are after `steps` steps; called outside of a step."""
+        steps = tf.cast(steps, tf.float32)
+        kept = tf.minimum(self._decay, (1 + steps) / (10 + steps))
+        for variable, average in zip(self._weights.values(), self.variables.values(), strict=True):
+            difference = tf.convert_to_tensor(variable) - tf.convert_to_tensor(average)
+            moved = difference * tf.cast(1 - kept, average.dtype)
+            average.assign(tf.convert_to_tensor(average) + moved)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Returns a context in which the variables hold their averages."""
-        held = values_of(self._of)
+        """Returns a context in which the weights hold their averages."""
+        held = values_of(self._weights)
         self.put_in_place()
         try:
             yield
         finally:
-            assign(self._of, held)
+            assign(self._weights, held)
 
     def put_in_place(self) -> None:
-        """Sets the variables to their averages."""
+        """Sets the weights to their averages."""
         averages = values_of(self.variables)
-        assign(self._of, {k.removeprefix("average/"): v for k, v in averages.items()})
+        assign(self._weights, {k.removeprefix("average/"): v for k, v in averages.items()})

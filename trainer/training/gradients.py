@@ -1,4 +1,4 @@
-"""The gradients of one shard's rows: all at once, or in parts to save memory."""
+"""The gradients of one shard's rows: at once, or in micro-batches to save memory."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -6,10 +6,11 @@ from typing import Any, TypeAlias
 import tensorflow as tf
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
-# rows (tokens, lengths, labels, weights), slice -> the summed loss and its weight; the slice is a
-# number that random draws depend on. Where rows have `carried`, it returns that of each row too, as
-# it is at the row's end.
+# (rows, slice) -> summed loss, its weight, and the state at the rows' ends if rows have `carried`.
+# Rows are tokens, lengths, labels, weights; the number of the slice seeds random draws.
 LossSum = Callable[[dict[str, tf.Tensor], int | tf.Tensor], tuple[tf.Tensor, ...]]
+# Summed loss, its weight, the loss's gradients, and [carried] or [].
+LossAndGradients = tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]
 
 
 def loss_and_gradients(
@@ -18,27 +19,32 @@ def loss_and_gradients(
     rows: dict[str, tf.Tensor],
     shard: int | tf.Tensor,
     parts: int = 1,
-) -> tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]:
-    """Returns the summed loss of `rows`, its weight, and the loss's gradients, inside a step.
-
-    The last result is what rows carry on, [rows, ...]; a list of none where they carry nothing.
+) -> LossAndGradients:
+    """Returns the summed loss of `rows`, its weight and its gradients, inside a step.
 
     Args:
-      rows: tensors of which the first axis is the examples.
-      parts: how many slices of the rows are worked through, one after the other. The result is
-        that of one slice, up to rounding, but for random draws.
+        rows: Tensors whose first axis is the examples.
+        parts: Number of micro-batches. The result is that of one batch up to rounding, except for
+            random draws.
+
+    Returns:
+        Loss, weight, gradients, and in a list the state that rows carry on: [rows, ...] or none.
     """
+    if parts > 1:
+        return _in_parts(loss_sum, variables, rows, shard, parts)
+    with tf.GradientTape() as tape:
+        loss, weight, *carried = loss_sum(rows, shard)
+    return loss, weight, tape.gradient(loss, variables), carried
 
-    def of_slice(
-        some: dict[str, tf.Tensor], number: int | tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]:
-        with tf.GradientTape() as tape:
-            loss, weight, *carried = loss_sum(some, number)
-        return loss, weight, tape.gradient(loss, variables), carried
 
-    if parts == 1:
-        return of_slice(rows, shard)
-
+def _in_parts(
+    loss_sum: LossSum,
+    variables: Sequence[tf.Variable],
+    rows: dict[str, tf.Tensor],
+    shard: int | tf.Tensor,
+    parts: int,
+) -> LossAndGradients:
+    """Adds up the gradients of micro-batches; the indices of sparse ones are kept."""
     count = tf.shape(rows["lengths"])[0]
     sparse: list[bool] = []
 
@@ -52,7 +58,8 @@ def loss_and_gradients(
     ) -> tuple[Any, ...]:
         start, stop = count * part // parts, count * (part + 1) // parts
         some = {name: tensor[start:stop] for name, tensor in rows.items()}
-        part_loss, part_weight, gradients, handed_on = of_slice(some, shard * parts + part)
+        found = loss_and_gradients(loss_sum, variables, some, shard * parts + part)
+        part_loss, part_weight, gradients, handed_on = found
         sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
         sums = [total + dense(gradient) for total, gradient in zip(sums, gradients, strict=True)]
         touched = [
@@ -62,36 +69,24 @@ def loss_and_gradients(
         carried = [a.write(part, rows) for a, rows in zip(carried, handed_on, strict=True)]
         return part + 1, loss + part_loss, weight + part_weight, sums, touched, carried
 
-    dtype = variables[0].dtype
-    touched = [
-        tf.TensorArray(tf.int64, parts, infer_shape=False, element_shape=[None]) for _ in variables
-    ]
-    carried = []
-    if (start := rows.get("carried")) is not None:
-        shape = [None, *start.shape[1:]]
-        carried = [tf.TensorArray(start.dtype, parts, infer_shape=False, element_shape=shape)]
+    def arrays(dtype: tf.DType, shape: list[int | None]) -> tf.TensorArray:
+        return tf.TensorArray(dtype, parts, infer_shape=False, element_shape=shape)
+
+    zero = tf.zeros([], variables[0].dtype)
+    start = rows.get("carried")
+    carried = [] if start is None else [arrays(start.dtype, [None, *start.shape[1:]])]
+    touched = [arrays(tf.int64, [None]) for _ in variables]
     _, loss, weight, sums, touched, carried = tf.while_loop(
         lambda part, *_: part < parts,
         add_part,
-        (
-            0,
-            tf.zeros([], dtype),
-            tf.zeros([], dtype),
-            [tf.zeros_like(v) for v in variables],
-            touched,
-            carried,
-        ),
+        (0, zero, zero, [tf.zeros_like(v) for v in variables], touched, carried),
         parallel_iterations=1,
     )
-    return (
-        loss,
-        weight,
-        [
-            only_rows(total, array.concat()) if is_sparse else total
-            for total, array, is_sparse in zip(sums, touched, sparse, strict=True)
-        ],
-        [array.concat() for array in carried],
-    )
+    gradients = [
+        only_rows(total, array.concat()) if is_sparse else total
+        for total, array, is_sparse in zip(sums, touched, sparse, strict=True)
+    ]
+    return loss, weight, gradients, [array.concat() for array in carried]
 
 
 def dense(gradient: Gradient) -> tf.Tensor:
@@ -110,7 +105,7 @@ def distinct_rows(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
 
 
 def only_rows(gradient: tf.Tensor, indices: tf.Tensor) -> tf.IndexedSlices:
-    """Returns the rows of `gradient` that `indices`, with repetitions, name; the rest is zero."""
+    """Returns the rows of `gradient` at `indices`, which may repeat; all others must be zero."""
     indices = tf.unique(indices)[0]
     shape = tf.shape(gradient, tf.int64)
     return tf.IndexedSlices(tf.gather(gradient, indices), indices, shape)
@@ -122,3 +117,12 @@ def divided(gradient: Gradient, divisor: tf.Tensor) -> Gradient:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(gradient.values / divisor, gradient.indices, gradient.dense_shape)
     return gradient / divisor
+
+
+def norms_of(gradients: Sequence[Gradient]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the global norm of the gradients, a scalar, and the norm of each, [gradients]."""
+    # The sums of tf.linalg.global_norm, which does not return the norm of each.
+    halves = tf.stack(
+        [tf.nn.l2_loss(g.values if isinstance(g, tf.IndexedSlices) else g) for g in gradients]
+    )
+    return tf.sqrt(2 * tf.reduce_sum(halves)), tf.sqrt(2 * halves)

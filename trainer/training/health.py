@@ -1,4 +1,4 @@
-"""What ends a run that has gone wrong by itself: numbers that are none, steps that do not come."""
+"""Aborts a run on non-finite values or stalled steps."""
 
 import faulthandler
 import math
@@ -12,7 +12,7 @@ SHOWN_EXAMPLES = 64
 
 
 class NonFiniteError(InputError):
-    """The loss or a gradient of a step is not finite; all workers raise it at the same step."""
+    """A loss or gradient is not finite; all workers raise it at the same step."""
 
 
 def describe_nonfinite(
@@ -21,13 +21,13 @@ def describe_nonfinite(
     """Returns one line: the step, the loss, the largest gradients and the batch's examples.
 
     Args:
-      norms: of the gradient of each variable, by its name, before clipping.
-      examples: of the global batch, as numbers in the data that the stage reads; may be empty.
+        norms: Norm of each variable's gradient, before clipping.
+        examples: Numbers of the global batch's examples in the stage's data; may be empty.
     """
-    # Those that are not finite come first.
+    # Non-finite ones come first.
     largest = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
     gradients = ", ".join(f"{name} {norms[name]:.4g}" for name in largest[:SHOWN_GRADIENTS])
-    shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES])) or "not known"
+    shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES])) or "unknown"
     more = len(examples) - SHOWN_EXAMPLES
     shown += f" and {more} more" if more > 0 else ""
     return (
@@ -37,20 +37,20 @@ def describe_nonfinite(
 
 
 class StallWatchdog:
-    """Ends the process, after every thread's stack is printed, if nothing beats for some time.
+    """Prints every thread's stack and exits with code 1 if `beat` is not called for some time.
 
-    It waits in a thread of C, which a process that hangs in TensorFlow cannot hold up. The exit
-    code is 1: under the launcher --max_restarts starts the job again.
+    A thread of C waits, which a process that hangs in TensorFlow cannot block. Under the launcher,
+    --max_restarts restarts the job.
 
     Args:
-      seconds: how long; 0 waits for ever.
+        seconds: Longest time between two beats; 0 for no limit.
     """
 
     def __init__(self, seconds: float):
         self._seconds = seconds
 
     def beat(self) -> None:
-        """Begins to wait anew."""
+        """Restarts the wait."""
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds, exit=True)
 

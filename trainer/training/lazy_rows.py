@@ -1,25 +1,25 @@
-"""Tables, such as word embeddings, of which a step reads and trains a few rows.
+"""Tables, such as embeddings, of which a step reads and trains only a few rows.
 
-A dense optimizer passes over the whole table at every step: also a row whose gradient is zero
-moves on with its momentum, and its moments decay. Here a row is left alone until it is next read
-or trained, and is then brought to where the dense optimizer would have it, in closed form. So a
-step's cost follows the words of its batch and not the vocabulary, and the result is the dense
-optimizer's up to rounding.
+A dense optimizer passes over the whole table at every step: momentum moves rows whose gradient is
+zero, and their moments decay. Here such a row stays behind until it is next read or trained. It is
+then brought to where the dense optimizer would have it, in closed form. So the cost of a step
+depends on the words of its batch, not on the vocabulary, and the result is the dense optimizer's
+up to rounding.
 
-While a row has no gradient its moments only decay, and it moves, in the j-th step after step s, by
+While a row has no gradient its moments only decay. In the j-th step after step s it moves by
 
     a(s+j) b1^j m / (b2^(j/2) sqrt(v) + e(s+j)),    r = b1 / sqrt(b2)
 
-with a the step size and e the epsilon of that step. The sum over n steps is taken as
+with step size a and epsilon e of that step. The sum over n steps is taken as
 
     C m / (sqrt(v) + E),    C = sum a(s+j) r^j,    E = sum e(s+j) a(s+j) r^j b2^(-j/2) / C
 
-which is exact in a and in first order in e: what is left is the variance of b2^(-j/2) over a few
-dozen steps, under 1e-4 of the sum. With F(s) = r (a(s+1) + F(s+1)), C is F(s) - r^n F(s+n), so two
-numbers a step, made once, give the sum for any n.
+This is exact in a and first order in e. The error is the variance of b2^(-j/2) over a few dozen
+steps, under 1e-4 of the sum. With F(s) = r (a(s+1) + F(s+1)), C is F(s) - r^n F(s+n), so two
+precomputed numbers per step give the sum for any n.
 """
 
-import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ SETTLED_ROWS = 4096
 
 
 class Rule(NamedTuple):
-    """What an optimizer does, in arrays of which entry k is for step k, from 1; entry 0 is unused.
+    """An optimizer's update, in arrays whose entry k is for step k, from 1; entry 0 is unused.
 
     m' = beta_1 m + gain g and v' = beta_2 v + (1 - beta_2) g^2 are the moments, and
 
@@ -56,20 +56,25 @@ class Rule(NamedTuple):
 def rule_of(
     optimizer: keras.optimizers.Optimizer, steps: int, factor: float = 1.0, frozen_steps: int = 0
 ) -> Rule:
-    """Returns the rule of one of config.OPTIMIZERS for `steps` steps.
+    """Returns the rule of an optimizer for `steps` steps.
 
     Args:
-      factor, frozen_steps: see optimizer.Rate.
+        optimizer: SGD, Adam, AdamW or Nadam of Keras.
+        factor: See optimizer.Rate.
+        frozen_steps: See optimizer.Rate.
+
+    Raises:
+        TypeError: It is none of these.
     """
     k = np.arange(steps + 1.0)
     schedule = optimizer._learning_rate
-    plain = np.full(steps + 1, float(schedule)) if not callable(schedule) else np.array(
-        schedule(tf.maximum(tf.range(steps + 1) - 1, 0)), np.float64
-    )  # fmt: skip
+    plain = np.array(schedule(tf.maximum(tf.range(steps + 1) - 1, 0)), np.float64)
     rate = plain * factor * (k > frozen_steps)
     none, ones = np.zeros(steps + 1), np.ones(steps + 1)
     if isinstance(optimizer, keras.optimizers.SGD):
         return Rule(optimizer.momentum, None, -rate, -ones, none, none, ones)
+    if not isinstance(optimizer, keras.optimizers.Adam | keras.optimizers.Nadam):
+        raise TypeError(f"{type(optimizer).__name__} has no rule for training by rows")
     b1, b2, epsilon = optimizer.beta_1, optimizer.beta_2, optimizer.epsilon
     gain, debias = np.full(steps + 1, 1 - b1), np.sqrt(1 - b2**k)
     if isinstance(optimizer, keras.optimizers.Nadam):
@@ -92,15 +97,16 @@ def _tail(values: np.ndarray, ratio: float) -> np.ndarray:
 
 
 class Table:
-    """One variable whose rows may be behind, and the optimizer's variables for it.
+    """A variable whose rows may be behind, and the optimizer's variables for it.
 
     Attributes:
-      variable: [rows, ...].
-      step_of_row: int64 [rows], the step up to which each row is as the dense optimizer's.
+        variable: [rows, ...].
+        step_of_row: int64 [rows], the step up to which each row equals the dense optimizer's.
     """
 
     def __init__(
         self,
+        distributor: Distributor,
         optimizer: keras.optimizers.Optimizer,
         index: int,
         variable: keras.Variable,
@@ -124,17 +130,20 @@ class Table:
         each = [rule.gain, rule.step_size, rule.nesterov, rule.epsilon, rule.keep]
         # Tensors, so that graphs refer to them and do not hold copies.
         self._sums, self._steps = (tf.constant(np.stack(rows, axis=1)) for rows in (tails, each))
+        self._settle = tf.function(
+            lambda start, stop: distributor.run(self._settle_block, start, stop), autograph=False
+        )
 
     def read(self, indices: tf.Tensor) -> tf.Tensor:
-        """Returns the rows as the dense optimizer would have them; see `lookup`.
+        """Returns the rows as the dense optimizer would have them.
 
-        The gradient goes to the rows, each once, as tf.IndexedSlices.
+        The gradient goes to the distinct rows, as tf.IndexedSlices.
         """
         with tf.name_scope("read_rows"):
             distinct, positions = tf.unique(tf.reshape(indices, [-1]))
             held = tf.gather(self.variable.value, distinct)
             now = tf.convert_to_tensor(self._optimizer.iterations)
-            # The value is the first term, the gradient the second's.
+            # The first term has the value, the second the gradient.
             rows = tf.stop_gradient(self._rows(distinct, now)[0]) + (held - tf.stop_gradient(held))
             rows = tf.gather(rows, positions)
             return tf.reshape(rows, tf.concat([tf.shape(indices), tf.shape(rows)[1:]], 0))
@@ -164,12 +173,12 @@ class Table:
         return [weights, moments[0] * first, moments[1] * second]
 
     def _column(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns float64 [rows] so that it multiplies rows of the variable."""
+        """Returns float64 [rows] shaped so that it multiplies rows of the variable."""
         shape = [-1] + [1] * (len(self.variable.shape) - 1)
         return tf.cast(tf.reshape(values, shape), self.variable.dtype)
 
     def train(self, gradient: tf.IndexedSlices, variable: tf.Variable) -> None:
-        """Applies the gradient of one step to its rows, each named once."""
+        """Applies the gradient of one step to its distinct rows, in the copy `variable`."""
         now = tf.convert_to_tensor(self._optimizer.iterations)
         weights, *moments = self._rows(gradient.indices, now)
         g, dtype = tf.cast(gradient.values, weights.dtype), weights.dtype
@@ -181,10 +190,19 @@ class Table:
             moved = (moved + nesterov * g) / (tf.sqrt(moments[1]) + epsilon)
         self._write(gradient.indices, variable, [keep * weights - moved, *moments], now + 1)
 
-    def settle(self, indices: tf.Tensor, variable: tf.Variable) -> None:
-        """Brings the rows up to date."""
-        now = tf.convert_to_tensor(self._optimizer.iterations)
-        self._write(indices, variable, self._rows(indices, now), now)
+    def settle(self) -> None:
+        """Brings all rows up to date, outside of a step."""
+        # In blocks, because it takes several times the memory of the rows.
+        rows = self.variable.shape[0]
+        for start in range(0, rows, SETTLED_ROWS):
+            self._settle(tf.constant(start), tf.constant(min(start + SETTLED_ROWS, rows)))
+
+    def _settle_block(self, start: tf.Tensor, stop: tf.Tensor) -> None:
+        def settle(copy: tf.Variable, rows: tf.Tensor) -> None:
+            now = tf.convert_to_tensor(self._optimizer.iterations)
+            self._write(rows, copy, self._rows(rows, now), now)
+
+        update_each_copy(self.variable, settle, tf.range(start, stop))
 
     def _write(
         self, indices: tf.Tensor, variable: tf.Variable, values: list[tf.Tensor], step: tf.Tensor
@@ -196,95 +214,14 @@ class Table:
             self._optimizer.assign(held, tf.IndexedSlices(rows, indices))
 
 
-class Tables:
-    """All tables of an optimizer; none where no gradient is of a few rows. Makes variables.
-
-    Args:
-      optimizer: built for `variables`, in their order.
-      found: which of `variables` are tables, from `trace_gradients`.
-      by_rows: which of those are trained by rows here. The others, of which the gradient is summed
-        over workers as a dense one, Keras trains; none of their rows is ever behind.
-      rules: how each variable is trained.
-    """
-
-    def __init__(
-        self,
-        distributor: Distributor,
-        optimizer: keras.optimizers.Optimizer,
-        variables: Sequence[keras.Variable],
-        found: Sequence[bool],
-        by_rows: Sequence[bool],
-        rules: Sequence[Rule],
-    ):
-        self._optimizer = optimizer
-        # Each has its counts, so that a checkpoint fits any number of workers.
-        tables = {
-            i: Table(optimizer, i, variables[i], rules[i]) for i, yes in enumerate(found) if yes
-        }
-        self._by_rows = {i: table for i, table in tables.items() if by_rows[i]}
-        self._dense = [table for i, table in tables.items() if not by_rows[i]]
-        self._settle_by_rows = [_settling(distributor, t) for t in self._by_rows.values()]
-        self._settle_dense = [_settling(distributor, t) for t in self._dense]
-        self._train_dense = optimizer.update_step
-        optimizer.update_step = self._update_step
-        optimizer.exclude_from_weight_decay([t.variable for t in self._by_rows.values()])
-
-    def _update_step(
-        self, gradient: Gradient, variable: tf.Variable, learning_rate: float | tf.Tensor
-    ) -> None:
-        table = self._by_rows.get(self._optimizer._get_variable_index(variable))
-        if table is None:
-            self._train_dense(gradient, variable, learning_rate)
-        else:
-            table.train(gradient, variable)
-
-    def read_up_to_date(self) -> contextlib.AbstractContextManager[None]:
-        """Returns the context in which `lookup` brings rows of these tables up to date."""
-        return looked_up_by((t.variable.value, t.read) for t in self._by_rows.values())
-
-    def settle(self) -> None:
-        """Brings all rows up to date, for those who read the variables as they are."""
-        for settle in self._settle_by_rows:
-            settle()
-
-    def before_save(self) -> None:
-        """Makes the counts true of the tables that Keras trains."""
-        for table in self._dense:
-            step = tf.convert_to_tensor(self._optimizer.iterations)
-            table.step_of_row.assign(tf.fill(table.step_of_row.shape, step))
-
-    def after_restore(self) -> None:
-        """Brings up to date what Keras is to train: another number of workers may have saved it."""
-        for settle in self._settle_dense:
-            settle()
-
-
-def _settling(distributor: Distributor, table: Table) -> Callable[[], None]:
-    """Returns what brings all rows of `table` up to date; it is traced once."""
-
-    def step(start: tf.Tensor, stop: tf.Tensor) -> None:
-        rows = tf.range(start, stop)
-        update_each_copy(table.variable, lambda copy, rows: table.settle(rows, copy), rows)
-
-    run = tf.function(lambda start, stop: distributor.run(step, start, stop), autograph=False)
-    rows = table.variable.shape[0]
-
-    def settle() -> None:
-        for start in range(0, rows, SETTLED_ROWS):  # not at once: this takes several times the rows
-            run(tf.constant(start), tf.constant(min(start + SETTLED_ROWS, rows)))
-
-    return settle
-
-
 class Traced(NamedTuple):
     """What one trace of a shard's gradients shows, by variable.
 
     Attributes:
-      is_sparse: whether its gradient is of a few rows.
-      is_table: whether it also is read by `lookup`.
-      count_rows: batch -> how many distinct rows each gradient has, of the first local shard; 0
-        for one that is whole. Of the gradients only the indices are used, so that TensorFlow
-        computes nothing else.
+        is_sparse: Whether the gradient has a few rows only.
+        is_table: Whether the variable is also read by `lookup`.
+        count_rows: Batch -> number of distinct rows of each gradient on the first local shard; 0
+            for a dense one. It uses indices only, so that TensorFlow computes nothing else.
     """
 
     is_sparse: list[bool]
@@ -298,20 +235,18 @@ def trace_gradients(
     gradients: Callable[[dict[str, tf.Tensor]], Sequence[Gradient]],
     batch_spec: Any,
 ) -> Traced:
-    """Traces the gradients once, to see which are of a few rows; nothing is computed.
+    """Traces the gradients once, to see which have a few rows; computes nothing.
 
     Args:
-      gradients: of a shard, for a batch.
+        gradients: Batch -> a shard's gradients, inside a step.
+        batch_spec: Types and shapes of a batch.
     """
     read: set[int] = set()
     sparse: list[bool] = []
 
-    def reader(i: int, table: tf.Variable) -> Callable[[tf.Tensor], tf.Tensor]:
-        def remember(indices: tf.Tensor) -> tf.Tensor:
-            read.add(i)
-            return tf.gather(table, indices)
-
-        return remember
+    def remember(i: int, indices: tf.Tensor) -> tf.Tensor:
+        read.add(i)
+        return tf.gather(variables[i].value, indices)
 
     def count(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
         found = gradients(batch)
@@ -321,12 +256,11 @@ def trace_gradients(
             for g in found
         ]
 
-    with looked_up_by((v.value, reader(i, v.value)) for i, v in enumerate(variables)):
-        count_rows = tf.function(
-            lambda batch: distributor.run(count, batch),
-            input_signature=[batch_spec],
-            autograph=False,
-        )
+    count_rows = tf.function(
+        lambda batch: distributor.run(count, batch), input_signature=[batch_spec], autograph=False
+    )
+    lookups = [(v.value, functools.partial(remember, i)) for i, v in enumerate(variables)]
+    with looked_up_by(lookups):
         count_rows.get_concrete_function()
     is_table = [is_sparse and i in read for i, is_sparse in enumerate(sparse)]
     return Traced(sparse, is_table, count_rows)

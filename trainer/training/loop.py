@@ -1,245 +1,187 @@
-"""The one training loop, of both stages."""
+"""The one training loop, for both stages."""
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import keras
 import tensorflow as tf
 
-from trainer.distribution.distributor import Distributor, reduce_inside_step_only
-from trainer.distribution.preemption import Preempted, StopRequest
-from trainer.reporting.metrics_file import Metrics
+from trainer.config import step_range
+from trainer.distribution.preemption import Preempted
 from trainer.reporting.profile import Profiler
-from trainer.reporting.status_server import Vitals
-from trainer.training.checkpoint import Checkpointer, Restored
-from trainer.training.ema import Averages
+from trainer.training.checkpoint import Checkpointer
+from trainer.training.ema import MovingAverage
 from trainer.training.health import StallWatchdog
-from trainer.training.lazy_rows import Tables
 from trainer.training.loss_scale import LossScale
-from trainer.training.optimizer import make_optimizer, optimizer_variables, set_rates
-from trainer.training.progress import Progress, is_evaluated, steps_until_due
-from trainer.training.replay import Replayed, replay
-from trainer.training.task import Result, Settings, Task
-from trainer.training.train_step import (
-    Outcome,
-    SeveralSteps,
-    TrainStep,
-    make_several_steps,
-    make_train_step,
-)
+from trainer.training.optimizer import Optimizer
+from trainer.training.progress import Progress, steps_until_due
+from trainer.training.run import Run
+from trainer.training.task import Batches, Result, Task
+from trainer.training.train_step import Outcome, TrainStep
 
 
-def train(
-    task: Task,
-    settings: Settings,
-    distributor: Distributor,
-    batches: Callable[[int, int], tf.data.Dataset],
-    stop_request: StopRequest,
-    log: Callable[[str], None],
-    vitals: Vitals | None = None,
-) -> Result:
-    """Trains until `settings.steps`, from the newest checkpoint where there is one.
-
-    Args:
-      batches: (start_step, stop_step) -> this process's slices of those global batches. Where it
-        has a method `examples(step)`, that says for an error which examples a batch is made of.
-      vitals: where it is noted how the run is, for others to see.
+def train(run: Run, task: Task, batches: Batches) -> Result:
+    """Trains for the stage's number of steps, from the newest checkpoint if there is one.
 
     Raises:
-      Preempted: TERM came to any worker; the state is saved.
-      Replayed: `settings.replay_step` is set: that step was run again, and nothing written.
-      NonFiniteError: the loss or a gradient is not finite, and may not be skipped.
-      InputError: a checkpoint cannot be read, or written and `settings.checkpoint_errors` is stop.
-      DivergenceError: `settings.check_divergence`, and workers hold different weights.
+        Preempted: A worker received TERM; the state is saved.
+        NonFiniteError: The loss or a gradient is not finite, and may not be skipped.
+        InputError: A checkpoint cannot be read, or cannot be written with --checkpoint_errors=stop.
+        DivergenceError: --check_divergence found workers with different weights.
     """
-    vitals = vitals or Vitals()
-    run = _make_run(task, settings, distributor, batches, log, vitals)
-    if settings.replay_step:
-        raise Replayed(_step_again(run, batches, log))
-    start = _resume(run)
+    config, vitals, last_step = run.config, run.vitals, task.stage.steps
+    training = Training(run, task, batches)
+    start = training.resume()
     try:
-        with StallWatchdog(settings.stall_seconds) as watchdog:
-            _evaluate_if_cut_off(run, start)
-            vitals.begin(task.name, start, settings.steps)
-            step, iterator = start, iter(batches(start, settings.steps))
-            while step < settings.steps:
-                run.profiler.before(step + 1)
-                stop = tf.constant(float(stop_request.received))
-                outcomes, seconds, wait_seconds = _take_steps(run, iterator, step, stop)
+        with StallWatchdog(config.stall_seconds) as watchdog:
+            training.finish_evaluation(start)
+            vitals.begin(task.name, start, last_step)
+            step, iterator = start, iter(batches(start, last_step))
+            while step < last_step:
+                training.profiler.before(step + 1)
+                stop = tf.constant(float(run.stop_request.received))
+                outcomes, seconds, wait_seconds = training.take_steps(iterator, step, stop)
                 if step == start:
-                    seconds = None  # the first call traces the graph: not like the others
+                    seconds = None  # excluded: the first call includes tracing
                 for outcome in outcomes:
                     step += 1
-                    run.progress.count(step, outcome, seconds, wait_seconds)
-                run.profiler.after(step)
+                    training.progress.count(step, outcome, seconds, wait_seconds)
+                training.profiler.after(step)
                 watchdog.beat()
-                if step % settings.log_every_steps == 0 or step == settings.steps:
-                    run.progress.report(step)
-                if _evaluate_and_save(run, step, float(outcomes[-1].stops) > 0, watchdog):
-                    saved = "state saved" if run.checkpoints.wait() else "state NOT saved"
+                if step % config.log_every_steps == 0 or step == last_step:
+                    training.progress.report(step)
+                preempted = float(outcomes[-1].stops) > 0
+                if training.progress.evaluation_is_due(step) and not preempted:
+                    preempted = not training.evaluate(step)
+                    watchdog.beat()
+                    vitals.beat = time.monotonic()
+                if training.is_saved(step) or preempted:
+                    training.save(step)
+                if preempted:
+                    saved = "state saved" if training.checkpoints.wait() else "state NOT saved"
                     raise Preempted(f"{task.name}: stopped by TERM after step {step}; {saved}")
-        run.checkpoints.wait()
+        training.checkpoints.wait()
     finally:
-        run.profiler.close()
-        run.checkpoints.close()
-        vitals.stage = ""
-    return run.progress.finish()
+        training.close()
+    return training.progress.finish()
 
 
-class _Run(NamedTuple):
-    """What the loop works with."""
+class Training:
+    """A stage in training: its optimizer, step, checkpoints and bookkeeping. Writes nothing yet."""
 
-    task: Task
-    settings: Settings
-    distributor: Distributor
-    optimizer: keras.optimizers.Optimizer
-    train_step: TrainStep
-    several_steps: SeveralSteps
-    tables: Tables
-    averages: Averages | None
-    checkpoints: Checkpointer
-    progress: Progress
-    profiler: Profiler
-    vitals: Vitals
+    def __init__(self, run: Run, task: Task, batches: Batches):
+        config, distributor = run.config, run.distributor
+        self._run = run
+        self._task = task
+        self._optimizer = Optimizer(
+            config.optimizer, task.stage, task.variables, distributor, task.rates
+        )
+        with distributor.scope():
+            loss_scale = LossScale() if config.precision == "mixed_float16" else None
+        # The first batch even in a resumed run: what is measured on it must not change.
+        self.step = TrainStep(task, config, distributor, self._optimizer, batches(0, 1), loss_scale)
+        self._averages = None
+        if task.stage.ema:
+            self._averages = MovingAverage(task.variables, task.stage.ema, distributor)
+        state = {**task.state, **self._optimizer.variables}
+        state |= self._averages.variables if self._averages else {}
+        state |= loss_scale.variables if loss_scale else {}
+        self.checkpoints = Checkpointer(
+            task.folder / "checkpoints", distributor, state, run.log, config.keep_checkpoints,
+            config.checkpoint_errors, config.keep_best, task.encoders,
+        )  # fmt: skip
+        self.progress = Progress(run, task, batches, self.checkpoints, self._averages)
+        profiled = step_range(config.profile_steps) if run.is_chief else None
+        self.profiler = Profiler(*(profiled or (0, 0)), task.folder / "profile", run.log)
 
+    def resume(self) -> int:
+        """Restores the newest checkpoint, unless --resume=never; returns its step, or 0."""
+        if self._run.config.resume == "never":
+            self.checkpoints.forget()
+        start = self.progress.resume()
+        self._optimizer.after_restore()
+        self.progress.open_metrics(start)
+        return start
 
-def _make_run(
-    task: Task,
-    settings: Settings,
-    distributor: Distributor,
-    batches: Callable[[int, int], tf.data.Dataset],
-    log: Callable[[str], None],
-    vitals: Vitals,
-) -> _Run:
-    """Makes the optimizer, the step and the bookkeeping; writes nothing yet."""
-    with distributor.scope():
-        optimizer = make_optimizer(settings.optimizer, settings.schedule)
-        optimizer.build(list(task.variables.values()))
-    reduce_inside_step_only(optimizer)
-    set_rates(optimizer, task.variables, task.rates)
-    with distributor.scope():
-        loss_scale = LossScale() if settings.scale_loss else None
-    train_step, tables = make_train_step(
-        task, optimizer, distributor, settings, batches, loss_scale
-    )
-    averages = Averages(task.variables, settings.ema, distributor) if settings.ema else None
-    state = {**task.state, **optimizer_variables(optimizer)}
-    state |= averages.variables if averages else {}
-    state |= loss_scale.variables if loss_scale else {}
-    checkpoints = Checkpointer(
-        settings.folder / "checkpoints", distributor, state, log, settings.keep_checkpoints,
-        settings.checkpoint_errors, settings.keep_best, task.encoders,
-    )  # fmt: skip
-    metrics = Metrics(settings.folder / "metrics.jsonl", task.name, settings.trackers)
-    examples: Callable[[int], list[int]] = getattr(batches, "examples", lambda step: [])
-    progress = Progress(
-        task, settings, distributor, checkpoints, metrics, log, examples, averages, vitals
-    )
-    profiled = settings.profile_steps if distributor.is_chief else (0, 0)
-    profiler = Profiler(*profiled, settings.folder / "profile", log)
-    several_steps = make_several_steps(train_step)
-    return _Run(
-        task, settings, distributor, optimizer, train_step, several_steps, tables, averages,
-        checkpoints, progress, profiler, vitals,
-    )  # fmt: skip
+    def finish_evaluation(self, start: int) -> None:
+        """Evaluates the state after step `start` if TERM interrupted its evaluation."""
+        if not self.progress.evaluation_is_due(start):
+            return
+        if not self.evaluate(start):
+            raise Preempted(f"{self._task.name}: stopped by TERM after step {start}; state saved")
+        self.save(start)
 
+    def take_steps(
+        self, iterator: Iterator[dict[str, tf.Tensor]], step: int, stop: tf.Tensor
+    ) -> tuple[list[Outcome], float | None, float | None]:
+        """Takes the step after `step`, or --steps_per_call of them until something else is due.
 
-def _resume(run: _Run) -> int:
-    """Restores the newest checkpoint, if that is asked for; returns the step to go on from."""
-    if not run.settings.resume:
-        run.checkpoints.forget()
-    start = run.progress.resume()
-    run.tables.after_restore()
-    run.progress.open_metrics(start)
-    return start
-
-
-def _evaluate_if_cut_off(run: _Run, start: int) -> None:
-    """Evaluates the state after step `start` where TERM came before that was done."""
-    if not run.progress.evaluation_is_due(start):
-        return
-    run.tables.settle()
-    if not run.progress.evaluate(start):
-        name = run.task.name
-        raise Preempted(f"{name}: stopped by TERM after step {start}; state saved")
-    run.tables.before_save()
-    run.progress.save(start)
-
-
-def _take_steps(
-    run: _Run, iterator: Iterator[dict[str, tf.Tensor]], step: int, stop: tf.Tensor
-) -> tuple[list[Outcome], float | None, float | None]:
-    """Takes one step after `step`, or in one call those until there is something else to do.
-
-    Returns:
-      Their outcomes, the seconds that each took, and those that a batch was waited for, which is
-      not known of several steps in one call.
-    """
-    wait_seconds = None
-    began = time.perf_counter()
-    if run.settings.steps_per_call == 1:
-        with tf.profiler.experimental.Trace("input_wait"):
-            batch = next(iterator)
-        wait_seconds = time.perf_counter() - began
+        Returns:
+            The outcomes; the seconds per step; the seconds spent waiting for the batch, None for
+            several steps in one call.
+        """
+        wait_seconds = None
+        steps_per_call = self._run.config.steps_per_call
         began = time.perf_counter()
-        outcomes = [run.train_step(batch, stop)]
-        outcomes[0].loss.numpy()  # waits for a step that is still being computed
-    else:
-        count = min(run.settings.steps_per_call, steps_until_due(run.settings, step))
-        outcomes = run.several_steps(iterator, count, stop)
-    if run.averages and outcomes[-1].is_finite():
-        run.tables.settle()  # an average is of all rows
-        run.averages.update(run.optimizer.iterations.value)
-    return outcomes, (time.perf_counter() - began) / len(outcomes), wait_seconds
+        if steps_per_call == 1:
+            with tf.profiler.experimental.Trace("input_wait"):
+                batch = next(iterator)
+            wait_seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            outcomes = [self.step(batch, stop)]
+            outcomes[0].loss.numpy()  # waits until the step has been computed
+        else:
+            count = min(steps_per_call, steps_until_due(self._run.config, self._task, step))
+            outcomes = self.step.several(iterator, count, stop)
+        if self._averages and outcomes[-1].is_finite():
+            self._optimizer.settle()  # an average includes all rows
+            self._averages.update(self._optimizer.steps_taken)
+        return outcomes, (time.perf_counter() - began) / len(outcomes), wait_seconds
 
+    def evaluate(self, step: int) -> bool:
+        """Evaluates the state after `step`; returns False if TERM interrupted it."""
+        self._optimizer.settle()
+        return self.progress.evaluate(step)
 
-def _evaluate_and_save(run: _Run, step: int, preempted: bool, watchdog: StallWatchdog) -> bool:
-    """Does what is due after `step`.
+    def is_saved(self, step: int) -> bool:
+        """Returns whether the state after `step` is checkpointed."""
+        config, task = self._run.config, self._task
+        return (
+            step % config.checkpoint_every_steps == 0
+            or (config.keep_best > 0 and task.is_evaluated(step))
+            or step == task.stage.steps
+        )
 
-    Args:
-      preempted: TERM has come to a worker: nothing is evaluated, and the state is saved.
+    def save(self, step: int) -> None:
+        """Writes a checkpoint of the state after `step`."""
+        self._optimizer.before_save()
+        self.progress.save(step)
 
-    Returns:
-      Whether TERM has come, before this or during the evaluation.
-    """
-    settings = run.settings
-    evaluates = run.progress.evaluation_is_due(step) and not preempted
-    if evaluates:
-        run.tables.settle()
-        preempted = not run.progress.evaluate(step)
-        watchdog.beat()
-        run.vitals.beat = time.monotonic()
-    if (
-        step % settings.checkpoint_every_steps == 0
-        or (evaluates and settings.keep_best)
-        or step == settings.steps
-        or preempted
-    ):
-        run.tables.before_save()
-        run.progress.save(step)
-    return preempted
+    def replay(self, batches: Batches, step: int) -> tuple[Outcome, int, dict[str, Any]]:
+        """Runs the steps from the newest checkpoint before `step` up to it; a collective.
 
+        Returns:
+            The outcome of `step`, the step of the checkpoint, and the checkpoint's notes.
+        """
+        restored = self.checkpoints.restore(before=step)
+        start, notes = restored[:2] if restored else (0, {})
+        self._optimizer.after_restore()
+        self._settle_as_in_training(start)
+        say = self._run.log if self._run.is_chief else lambda line: None
+        say(f"replay: from {f'the checkpoint of step {start}' if start else 'the start'} to {step}")
+        for number, batch in enumerate(batches(start, step), start + 1):
+            outcome = self.step(batch, tf.constant(0.0))
+            self._settle_as_in_training(number)
+            say(f"replay: step {number} · loss {float(outcome.loss):.9g}")
+        return outcome, start, notes
 
-def _step_again(
-    run: _Run, batches: Callable[[int, int], tf.data.Dataset], log: Callable[[str], None]
-) -> dict[str, Any]:
-    """Returns what `replay` says of `settings.replay_step`; rows are settled where the run did."""
-    settings, tables = run.settings, run.tables
+    def _settle_as_in_training(self, step: int) -> None:
+        """Brings rows up to date where the training that is replayed did."""
+        if step and (self._task.stage.ema or self._task.is_evaluated(step)):
+            self._optimizer.settle()
 
-    def step_again(batch: dict[str, tf.Tensor], step: int) -> Outcome:
-        outcome = run.train_step(batch, tf.constant(0.0))
-        if settings.ema or is_evaluated(step, settings):
-            tables.settle()
-        return outcome
-
-    def restore() -> Restored | None:
-        restored = run.checkpoints.restore(before=settings.replay_step)
-        tables.after_restore()
-        if restored and is_evaluated(restored[0], settings):
-            tables.settle()
-        return restored
-
-    say = log if run.distributor.is_chief else lambda line: None
-    names = list(run.task.variables)
-    return replay(settings.replay_step, names, restore, batches, step_again, say)
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written; no collective."""
+        self.profiler.close()
+        self.checkpoints.close()
+        self._run.vitals.stage = ""

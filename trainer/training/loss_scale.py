@@ -1,8 +1,8 @@
-"""The factor on the loss with which gradients in float16 neither vanish nor overflow.
+"""The factor on the loss that keeps float16 gradients from vanishing and overflowing.
 
-Micikevicius et al. 2018, section 3.2, with the rule of its section 3.3: halved where a gradient is
-not finite, doubled after a long run of steps that are. All workers agree on it without asking:
-they see the same sums. It starts at 1, for the gradients here are those of a sum over a batch.
+Micikevicius et al. 2018, sections 3.2 and 3.3: halved when a gradient is not finite, doubled after
+many finite steps. All workers agree without communication, because they see the same sums. It
+starts at 1, because gradients here are sums over a batch.
 """
 
 import keras
@@ -13,10 +13,10 @@ STEPS_TO_DOUBLE = 1000
 
 
 class LossScale:
-    """The factor; call it in the distributor's scope.
+    """The factor; make it in the distributor's scope.
 
     Attributes:
-      variables: what a checkpoint must hold, by name.
+        variables: What a checkpoint must hold, by name.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class LossScale:
         return tf.convert_to_tensor(self._scale)
 
     def grow(self) -> None:
-        """Takes in a step that was finite."""
+        """Counts a finite step, and doubles the factor when it is time."""
         steps = int(self._steps.numpy()) + 1
         if steps == STEPS_TO_DOUBLE:
             self._scale.assign(min(2 * float(self._scale.numpy()), LARGEST))
@@ -40,10 +40,10 @@ class LossScale:
         self._steps.assign(steps)
 
     def shrink(self) -> bool:
-        """Takes in a step that was not; returns whether to try it again.
+        """Halves the factor after a step that was not finite; returns whether to try it again.
 
-        It is not where even the smallest factor did not help. The fault is another then, and the
-        factor begins anew: with the smallest the steps that follow would have no gradient.
+        If the smallest factor did not help, the cause is another one. The factor then returns to
+        1, because the smallest would leave later steps without gradients.
         """
         scale = float(self._scale.numpy())
         gives_up = scale <= SMALLEST

@@ -1,5 +1,6 @@
-"""--precision=auto: bfloat16 where this machine is measured to be faster with it."""
+"""--precision=auto: bfloat16 if this machine is measured to be faster with it."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
+from trainer.config import Config
 from trainer.distribution.distributor import Distributor
 from trainer.models.lstm import WarmLSTM
 from trainer.safe_files import replace_text
@@ -14,49 +16,45 @@ from trainer.safe_files import replace_text
 CHOICES = ("float32", "mixed_bfloat16")
 STEPS = 60
 REPEATS = 5
-# By how much it must be faster: half precision is not for nothing.
+# How much faster bfloat16 must be: it costs accuracy.
 MARGIN = 1.1
 
 
-def choose(
-    distributor: Distributor,
-    folder: Path,
-    sizes: tuple[int, int, int],
-    resume: bool,
-    log: Callable[[str], None],
-) -> str:
-    """Returns the faster one of CHOICES; a collective, outside of a step.
+def resolved(
+    config: Config, distributor: Distributor, folder: Path, log: Callable[[str], None]
+) -> Config:
+    """Returns the configuration with a measured choice for --precision=auto; a collective.
 
-    The chief measures and remembers it in `folder`, so that a resumed run goes on as it began.
-
-    Args:
-      sizes: rows of a shard's batch, embedding_dim, units.
-      resume: whether to take what `folder` remembers.
+    The chief measures once and keeps the choice in `folder`, so that a resumed run has the same.
 
     Raises:
-      InputError: in every worker: the choice cannot be read or remembered.
+        InputError: In every worker: the choice cannot be read or kept.
     """
-    chosen, fault = "", ""
+    if config.precision != "auto" or config.stage == "evaluate":  # which reads in float32
+        return config
+    finetunes = config.stage == "finetune"
+    batch_size = config.finetune_batch_size if finetunes else config.pretrain_batch_size
+    sizes = (max(1, batch_size // distributor.num_shards), config.embedding_dim, config.units)
+    choice, fault, path = "", "", folder / "precision.txt"
     if distributor.is_chief:
-        path = folder / "precision.txt"
         try:
-            chosen = _remembered(path) if resume else ""
-            if not chosen:
-                chosen = _faster(sizes, log)
-                replace_text(path, chosen + "\n")
+            choice = _remembered(path) if config.resume == "auto" else ""
+            if not choice:
+                choice = _faster(sizes, log)
+                replace_text(path, choice + "\n")
         except OSError as error:
             fault = (
                 f"--precision=auto: the choice is kept in {path}: {error.strerror}: make room or "
                 f"make it writable, or set --precision to one of {', '.join(CHOICES)}"
             )
-    chosen, fault = distributor.gather_objects([chosen, fault])[0]
+    choice, fault = distributor.gather_objects([choice, fault])[0]
     if fault:
         raise InputError(fault)
-    return chosen
+    return dataclasses.replace(config, precision=choice)
 
 
 def _remembered(path: Path) -> str:
-    """Returns the choice that a run began with, "" if there is none."""
+    """Returns the choice that the run began with, or ""."""
     said = path.read_bytes().strip() if path.exists() else b""
     return next((choice for choice in CHOICES if choice.encode() == said), "")
 
@@ -74,7 +72,7 @@ def measure(rows: int, inputs: int, units: int) -> dict[str, float]:
     """Returns the seconds of a forward and a backward pass of STEPS steps, by precision."""
     steps = {precision: _step(precision, rows, inputs, units) for precision in CHOICES}
     times: dict[str, list[float]] = {precision: [] for precision in CHOICES}
-    for _ in range(1 + REPEATS):  # in turn; the first traces
+    for _ in range(1 + REPEATS):  # in turn; the first run includes tracing
         for precision, step in steps.items():
             began = time.perf_counter()
             step().numpy()

@@ -1,10 +1,10 @@
-"""A step's gradients: from each shard's part to the global batch's sum, in few bytes.
+"""Sums the gradients of all shards, sending few bytes.
 
-The gradient of an embedding table is zero but for the rows of the words in the batch. Its rows
-can travel as they are (every worker gets every other's: bytes grow with the workers and the
-words of a batch) or the whole table can be summed like any dense gradient (bytes grow with the
-vocabulary). `choose_rows` takes the smaller, from sizes measured on the run's first batch: not
-on the batch at which a run resumes, so that a resumed run adds in the same order.
+The gradient of an embedding table is zero except for the rows of the batch's words. Either these
+rows travel (every worker gets every other's: bytes grow with workers and words), or the whole table
+is summed like any dense gradient (bytes grow with the vocabulary). `choose_rows` takes the smaller,
+measured on the run's first batch. A resumed run measures the same batch, so it adds in the same
+order.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,14 +26,13 @@ def reduce_gradients(
     compress: str = "none",
     stay_rows: Sequence[bool] | None = None,
 ) -> list[Gradient]:
-    """Returns, inside a step, each gradient summed over all shards: dense, but for `stay_rows`.
+    """Returns, inside a step, each gradient summed over all shards: dense, except `stay_rows`.
 
     Args:
-      gradients: this shard's.
-      as_rows: whether each travels as rows, from `choose_rows`; needs tf.IndexedSlices.
-      compress: "none", "fp16" or "bf16": the type in which dense gradients are sent and added.
-      stay_rows: which of those that do not travel whole are returned as tf.IndexedSlices of
-        distinct rows.
+        gradients: This shard's.
+        as_rows: Which ones travel as rows, from `choose_rows`; they are tf.IndexedSlices.
+        compress: "none", "fp16" or "bf16": type in which dense gradients are sent and added.
+        stay_rows: Which ones are returned as tf.IndexedSlices of distinct rows.
     """
     stay_rows = stay_rows or [False] * len(gradients)
     if distributor.num_shards == 1:
@@ -69,18 +68,18 @@ def choose_rows(
     """Returns which gradients travel as rows; a collective, outside of a step.
 
     Args:
-      policy: "dense", "rows" or "auto".
-      is_sparse: whether each gradient is of a few rows; no other can travel as rows.
-      count_rows: batch -> how many distinct rows each gradient has on this shard.
-      batches: the run's first global batch.
-      sizes: bytes of each gradient, whole, and of one of its rows.
+        policy: "dense", "rows" or "auto".
+        is_sparse: Which gradients have a few rows; others cannot travel as rows.
+        count_rows: Batch -> number of distinct rows of each gradient on this shard.
+        batches: The run's first global batch.
+        sizes: Bytes of each gradient, whole, and of one of its rows.
     """
     if distributor.num_shards == 1 or policy == "dense":
         return [False] * len(sizes)
     if policy == "rows":
         return list(is_sparse)
     counts = [float(n) for n in count_rows(next(iter(batches)))]
-    # The first local shard's, so that this is a mean over processes.
+    # Counts are of the first local shard, so this is a mean over processes.
     (total,) = distributor.sum_over_processes([np.array(counts, np.float32)])
     rows = total / distributor.size
     return [

@@ -15,11 +15,12 @@ import_quietly()
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+from trainer.config import StageConfig  # noqa: E402
 from trainer.distribution import cluster as clusters  # noqa: E402
-from trainer.distribution.distributor import reduce_inside_step_only  # noqa: E402
 from trainer.distribution.make import make_distributor  # noqa: E402
+from trainer.training.optimizer import KINDS, Optimizer  # noqa: E402
 
-OPTIMIZERS = {"SGD": {"momentum": 0.9}, "Adam": {}, "AdamW": {}, "Nadam": {}}
+OPTIMIZERS = tuple(KINDS)
 INPUTS = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
 TARGETS = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
 
@@ -81,16 +82,15 @@ def trained(distributor, name: str, rows: slice) -> list[list[float]]:
     """Returns the kernel after some steps on `rows` in each process."""
     layer = keras.layers.Dense(2, use_bias=False, kernel_initializer="ones")
     layer.build((None, 4))
-    optimizer = getattr(keras.optimizers, name)(0.05, **OPTIMIZERS[name])
-    optimizer.build(layer.trainable_variables)
-    reduce_inside_step_only(optimizer)
+    stage = StageConfig(steps=5, learning_rate=0.05)
+    optimizer = Optimizer(name, stage, {"kernel": layer.kernel}, distributor)
     inputs, targets = tf.constant(INPUTS[rows]), tf.constant(TARGETS[rows])
 
     def step() -> None:
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(tf.square(layer(inputs) - targets)) / len(INPUTS)
         gradients = tape.gradient(loss, [layer.kernel.value])
-        optimizer.apply(distributor.all_reduce_sum(gradients), [layer.kernel])
+        optimizer.apply(distributor.all_reduce_sum(gradients))
 
     run = tf.function(lambda: distributor.run(step))
     for _ in range(5):

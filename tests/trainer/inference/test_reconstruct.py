@@ -21,7 +21,7 @@ from trainer.models import bundle
 from trainer.models.encoder import Encoder
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
 from trainer.stages import pretrain
-from trainer.stages.run import Run
+from trainer.training.run import Run
 
 TEXTS = ["the film was great", "", "a plot that is xyzzyx and of the of the of the", "the"]
 

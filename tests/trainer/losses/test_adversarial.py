@@ -7,7 +7,7 @@ import tensorflow as tf
 from tests.numpy_classifier import LABELS, LENGTHS, TOKENS, WEIGHTS, Reference, differences, make
 from trainer.config import Config
 from trainer.losses import adversarial
-from trainer.stages.finetune_loss import loss_sum
+from trainer.stages.finetune_loss import FinetuneLoss
 from trainer.training import seeds
 
 NORM, STEP, SHARD = 0.7, 3, 0
@@ -61,7 +61,9 @@ def test_losses_and_gradients_are_those_of_numpy(num_classes: int) -> None:
     )
     names = ["output", "bias", "hidden_bias", "table", "h"]
     with tf.GradientTape() as tape:
-        total, weight = tf.function(loss_sum(config, classifier))(rows, tf.constant(STEP), SHARD)
+        total, weight = tf.function(FinetuneLoss(config, classifier))(
+            rows, tf.constant(STEP), SHARD
+        )
     gradients = tape.gradient(total, [reference.variables[name].value for name in names])
     assert float(weight) == 2
     np.testing.assert_allclose(total, loss(reference, moves, virtual, log_p), rtol=1e-4)
@@ -92,7 +94,7 @@ def moved_loss(precision: str, bias: float, head: float, **weights: float) -> np
         "weights": tf.constant(WEIGHTS),
         "global_counts": tf.constant([[3.0, 3.0, 8.0]] * 4),
     }
-    return loss_sum(config, classifier)(rows, tf.constant(STEP), SHARD)[0].numpy()
+    return FinetuneLoss(config, classifier)(rows, tf.constant(STEP), SHARD)[0].numpy()
 
 
 @pytest.mark.parametrize("name", ["adversarial_weight", "virtual_adversarial_weight"])

@@ -13,7 +13,7 @@ from data_pipelines.sources import Example
 from data_pipelines.store.token_store import TokenStore
 from tests.conftest import SomeReviews
 from trainer.stages.finetune_batches import FinetuneBatches
-from trainer.stages.run import Batches
+from trainer.training.run import StoreBatches
 
 MAX_TOKENS = 20
 
@@ -44,10 +44,10 @@ def half_labelled_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batches(store: TokenStore, rank: int, size: int, local: int) -> FinetuneBatches:
     distributor = SimpleNamespace(rank=rank, num_local_shards=local, num_shards=size * local)
 
-    def of(split: str, batch_size: int) -> Batches:
+    def of(split: str, batch_size: int) -> StoreBatches:
         view = store.split(split)
         plan = BatchPlan(view, max_tokens=MAX_TOKENS, global_batch=batch_size, seed=3)
-        return Batches(view, plan, distributor, store)
+        return StoreBatches(view, plan, distributor, store)
 
     return FinetuneBatches(of("train", 8), of("unsupervised", 3))
 

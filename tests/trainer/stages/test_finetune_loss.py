@@ -17,7 +17,7 @@ from tests.numpy_classifier import (
 from trainer.config import Config
 from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.text_model import TextModel
-from trainer.stages.finetune_loss import loss_sum
+from trainer.stages.finetune_loss import FinetuneLoss
 from trainer.stages.pretrain import OBJECTIVES
 
 LABELLED = WEIGHTS * (LABELS >= 0)
@@ -70,7 +70,7 @@ def test_the_joint_loss_and_its_gradient_are_those_of_numpy(name: str) -> None:
         "global_counts": tf.constant([[NUM_LABELLED, 3, NUM_TOKENS]] * 4, tf.float32),
     }
     config = Config(joint_weight=0.5, finetune_dropout=0.0, sampled_softmax=0)
-    loss = tf.function(loss_sum(config, classifier, objective))
+    loss = tf.function(FinetuneLoss(config, classifier, objective))
     reference = Reference(classifier)
     recurrent = reference.variables["recurrent"].value
     with tf.GradientTape() as tape:

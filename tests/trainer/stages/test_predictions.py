@@ -13,7 +13,7 @@ from trainer.models.encoder import Encoder
 from trainer.reporting.predictions import Predictions, probabilities
 from trainer.stages import predictions
 from trainer.stages.evaluate import error_and_loss
-from trainer.stages.run import Run
+from trainer.training.run import Run
 
 
 class NeverStops:

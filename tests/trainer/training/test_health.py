@@ -17,7 +17,7 @@ def test_what_is_not_finite_comes_first_and_long_lists_are_cut() -> None:
     assert {names[0], names[1]} == {"b nan", "d inf"}
     assert names[2:] == ["c 3", "e 2", "a 1"]
     assert said.endswith("62, 63 and 6 more")
-    assert describe_nonfinite(7, 1.0, norms, []).endswith("examples of the batch: not known")
+    assert describe_nonfinite(7, 1.0, norms, []).endswith("examples of the batch: unknown")
 
 
 STALLS = """

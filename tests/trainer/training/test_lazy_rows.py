@@ -10,15 +10,13 @@ import pytest
 import tensorflow as tf
 
 from tests import loop_settings
-from trainer.distribution.distributor import reduce_inside_step_only
 from trainer.distribution.preemption import Preempted
 from trainer.distribution.tf_distribute import one_device
 from trainer.training import checkpoint, loop
-from trainer.training.lazy_rows import Tables, rule_of
-from trainer.training.optimizer import Rate, make_optimizer, optimizer_variables, set_rates
-from trainer.training.schedules import Schedule
+from trainer.training.lazy_rows import rule_of
+from trainer.training.optimizer import Optimizer, Rate
+from trainer.training.schedules import LearningRate
 from trainer.training.task import Task
-from trainer.training.train_step import make_train_step
 from trainer.variables import lookup
 
 STEPS = 60
@@ -31,21 +29,18 @@ def apply_steps(distributor: Any, name: str, rate: Rate, by_rows: bool) -> np.nd
     random = np.random.default_rng(1)
     with distributor.scope():
         table = keras.Variable(np.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH), "float64")
-        optimizer = make_optimizer(name, Schedule("exponential", 0.01, 0.99))
-        optimizer.build([table])
-    reduce_inside_step_only(optimizer)
-    set_rates(optimizer, {"table": table}, {"table": rate})
+    stage = loop_settings.stage(
+        steps=STEPS, schedule="exponential", learning_rate=0.01, learning_rate_decay=0.99
+    )
+    optimizer = Optimizer(name, stage, {"table": table}, distributor, {"table": rate})
     if by_rows:
-        with distributor.scope():
-            tables = Tables(
-                distributor, optimizer, [table], [True], [True], [rule_of(optimizer, STEPS, *rate)]
-            )
+        optimizer.train_by_rows([True], [True])
 
     @tf.function(reduce_retracing=True)
     def step(indices: tf.Tensor, values: tf.Tensor) -> None:
         def of_shard(indices: tf.Tensor, values: tf.Tensor) -> None:
             gradient = tf.IndexedSlices(values, indices, (ROWS, WIDTH))
-            optimizer.apply([gradient if by_rows else tf.convert_to_tensor(gradient)], [table])
+            optimizer.apply([gradient if by_rows else tf.convert_to_tensor(gradient)])
 
         distributor.run(of_shard, indices, values)
 
@@ -54,7 +49,7 @@ def apply_steps(distributor: Any, name: str, rate: Rate, by_rows: bool) -> np.nd
         values = random.normal(size=(len(indices), WIDTH)) * 10.0 ** -random.integers(1, 5)
         step(tf.constant(indices), tf.constant(values))
         if by_rows and k in (STEPS // 2, STEPS - 1):
-            tables.settle()
+            optimizer.settle()
     return table.numpy()
 
 
@@ -72,23 +67,8 @@ def test_rows_are_trained_as_the_dense_optimizer_trains_them(
     np.testing.assert_allclose(rows, dense, atol=3e-5 * moved)
 
 
-class Batches:
-    """A word or two a step, so that most rows are behind."""
-
-    def __call__(self, start: int, stop: int) -> tf.data.Dataset:
-        tokens = np.random.default_rng(0).geometric(0.05, (STEPS, 2, 1)).astype(np.int32)
-
-        def load(step: tf.Tensor) -> dict:
-            return {
-                "tokens": tf.gather(tokens, step),
-                "lengths": tf.fill([2], 1),
-                "labels": tf.zeros([2], tf.int32),
-                "weights": tf.ones([2]),
-                "row_starts": tf.constant([0, 1, 2]),
-                "step": step,
-            }
-
-        return tf.data.Dataset.range(start, stop).map(load)
+# A word or two a step, so that most rows are behind.
+TOKENS = np.random.default_rng(0).geometric(0.05, (STEPS, 2, 1))
 
 
 def train(
@@ -108,25 +88,23 @@ def train(
     def step_of(step: tf.Tensor) -> tf.Tensor:
         return tf.cast(step % 7, tf.int32) + 1
 
-    class StopsAt(Batches):
+    class StopsAt(loop_settings.TokenBatches):
         def __call__(self, start: int, stop: int) -> Any:
-            for step, batch in enumerate(super().__call__(start, stop), start + 1):
+            dataset = super().__call__(start, stop)
+            return dataset if stop == 1 else self._one_by_one(dataset, start)
+
+        def _one_by_one(self, dataset: Any, start: int) -> Any:
+            for step, batch in enumerate(dataset, start + 1):
                 request.received = step == stop_at
                 yield batch
 
-    class Counted(StopsAt):
-        def __call__(self, start: int, stop: int) -> Any:
-            return Batches.__call__(self, 0, 1) if stop == 1 else super().__call__(start, stop)
-
-    task = Task("pretrain", {"table": table}, loss_sum, dict)
-    settings = loop_settings.settings(
-        **{
-            "folder": folder, "steps": STEPS, "resume": True,
-            "schedule": Schedule("constant", 0.01),
-            "checkpoint_every_steps": 50, "evaluate_every_steps": 20, "sparse_reduce": "rows",
-        } | changes
-    )  # fmt: skip
-    loop.train(task, settings, distributor, Counted(), request, lambda line: None)
+    flags = {
+        "steps": STEPS, "resume": "auto", "learning_rate": 0.01,
+        "checkpoint_every_steps": 50, "evaluate_every_steps": 20, "sparse_reduce": "rows",
+    } | changes  # fmt: skip
+    stage = loop_settings.stage(**flags)
+    task = Task("pretrain", folder, stage, {"table": table}, loss_sum, dict)
+    loop.train(loop_settings.run(distributor, request, **flags), task, StopsAt(TOKENS))
     return table.numpy()
 
 
@@ -148,7 +126,7 @@ def test_a_run_by_rows_equals_a_dense_one(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"on_nonfinite": "skip"}, {"scale_loss": True}, {"steps_per_call": 4}],
+    [{}, {"on_nonfinite": "skip"}, {"precision": "mixed_float16"}, {"steps_per_call": 4}],
     ids=["plain", "skip", "loss scale", "steps a call"],
 )
 @pytest.mark.parametrize("shards", [1, 2])
@@ -196,26 +174,6 @@ def test_the_way_may_change_between_two_sittings(
     np.testing.assert_allclose(changed, whole, atol=2e-6)
 
 
-def test_a_step_makes_no_tensor_of_the_vocabulary(tmp_path: Path) -> None:
-    distributor = one_device()
-    with distributor.scope():
-        table = keras.Variable(np.ones((VOCABULARY, WIDTH), np.float32), name="table")
-        optimizer = make_optimizer("adam", Schedule("exponential", 0.01, 0.9))
-        optimizer.build([table])
-    reduce_inside_step_only(optimizer)
-
-    def loss_sum(rows: dict, step: tf.Tensor, shard: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.reduce_sum(lookup(table.value, rows["tokens"]) ** 2), tf.constant(2.0)
-
-    task = Task("pretrain", {"table": table}, loss_sum, dict)
-    settings = loop_settings.settings(folder=tmp_path, steps=STEPS)
-    step, _ = make_train_step(task, optimizer, distributor, settings, Batches())
-    assert any("rowsteps" in name for name in optimizer_variables(optimizer))
-    made, functions = [], [step.get_concrete_function().graph]
-    functions += [f.graph for f in functions[0]._functions.values() if hasattr(f, "graph")]
-    for graph in functions:
-        for operation in graph.get_operations():
-            for tensor in operation.outputs:
-                if tensor.dtype != tf.resource and tensor.shape.num_elements():
-                    made.append((tensor.shape.num_elements(), operation.name))
-    assert made and max(made)[0] < VOCABULARY, max(made)
+def test_an_optimizer_without_a_rule_is_refused() -> None:
+    with pytest.raises(TypeError, match="Ftrl has no rule"):
+        rule_of(keras.optimizers.Ftrl(LearningRate(loop_settings.stage())), STEPS)

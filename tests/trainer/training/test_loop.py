@@ -24,47 +24,21 @@ from trainer.distribution.steps import sum_over_batches
 from trainer.reporting.status_server import Vitals, serve
 from trainer.training import checkpoint, loop, progress
 from trainer.training.health import NonFiniteError
-from trainer.training.replay import Replayed
-from trainer.training.schedules import Schedule
-from trainer.training.task import Settings, Task
+from trainer.training.task import Task
 
 STEPS = 8
 ROWS = 4
 
 
-class Batches:
-    """Steps' batches of ROWS rows, the same at every call; row r of step s is example 10 s + r."""
-
-    def __call__(self, start: int, stop: int) -> tf.data.Dataset:
-        random = np.random.default_rng(0).integers(1, 5, (STEPS, ROWS, 3)).astype(np.int32)
-
-        def load(step: tf.Tensor) -> dict:
-            return {
-                "tokens": tf.gather(random, step),
-                "lengths": tf.fill([ROWS], 3),
-                "labels": tf.zeros([ROWS], tf.int32),
-                "weights": tf.ones([ROWS]),
-                "row_starts": tf.constant([0, ROWS // 2, ROWS]),
-                "step": step,
-            }
-
-        return tf.data.Dataset.range(start, stop).map(load)
-
-    def examples(self, step: int) -> list[int]:
-        return [10 * step + row for row in range(ROWS)]
-
-
-def settings(folder: Path, **changes: Any) -> Settings:
-    usual = {
-        "folder": folder,
-        "steps": STEPS,
-        "steps_per_epoch": STEPS,
-        "schedule": Schedule("exponential", rate=0.1, decay=0.9),
-        "checkpoint_every_steps": 2,
-        "evaluate_every_steps": 4,
-        "resume": True,
-    }
-    return loop_settings.settings(**usual | changes)
+BATCHES = loop_settings.TokenBatches(np.random.default_rng(0).integers(1, 5, (STEPS, ROWS, 3)))
+USUAL = {
+    "steps": STEPS,
+    "schedule": "exponential",
+    "learning_rate_decay": 0.9,
+    "checkpoint_every_steps": 2,
+    "evaluate_every_steps": 4,
+    "resume": "auto",
+}
 
 
 def spoilt_loss(value: tf.Tensor, step: tf.Tensor, how: str, at: tuple[int, ...]) -> tf.Tensor:
@@ -85,6 +59,7 @@ def train(
     stop_request: Any = None,
     select_by: str = "",
     vitals: Vitals | None = None,
+    replay_step: int = 0,
     **changes: Any,
 ) -> SimpleNamespace:
     """Trains a small model; returns its variables' values and the lines of the log."""
@@ -102,11 +77,16 @@ def train(
         return loss, tf.reduce_sum(rows["weights"])
 
     lines: list[str] = []
-    task = Task("pretrain", variables, loss_sum, evaluate, select_by=select_by, ranked_by="metric")
-    request = stop_request or SimpleNamespace(received=False)
-    loop.train(
-        task, settings(folder, **changes), distributor, Batches(), request, lines.append, vitals
-    )
+    flags = USUAL | changes
+    task = Task(
+        "pretrain", folder, loop_settings.stage(**flags), variables, loss_sum, evaluate,
+        select_by=select_by, ranked_by="metric",
+    )  # fmt: skip
+    run = loop_settings.run(distributor, stop_request, lines.append, vitals, **flags)
+    if replay_step:
+        outcome, start, _ = loop.Training(run, task, BATCHES).replay(BATCHES, replay_step)
+        return SimpleNamespace(outcome=outcome, start=start)
+    loop.train(run, task, BATCHES)
     return SimpleNamespace(
         values={name: variable.numpy() for name, variable in variables.items()}, lines=lines
     )
@@ -151,8 +131,8 @@ def test_a_skipped_step_changes_nothing(distributor: Any, tmp_path: Path, optimi
              "keep_checkpoints": STEPS}  # fmt: skip
     done = train(distributor, tmp_path, "gradient", at=(2, 3), **flags)
     assert state(tmp_path, 2) == state(tmp_path, 3) == state(tmp_path, 4) != state(tmp_path, 5)
-    skipped = [line for line in done.lines if "left out" in line]
-    assert len(skipped) == 2 and "left out, 2 of 10" in skipped[1]
+    skipped = [line for line in done.lines if "skipped, " in line]
+    assert len(skipped) == 2 and "skipped, 2 of 10" in skipped[1]
     assert np.isfinite(done.values["w"]).all()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 5, 6, 7, 8]
@@ -162,10 +142,10 @@ def test_a_skipped_step_changes_nothing(distributor: Any, tmp_path: Path, optimi
 def test_skips_are_bounded_over_all_sittings(one: Any, tmp_path: Path) -> None:
     flags = {"on_nonfinite": "skip", "max_skipped_steps": 2}
     train(one, tmp_path / "a", at=(1, 5), **flags)
-    with pytest.raises(NonFiniteError, match="step 7 .* 2 were left out before it"):
+    with pytest.raises(NonFiniteError, match="step 7 .* 2 were skipped before it"):
         train(one, tmp_path / "b", at=(1, 5, 6), **flags)
     # The checkpoint of step 6 remembers both.
-    with pytest.raises(NonFiniteError, match="step 7 .* 2 were left out before it"):
+    with pytest.raises(NonFiniteError, match="step 7 .* 2 were skipped before it"):
         train(one, tmp_path / "b", at=(6,), **flags)
 
 
@@ -211,7 +191,7 @@ def test_term_stops_a_sum_over_batches_in_all_shards(distributor: Any) -> None:
     def sums(rows: dict) -> list[tf.Tensor]:
         return [tf.reduce_sum(rows["weights"])]
 
-    total = sum_over_batches(distributor, sums, Batches()(0, STEPS), request)
+    total = sum_over_batches(distributor, sums, BATCHES(0, STEPS), request)
     assert total() == [STEPS * ROWS]
     request.received = True
     with pytest.raises(Preempted):
@@ -273,15 +253,10 @@ def test_a_step_that_is_replayed_has_the_same_numbers_and_leaves_the_run_alone(
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for step, start in ((6, 4), (3, 0)):  # of the checkpoints only that of step 4 is left
-        with pytest.raises(Replayed) as done:
-            train(distributor, tmp_path, at=(5,), keep_checkpoints=1, replay_step=step)
-        replayed = done.value.args[0]
-        assert (replayed["step"], replayed["start_step"]) == (step, start)
-        assert set(replayed["gradient_norms"]) == {"w", "v"}
-        np.testing.assert_equal(replayed["loss"], losses.get(step, math.nan))
-        np.testing.assert_allclose(
-            replayed["global_norm"], np.linalg.norm(list(replayed["gradient_norms"].values()))
-        )
+        replayed = train(distributor, tmp_path, at=(5,), keep_checkpoints=1, replay_step=step)
+        assert replayed.start == start
+        assert replayed.outcome.norms.shape == (2,)
+        np.testing.assert_equal(float(replayed.outcome.loss), losses.get(step, math.nan))
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
@@ -311,7 +286,7 @@ def test_a_run_without_lines_gives_a_sign_of_life(
 ) -> None:
     monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0.0)
     done = train(one, tmp_path, log_every_steps=5)
-    assert "pretrain step 2/8 · goes on" in done.lines
+    assert "pretrain step 2/8 · still running" in done.lines
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("heartbeat")] == list(range(1, 9))
 
@@ -419,12 +394,11 @@ def test_what_rows_carry_is_kept_for_the_whole_global_batch(
         loss = tf.reduce_sum(new * weight.value)
         return spoilt_loss(loss, step, "loss", at), tf.reduce_sum(rows["weights"]), new
 
-    task = Task("pretrain", {"weight": weight}, loss_sum, dict, carried=carried)
-    batches, request = Batches(), SimpleNamespace(received=False)
-    given = settings(tmp_path, **changes)
-    loop.train(task, given, distributor, batches, request, lambda line: None)
+    stage = loop_settings.stage(**USUAL)
+    task = Task("pretrain", tmp_path, stage, {"weight": weight}, loss_sum, dict, carried=carried)
+    loop.train(loop_settings.run(distributor, **USUAL | changes), task, BATCHES)
     expected = np.zeros((ROWS, 2), np.float32)
-    for step, batch in enumerate(batches(0, STEPS)):
+    for step, batch in enumerate(BATCHES(0, STEPS)):
         if step not in at:  # a step that is left out changes nothing
             expected = expected / 2 + batch["tokens"].numpy()[:, :2].astype(np.float32)
     np.testing.assert_array_equal(carried.numpy(), expected)

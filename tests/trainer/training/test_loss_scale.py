@@ -1,7 +1,6 @@
 """The loss scale finds its size, is the same for all workers, and survives a resumed run."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -10,7 +9,6 @@ import pytest
 import tensorflow as tf
 
 from tests import loop_settings
-from tests.trainer.training.test_lazy_rows import Batches
 from trainer.distribution.tf_distribute import one_device
 from trainer.training import checkpoint, loop, loss_scale
 from trainer.training.health import NonFiniteError
@@ -18,6 +16,7 @@ from trainer.training.loss_scale import LossScale
 from trainer.training.task import Task
 
 STEPS = 12
+BATCHES = loop_settings.TokenBatches(np.random.default_rng(0).geometric(0.05, (60, 2, 1)))
 
 
 def train(distributor: Any, folder: Path, factor: float, steps: int = STEPS, **changes: Any) -> Any:
@@ -31,13 +30,13 @@ def train(distributor: Any, folder: Path, factor: float, steps: int = STEPS, **c
         large = tf.cast(through, tf.float32) * factor
         return tf.reduce_sum(large) * tf.reduce_sum(rows["weights"]), tf.reduce_sum(rows["weights"])
 
-    task = Task("pretrain", {"weight": weight}, loss_sum, dict)
-    settings = loop_settings.settings(
-        folder=folder, steps=steps, checkpoint_every_steps=4, evaluate_every_steps=STEPS,
-        resume=True, scale_loss=True, **changes,
-    )  # fmt: skip
-    request = SimpleNamespace(received=False)
-    loop.train(task, settings, distributor, Batches(), request, lambda line: None)
+    flags = {
+        "steps": steps, "checkpoint_every_steps": 4, "evaluate_every_steps": STEPS,
+        "resume": "auto", "precision": "mixed_float16",
+    } | changes  # fmt: skip
+    stage = loop_settings.stage(**flags)
+    task = Task("pretrain", folder, stage, {"weight": weight}, loss_sum, dict)
+    loop.train(loop_settings.run(distributor, **flags), task, BATCHES)
     _, tensors = checkpoint.read(folder / "checkpoints" / f"step-{steps:08d}")
     return weight.numpy(), {k: v for k, v in tensors.items() if k.startswith("loss_scale")}
 

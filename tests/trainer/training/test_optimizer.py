@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.distribution.distributor import reduce_inside_step_only
+from tests import loop_settings
+from trainer.config import OPTIMIZERS
 from trainer.distribution.tf_distribute import one_device
-from trainer.training.optimizer import Rate, make_optimizer, set_rates
-from trainer.training.schedules import Schedule
+from trainer.training.optimizer import KINDS, Optimizer, Rate
 
 RATES = {"table": Rate(factor=0.25, frozen_steps=2)}
 
@@ -20,17 +20,14 @@ def test_a_rate_of_its_own(two_shards: object, name: str, shards: int) -> None:
             key: keras.Variable(np.ones(2), dtype="float64", name=key)
             for key in ("table", "head", "like_table_but_not_frozen")
         }
-        # A weight decay of AdamW would move what is frozen; its factor is tested elsewhere.
-        optimizer = make_optimizer(name, Schedule("constant", 0.1))
-        optimizer.weight_decay = None
-        optimizer.build(list(variables.values()))
-    reduce_inside_step_only(optimizer)
-    set_rates(optimizer, variables, RATES)
+    optimizer = Optimizer(name, loop_settings.stage(), variables, distributor, RATES)
+    # A weight decay of AdamW would move what is frozen; its factor is tested elsewhere.
+    optimizer.keras.weight_decay = None
 
     @tf.function
     def step() -> None:
         gradients = [tf.constant([1.0, -2.0], tf.float64)] * 3
-        distributor.run(lambda: optimizer.apply(gradients, list(variables.values())))
+        distributor.run(lambda: optimizer.apply(gradients))
 
     history = []
     for _ in range(4):
@@ -45,3 +42,13 @@ def test_a_rate_of_its_own(two_shards: object, name: str, shards: int) -> None:
         np.testing.assert_allclose(moved["table"], [-0.025 * 1.9, 0.05 * 1.9])
     else:
         np.testing.assert_allclose(moved["table"], 0.25 * moved["head"], rtol=1e-9)
+
+
+def test_an_unknown_optimizer_is_named() -> None:
+    with pytest.raises(ValueError, match="'adma' is not one of adam, adamw, nadam, sgd"):
+        Optimizer("adma", loop_settings.stage(), {}, one_device())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_has_a_flag(name: str) -> None:
+    assert name in KINDS and len(KINDS) == len(OPTIMIZERS)

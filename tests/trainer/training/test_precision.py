@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import InputError
+from trainer.config import Config
 from trainer.distribution.tf_distribute import one_device
 from trainer.training import precision
 
@@ -12,12 +13,12 @@ def test_it_must_be_clearly_faster_and_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, chosen: str
 ) -> None:
     lines: list[str] = []
-    sizes = (4, 3, 5)
 
     def choose(bfloat16_seconds: float, resume: bool) -> str:
         times = {"float32": 1.0, "mixed_bfloat16": bfloat16_seconds}
         monkeypatch.setattr(precision, "measure", lambda *sizes: times)
-        return precision.choose(one_device(), tmp_path, sizes, resume, lines.append)
+        config = Config(precision="auto", resume="auto" if resume else "never")
+        return precision.resolved(config, one_device(), tmp_path, lines.append).precision
 
     assert choose(seconds, resume=True) == chosen
     assert f"precision: {chosen}; with bfloat16 the LSTM is {1 / seconds:.2f} times" in lines[0]
@@ -34,7 +35,7 @@ def test_what_cannot_be_remembered_is_said(
     monkeypatch.setattr(precision, "measure", lambda *sizes: dict.fromkeys(precision.CHOICES, 1.0))
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match="precision.txt: Is a directory: .* or set --precision"):
-        precision.choose(one_device(), tmp_path, (2, 3, 4), True, print)
+        precision.resolved(Config(precision="auto"), one_device(), tmp_path, print)
 
 
 def test_both_are_measured() -> None:

@@ -9,11 +9,12 @@ import pytest
 from data_pipelines.errors import InputError
 from data_pipelines.store.token_store import TokenStore
 from tests.trainer.reporting.test_trackers import Notes
-from trainer import main, run_lock
+from trainer import run_lock
 from trainer.config import Config
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.tf_distribute import one_device
-from trainer.stages.run import Run
+from trainer.stages import run_stage
+from trainer.training.run import Run
 
 RESULT = {"pretrain": {"steps": 3}}
 
@@ -24,7 +25,7 @@ def make_run(small_store: Path, tmp_path: Path) -> Any:
 
     def make() -> tuple[Run, list[str], Notes]:
         config = Config(stage="pretrain", run_dir=str(tmp_path), store=str(small_store))
-        main.remember_config(config, tmp_path)
+        run_stage.remember_config(config)
         lines: list[str] = []
         notes = Notes()
         store = TokenStore(small_store)
@@ -37,7 +38,7 @@ def make_run(small_store: Path, tmp_path: Path) -> Any:
 def test_a_page_that_cannot_be_written_is_a_warning(make_run: Any, tmp_path: Path) -> None:
     run, lines, notes = make_run()
     (tmp_path / "report.html").mkdir()
-    main.write_report(run, RESULT, 1.0)
+    run_stage.write_report(run, RESULT, 1.0)
     assert json.loads((tmp_path / "report.json").read_text())["pretrain"] == {"steps": 3}
     warning, result = lines
     assert f"warning: {tmp_path}/report.html cannot be written: Is a directory" in warning
@@ -52,7 +53,7 @@ def test_a_report_that_cannot_be_written_is_an_error_once_all_is_said(
     run, lines, notes = make_run()
     (tmp_path / "report.json").mkdir()
     with pytest.raises(InputError, match="report.json cannot be written: Is a directory: make"):
-        main.write_report(run, RESULT, 1.0)
+        run_stage.write_report(run, RESULT, 1.0)
     assert '"steps": 3' in lines[-1] and (tmp_path / "report.html").is_file()
     assert [told[0] for told in notes.told] == ["finished"]
 
@@ -66,5 +67,5 @@ def test_a_folder_in_use_ends_a_run_before_any_work(
         run_lock.held(tmp_path, print, {}),
         pytest.raises(InputError, match="is in use by process"),
     ):
-        main.run_stage(config, Cluster(rank=0, size=1), lambda line: None)
+        run_stage.run_stage(config, Cluster(rank=0, size=1), lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == [run_lock.FILE]

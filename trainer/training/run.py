@@ -1,9 +1,8 @@
-"""What every stage is given: the configuration, the workers, the data, and a voice."""
+"""What every stage is given: configuration, workers, data and reporting."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -13,14 +12,11 @@ from data_pipelines.batches.dataset import make_dataset
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers import load_tokenizer
-from trainer import config as configuration
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.preemption import StopRequest
 from trainer.reporting.status_server import Vitals
 from trainer.reporting.trackers import Tracker
-from trainer.training.schedules import Schedule
-from trainer.training.task import Settings
 
 
 @dataclass(frozen=True)
@@ -37,12 +33,12 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Returns the folder that the run writes."""
+        """The folder that the run writes."""
         return Path(self.config.run_dir)
 
     @property
     def is_chief(self) -> bool:
-        """Returns True in the one process that writes and speaks."""
+        """True in the one process that reads and writes files and prints."""
         return self.distributor.is_chief
 
     def plan(
@@ -56,7 +52,9 @@ class Run:
         """Returns the order in which `view` is read, from the run's seed.
 
         Args:
-          tokens_per_batch: in place of `batch_size`, unless it is 0.
+            max_tokens: Tokens that are read of an example, the last ones.
+            shuffle: Whether each epoch has a new order.
+            tokens_per_batch: In place of `batch_size`, unless it is 0.
         """
         return BatchPlan(
             view,
@@ -67,9 +65,9 @@ class Run:
             shuffle=shuffle,
         )
 
-    def batches(self, view: SplitView, plan: BatchPlan | PackedPlan) -> "Batches":
-        """Returns what reads `view` in the plan's order."""
-        return Batches(view, plan, self.distributor, self.store)
+    def batches(self, view: SplitView, plan: BatchPlan | PackedPlan) -> "StoreBatches":
+        """Returns the batches of `view` in the plan's order."""
+        return StoreBatches(view, plan, self.distributor, self.store)
 
     def some_documents(
         self, view: SplitView, documents: int, batch_size: int, max_tokens: int
@@ -84,57 +82,20 @@ class Run:
         plan = self.plan(view, batch_size, max_tokens, shuffle=False)
         return self.batches(view, plan)(0, plan.steps_per_epoch)
 
-    def settings(self, stage: str, folder: Path, steps_per_epoch: int) -> Settings:
-        """Returns the loop's settings for `stage`, "pretrain" or "finetune"."""
-        config = self.config
-
-        def of_stage(name: str) -> Any:
-            return getattr(config, f"{stage}_{name}")
-
-        return Settings(
-            folder=folder,
-            steps=of_stage("steps"),
-            steps_per_epoch=steps_per_epoch,
-            schedule=Schedule(
-                kind=of_stage("schedule"),
-                rate=of_stage("learning_rate"),
-                decay=of_stage("learning_rate_decay"),
-                warmup_fraction=of_stage("warmup_fraction"),
-                steps=of_stage("steps"),
-            ),
-            ema=config.finetune_ema if stage == "finetune" else 0.0,
-            optimizer=config.optimizer,
-            clip_norm=config.clip_norm,
-            accumulate_steps=config.accumulate_steps,
-            sparse_reduce=config.sparse_reduce,
-            compress=config.compress,
-            check_divergence=config.check_divergence,
-            log_every_steps=config.log_every_steps,
-            checkpoint_every_steps=config.checkpoint_every_steps,
-            evaluate_every_steps=of_stage("evaluate_every_steps"),
-            resume=config.resume == "auto",
-            keep_checkpoints=config.keep_checkpoints,
-            keep_best=config.keep_best,
-            checkpoint_errors=config.checkpoint_errors,
-            on_nonfinite=config.on_nonfinite,
-            max_skipped_steps=config.max_skipped_steps,
-            stall_seconds=config.stall_seconds,
-            steps_per_call=config.steps_per_call,
-            scale_loss=config.precision == "mixed_float16",
-            profile_steps=configuration.step_range(config.profile_steps) or (0, 0),
-            replay_step=config.step,
-            trackers=self.trackers,
-        )
-
 
 @dataclass(frozen=True)
-class Batches:
-    """(start_step, stop_step) -> this process's slices of those global batches."""
+class StoreBatches:
+    """The global batches (`task.Batches`) of a view of the store, in the order of a plan."""
 
     view: SplitView
     plan: BatchPlan | PackedPlan
     distributor: Distributor
     store: TokenStore
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in one pass over the view."""
+        return self.plan.steps_per_epoch
 
     def __call__(self, start_step: int, stop_step: int) -> tf.data.Dataset:
         local = self.distributor.num_local_shards
@@ -149,7 +110,7 @@ class Batches:
         )
 
     def examples(self, step: int) -> list[int]:
-        """Returns which examples of `view` the global batch of `step`, from 0, reads from."""
+        """Returns the numbers of the examples of `view` in the global batch of `step`."""
         if isinstance(self.plan, BatchPlan):
             return self.plan.indices(step).tolist()
         starts, stops = self.plan.ranges(step)
@@ -158,9 +119,9 @@ class Batches:
         return list(dict.fromkeys(parts.example.tolist()))
 
     def texts(self, step: int) -> dict[int, str]:
-        """Returns the text that the global batch of `step`, from 0, has of its examples.
+        """Returns the texts of these examples, decoded from tokens.
 
-        It is the tokens' text, not the source's; of rows that join documents, whole documents.
+        If rows join documents, they are whole documents.
         """
         tokenizer = load_tokenizer(self.store.vocab_path, self.store.tokenizer_config)
         examples = np.array(self.examples(step), np.int64)

@@ -1,0 +1,208 @@
+"""Runs a stage in this process, from the checks before it to the report after it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+import tensorflow as tf
+
+from data_pipelines.errors import InputError
+from data_pipelines.store.token_store import TokenStore
+from trainer import native, preflight, run_lock
+from trainer.config import Config
+from trainer.distribution.cluster import Cluster
+from trainer.distribution.make import make_distributor
+from trainer.distribution.preemption import StopRequest
+from trainer.report_page import html
+from trainer.reporting import environment, report_file
+from trainer.reporting.console import Console
+from trainer.reporting.status_server import Vitals, serve
+from trainer.reporting.trackers import following, make_trackers
+from trainer.safe_files import replace_text
+from trainer.stages import compare, evaluate, finetune, pretrain, replay
+from trainer.training import precision
+from trainer.training.run import Run
+
+
+def run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | None = None) -> None:
+    """Runs the stage; the chief holds the lock of the run's folder meanwhile.
+
+    Args:
+        log: Takes the lines of a single process; default: print them.
+
+    Raises:
+        InputError: The flags, the data or a file that they name are wrong, or another run uses the
+            folder.
+        Preempted: A worker received TERM; the state is saved.
+    """
+    writes = cluster.rank == 0 and config.stage != "replay"
+    lock = run_lock.held(Path(config.run_dir), log or print) if writes else contextlib.nullcontext()
+    with lock:
+        _run_stage(config, cluster, log)
+
+
+def _run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | None) -> None:
+    """Checks, prepares the data, makes the distributor, runs the stage, writes the report."""
+    began = time.perf_counter()
+    chief = cluster.rank == 0
+    config_folder = Path(config.run_dir)
+    if config.stage == "replay":
+        config_folder, config = replay.folder_of_run(config), replay.config_of_run(config)
+    writes = chief and not config.step
+    console = Console(sys.stdout, os.environ, is_silent=not chief)
+    log = log or console
+    native.use_in_inference()
+    if chief:
+        resumes = preflight.resume_faults(config, config_folder) if writes else []
+        preflight.raise_if(preflight.bundle_faults(config) + resumes)
+    vitals = Vitals(stall_seconds=config.stall_seconds)
+    if cluster.is_first_of_host and config.status_port:
+        serve(config.status_host, config.status_port, vitals)
+    store = open_store(config, cluster)
+    read = preflight.vocabulary_faults(config, store.vocab_sha256) if chief else []
+    preflight.raise_if(preflight.store_faults(config, store) + read)
+    if writes:
+        remember_config(config)
+    for line in (f"data: {store.note}" if store.note else "", native.hint()):
+        if line:
+            log(line)
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    tf.config.experimental.enable_op_determinism()
+    distributor = make_distributor(config.distributor, cluster, config.collective_timeout_seconds)
+    stop_request = StopRequest(("TERM", config.preemption_signal), config.grace_seconds)
+    config = precision.resolved(config, distributor, config_folder, log)
+    trackers = make_trackers(config.track, log) if writes else []
+    run = Run(config, distributor, store, stop_request, log, vitals, trackers)
+    if config.step:
+        replayed = replay.replay(run)
+        log("\n".join(["", *replay.describe(replayed, distributor.num_shards)]))
+        return
+    with following(trackers, run.folder, dataclasses.asdict(config)):
+        with console:
+            result = _result(run)
+        if chief:
+            write_report(run, result, time.perf_counter() - began)
+
+
+def _result(run: Run) -> dict[str, Any]:
+    """Runs the stage; returns its part of the report."""
+    config, folder = run.config, run.folder
+    if config.stage == "pretrain":
+        return {"pretrain": pretrain.pretrain(run, folder)}
+    if config.stage == "finetune":
+        return {"finetune": finetune.finetune(run, folder)}
+    if config.stage == "evaluate":
+        split = config.evaluate_split
+        return {split: evaluate.evaluate(run, Path(config.classifier), split, folder)}
+    return compare.compare(run)
+
+
+def open_store(config: Config, cluster: Cluster) -> TokenStore:
+    """Returns the token store, made from --source if it is missing.
+
+    Every process may call this at once: the `prepare` program locks the folder. It is a separate
+    program because it runs TensorFlow operations, after which this process could no longer make a
+    multi-worker strategy.
+
+    Raises:
+        InputError: The store is damaged.
+    """
+    folder = config.store or str(Path(config.run_dir) / "store")
+    if not config.store or not (Path(config.store) / "manifest.json").exists():
+        command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={folder}"]
+        command += [f"--tokenizer={config.tokenizer}", f"--vocab_size={config.vocab_size}"]
+        sources = {name: getattr(config, name) for name in ("source", "unlabelled", "labelled")}
+        if not any(sources.values()):
+            sources["source"] = "movie_reviews"
+        given = {**sources, "data_dir": config.data_dir}
+        command += [f"--{name}={value}" for name, value in given.items() if value]
+        quiet = None if cluster.rank == 0 else subprocess.DEVNULL
+        variables = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
+        code = subprocess.run(command, stdout=quiet, env=variables).returncode
+        if code:
+            sys.exit(code)
+    try:
+        store = TokenStore(folder)
+        if config.verify and cluster.rank == 0:
+            store.verify()
+    except OSError as error:
+        raise InputError(
+            f"--store={folder}: {error.filename} cannot be read: {error.strerror}"
+        ) from None
+    return store
+
+
+def remember_config(config: Config) -> None:
+    """Writes the configuration and the environment to the run's folder, for a resumed run.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, values in (
+            ("config.json", dataclasses.asdict(config)),
+            ("environment.json", environment.describe()),
+        ):
+            replace_text(folder / name, json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"--run_dir={folder} cannot be written: {error.strerror}: make room or make it writable"
+        ) from None
+
+
+def write_report(run: Run, result: dict[str, Any], wall_seconds: float) -> None:
+    """Writes report.json and report.html, and prints the result.
+
+    Args:
+        result: The stage's part of the report.
+
+    Raises:
+        InputError: report.json cannot be written; everything else is done by then.
+    """
+    report = {
+        "stage": run.config.stage,
+        "world_size": run.distributor.num_shards,
+        "data_note": run.store.note,
+        **result,
+        "wall_seconds": round(wall_seconds, 1),
+        "config": dataclasses.asdict(run.config),
+    }
+    fault = ""
+    try:
+        report_file.write(run.folder, report)
+    except OSError as error:
+        fault = f"{run.folder / 'report.json'} cannot be written: {error.strerror}"
+    page = _write_page(run.folder, run.log)
+    if os.environ.get("WARMSTATE_PRINT_REPORT"):  # for programs that cannot read the run's folder
+        run.log(f"report.json: {json.dumps(report)}")
+    for tracker in run.trackers:
+        tracker.end("finished", report)
+    table = report_file.comparison_table(report) if run.config.stage == "all" else None
+    last = f"\n\nreport: {page}" if page else ""
+    run.log(f"\n{table or json.dumps(result, indent=2)}{last}")
+    if fault:
+        raise InputError(f"{fault}: make room or make it writable, and run the same command again")
+
+
+def _write_page(folder: Path, log: Callable[[str], None]) -> str:
+    """Writes report.html; returns its path, or warns and returns "": it can be drawn later."""
+    page = folder / "report.html"
+    try:
+        html.write([folder], page)
+    except OSError as error:
+        log(
+            f"warning: {page} cannot be written: {error.strerror or error}; once it can, "
+            f"`python -m trainer.report_page.html {folder}` draws it"
+        )
+        return ""
+    return str(page)
