@@ -35,13 +35,34 @@ $(HOROVOD_INSTALLED): $(INSTALLED) $(wildcard launch/horovod_build/*)
 demo: $(INSTALLED) ## the main job on this machine: two workers, real IMDB text, scratch against warm start
 	$(BIN)/python -m launch.main --platform=local --workers=2 -- --flagfile=trainer/configs/demo.cfg
 
-test: $(TESTED) lint ## lint and tests without the slow ones (HOROVOD=0: and without Horovod's)
-	@$(if $(filter 0,$(HOROVOD)),echo "HOROVOD=0: Horovod's tests are left out")
-	HOROVOD=$(HOROVOD) $(BIN)/python -m pytest -m "not slow"
+# Two processes on two cores, each test file in one of them. ISA=avx2 computes as on a processor without AVX-512.
+PYTEST := HOROVOD=$(HOROVOD) $(if $(filter avx2,$(ISA)),ONEDNN_MAX_CPU_ISA=AVX2) $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-test-all: $(TESTED) ## every test
-	@$(if $(filter 0,$(HOROVOD)),echo "HOROVOD=0: Horovod's tests are left out")
-	HOROVOD=$(HOROVOD) $(BIN)/python -m pytest
+test: $(TESTED) lint ## lint, and the tests but those that are marked slow: five minutes (HOROVOD=0: and but Horovod's)
+	$(PYTEST) -m "not slow"
+
+test-all: $(TESTED) lint ## every test, each process started anew
+	EXEC=1 $(PYTEST)
+
+check: $(INSTALLED) lint ## lint, types, and the tests that need neither TensorFlow nor a process: seconds
+	$(BIN)/python -m pytest --quick -n auto --maxprocesses=4 -q -rN -m "not slow and not seconds"
+
+coverage: $(TESTED) ## make test, with the branches that it takes: build/coverage, and the floor
+	rm -rf build/coverage && mkdir -p build/coverage
+	HOROVOD=$(HOROVOD) $(BIN)/coverage run -m pytest -n auto --maxprocesses=4 -q -m "not slow"
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage html -q
+	$(BIN)/coverage report --skip-covered --sort=miss
+
+mutation: $(INSTALLED) ## do the tests notice a wrong line: 50 mutants of each of seven modules, hours
+	$(BIN)/python -m tests.mutation --mutants=50 --out=build/mutation.json
+
+timing: $(TESTED) ## make test, and the table of where its time goes in CONTRIBUTING.md
+	$(PYTEST) -m "not slow" --timing=build/timing.json
+	$(BIN)/python -m tests.timing build/timing.json
+
+snapshots: $(INSTALLED) ## what people read, as it is printed now, into tests/snapshots
+	SNAPSHOTS=write $(BIN)/python -m pytest -q tests/test_snapshots.py
 
 test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTATE_K8S_IMAGE=...
 	$(BIN)/python -m pytest tests/integration/test_kubernetes_cluster.py

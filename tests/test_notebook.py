@@ -18,7 +18,7 @@ def test_it_is_short_and_stored_without_outputs() -> None:
     assert not any(cell.outputs or cell.execution_count for cell in cells)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("runs the notebook")
 def test_the_lstm_starts_from_the_encoder_s_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ def test_the_page_has_all_steps() -> None:
         assert f"warmstate {name} " in commands
 
 
-@pytest.mark.slow
+@pytest.mark.slow("all commands of the tutorial, minutes")
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()

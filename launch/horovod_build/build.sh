@@ -4,16 +4,16 @@
 #   bash launch/horovod_build/build.sh .venv/bin/python
 #
 # That Python must have TensorFlow, against which Horovod's libraries are linked: another TensorFlow needs
-# another build. Three minutes on two idle cores; the wheel is kept in ~/.cache/warmstate, so that the next
-# virtual environment takes seconds. Needs g++ 9 or later, make and patch; neither MPI nor ssh.
+# another build. The build takes three minutes on two idle cores. The wheel is kept in ~/.cache/warmstate,
+# named by the versions and a hash of this folder's files: the next virtual environment takes seconds.
+# Needs g++ 9 or later, make and patch; neither MPI nor ssh.
 #
 # GPU: with HOROVOD_GPU_OPERATIONS=NCCL (and HOROVOD_CUDA_HOME, HOROVOD_NCCL_HOME where they are not in
 # the usual places) sums go from GPU to GPU.
 set -euo pipefail
 
-VERSION=0.28.1
-SHA256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 here=$(cd "$(dirname "$0")" && pwd)
+VERSION=$(sed -nE 's/^horovod==([0-9.]+) .*/\1/p' "$here/requirements.txt")
 python=${1:?usage: build.sh PYTHON}
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 pip=("$python" -m pip --quiet --disable-pip-version-check)
@@ -27,8 +27,8 @@ tensorflow=$("$python" -c 'from importlib.metadata import version; print(version
     fail "$python has no TensorFlow; run make venv first"
 tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 gpu=${HOROVOD_GPU_OPERATIONS:-}
-patches=$(cat "$here"/*.patch | sha256sum | cut -c1-12)
-key=horovod-$VERSION-tf$tensorflow-$tag-$(uname -m)-${gpu:-cpu}-$patches
+source=$(cat "$here"/*.patch "$here/requirements.txt" "$here/build.sh" | sha256sum | cut -c1-12)
+key=horovod-$VERSION-tf$tensorflow-$tag-$(uname -m)-${gpu:-cpu}-$source
 wheels=${XDG_CACHE_HOME:-$HOME/.cache}/warmstate/$key
 
 install() {
@@ -65,9 +65,8 @@ if [[ $(printf '%s\n' 3.13 "${cmake_version:-0}" | sort -V | head -1) != 3.13 ]]
     export HOROVOD_CMAKE=$work/cmake/bin/cmake PYTHONPATH=$PYTHONPATH:$work/cmake
 fi
 
-"${pip[@]}" download --no-deps --no-binary horovod --no-build-isolation -d "$work" horovod==$VERSION
-sha256sum --quiet -c - <<<"$SHA256  $work/horovod-$VERSION.tar.gz" ||
-    fail "the source distribution is not the one that was tested"
+"${pip[@]}" download --require-hashes --no-deps --no-binary horovod --no-build-isolation -d "$work" \
+    -r "$here/requirements.txt" || fail "the source distribution is not there, or not the one that was tested"
 tar -xzf "$work/horovod-$VERSION.tar.gz" -C "$work"
 cd "$work/horovod-$VERSION"
 for each in "$here"/*.patch; do

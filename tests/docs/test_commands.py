@@ -124,7 +124,7 @@ def test_every_page_is_in_the_readme_and_has_a_place_on_the_site() -> None:
         assert name == "README.md" or f"]({name})" in readme, name
 
 
-@pytest.mark.slow
+@pytest.mark.slow("runs the pages' commands; quick: their flags are parsed")
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if RUNNABLE.search(page.read_text(encoding="utf-8"))],

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow("builds the documentation site; CI does so in tests.yml")
 
 
 def test_the_site_builds_without_a_warning() -> None:

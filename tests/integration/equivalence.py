@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests import forked
 from trainer.training.task import Task
 from trainer.training.train_step import TrainStep
 
@@ -88,7 +89,7 @@ def run_workers(
         "import sys; from launch.local.workers import run_local;"
         f"sys.exit(run_local(sys.argv[1:], {workers}, with_horovod={with_horovod}))"
     )
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-c", launch, *command],
         cwd=REPOSITORY,
         env={k: v for k, v in os.environ.items() if k != "TF_CONFIG"} | environment,

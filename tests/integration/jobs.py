@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests import forked
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL
 from tests.processes import ended
 
@@ -90,7 +91,7 @@ def job(
     (patch / "sitecustomize.py").write_text(HURT_ON_SIGNAL)
     launcher = [sys.executable, "-u", "-m", "launch.main", "--workers=2"]
     launcher += [*DISTRIBUTOR_FLAGS[distributor], *launcher_flags]
-    process = subprocess.Popen(
+    process = forked.Popen(
         [*launcher, "--", *SMALL, *flags],
         cwd=REPOSITORY,
         env=ENVIRONMENT | {"PYTHONPATH": str(patch)},

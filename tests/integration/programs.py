@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests import forked
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
 
@@ -49,7 +51,7 @@ def train(workers: int, *flags: str) -> str:
 
 def run(workers: int, *flags: str) -> subprocess.CompletedProcess:
     """Runs the trainer; returns its exit code and output."""
-    return subprocess.run(
+    return forked.run(
         command(workers, *flags),
         cwd=REPOSITORY,
         env=ENVIRONMENT,
@@ -61,7 +63,7 @@ def run(workers: int, *flags: str) -> subprocess.CompletedProcess:
 
 def train_until(text: str, with_signal: signal.Signals, workers: int, *flags: str) -> int:
     """Starts to train, sends a signal once a line holds `text`; returns the exit code."""
-    process = subprocess.Popen(
+    process = forked.Popen(
         command(workers, *flags),
         cwd=REPOSITORY,
         env=ENVIRONMENT,

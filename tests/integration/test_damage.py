@@ -29,7 +29,9 @@ def test_every_damage_is_noticed_and_the_table_is_true(good: Path) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(
+    "a trainer for each kind of damage; quick: the readers of every file, in one process"
+)
 def test_the_program_ends_with_one_line_and_exit_code_2(
     good: Path, small_store: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.horovod_is_there import needs_horovod
 from tests.integration.equivalence import (
     CASES,
     TOLERANCES,
@@ -16,7 +15,7 @@ from tests.integration.equivalence import (
     run_workers,
 )
 
-SLOW = pytest.mark.slow  # three workers, of whom some have no rows, show what one and two do
+SLOW = pytest.mark.slow("quick: three workers, of whom some have no rows")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list]:
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 @pytest.mark.parametrize(
-    "kind", ["mirrored", "multi_worker", pytest.param("horovod", marks=needs_horovod)]
+    "kind", ["mirrored", "multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
 def test_a_distributor_computes_what_one_device_does(
     one_device: dict[Case, list], tmp_path: Path, kind: str, workers: int

@@ -13,11 +13,12 @@ import pytest
 
 from data_pipelines.batches.batch_plan import BatchPlan
 from data_pipelines.store.token_store import TokenStore
-from tests.horovod_is_there import needs_horovod
 from tests.integration.jobs import HURT, Job, job, wait_until_gone
 from tests.integration.programs import train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(
+    "minutes of jobs that shrink and grow; quick: tests/launch/local/test_elastic.py"
+)
 BATCH, MAX_TOKENS, CHECKPOINT_EVERY = 12, 24, 10  # as in programs.SMALL
 STEPS = 600
 # Dropout is drawn by slice, and slices depend on the number of workers.
@@ -85,7 +86,7 @@ def assert_epochs_are_whole(store: Path, steps: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "distributor", ["multi_worker", pytest.param("horovod", marks=needs_horovod)]
+    "distributor", ["multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
 def test_a_job_that_shrinks_and_grows_reads_each_example_once(
     small_store: Path, tmp_path: Path, distributor: str
@@ -118,7 +119,7 @@ def test_a_job_that_shrinks_and_grows_reads_each_example_once(
 
 
 @pytest.mark.parametrize(
-    "distributor", ["multi_worker", pytest.param("horovod", marks=needs_horovod)]
+    "distributor", ["multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
 def test_workers_are_told_to_stop_and_hang_until_the_last_one_goes_on_alone(
     small_store: Path, tmp_path: Path, distributor: str

@@ -18,7 +18,9 @@ from tests.integration.jobs import Job, job, wait_until_gone
 from tests.integration.programs import metrics, run, train
 from trainer.training import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(
+    "kills at random points, for minutes; quick: the resumed runs of test_training.py"
+)
 KILLS = int(os.environ.get("WARMSTATE_FAULT_KILLS", "3"))
 TERMS = int(os.environ.get("WARMSTATE_FAULT_TERMS", "2"))
 STEPS = 40 + 12 * max(KILLS, TERMS)

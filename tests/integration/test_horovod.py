@@ -1,15 +1,16 @@
 """The trainer on Horovod, under our launcher and under Horovod's own."""
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.horovod_is_there import needs_horovod
 from tests.integration.jobs import job
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL, metrics, train
 
@@ -17,7 +18,7 @@ PRETRAIN = ("--stage=pretrain", "--pretrain_dropout=0", "--pretrain_steps=30")
 WITHOUT_HOROVOD = 'import sys\nsys.modules["horovod"] = None\n'
 
 
-@needs_horovod
+@pytest.mark.horovod
 def test_two_workers_are_one_worker(small_store: Path, tmp_path: Path) -> None:
     store = f"--store={small_store}"
     train(1, *PRETRAIN, store, f"--run_dir={tmp_path}/1")
@@ -30,8 +31,8 @@ def test_two_workers_are_one_worker(small_store: Path, tmp_path: Path) -> None:
     assert "Traceback" not in printed and "WARNING" not in printed and "stall" not in printed
 
 
-@needs_horovod
-@pytest.mark.slow
+@pytest.mark.horovod
+@pytest.mark.slow("the whole job, three times; quick: two workers are one worker")
 def test_the_whole_job_by_horovodrun_and_by_our_launcher(small_store: Path, tmp_path: Path) -> None:
     steps = ("--pretrain_steps=20", "--finetune_steps=20", f"--store={small_store}")
     trainer = [sys.executable, "-m", "trainer.main", "--distributor=horovod", *SMALL, *steps]
@@ -53,8 +54,8 @@ def test_the_whole_job_by_horovodrun_and_by_our_launcher(small_store: Path, tmp_
         assert theirs
 
 
-@needs_horovod
-@pytest.mark.slow
+@pytest.mark.horovod
+@pytest.mark.slow("a job that TERM stops, three trainings; quick: test_training.py's")
 def test_after_term_it_goes_on_and_ends_with_the_same_bits(
     small_store: Path, tmp_path: Path
 ) -> None:
@@ -95,7 +96,7 @@ def test_without_horovod_one_line_says_how_to_get_it(tmp_path: Path, program: st
 def test_the_build_says_which_tool_is_missing(tmp_path: Path, missing: str) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("bash", "dirname", "basename", "uname", "cat", "sha256sum", "cut", "nproc"):
+    for tool in ("bash", "dirname", "basename", "uname", "cat", "sed", "sha256sum", "cut", "nproc"):
         (tools / tool).symlink_to(shutil.which(tool))
     for tool in {"g++", "make", "patch"} - {missing}:
         (tools / tool).write_text("#!/bin/sh\n")
@@ -111,3 +112,30 @@ def test_the_build_says_which_tool_is_missing(tmp_path: Path, missing: str) -> N
     assert done.returncode == 1
     assert f"there is no {missing} on this machine" in done.stderr
     assert not (tmp_path / ".cache").exists()
+
+
+def test_the_build_runs_nothing_of_an_archive_with_another_hash(tmp_path: Path) -> None:
+    ran = tmp_path / "setup.py ran"
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    (tmp_path / "setup.py").write_text(f"open({str(ran)!r}, 'w')")
+    with tarfile.open(archives / "horovod-0.28.1.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "setup.py", "horovod-0.28.1/setup.py")
+    python = tmp_path / "python"  # that installs nothing: the build's tools
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *" install "*) exit;; esac\nexec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(archives), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "launch/horovod_build/build.sh", str(python)],
+        cwd=REPOSITORY,
+        env=os.environ | offline | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert "is not there, or not the one that was tested" in done.stderr
+    assert not ran.exists()

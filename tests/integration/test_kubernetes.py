@@ -11,7 +11,6 @@ import pytest
 
 from launch.kubernetes import manifests as kubernetes
 from launch.kubernetes.options import KubernetesOptions
-from tests.horovod_is_there import needs_horovod
 from tests.integration import pod_runner
 from tests.integration.programs import SMALL, metrics, train
 
@@ -36,7 +35,7 @@ def encoder(folder: Path) -> bytes:
     return (folder / "encoder" / "encoder.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("pods that train; quick: one that fails, and what a controller sets")
 def test_two_pods_train_lose_one_and_end_with_the_same_bits(
     small_store: Path, tmp_path: Path
 ) -> None:
@@ -62,7 +61,7 @@ def test_two_pods_train_lose_one_and_end_with_the_same_bits(
     assert encoder(run) == encoder(tmp_path / "two")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("pods that train; quick: one that fails, and what a controller sets")
 def test_a_killed_pod_costs_one_restart(small_store: Path, tmp_path: Path) -> None:
     with job(tmp_path, small_store, *FLAGS, max_restarts=1) as running:
         running.wait_for_line(r"pretrain step 12/")
@@ -75,8 +74,8 @@ def test_a_killed_pod_costs_one_restart(small_store: Path, tmp_path: Path) -> No
     assert len(running.pods) == 4 and running.counted == 2
 
 
-@pytest.mark.slow
-@needs_horovod
+@pytest.mark.slow("pods that train; quick: one that fails, and what a controller sets")
+@pytest.mark.horovod
 def test_an_elastic_pod_shrinks_is_deleted_and_finishes(small_store: Path, tmp_path: Path) -> None:
     elastic = {"overlay": "elastic", "name": "el"}
     steps = 300  # the launcher looks at the file twice a second

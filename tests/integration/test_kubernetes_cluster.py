@@ -18,7 +18,7 @@ from tests.integration.programs import REPOSITORY, SMALL
 
 IMAGE = os.environ.get("WARMSTATE_K8S_IMAGE", "")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow("needs a cluster: make test-k8s"),
     pytest.mark.skipif(
         not (IMAGE and os.environ.get("KUBECONFIG")),
         reason="needs a cluster: KUBECONFIG and WARMSTATE_K8S_IMAGE",

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.horovod_is_there import needs_horovod
 from tests.integration.jobs import HURT, job, wait_until_gone
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(
+    "waits for timeouts in real jobs; quick: trainer/distribution/test_failures.py"
+)
 TIMEOUT_SECONDS = 8.0
 # To be noticed, to tell survivors from the one that hangs, to stop; and slack for a busy machine.
 LIMIT_SECONDS = TIMEOUT_SECONDS + 3.0 + 5.0 + 5.0
@@ -25,7 +26,7 @@ ENDINGS = {
 @pytest.mark.parametrize("guilty", [0, 1])
 @pytest.mark.parametrize("how", HURT)
 @pytest.mark.parametrize(
-    "distributor", ["multi_worker", pytest.param("horovod", marks=needs_horovod)]
+    "distributor", ["multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
 def test_the_guilty_worker_ends_the_job_and_is_named(
     small_store: Path, tmp_path: Path, distributor: str, how: str, guilty: int

@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, metrics, run, train
 
-pytestmark = pytest.mark.slow  # quick: tests/trainer/training/test_loop.py, in one process
+pytestmark = pytest.mark.slow("quick: tests/trainer/training/test_loop.py, in one process")
 
 
 def replayed(command: str) -> str:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
-from tests.horovod_is_there import needs_horovod
 from tests.integration.jobs import Job, job, wait_until_gone
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(
+    "minutes of kills; quick: test_launch_local.py, resumed runs in test_training.py"
+)
 KILLS = int(os.environ.get("WARMSTATE_KILLS", "3"))
 STEPS = 30 + 15 * KILLS
 STARTING_SECONDS = 10.0  # a start takes about that long
@@ -55,7 +56,7 @@ def kill_some(running: Job, draw: random.Random, kills: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "distributor", ["multi_worker", pytest.param("horovod", marks=needs_horovod)]
+    "distributor", ["multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
 def test_a_run_whose_workers_are_killed_ends_with_the_same_bits(
     small_store: Path, tmp_path: Path, distributor: str

@@ -15,7 +15,7 @@ def test_there_is_one() -> None:
     assert KEPT
 
 
-@pytest.mark.slow
+@pytest.mark.slow("evaluates kept classifiers on all of IMDB's test split")
 @pytest.mark.parametrize("name", KEPT)
 def test_a_kept_classifier_gives_its_error_again(name: str, tfds_dir: str, tmp_path: Path) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())

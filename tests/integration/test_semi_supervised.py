@@ -22,7 +22,7 @@ FLAGS = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.slow("three sizes of a job; quick: test_training.py, and test_finetune_loss.py")
 def test_n_workers_are_one_worker(half_labelled_store: Path, tmp_path: Path) -> None:  # noqa: F811
     losses = {}
     for workers in (1, 2, 3):
@@ -35,7 +35,7 @@ def test_n_workers_are_one_worker(half_labelled_store: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(losses[3], losses[1], rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("three trainings; quick: the resumed fine-tuning of test_training.py")
 def test_a_resumed_run_ends_with_the_same_bits(half_labelled_store: Path, tmp_path: Path) -> None:  # noqa: F811
     flags = (*FLAGS, f"--store={half_labelled_store}", "--finetune_ema=0.9")
     train(1, *flags, f"--run_dir={tmp_path}/whole")

@@ -77,7 +77,7 @@ def pid_of_worker(cluster: Mapping[str, str], job: str, rank: int) -> int:
     raise AssertionError(f"job {job} has no worker {rank}")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("trains under SLURM; quick: resuming in test_training.py")
 def test_a_job_that_is_requeued_ends_with_the_same_bits(
     cluster: Mapping[str, str], small_store: Path, tmp_path: Path
 ) -> None:
@@ -200,7 +200,7 @@ def test_a_job_is_followed_to_its_report(cluster: Mapping[str, str], tmp_path: P
     assert done.stderr.endswith(" FAILED, code 2\n")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("waits for SLURM's grace time; quick: tests/launch/slurm has the script")
 def test_a_job_that_is_preempted_with_a_grace_time_starts_again_once(
     cluster: Mapping[str, str], tmp_path: Path
 ) -> None:

@@ -29,7 +29,8 @@ WHOLE = ("--pretrain_dropout=0", "--finetune_dropout=0", "--pretrain_steps=50")
 
 
 @pytest.mark.parametrize(
-    ("workers", "layers"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)]
+    ("workers", "layers"),
+    [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow("three workers; quick: two"))],
 )
 def test_n_workers_are_one_worker(
     small_store: Path, tmp_path: Path, workers: int, layers: int
@@ -47,7 +48,7 @@ def test_n_workers_are_one_worker(
     assert metrics(tmp_path / f"{workers}", "perplexity")[50] == pytest.approx(perplexity, rel=1e-4)
 
 
-@pytest.mark.slow  # quick: test_distribution.py
+@pytest.mark.slow("quick: test_distribution.py")
 def test_a_batch_in_parts_is_the_same_batch(small_store: Path, tmp_path: Path) -> None:
     flags = ("--stage=pretrain", f"--store={small_store}", *WHOLE, "--pretrain_steps=15")
     train(1, *flags, f"--run_dir={tmp_path}/whole")
@@ -73,12 +74,12 @@ STREAM = (*LANGUAGE_MODEL, "--pretrain_packing=stream", "--pretrain_max_tokens=2
         pytest.param(
             2,
             (*STREAM, "--accumulate_steps=3", "--on_nonfinite=skip", BACKWARD),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.slow("quick: the case before it"),
         ),
         pytest.param(
             2,
             (*LANGUAGE_MODEL, "--tied_softmax=true", "--sampled_softmax=0", BACKWARD),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.slow("quick: the first case"),
         ),
     ],
 )
@@ -123,7 +124,10 @@ def test_a_carried_state_resumes_with_the_same_bits_and_on_other_workers(
     "flag",
     [
         "--pretrain_tokens_per_batch=240",
-        pytest.param("--pretrain_packing=concat", marks=pytest.mark.slow),
+        pytest.param(
+            "--pretrain_packing=concat",
+            marks=pytest.mark.slow("quick: --pretrain_tokens_per_batch"),
+        ),
     ],
 )
 def test_batches_of_another_kind_train_and_do_not_depend_on_the_workers(
@@ -151,8 +155,8 @@ def assert_same_bits(first: dict[str, np.ndarray], second: dict[str, np.ndarray]
 @pytest.mark.parametrize(
     ("how", "workers", "exit_code"),
     [
-        pytest.param(signal.SIGKILL, 1, -9, marks=pytest.mark.slow),  # quick: the carried state's
-        pytest.param(signal.SIGTERM, 1, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 1, -9, marks=pytest.mark.slow("quick: the carried state's")),
+        pytest.param(signal.SIGTERM, 1, 143, marks=pytest.mark.slow("quick: two workers")),
         (signal.SIGTERM, 2, 143),
     ],
 )
@@ -184,7 +188,7 @@ def test_a_resumed_fine_tuning_ends_with_the_same_bits(
     assert metrics(tmp_path / "whole", "loss") == metrics(tmp_path / "cut", "loss")
 
 
-@pytest.mark.slow  # quick: the carried state's
+@pytest.mark.slow("quick: the carried state's")
 def test_a_run_resumes_on_another_number_of_workers(small_store: Path, tmp_path: Path) -> None:
     flags = ("--stage=pretrain", f"--store={small_store}", *STEPS, "--pretrain_dropout=0")
     train(1, *flags, f"--run_dir={tmp_path}/whole")
@@ -214,9 +218,9 @@ def test_pretraining_writes_what_writes_texts_again(encoder: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "workers"),
     [  # The whole job, below, has zero and learned.
-        pytest.param("zero", 1, marks=pytest.mark.slow),
+        pytest.param("zero", 1, marks=pytest.mark.slow("quick: the whole job")),
         ("mean", 1),
-        pytest.param("learned", 2, marks=pytest.mark.slow),
+        pytest.param("learned", 2, marks=pytest.mark.slow("quick: the whole job")),
         ("encode", 2),
     ],
 )
@@ -243,7 +247,7 @@ def test_stages_one_by_one_with_every_initial_state(
     assert evaluated == pytest.approx(report["validation"], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("five trainings; quick: one direction here, both in test_every_model.py")
 @pytest.mark.parametrize("state", ["learned", "encode"])
 def test_two_directions(small_store: Path, tmp_path: Path, encoder: Path, state: str) -> None:
     store = f"--store={small_store}"

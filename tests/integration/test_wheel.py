@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow("builds and installs the wheel; CI does so in wheel.yml")
 
 
 @pytest.fixture(scope="module")

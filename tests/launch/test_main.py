@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.horovod_is_there import needs_horovod
-
 REPOSITORY = Path(__file__).parents[2]
 TRAINER = """
 import sys
@@ -173,7 +171,7 @@ def test_the_launcher_imports_no_tensors():
     assert {"tensorflow", "trainer", "numpy", "yaml", "horovod"}.isdisjoint(printed.split())
 
 
-@needs_horovod
+@pytest.mark.horovod
 def test_horovod_s_workers_get_its_variables_and_its_distributor(trainer_folder):
     show = (
         "import os\nprint({k: v for k, v in os.environ.items() if k[:7] in ('HOROVOD', 'TF_CONF')})"

@@ -1,7 +1,6 @@
 """States of Keras's own layers: read from encoders, and set as what layers start from."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from tests import forked
 from tests.conftest import REPOSITORY
 from trainer import states
 from trainer.models.lstm import WarmLSTM
@@ -273,7 +273,7 @@ def test_a_model_is_loaded_in_another_process_that_imports_the_module(tmp_path: 
     )
     command = [sys.executable, "-c", program]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = forked.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected_of(model), atol=1e-6)
 

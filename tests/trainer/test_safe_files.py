@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.errors import InputError
+from tests import forked
 from tests.fuzzing import EDITS, FUZZ, edited
 from tests.integration import damage
 from trainer import safe_files
@@ -126,7 +126,7 @@ def test_ten_gigabytes_are_refused_within_little_memory(tmp_path: Path) -> None:
         path = tmp_path / name
         path.touch()
         os.truncate(path, size + (path.stat().st_size if name == "tensors" else 0))
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", LARGE, str(tmp_path)],
         cwd=Path(__file__).parents[2],
         text=True,

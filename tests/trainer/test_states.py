@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
+from tests import forked
 from tests.conftest import REPOSITORY
 from trainer import states
 from trainer.distribution.cluster import Cluster
@@ -78,7 +78,7 @@ def test_importing_it_defines_no_flags_and_imports_no_training() -> None:
         "print(*(m for m in sys.modules if m.startswith('trainer.')));"
         "print([m for m in flags.FLAGS.flags_by_module_dict() if 'trainer' in m])"
     )
-    found = subprocess.run(
+    found = forked.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
     )
     modules, with_flags = found.stdout.splitlines()

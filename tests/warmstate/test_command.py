@@ -1,12 +1,12 @@
 import dataclasses
 import inspect
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from trainer.config import Config
 from trainer.inference import predict, serve
 from trainer.stages import finetune, finetune_batches, finetune_loss, init_embeddings, pretrain
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def warmstate(*words: str, python: tuple[str, ...] = ("-m", "warmstate")) -> tuple[int, str, str]:
     """Runs the console script as a process; returns the exit code, stdout and stderr."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, *python, *words], cwd=REPOSITORY, capture_output=True, text=True
     )
     return done.returncode, done.stdout, done.stderr

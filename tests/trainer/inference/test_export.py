@@ -30,7 +30,7 @@ def test_a_model_of_three_classes_that_reads_first(exported: Path, classifier_bu
         export(classifier_bundle, exported)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a thousand reviews; the exported model is compared on few in the same file")
 def test_a_thousand_reviews_have_the_trainer_s_probabilities(
     classifier_bundle: Path, tmp_path: Path
 ) -> None:

@@ -136,7 +136,7 @@ def test_a_window_is_bounded_and_rows_are_read_one_window_at_a_time() -> None:
     assert len(next(stage.windows(long, 10, stage.WINDOW_CHARACTERS))) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a million lines; quick: one window at a time")
 def test_a_million_lines_in_bounded_memory_and_in_order(
     classifier_bundle: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import InputError
+from tests import forked
 from tests.processes import ended
 from trainer.inference.text_classifier import load_classifier
 
@@ -28,7 +29,7 @@ MAX_BODY_BYTES = 200_000
 def server(classifier_bundle: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """Yields a server's process and its port."""
     flags = [f"--classifier={classifier_bundle}", "--port=0", f"--max_body_bytes={MAX_BODY_BYTES}"]
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-u", "-m", "trainer.main", "--stage=serve", "--max_texts=50", *flags],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
@@ -183,7 +184,7 @@ def test_health_page_and_what_is_not_there(server: tuple) -> None:
 
 def test_a_port_that_is_taken_is_said(server: tuple, classifier_bundle: Path) -> None:
     flags = (f"--classifier={classifier_bundle}", f"--port={server[1]}")
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "trainer.main", "--stage=serve", *flags],
         cwd=REPOSITORY,
         capture_output=True,

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -10,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
+from tests import forked
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.make import make_distributor
@@ -172,7 +172,7 @@ print([path.name for path in sorted(Path(sys.argv[1]).iterdir())])
 def test_a_disk_that_is_full_stops_or_warns_and_the_last_good_one_stays(
     tmp_path: Path, errors: str
 ) -> None:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", FAILING_WRITE, str(tmp_path), errors],
         cwd=Path(__file__).parents[3],
         text=True,

@@ -1,9 +1,9 @@
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from trainer.training.health import describe_nonfinite
 
 REPOSITORY = Path(__file__).parents[3]
@@ -40,7 +40,7 @@ threading.Event().wait(0.7)  # it no longer waits for a beat
 def test_a_stall_ends_the_process_and_shows_where_it_hangs(
     seconds: str, does: str, code: int
 ) -> None:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", STALLS, seconds, does],
         cwd=REPOSITORY,
         text=True,
