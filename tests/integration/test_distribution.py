@@ -1,6 +1,8 @@
 """Each distributor, with 1, 2 and 3 workers, computes what one device does."""
 
+import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from tests.integration.equivalence import (
     CASES,
+    FEW,
     TOLERANCES,
     Case,
     relative_difference,
@@ -15,32 +18,48 @@ from tests.integration.equivalence import (
     run_workers,
 )
 
-SLOW = pytest.mark.slow("quick: three workers, of whom some have no rows")
+SLOW = pytest.mark.slow("all cases on 1, 2 and 3 workers; quick: a few on three")
+
+
+def on_one_device(case: Case) -> Case:
+    """Returns the case whose results are expected."""
+    return Case(case.optimizer, case.dtype, "dense")
 
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list]:
     """Returns what one device computes."""
-    return results("one_device", 1, tmp_path_factory.mktemp("one") / "device")
+    cases = list(dict.fromkeys([*FEW, *map(on_one_device, CASES)]))
+    return results("one_device", 1, tmp_path_factory.mktemp("one") / "device", cases)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize(
+    ("workers", "cases"),
+    [(3, FEW), *(pytest.param(n, CASES, marks=SLOW) for n in (1, 2, 3))],
+    ids=["3, few cases", "1", "2", "3"],
+)
 @pytest.mark.parametrize(
     "kind", ["mirrored", "multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
 def test_a_distributor_computes_what_one_device_does(
-    one_device: dict[Case, list], tmp_path: Path, kind: str, workers: int
+    one_device: dict[Case, list], tmp_path: Path, kind: str, workers: int, cases: Sequence[Case]
 ) -> None:
-    found = results(kind, workers, tmp_path / "found")
-    assert list(found) == list(CASES)
+    found = results(kind, workers, tmp_path / "found", cases)
+    assert list(found) == list(cases)
     for case, by_worker in found.items():
-        expected = one_device[Case(case.optimizer, case.dtype, "dense")][0]
+        expected = one_device[on_one_device(case)][0]
         for arrays in by_worker:
             difference = relative_difference(expected, arrays)
             assert difference < TOLERANCES[case.dtype], (case, difference)
             # Not only near to one device: the same bits in all workers.
             for name, array in arrays.items():
                 assert array.tobytes() == by_worker[0][name].tobytes(), (case, name)
+
+
+def test_the_few_cases_have_every_pair_of_settings() -> None:
+    for first, second in itertools.combinations(("optimizer", "dtype", "sparse_reduce"), 2):
+        pairs = {(getattr(case, first), getattr(case, second)) for case in CASES}
+        assert pairs == {(getattr(case, first), getattr(case, second)) for case in FEW}
 
 
 def test_the_cases_train(one_device: dict[Case, list]) -> None:
