@@ -1,11 +1,11 @@
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import warmstate
-from tests import forked
 from warmstate import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ print(json.dumps({
 
 def test_the_stages_one_after_the_other(small_store: Path, tmp_path: Path) -> None:
 
-    done = forked.run(
+    done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(small_store), str(tmp_path)],
         cwd=REPOSITORY,
         capture_output=True,
