@@ -75,7 +75,7 @@ def train(
     distributor: Any, folder: Path, read: Any = lookup, stop_at: int = 0, **changes: Any
 ) -> np.ndarray:
     """Trains a table; returns it. With `stop_at`, TERM comes before that step."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     with distributor.scope():
         table = keras.Variable(np.ones((VOCABULARY, WIDTH), np.float32), name="table")
     request = SimpleNamespace(received=False)

@@ -63,7 +63,7 @@ def train(
     **changes: Any,
 ) -> SimpleNamespace:
     """Trains a small model; returns its variables' values and the lines of the log."""
-    keras.utils.clear_session()  # names of the optimizer's variables as in a new process
+    keras.utils.clear_session(free_memory=False)  # names of the optimizer's variables as in a new process
     with distributor.scope():
         variables = {
             "w": keras.Variable(np.ones((5, 2), np.float32)),
@@ -384,7 +384,7 @@ def test_term_stops_a_run_between_two_calls(one: Any, tmp_path: Path) -> None:
 def test_what_rows_carry_is_kept_for_the_whole_global_batch(
     distributor: Any, tmp_path: Path, at: tuple[int, ...], changes: dict[str, Any]
 ) -> None:
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     with distributor.scope():
         weight = keras.Variable(np.ones(2, np.float32))
         carried = keras.Variable(np.zeros((ROWS, 2), np.float32))
