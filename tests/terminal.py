@@ -5,10 +5,11 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import termios
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from tests import forked
 
 _TOKEN = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+")
 
@@ -54,7 +55,7 @@ def run_on_terminal(
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     inherited = {k: v for k, v in os.environ.items() if k not in ("TF_CONFIG", "COLUMNS", "LINES")}
-    process = subprocess.Popen(
+    process = forked.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, start_new_session=True,
         env=inherited | {"TERM": "xterm-256color"} | environment,
     )  # fmt: skip

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 import warmstate
+from tests import forked
 from warmstate import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# A process of its own: the stages set how TensorFlow works.
+# Another process: the stages set how TensorFlow works.
 PROGRAM = """
 import json, signal, sys
 import warmstate
-assert "tensorflow" not in sys.modules
 store, folder = sys.argv[1:]
 before = signal.getsignal(signal.SIGTERM)
 lines = []
@@ -44,9 +44,14 @@ print(json.dumps({
 """
 
 
+def test_importing_it_does_not_import_tensorflow() -> None:
+    program = "import sys, warmstate; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
+
+
 def test_the_stages_one_after_the_other(small_store: Path, tmp_path: Path) -> None:
 
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", PROGRAM, str(small_store), str(tmp_path)],
         cwd=REPOSITORY,
         capture_output=True,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
@@ -11,8 +10,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests import forked
 from tests.conftest import REPOSITORY
 from trainer.models.lstm import WarmLSTM, lstm
+from trainer.native import library_path
 
 WIDTH, UNITS = 4, 5
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
@@ -202,17 +203,19 @@ def step(values, recompute):
     return tf.reduce_sum(tape.gradient(outputs, values))
 
 sums, peaks = [], []
-for steps, recompute in ((1, True), (1, False), (400, True), (400, False)):
+for steps, recompute in ((1, True), (1, False), (200, True), (200, False)):
     sums.append(float(step(tf.ones([128, steps, 64]), recompute)))
     peaks.append(peak_megabytes())
 print(json.dumps([*sums[2:], *peaks[1:]]))
 """
 
 
-@pytest.mark.parametrize("native", ["0", "1"])  # if it has been built
+@pytest.mark.parametrize("native", ["0", "1"])
 def test_less_is_held_where_activations_are_computed_again(native: str) -> None:
-    # What one of the six layers keeps for the backward pass is 100 MiB.
-    done = subprocess.run(
+    # What one of the six layers keeps for the backward pass is 50 MiB.
+    if native == "1" and not library_path().exists():
+        pytest.skip("the loops are not built: make native")
+    done = forked.run(
         [sys.executable, "-c", PEAK_MEMORY],
         cwd=REPOSITORY,
         text=True,
@@ -224,7 +227,7 @@ def test_less_is_held_where_activations_are_computed_again(native: str) -> None:
     again, kept, before, less, more = json.loads(done.stdout.splitlines()[-1])
     print(f"peak above {before:.0f} MiB: {less - before:.0f} MiB, kept {more - before:.0f}")
     assert again == kept
-    assert more - less > 200
+    assert more - less > 100
 
 
 def test_gradients_equal_finite_differences() -> None:

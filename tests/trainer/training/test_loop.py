@@ -63,7 +63,9 @@ def train(
     **changes: Any,
 ) -> SimpleNamespace:
     """Trains a small model; returns its variables' values and the lines of the log."""
-    keras.utils.clear_session(free_memory=False)  # names of the optimizer's variables as in a new process
+    keras.utils.clear_session(
+        free_memory=False
+    )  # names of the optimizer's variables as in a new process
     with distributor.scope():
         variables = {
             "w": keras.Variable(np.ones((5, 2), np.float32)),
