@@ -142,7 +142,7 @@ def test_ten_gigabytes_are_refused_within_little_memory(tmp_path: Path) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x")
-    with pytest.raises(DamagedError, match="no regular file"):
+    with pytest.raises(DamagedError, match="not a regular file"):
         safe_files.read_sealed(tmp_path / "x")
 
 

@@ -17,11 +17,10 @@ from warmstate.command import COMMANDS
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def warmstate(*words: str, python: tuple[str, ...] = ("-m", "warmstate")) -> tuple[int, str, str]:
+def warmstate(*words: str) -> tuple[int, str, str]:
     """Runs the console script as a process; returns the exit code, stdout and stderr."""
-    done = forked.run(
-        [sys.executable, *python, *words], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "warmstate", *words]
+    done = forked.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -88,7 +87,8 @@ def test_help_and_completion_leave_tensorflow_out() -> None:
     )
     # runpy leaves by SystemExit, so what is imported is looked at as the process ends.
     watched = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {program}"
-    done = subprocess.run([sys.executable, "-c", watched], capture_output=True, text=True)
+    command = [sys.executable, "-c", watched]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     code, printed = done.returncode, done.stdout
     modules = printed.splitlines()[-1].split()
     assert code == 0 and "warmstate.flag_tables" in modules and "complete -o" in printed
