@@ -156,16 +156,9 @@ def make_task(vocab_size: int):
     model.build()
 
     def loss_sum(rows: dict, step: tf.Tensor, shard: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return model.loss_sum(
-            rows["tokens"],
-            rows["lengths"],
-            rows["weights"],
-            training=True,
-            noise=Noise(
-                num_sampled=SAMPLED,
-                softmax_seed=seeds.fold(0, seeds.SOFTMAX_CANDIDATES, step),
-            ),
-        )
+        seed = seeds.fold(0, seeds.SOFTMAX_CANDIDATES, step)
+        noise = Noise(num_sampled=SAMPLED, softmax_seed=seed)
+        return model.loss_sum(rows, training=True, noise=noise)
 
     stage = StageConfig(learning_rate=1e-3)
     return Task("pretrain", Path(), stage, trained_variables(model), loss_sum, evaluate=dict)

@@ -18,9 +18,9 @@ def tfidf_shares(tokens: tf.Tensor, mask: tf.Tensor, idf: tf.Tensor) -> tf.Tenso
     The shares of all occurrences of a word add up to its entry. They are 0 at padding.
 
     Args:
-      tokens: int32 [batch, time].
-      mask: bool [batch, time], False at padding.
-      idf: [vocab_size], 0 for words to leave out; its type is that of the result.
+        tokens: int32 [batch, time].
+        mask: bool [batch, time], False at padding.
+        idf: [vocab_size], 0 for words to leave out; its type is that of the result.
     """
     nowhere = tf.fill(tf.shape(tokens), tf.int32.max)
     words = tf.where(mask, tokens, nowhere)
@@ -41,11 +41,11 @@ def reconstruction_error(
     1 is that of a reconstruction of zeros.
 
     Args:
-      codes: [batch, dim].
-      embeddings: [vocab_size, dim].
-      bias: [vocab_size].
-      words: int32 [batch, time].
-      shares: [batch, time], from `tfidf_shares`.
+        codes: [batch, dim].
+        embeddings: [vocab_size, dim].
+        bias: [vocab_size].
+        words: int32 [batch, time].
+        shares: [batch, time], from `tfidf_shares`.
     """
     gram = tf.matmul(embeddings, embeddings, transpose_a=True)  # [dim, dim]
     of_bias = tf.linalg.matvec(embeddings, bias, transpose_a=True)  # [dim]

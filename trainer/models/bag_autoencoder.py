@@ -15,15 +15,15 @@ import tensorflow as tf
 from trainer.losses.bag_of_words import reconstruction_error, tfidf_shares
 from trainer.models.encoder import Encoder, token_mask
 from trainer.models.language_model import LanguageModel
-from trainer.models.text_model import EXACT, Noise
+from trainer.models.text_model import EXACT, Noise, Rows
 
 
 class BagAutoencoder(LanguageModel):
     """A language model whose mean output also reconstructs the bag of words that it read.
 
     Attributes:
-      bag_weight: of the reconstruction's squared error beside the next words' nats.
-      idf: [vocab_size], the inverse document frequencies of the words; set by `set_idf`.
+        bag_weight: Of the reconstruction's squared error beside the next words' nats.
+        idf: [vocab_size], the inverse document frequencies of the words; set by `set_idf`.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class BagAutoencoder(LanguageModel):
         """Sets `idf`, and the bias to about the mean TF-IDF vector.
 
         Args:
-          document_counts: how many documents have each word, [vocab_size]; 0 leaves a word out.
-          documents: how many there are.
+            document_counts: How many documents have each word, [vocab_size]; 0 leaves a word out.
+            documents: How many there are.
         """
         has = document_counts / documents
         idf = np.where(has > 0, np.log((1 + documents) / (1 + document_counts)), 0)
@@ -62,35 +62,26 @@ class BagAutoencoder(LanguageModel):
         length = np.sqrt(np.sum(has * idf**2))
         self.bag_bias.assign(has * idf / max(length, 1e-6))
 
-    def loss_sum(
-        self,
-        tokens: tf.Tensor,
-        lengths: tf.Tensor,
-        weights: tf.Tensor,
-        training: bool,
-        noise: Noise = EXACT,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    def loss_sum(self, rows: Rows, training: bool, noise: Noise = EXACT) -> tuple[tf.Tensor, ...]:
         """Returns the summed loss of both predictions, and the number of tokens.
 
         A document's squared error counts once for each of its tokens. See `TextModel.loss_sum`.
         """
-        start = self.encoder.start(tf.shape(tokens)[0])
-        outputs, _ = self.read(start, tokens, lengths, training, noise)
-        nats, count = self.next_word_loss(start, outputs, tokens, lengths, weights, noise)
-        errors = self.bag_errors(outputs, tokens, lengths)
-        each = tf.cast(lengths, errors.dtype) * tf.cast(weights > 0, errors.dtype)
+        start = self.encoder.start(tf.shape(rows["tokens"])[0])
+        outputs, _ = self.read(start, rows, training, noise)
+        nats, count = self.next_word_loss(start, outputs, rows, noise)
+        errors = self.bag_errors(outputs, rows["tokens"], rows["lengths"])
+        each = tf.cast(rows["lengths"], errors.dtype) * tf.cast(rows["weights"] > 0, errors.dtype)
         return nats + self.bag_weight * tf.reduce_sum(errors * each), count
 
-    def measured(
-        self, tokens: tf.Tensor, lengths: tf.Tensor, weights: tf.Tensor
-    ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
+    def measured(self, rows: Rows) -> dict[str, tuple[tf.Tensor, ...]]:
         """Returns the next words' loss and the bags' squared error; see `TextModel.measured`."""
-        start = self.encoder.start(tf.shape(tokens)[0])
-        outputs, _ = self.read(start, tokens, lengths, training=False, noise=EXACT)
-        errors = self.bag_errors(outputs, tokens, lengths)
-        real = tf.cast(weights > 0, errors.dtype)
+        start = self.encoder.start(tf.shape(rows["tokens"])[0])
+        outputs, _ = self.read(start, rows, training=False, noise=EXACT)
+        errors = self.bag_errors(outputs, rows["tokens"], rows["lengths"])
+        real = tf.cast(rows["weights"] > 0, errors.dtype)
         return {
-            "nats_per_token": self.next_word_loss(start, outputs, tokens, lengths, weights, EXACT),
+            "nats_per_token": self.next_word_loss(start, outputs, rows, EXACT),
             "bag_error": (tf.reduce_sum(errors * real), tf.reduce_sum(real)),
         }
 
@@ -98,9 +89,9 @@ class BagAutoencoder(LanguageModel):
         """Returns the squared error of each row's reconstruction: [batch].
 
         Args:
-          outputs: [batch, time, units].
-          tokens: int32 [batch, time].
-          lengths: int32 [batch].
+            outputs: [batch, time, units].
+            tokens: int32 [batch, time].
+            lengths: int32 [batch].
         """
         mask = token_mask(tokens, lengths)
         counted = tf.cast(mask, outputs.dtype)

@@ -74,29 +74,16 @@ class Classifier(keras.layers.Layer):
             self.backward.build()
         self.built = True
 
-    def logits(
-        self,
-        tokens: tf.Tensor,
-        lengths: tf.Tensor,
-        training: bool,
-        dropout_rate: float = 0.0,
-        embedding_seed: tf.Tensor | None = None,
-        output_seed: tf.Tensor | None = None,
-    ) -> tf.Tensor:
-        """Returns float32 [batch, 1] for two classes, else [batch, num_classes].
+    def logits(self, tokens: tf.Tensor, lengths: tf.Tensor, training: bool) -> tf.Tensor:
+        """Returns float32 [batch, 1] for two classes, else [batch, num_classes]; no dropout.
 
         Args:
             tokens: int32 [batch, time], right-padded.
             lengths: int32 [batch].
-            training: Whether a gradient will be taken; if not, there is no dropout.
-            dropout_rate: For embeddings, outputs between layers, and inputs of the head.
-            embedding_seed, output_seed: int32 [2], needed if dropout_rate is not 0.
+            training: Whether a gradient will be taken.
         """
-        start = self.start(tokens, lengths)
-        if not training:
-            return self.read(self.words(tokens, lengths), lengths, start, training=False)
-        embedded = self.embed(tokens, lengths, dropout_rate, embedding_seed)
-        return self.read(embedded, lengths, start, training, dropout_rate, output_seed)
+        read = (self.embed if training else self.words)(tokens, lengths)
+        return self.read(read, lengths, self.start(tokens, lengths), training)
 
     @property
     def directions(self) -> list["Classifier"]:
@@ -112,7 +99,10 @@ class Classifier(keras.layers.Layer):
     ) -> list[tf.Tensor]:
         """Returns each direction's embeddings, [batch, time, embedding_dim]: this, then `backward`.
 
-        Arguments as for `logits`.
+        Args:
+            tokens, lengths: As for `logits`.
+            dropout_rate: For the embeddings.
+            embedding_seed: int32 [2], needed if dropout_rate is not 0.
         """
         embedded = [dropout(self.encoder.embed(tokens), dropout_rate, embedding_seed)]
         if self.backward is None:
@@ -155,7 +145,9 @@ class Classifier(keras.layers.Layer):
         Args:
             embedded: From `embed` or, without training, from `words`.
             start: From `start`.
-            lengths, training, dropout_rate, output_seed: As for `logits`.
+            lengths, training: As for `logits`.
+            dropout_rate: For outputs between layers and inputs of the head.
+            output_seed: int32 [2], needed if dropout_rate is not 0.
             every_step: Whether to predict after every word, with `pooling` "last". The logits are
                 then [batch, time, ...]; those of step `lengths` - 1 equal the usual ones.
         """

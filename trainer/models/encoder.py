@@ -252,15 +252,8 @@ class Encoder(keras.layers.Layer):
         return self.read(self.words(tokens), mask, states, training=False)
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "vocab_size": self.vocab_size,
-            "embedding_dim": self.embedding_dim,
-            "units": self.units,
-            "seed": self.seed,
-            "memory_steps": self.memory_steps,
-            "embedding_scale": self.embedding_scale,
-            "num_layers": self.num_layers,
-            "normalised": self.normalised,
-            "precision": self.precision,
-        }
+        names = [
+            *("vocab_size", "embedding_dim", "units", "seed", "memory_steps", "embedding_scale"),
+            *("num_layers", "normalised", "precision"),
+        ]
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}

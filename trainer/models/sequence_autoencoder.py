@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from data_pipelines.reserved_ids import END_ID, PADDING_ID
 from trainer.models.encoder import States, dropout, token_mask
-from trainer.models.text_model import EXACT, Noise, TextModel, all_but_last, drop_words
+from trainer.models.text_model import EXACT, Noise, Rows, TextModel, all_but_last, drop_words
 
 
 class SequenceAutoencoder(TextModel):
@@ -44,22 +44,16 @@ class SequenceAutoencoder(TextModel):
         last_h, _ = states[-1]
         return tf.concat([last_h[:, None], outputs], axis=1)
 
-    def loss_sum(
-        self,
-        tokens: tf.Tensor,
-        lengths: tf.Tensor,
-        weights: tf.Tensor,
-        training: bool,
-        noise: Noise = EXACT,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    def loss_sum(self, rows: Rows, training: bool, noise: Noise = EXACT) -> tuple[tf.Tensor, ...]:
         """Returns the summed cross-entropy of the written tokens; see `TextModel.loss_sum`."""
-        mask = token_mask(tokens, lengths)
+        tokens, mask = rows["tokens"], token_mask(rows["tokens"], rows["lengths"])
         embedded = dropout(self.encoder.embed(tokens), noise.dropout_rate, noise.embedding_seed)
         written = drop_words(embedded, noise.word_dropout_rate, noise.word_seed)
         outputs = self.predicting_outputs(
             embedded, written, mask, training, noise.dropout_rate, noise.output_seed
         )
-        return self.prediction_loss(outputs, tokens, mask & (weights[:, None] > 0), noise)
+        counted = mask & (rows["weights"][:, None] > 0)
+        return self.prediction_loss(outputs, tokens, counted, noise)
 
     def reconstruct(
         self, tokens: tf.Tensor, lengths: tf.Tensor, max_tokens: int

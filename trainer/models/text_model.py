@@ -1,5 +1,6 @@
 """The base of all pretraining models: an encoder and a softmax over the vocabulary."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -33,6 +34,9 @@ class Noise(NamedTuple):
 
 
 EXACT = Noise()  # no noise
+# A batch: tokens int32 [batch, time], right-padded; lengths int32 [batch]; and weights float32
+# [batch], 0 for rows to ignore.
+Rows = Mapping[str, tf.Tensor]
 
 
 class TextModel(keras.layers.Layer):
@@ -70,33 +74,18 @@ class TextModel(keras.layers.Layer):
         )
         self.built = True
 
-    def loss_sum(
-        self,
-        tokens: tf.Tensor,
-        lengths: tf.Tensor,
-        weights: tf.Tensor,
-        training: bool,
-        noise: Noise = EXACT,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    def loss_sum(self, rows: Rows, training: bool, noise: Noise = EXACT) -> tuple[tf.Tensor, ...]:
         """Returns the summed cross-entropy of the predicted tokens, in nats, and their number.
 
         Args:
-            tokens: int32 [batch, time], right-padded.
-            lengths: int32 [batch].
-            weights: float32 [batch], 0 for rows to ignore.
+            rows: See `Rows`.
             training: Whether a gradient will be taken.
         """
         raise NotImplementedError
 
-    def measured(
-        self, tokens: tf.Tensor, lengths: tf.Tensor, weights: tf.Tensor
-    ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
-        """Returns what validation measures, by name: a sum over the rows, and what divides it.
-
-        Args:
-          tokens, lengths, weights: as for `loss_sum`.
-        """
-        return {"nats_per_token": self.loss_sum(tokens, lengths, weights, training=False)}
+    def measured(self, rows: Rows) -> dict[str, tuple[tf.Tensor, ...]]:
+        """Returns the measures of validation by name: a sum over the rows, and its divisor."""
+        return {"nats_per_token": self.loss_sum(rows, training=False)}
 
     def prediction_loss(
         self, outputs: tf.Tensor, tokens: tf.Tensor, counted: tf.Tensor, noise: Noise

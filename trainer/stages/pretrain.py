@@ -242,13 +242,9 @@ def loss_sum(model: TextModel, config: Config) -> LossSum:
             num_sampled=config.sampled_softmax,
             softmax_seed=seeds.fold(config.seed, seeds.SOFTMAX_CANDIDATES, step),
         )
-        text = (rows["tokens"], rows["lengths"], rows["weights"])
         seed = seeds.fold(config.seed, seeds.RECURRENT_WEIGHT_DROPOUT, step)
         with dropped_weights([model.encoder], config.recurrent_weight_dropout, seed):
-            if "carried" in rows:
-                state = (rows["carried"], rows["carries"])
-                return model.loss_sum_carried(*text, *state, training=True, noise=noise)
-            return model.loss_sum(*text, training=True, noise=noise)
+            return model.loss_sum(rows, training=True, noise=noise)
 
     return of_rows
 
@@ -263,7 +259,7 @@ def evaluation(
     names: list[str] = []  # known once `sums` was traced
 
     def sums(rows: dict[str, tf.Tensor]) -> list[tf.Tensor]:
-        measured = model.measured(rows["tokens"], rows["lengths"], rows["weights"])
+        measured = model.measured(rows)
         names[:] = measured
         return [part for pair in measured.values() for part in pair]
 

@@ -25,12 +25,12 @@ TOKENS[np.arange(8) >= LENGTHS[:, None]] = 0
 
 
 def test_the_loss_is_the_language_models_and_the_bags_error_a_token(model: BagAutoencoder) -> None:
-    weights = np.array([1, 1, 0], np.float32)
+    rows = {"tokens": TOKENS, "lengths": LENGTHS, "weights": np.array([1, 1, 0], np.float32)}
     language_model = LanguageModel(model.encoder, tied=True)
     language_model.build()
     language_model.softmax_kernel.assign(model.softmax_kernel)
     language_model.softmax_bias.assign(model.softmax_bias)
-    nats, count = language_model.loss_sum(TOKENS, LENGTHS, weights, training=True)
+    nats, count = language_model.loss_sum(rows, training=True)
     outputs, _ = model.encoder(TOKENS, LENGTHS)
     errors = []
     for row, length in enumerate(LENGTHS):
@@ -41,10 +41,10 @@ def test_the_loss_is_the_language_models_and_the_bags_error_a_token(model: BagAu
         vector[words] = 1 + np.log(counts)  # idf is 1
         vector /= np.linalg.norm(vector)
         errors.append(np.sum((rebuilt + model.bag_bias.numpy() - vector) ** 2))
-    total, tokens = model.loss_sum(TOKENS, LENGTHS, weights, training=True)
+    total, tokens = model.loss_sum(rows, training=True)
     assert tokens == count == 9
     assert float(total) == pytest.approx(float(nats) + 3 * (8 * errors[0] + errors[1]), rel=1e-5)
-    measured = model.measured(TOKENS, LENGTHS, weights)
+    measured = model.measured(rows)
     assert float(measured["nats_per_token"][0]) == pytest.approx(float(nats), rel=1e-5)
     assert float(measured["bag_error"][0]) == pytest.approx(errors[0] + errors[1], rel=1e-5)
     assert measured["bag_error"][1] == 2
@@ -64,7 +64,8 @@ def test_the_bias_starts_as_the_mean_vector_and_words_of_no_document_have_no_wei
 
 def test_every_weight_and_the_initial_state_get_a_gradient(model: BagAutoencoder) -> None:
     with tf.GradientTape() as tape:
-        total, _ = model.loss_sum(TOKENS, LENGTHS, np.ones(3, np.float32), training=True)
+        rows = {"tokens": TOKENS, "lengths": LENGTHS, "weights": np.ones(3, np.float32)}
+        total, _ = model.loss_sum(rows, training=True)
     variables = [variable.value for variable in model.trainable_variables]
     for variable, gradient in zip(variables, tape.gradient(total, variables), strict=True):
         assert np.abs(tf.convert_to_tensor(gradient)).max() > 0, variable.name

@@ -87,8 +87,9 @@ def test_two_directions_average_their_logits(with_reader: bool) -> None:
     expected += backward.logits(reverse, LENGTHS, training=False)
     found = both.logits(TOKENS, LENGTHS, training=False)
     np.testing.assert_allclose(found, expected / 2, rtol=1e-5)
-    seeds = {"embedding_seed": tf.constant([1, 2]), "output_seed": tf.constant([3, 4])}
-    dropped = both.logits(TOKENS, LENGTHS, training=True, dropout_rate=0.5, **seeds)
+    embedded = both.embed(TOKENS, LENGTHS, 0.5, tf.constant([1, 2]))
+    start = both.start(TOKENS, LENGTHS)
+    dropped = both.read(embedded, LENGTHS, start, True, 0.5, tf.constant([3, 4]))
     assert np.abs(dropped - found).max() > 1e-3
 
 

@@ -85,7 +85,9 @@ def text_model(cls: type[TextModel], tied: bool = False, **options: Any) -> Subj
     def of_rows(model: TextModel, tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
         # The loss of one row, the others weighing nothing.
         losses = tf.map_fn(
-            lambda weights: model.loss_sum(tokens, lengths, weights, training=True)[0],
+            lambda weights: model.loss_sum(
+                {"tokens": tokens, "lengths": lengths, "weights": weights}, training=True
+            )[0],
             tf.eye(tf.shape(tokens)[0]),
             fn_output_signature=model.softmax_bias.dtype,
         )
@@ -93,7 +95,8 @@ def text_model(cls: type[TextModel], tied: bool = False, **options: Any) -> Subj
 
     def total(model: TextModel, tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
         weights = tf.ones(tf.shape(tokens)[:1])
-        return model.loss_sum(tokens, lengths, weights, training=True)[0]
+        rows = {"tokens": tokens, "lengths": lengths, "weights": weights}
+        return model.loss_sum(rows, training=True)[0]
 
     def make(dtype: str) -> TextModel:
         return cls(make_encoder(dtype, **options), tied=tied)

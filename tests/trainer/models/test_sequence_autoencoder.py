@@ -27,9 +27,13 @@ def documents(lengths: list[int], time: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens.astype(np.int32), np.array(lengths, np.int32)
 
 
+def rows_of(*parts) -> dict[str, tf.Tensor]:
+    return dict(zip(("tokens", "lengths", "weights"), map(tf.constant, parts), strict=True))
+
+
 def loss(model: SequenceAutoencoder, tokens, lengths, weights=None) -> tuple[float, float]:
     weights = np.ones(len(tokens), np.float32) if weights is None else weights
-    total, count = model.loss_sum(*map(tf.constant, (tokens, lengths, weights)), training=True)
+    total, count = model.loss_sum(rows_of(tokens, lengths, weights), training=True)
     return float(total), float(count)
 
 
@@ -80,7 +84,7 @@ def test_a_document_is_read_before_it_is_written(model: SequenceAutoencoder) -> 
 def test_every_weight_and_the_initial_state_get_a_gradient(model: SequenceAutoencoder) -> None:
     tokens, lengths = documents([5, 3], time=5)
     with tf.GradientTape() as tape:
-        total, _ = model.loss_sum(tokens, lengths, np.ones(2, np.float32), training=True)
+        total, _ = model.loss_sum(rows_of(tokens, lengths, np.ones(2, np.float32)), training=True)
     gradients = tape.gradient(total, [v.value for v in model.trainable_variables])
     assert len(gradients) == 8
     for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
@@ -116,7 +120,8 @@ def test_dropout_is_a_function_of_its_seed(model: SequenceAutoencoder) -> None:
         seed = tf.constant([number, 1])
         weights = np.ones(2, np.float32)
         noise = Noise(dropout_rate=0.5, embedding_seed=seed, output_seed=seed + 7)
-        return float(model.loss_sum(tokens, lengths, weights, training=True, noise=noise)[0])
+        rows = rows_of(tokens, lengths, weights)
+        return float(model.loss_sum(rows, training=True, noise=noise)[0])
 
     assert with_seed(1) == with_seed(1) != with_seed(2)
 
@@ -127,7 +132,8 @@ def test_word_dropout_hides_words_from_the_decoder_alone(model: SequenceAutoenco
 
     def with_rate(rate: float) -> float:
         noise = Noise(word_dropout_rate=rate, word_seed=tf.constant([1, 2]))
-        return float(model.loss_sum(tokens, lengths, weights, training=True, noise=noise)[0])
+        rows = rows_of(tokens, lengths, weights)
+        return float(model.loss_sum(rows, training=True, noise=noise)[0])
 
     assert with_rate(0.0) == loss(model, tokens, lengths)[0]
     assert with_rate(0.5) != with_rate(0.0) != with_rate(1.0)
@@ -157,10 +163,10 @@ def test_words_that_are_left_out_do_not_count() -> None:
     model.build()
     tokens, lengths = tf.fill([3, 8], 4), tf.constant([8, 5, 1])
     arguments = {"tokens": tokens, "lengths": lengths, "weights": tf.ones([3])}
-    whole, all_tokens = model.loss_sum(**arguments, training=True)
+    whole, all_tokens = model.loss_sum(arguments, training=True)
     seed = tf.constant([1, 2])
     loss, counted = model.loss_sum(
-        **arguments, training=True, noise=Noise(subsampling=1e-2, subsampling_seed=seed)
+        arguments, training=True, noise=Noise(subsampling=1e-2, subsampling_seed=seed)
     )
     kept = kept_words(tokens, 50, 1e-2, seed).numpy() & (np.arange(8) < lengths.numpy()[:, None])
     assert counted == kept.sum() and all_tokens == 14 and loss < whole
