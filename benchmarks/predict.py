@@ -30,7 +30,7 @@ from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
 from data_pipelines.store.token_store import TokenStore
 from trainer.models import bundle
-from trainer.variables import values_of
+from trainer.distribution.variables import values_of
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
 store, folder = TokenStore(Path(sys.argv[1])), Path(sys.argv[2])

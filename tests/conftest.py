@@ -131,10 +131,10 @@ def encoder_bundle(small_store: Path, tmp_path_factory: pytest.TempPathFactory) 
     import numpy as np
 
     from data_pipelines.store.token_store import TokenStore
+    from trainer.distribution.variables import values_of
     from trainer.models import bundle
     from trainer.models.encoder import Encoder
     from trainer.states import LearnedState
-    from trainer.variables import values_of
 
     store = TokenStore(small_store)
     encoder = Encoder(store.vocab_size, 4, 5, seed=3, num_layers=2, embedding_scale=1.0)

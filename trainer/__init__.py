@@ -10,5 +10,5 @@ docs/how-it-works.md has a sentence for each):
     4  models
     3  losses, reporting
     2  distribution
-    1  config, native, run_lock, safe_files, variables
+    1  config, native, safe_files
 """

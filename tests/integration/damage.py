@@ -58,10 +58,10 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 def make_bundle(folder: Path, name: str) -> None:
     """Writes a small bundle."""
+    from trainer.distribution.variables import values_of
     from trainer.models import bundle
     from trainer.models.classifier import Classifier
     from trainer.models.encoder import Encoder
-    from trainer.variables import values_of
 
     vocab = folder / "words.txt"
     vocab.write_text("[PAD]\n[UNK]\n[END]\nthe\n")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.store.token_store import TokenStore
+from trainer.distribution.variables import values_of
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
-from trainer.variables import values_of
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from trainer.distribution.distributor import Distributor
-from trainer.variables import digest
+from trainer.distribution.variables import digest
 
 
 class DivergenceError(RuntimeError):

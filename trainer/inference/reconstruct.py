@@ -8,10 +8,10 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID
+from trainer.distribution.variables import assign
 from trainer.inference.text_classifier import bundle_tokenizer
 from trainer.models import bundle
 from trainer.models.sequence_autoencoder import SequenceAutoencoder
-from trainer.variables import assign
 
 BATCH_SIZE = 64
 

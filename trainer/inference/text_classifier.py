@@ -9,9 +9,9 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
+from trainer.distribution.variables import assign
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
-from trainer.variables import assign
 
 
 class Prediction(NamedTuple):

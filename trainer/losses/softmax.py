@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer.variables import lookup
+from trainer.distribution.variables import lookup
 
 # Logits in memory at a time: 64 MiB of float32.
 CHUNK_LOGITS = 1 << 24

@@ -20,6 +20,7 @@ import keras
 import numpy as np
 
 from data_pipelines.errors import InputError
+from trainer.distribution.variables import assign, digest
 from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.classifier import POOLED_VECTORS, Classifier
 from trainer.models.encoder import Encoder, LearnedState
@@ -35,7 +36,6 @@ from trainer.safe_files import (
     tensor_parts,
     write_folder,
 )
-from trainer.variables import assign, digest
 
 FORMAT_VERSION = 4
 STATES = ("learned", "mean")

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer.distribution.variables import lookup
 from trainer.models.lstm import WarmLSTM, Words
-from trainer.variables import lookup
 
 # For each layer of a stack, from the lowest: [h, c], each [batch, units].
 States = list[list[tf.Tensor]]

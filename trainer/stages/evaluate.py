@@ -7,11 +7,11 @@ from typing import Any
 import tensorflow as tf
 
 from trainer.distribution.steps import sum_over_batches
+from trainer.distribution.variables import assign
 from trainer.models import bundle
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.stages.predictions import predict, save
 from trainer.training.run import Run
-from trainer.variables import assign
 
 BATCH_SIZE = 64
 

@@ -13,6 +13,7 @@ from data_pipelines.store.split_view import SplitView
 from trainer import states
 from trainer.config import Config
 from trainer.distribution.divergence import check_equal
+from trainer.distribution.variables import assign, digest, values_of
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.text_model import TextModel
@@ -25,7 +26,6 @@ from trainer.training import loop
 from trainer.training.optimizer import Rate
 from trainer.training.run import Run, StoreBatches
 from trainer.training.task import Task
-from trainer.variables import assign, digest, values_of
 
 # Added to the run's seed for the second direction; initializers add less than this.
 BACKWARD_SEED = 500

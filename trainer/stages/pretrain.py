@@ -18,6 +18,7 @@ from data_pipelines.store.token_store import TokenStore
 from trainer import states
 from trainer.config import Config
 from trainer.distribution.steps import sum_over_batches
+from trainer.distribution.variables import digest, values_of
 from trainer.models import bundle
 from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.encoder import Encoder, LearnedState, dropped_weights
@@ -28,7 +29,6 @@ from trainer.stages.init_embeddings import init_embeddings
 from trainer.training import loop, seeds
 from trainer.training.run import Run, StoreBatches
 from trainer.training.task import LossSum, Task
-from trainer.variables import digest, values_of
 
 OBJECTIVES = {
     "sequence_autoencoder": SequenceAutoencoder,

@@ -16,8 +16,9 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from data_pipelines.store.token_store import TokenStore
-from trainer import native, preflight, run_lock
+from trainer import native, preflight
 from trainer.config import Config
+from trainer.distribution import run_lock
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.make import make_distributor
 from trainer.distribution.preemption import StopRequest

@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer.distribution.distributor import Distributor
+from trainer.distribution.variables import assign, digest
 from trainer.safe_files import (
     Buffer,
     DamagedError,
@@ -36,7 +37,6 @@ from trainer.safe_files import (
     tensor_parts,
     write_folder,
 )
-from trainer.variables import assign, digest
 
 FORMAT = "warmstate-checkpoint"
 FORMAT_VERSION = 1

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from trainer.distribution.distributor import Distributor
-from trainer.variables import assign, values_of
+from trainer.distribution.variables import assign, values_of
 
 
 class MovingAverage:

@@ -28,8 +28,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distribution.distributor import Distributor, update_each_copy
+from trainer.distribution.variables import looked_up_by
 from trainer.training.gradients import Gradient
-from trainer.variables import looked_up_by
 
 SETTLED_ROWS = 4096
 

@@ -9,10 +9,10 @@ import tensorflow as tf
 
 from trainer.config import StageConfig
 from trainer.distribution.distributor import Distributor
+from trainer.distribution.variables import looked_up_by
 from trainer.training.gradients import Gradient
 from trainer.training.lazy_rows import Rule, Table, rule_of
 from trainer.training.schedules import LearningRate
-from trainer.variables import looked_up_by
 
 KINDS = {
     "adam": (keras.optimizers.Adam, {}),

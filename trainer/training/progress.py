@@ -11,6 +11,7 @@ from data_pipelines.errors import InputError
 from trainer.config import Config, step_range
 from trainer.distribution.divergence import check_equal
 from trainer.distribution.preemption import Preempted
+from trainer.distribution.variables import assign, values_of
 from trainer.reporting.live import LiveStatus
 from trainer.reporting.metrics_file import Metrics, describe, format_seconds
 from trainer.training.checkpoint import Checkpointer
@@ -19,7 +20,6 @@ from trainer.training.health import NonFiniteError, describe_nonfinite
 from trainer.training.run import Run
 from trainer.training.task import Batches, Result, Task
 from trainer.training.train_step import Outcome
-from trainer.variables import assign, values_of
 
 HEARTBEAT_SECONDS = 60.0  # longest time without a line in metrics.jsonl and the log, during steps
 

@@ -8,10 +8,10 @@ from benchmarks.kept_runs import halve
 from data_pipelines.errors import InputError
 from data_pipelines.store.seal import SEAL
 from trainer import safe_files, states
+from trainer.distribution.variables import assign, digest, values_of
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
-from trainer.variables import assign, digest, values_of
 
 INFO = {
     "model": {"vocab_size": 4, "embedding_dim": 2, "units": 3, "num_layers": 2},

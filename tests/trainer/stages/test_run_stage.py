@@ -9,8 +9,8 @@ import pytest
 from data_pipelines.errors import InputError
 from data_pipelines.store.token_store import TokenStore
 from tests.trainer.reporting.test_trackers import Notes
-from trainer import run_lock
 from trainer.config import Config
+from trainer.distribution import run_lock
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.tf_distribute import one_device
 from trainer.stages import run_stage

@@ -12,12 +12,12 @@ import tensorflow as tf
 from tests import loop_settings
 from trainer.distribution.preemption import Preempted
 from trainer.distribution.tf_distribute import one_device
+from trainer.distribution.variables import lookup
 from trainer.training import checkpoint, loop
 from trainer.training.lazy_rows import rule_of
 from trainer.training.optimizer import Optimizer, Rate
 from trainer.training.schedules import LearningRate
 from trainer.training.task import Task
-from trainer.variables import lookup
 
 STEPS = 60
 ROWS, WIDTH = 40, 3

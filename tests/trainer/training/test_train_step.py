@@ -11,11 +11,11 @@ import tensorflow as tf
 
 from tests import loop_settings
 from trainer.distribution.tf_distribute import one_device
+from trainer.distribution.variables import lookup
 from trainer.training.loss_scale import LossScale
 from trainer.training.optimizer import Optimizer
 from trainer.training.task import Task
 from trainer.training.train_step import TrainStep
-from trainer.variables import lookup
 
 ROWS, TIME = 3, 2
 TARGETS = np.arange(12.0).reshape(4, ROWS).astype(np.float32)

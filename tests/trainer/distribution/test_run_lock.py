@@ -13,12 +13,12 @@ import pytest
 
 from data_pipelines.errors import InputError
 from tests.conftest import REPOSITORY
-from trainer import run_lock
+from trainer.distribution import run_lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer import run_lock
+from trainer.distribution import run_lock
 with run_lock.held(Path(sys.argv[1]), print, {"WARMSTATE_JOB": sys.argv[2]}):
     print("HELD", flush=True)
     time.sleep(600)
