@@ -346,6 +346,11 @@ class Config(  # the last base has the first fields
         return bool(self.encoder) and self.needs_encoder
 
     @property
+    def trains_encoder(self) -> bool:
+        """Whether the run trains the encoder that its classifier starts from."""
+        return self.stage == "all"
+
+    @property
     def uses_softmax(self) -> bool:
         """Whether words are predicted: in pretraining, and in joint training."""
         return self.stage in ("all", "pretrain") or self.joint_weight > 0
