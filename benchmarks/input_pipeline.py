@@ -35,7 +35,8 @@ from data_pipelines.batches.batch_plan import BatchPlan
 from data_pipelines.batches.dataset import make_dataset
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
-from data_pipelines.tokenizers.word import WordTokenizer
+from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.models.classifier import Classifier, losses_and_errors
 from trainer.models.encoder import Encoder
 
@@ -66,7 +67,7 @@ def reviews(data_dir: str) -> tf.data.Dataset:
     )
 
 
-def check_same_tokens(view: SplitView, tokenizer: WordTokenizer, data_dir: str) -> None:
+def check_same_tokens(view: SplitView, tokenizer: Tokenizer, data_dir: str) -> None:
     """Raises AssertionError unless the store holds what the peers will read."""
     batches = reviews(data_dir).batch(256).map(lambda text, label: tokenizer.encode(text))
     lengths = np.sort(np.concatenate([ids.row_lengths().numpy() for ids in batches]))
@@ -92,7 +93,7 @@ def ours(view: SplitView) -> tf.data.Dataset:
     )
 
 
-def peers(tokenizer: WordTokenizer, data_dir: str) -> dict[str, tf.data.Dataset]:
+def peers(tokenizer: Tokenizer, data_dir: str) -> dict[str, tf.data.Dataset]:
     """Returns the pipelines to compare with; {"tokens", "lengths", "labels"}, over and over."""
 
     def of_text(text: tf.Tensor, label: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -221,7 +222,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "store", args.data_dir)
-        tokenizer = WordTokenizer.load(store.vocab_path, store.tokenizer_config)
+        tokenizer = load_tokenizer(store.vocab_path, store.tokenizer_config)
         view = store.split(*(name for name in ("train", "validation") if name in store.splits))
         check_same_tokens(view, tokenizer, args.data_dir)
         datasets = {OURS: ours(view), **peers(tokenizer, args.data_dir)}

@@ -99,10 +99,10 @@ def check(data_dir: str, folder: pathlib.Path, every: int = 50) -> int:
 
     from data_pipelines.sources import Example, open_source
     from data_pipelines.store.token_store import TokenStore
-    from data_pipelines.tokenizers.word import WordTokenizer
+    from data_pipelines.tokenizers import load_tokenizer
 
     store, source = TokenStore(folder), open_source(SOURCE, data_dir)
-    tokenizer = WordTokenizer.load(store.vocab_path, store.tokenizer_config)
+    tokenizer = load_tokenizer(store.vocab_path, store.tokenizer_config)
     view = store.split("test")
     examples = [e for part in source.parts("test") for e in source.examples("test", part)]
     some = np.arange(0, len(view), every)

@@ -17,7 +17,7 @@ from scipy.sparse.linalg import svds
 
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
-from data_pipelines.tokenizers.vocabulary import FIRST_ID, read_lines
+from data_pipelines.tokenizers.vocabulary import FIRST_ID, vocabulary_lines
 from trainer.stages.pretrain import pretraining_splits
 
 FLAGS = flags.FLAGS
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     left, values, _ = svds(matrix, k=FLAGS.dim, rng=np.random.default_rng(0))
     vectors = (left * np.sqrt(values))[FIRST_ID:]
     with open(FLAGS.out, "w", encoding="utf-8") as file:
-        for word, vector in zip(read_lines(store.vocab_path), vectors, strict=True):
+        for word, vector in zip(vocabulary_lines(store.vocab_path), vectors, strict=True):
             print(word, *(f"{number:.5g}" for number in vector), file=file)
     seconds = time.perf_counter() - began
     print(f"wrote {len(vectors):,} vectors of {FLAGS.dim} to {FLAGS.out}, {seconds:.0f} s")

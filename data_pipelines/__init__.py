@@ -3,8 +3,9 @@
 The rooms by floor. A room imports only from floors below its own (tests/test_architecture.py):
 
     5  prepare
-    4  batches, rows
-    3  store, sources, word_vectors
-    2  files, tokenizers
-    1  errors, flag_fields, quiet_tensorflow, reserved_ids
+    4  batches
+    3  store
+    2  sources, tokenizers, word_vectors
+    1  files, flag_fields, permutation, printable, quiet_tensorflow
+    0  errors, reserved_ids
 """

@@ -64,7 +64,7 @@ def _lines(path: str, dim: int) -> Iterator[tuple[int, bytes]]:
                 if len(line) > longest:
                     raise InputError(f"{path}, line {number} has more than {longest} bytes")
                 yield number, line.rstrip(b" \r\n")
-    except files.READ_ERRORS as error:
+    except OSError as error:
         raise files.read_error(path, error, f"after line {number}") from error
 
 

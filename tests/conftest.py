@@ -87,7 +87,7 @@ class SomeReviews:
 
     name = "movie_reviews"
     note = "a few of the movie_reviews"
-    num_classes = 2
+    class_names = ("0", "1")
     splits = ("train", "validation", "test")
 
     def __init__(self, documents_by_split: dict[str, int]):

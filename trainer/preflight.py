@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
-from data_pipelines.rows import kind_and_path
+from data_pipelines.sources.rows import kind_and_path
 from data_pipelines.store.token_store import TokenStore
 from trainer.config import FREE_ON_RESUME, USING_STAGES, Config, step_range
 from trainer.distribution.cluster import Cluster, distributor_faults

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from data_pipelines.batches.permutation import Permutation
 from data_pipelines.errors import InputError
+from data_pipelines.permutation import Permutation
 from data_pipelines.store.split_view import BLOCK_DOCUMENTS, block_sums, chunks
 
 EXAMPLES_KEY = 2

@@ -5,8 +5,8 @@ import tensorflow as tf
 
 from data_pipelines.batches.batch_plan import BatchPlan, PackedPlan, shard_rows
 from data_pipelines.reserved_ids import END_ID, PADDING_ID
+from data_pipelines.store.manifest import NO_LABEL
 from data_pipelines.store.split_view import SplitView
-from data_pipelines.store.token_store import NO_LABEL
 
 # Batches pad to a multiple of this, so that compiled kernels see few different shapes.
 TIME_MULTIPLE = 8

@@ -9,7 +9,8 @@ from absl import logging
 from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
 from data_pipelines.flag_fields import flag
-from data_pipelines.prepare.build import PrepareConfig, ensure_store
+from data_pipelines.prepare.build import ensure_store
+from data_pipelines.prepare.config import PrepareConfig
 from data_pipelines.prepare.runners import WorkerDiedError
 
 TITLE = """\

@@ -7,5 +7,5 @@ the fork, and no operation runs before it.
 from data_pipelines.quiet_tensorflow import import_quietly
 
 import_quietly()
-import data_pipelines.prepare.parts  # noqa: E402, F401
+import data_pipelines.prepare.drafts  # noqa: E402, F401
 import data_pipelines.tokenizers.word  # noqa: E402, F401

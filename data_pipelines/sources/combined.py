@@ -1,24 +1,24 @@
-"""Unlabelled text of one source, labelled documents of another (Dai & Le 2015, section 4.2)."""
+"""Combines unlabelled text of one source with labelled documents of another."""
 
 from collections.abc import Iterator
 
 from data_pipelines.errors import InputError
-from data_pipelines.sources import BadExample, Example, Source, class_names, open_source
+from data_pipelines.sources.registry import open_source
+from data_pipelines.sources.source import BadExample, Example, Source
 
 TRAINING = ("train", "unsupervised")
 LABELLED = ("train", "validation", "test")
 
 
 class Combined:
-    """The labelled source's splits, and the unlabelled one's training text; see `Source`.
+    """Pretraining text of one source, labelled splits of another; see `Source`.
 
-    Unlabelled ids and part names begin with "unlabelled/". Validation, also that of pretraining, is
-    the labelled source's; of the unlabelled source only the splits train and unsupervised are read,
-    of the labelled one only train, validation and test.
+    As in Dai & Le 2015, section 4.2. Unlabelled ids and part names begin with "unlabelled/". The
+    validation split, also that of pretraining, is the labelled source's.
 
     Args:
-        unlabelled: where `unsupervised` comes from; its labels are dropped.
-        labelled: where the other splits come from.
+        unlabelled: its splits train and unsupervised become `unsupervised`, without labels.
+        labelled: gives train, validation and test.
 
     Raises:
         InputError: the labelled source has no labels or no training split, or the unlabelled one
@@ -29,15 +29,14 @@ class Combined:
         self._texts = unlabelled
         self._labelled = labelled
         faults = []
-        if not labelled.num_classes or "train" not in labelled.splits:
+        if not labelled.class_names or "train" not in labelled.splits:
             faults.append(f"--labelled={labelled.name} has no labelled training documents")
         if not set(TRAINING) & set(unlabelled.splits):
             faults.append(f"--unlabelled={unlabelled.name} has no training text")
         if faults:
             raise InputError("\n".join(faults))
         self.name = f"{unlabelled.name} + {labelled.name}"
-        self.num_classes = labelled.num_classes
-        self.class_names = tuple(class_names(labelled))
+        self.class_names = labelled.class_names
         self.splits = (*(s for s in LABELLED if s in labelled.splits), "unsupervised")
         read = " and ".join(s for s in TRAINING if s in unlabelled.splits)
         self.note = (

@@ -4,20 +4,19 @@ import re
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from data_pipelines.sources import BadExample, Example
 from data_pipelines.sources.archive import Archive
-from data_pipelines.sources.hash_split import hash_split
 from data_pipelines.sources.lines import (
     PART_BYTES,
     Line,
     Range,
-    first_line,
     line_ranges,
     lines_of,
     parse_csv_line,
     read_lines,
     strip_ending,
 )
+from data_pipelines.sources.source import BadExample, Example
+from data_pipelines.sources.splits import hash_split
 from data_pipelines.sources.text import TOO_LONG, decode, text_fault
 
 TAR_PART = "archive"
@@ -27,7 +26,6 @@ CLASSES = (
     *("MeanOfTransportation", "Building", "NaturalPlace", "Village", "Animal", "Plant"),
     *("Album", "Film", "WrittenWork"),
 )
-NUM_CLASSES = len(CLASSES)
 PATTERNS = {"train": r"(?:^|/)train\.csv$", "test": r"(?:^|/)test\.csv$"}
 
 
@@ -44,8 +42,7 @@ class Dbpedia:
         InputError: the path or one of the files is missing.
     """
 
-    num_classes = NUM_CLASSES
-    class_names = CLASSES
+    class_names: tuple[str, ...] = CLASSES
     splits: tuple[str, ...] = ("train", "validation", "test")
 
     def __init__(self, path: str) -> None:
@@ -72,15 +69,14 @@ class Dbpedia:
         origin = "test" if split == "test" else "train"
         if part != TAR_PART:
             lines = self._ranges[origin][part]
-            yield from _documents(
-                read_lines(lines), split, lambda i: f"{lines.path}, line {first_line(lines) + i}"
-            )
+            yield from _documents(read_lines(lines), split, lines.where)
             return
 
-        def read(name: str, where: str, file: BinaryIO) -> Iterator[Example | BadExample]:
+        def parse(name: str, where: str, file: BinaryIO) -> Iterator[Example | BadExample]:
             return _documents(lines_of(file), split, lambda i: f"{where}, line {i + 1}")
 
-        yield from self._archive.read(PATTERNS[origin], read)
+        wanted = re.compile(PATTERNS[origin]).search
+        yield from self._archive.parse(wanted, parse, report_links=split != "validation")
 
 
 def _documents(
@@ -98,7 +94,7 @@ def _documents(
 
 
 def _document(line: Line) -> tuple[str, int, str]:
-    """Returns text, label and why the line cannot be used."""
+    """Returns text, label and why the line is unusable (or "")."""
     if line.data is None:
         return "", 0, TOO_LONG
     row, fault = parse_csv_line(decode(strip_ending(line.data)))
@@ -108,5 +104,5 @@ def _document(line: Line) -> tuple[str, int, str]:
         return "", 0, fault
     text = f"{row[1].strip()} {row[2].strip()}".strip()
     if not re.fullmatch(r"[1-9]|1[0-4]", row[0]):
-        return text, 0, f"class {row[0][:40]!r} is not in 1 .. {NUM_CLASSES}"
+        return text, 0, f"class {row[0][:40]!r} is not in 1 .. {len(CLASSES)}"
     return text, int(row[0]) - 1, text_fault(text)

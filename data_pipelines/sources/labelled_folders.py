@@ -1,13 +1,13 @@
-"""`aclimdb:` and `newsgroups20:`: a document a file, in folders named after split and label."""
+"""`aclimdb:` and `newsgroups20:`: each file is a document; folders name its split and label."""
 
 import re
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 from data_pipelines.errors import InputError
-from data_pipelines.sources import BadExample, Example
 from data_pipelines.sources.archive import Archive
-from data_pipelines.sources.hash_split import hash_split
+from data_pipelines.sources.source import BadExample, Example
+from data_pipelines.sources.splits import hash_split
 from data_pipelines.sources.text import MAX_DOCUMENT_BYTES, document_text
 
 PART_FILES = 1_000
@@ -21,9 +21,7 @@ class Layout(NamedTuple):
         pattern: of a document's name, with the groups `split` and `label`.
         labels: the labels' folders, in the order of the classes.
         unlabelled: the folder of unlabelled documents, or "".
-        encoding: of the documents.
-        percents: how the training documents are divided.
-        note: what to know about the data.
+        percents: how the official training documents are divided.
     """
 
     pattern: str
@@ -97,7 +95,6 @@ class LabelledFolders:
         self.name = f"{kind}:{path}"
         self._layout = LAYOUTS[kind]
         self.note = f"{self.name}: {self._layout.note}"
-        self.num_classes = len(self._layout.labels)
         self.class_names = self._layout.labels
         self.splits: tuple[str, ...] = ("train", "validation", "test")
         if self._layout.unlabelled:
@@ -128,7 +125,7 @@ class LabelledFolders:
         return "unsupervised" if match["label"] == self._layout.unlabelled else match["split"]
 
     def parts(self, split: str) -> list[str]:
-        """Returns groups of files of a folder; a tar archive is one part, read front to back."""
+        """Returns groups of a folder's files; a tar archive is one part."""
         if self._archive.is_tar:
             return [TAR_PART]
         total = len(self._names["train" if split == "validation" else split])
@@ -138,10 +135,9 @@ class LabelledFolders:
         """Yields a part's documents: a folder's by name, an archive's in its order."""
         origin = "train" if split == "validation" else split
 
-        def read(name: str, where: str, file: BinaryIO) -> Iterator[Example | BadExample]:
+        def parse(name: str, where: str, file: BinaryIO) -> Iterator[Example | BadExample]:
             match = re.search(self._layout.pattern, name)
-            if match is None or self._origin(match) != origin:
-                return
+            assert match is not None  # it is one of `_names`
             text, fault = document_text(file.read(MAX_DOCUMENT_BYTES + 1), self._layout.encoding)
             if origin == "train" and hash_split(text, self._layout.percents) != split:
                 return
@@ -152,11 +148,12 @@ class LabelledFolders:
                 yield Example(name[match.start() :].lstrip("/"), text, label)
 
         if part == TAR_PART:
-            yield from self._archive.read(self._layout.pattern, read)
+            wanted = set(self._names[origin]).__contains__
+            yield from self._archive.parse(wanted, parse, report_links=split != "validation")
         else:
             start = int(part.removeprefix("files "))
             names = self._names[origin][start : start + PART_FILES]
-            yield from self._archive.read_names(names, read)
+            yield from self._archive.parse_files(names, parse)
 
     def _class_of(self, label: str) -> tuple[int | None, str]:
         if label == self._layout.unlabelled:

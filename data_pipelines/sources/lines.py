@@ -15,22 +15,36 @@ class Range(NamedTuple):
     """The lines (or records) of a file that start in a range of its uncompressed bytes.
 
     Attributes:
-        stop: where the range ends, exclusive; None means the end of the file.
-        line: the number of the range's first line, from 1; None where it is not yet known.
+        stop: end of the range, exclusive; None means the end of the file.
+        line: number of the range's first line, from 1; None if unknown.
     """
 
     path: str
-    start: int
-    stop: int | None
-    line: int | None
+    start: int = 0
+    stop: int | None = None
+    line: int | None = 1
+
+    def where(self, line_index: int) -> str:
+        """Returns "PATH, line N" of a line; may read what lies before the range to count lines."""
+        return f"{self.path}, line {self._first_line() + line_index}"
+
+    def _first_line(self) -> int:
+        if self.line is not None:
+            return self.line
+        count, left = 2, self.start - 1
+        with files.open_binary(self.path) as file:
+            while left and (data := file.read(min(left, 1 << 20))):
+                count += data.count(b"\n")
+                left -= len(data)
+        return count
 
 
 class Line(NamedTuple):
-    """A line with its ending; `data` is None where it is longer than MAX_DOCUMENT_BYTES.
+    """A line with its ending; `data` is None if it is longer than MAX_DOCUMENT_BYTES.
 
     Attributes:
-        offset: where the line starts in the uncompressed file, in bytes.
-        end: where the next line starts.
+        offset: start of the line in the uncompressed file, in bytes.
+        end: start of the next line.
         line_index: 0 for the first line of the range.
     """
 
@@ -41,10 +55,10 @@ class Line(NamedTuple):
 
 
 def line_ranges(path: str, part_bytes: int = PART_BYTES) -> list[Range]:
-    """Returns ranges that give each line of a file once; a compressed file is one range."""
+    """Returns ranges that together give each line once; a compressed file is one range."""
     size = files.size_bytes(path)
     if files.is_compressed(path) or size <= part_bytes:
-        return [Range(path, 0, None, 1)]
+        return [Range(path)]
     starts = range(0, size, part_bytes)
     return [Range(path, a, min(a + part_bytes, size), None if a else 1) for a in starts]
 
@@ -55,20 +69,20 @@ def read_lines(part: Range) -> Iterator[Line]:
     Raises:
         InputError: the file cannot be read to the end of the range.
     """
-    reached = (part.start, 0)
+    end, index = part.start, 0
     try:
         with files.open_decompressed(part.path) as file:
             for line in lines_of(file, part.start, part.stop):
-                reached = (line.end, line.line_index + 1)
+                end, index = line.end, line.line_index + 1
                 yield line
-    except files.READ_ERRORS as error:
-        number = first_line(part) + reached[1]
-        progress = f"in line {number} (after {reached[0]:,} bytes of text)"
+    except OSError as error:
+        _, _, line_number = part.where(index).rpartition(", ")
+        progress = f"in {line_number} (after {end:,} bytes of text)"
         raise files.read_error(part.path, error, progress) from error
 
 
 def lines_of(file: BinaryIO, start: int = 0, stop: int | None = None) -> Iterator[Line]:
-    """Yields the lines that start in a range of a file; only a start above 0 needs seeking."""
+    """Yields the lines that start in a range of a file; seeks only if `start` is above 0."""
     offset, index = start, 0
     if start:
         # The line that holds the byte before the range belongs to an earlier range.
@@ -90,25 +104,13 @@ def lines_of(file: BinaryIO, start: int = 0, stop: int | None = None) -> Iterato
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Reads to the end of the line and returns how many bytes that were."""
+    """Reads to the end of the line and returns the number of bytes read."""
     skipped = 0
     while data := file.readline(1 << 20):
         skipped += len(data)
         if data.endswith(b"\n"):
             break
     return skipped
-
-
-def first_line(part: Range) -> int:
-    """Returns the number of a range's first line, from 1; reads what lies before if it must."""
-    if part.line is not None or part.start == 0:
-        return part.line or 1
-    count, left = 2, part.start - 1
-    with files.open_binary(part.path) as file:
-        while left and (data := file.read(min(left, 1 << 20))):
-            count += data.count(b"\n")
-            left -= len(data)
-    return count
 
 
 def strip_ending(data: bytes) -> bytes:
@@ -120,10 +122,10 @@ class CsvRecord(NamedTuple):
     """A record of a CSV file.
 
     Attributes:
-        offset: where it starts in the uncompressed file, in bytes.
+        offset: start of the record in the uncompressed file, in bytes.
         line_index: of its first line within the range.
-        row: its fields; bytes that are not UTF-8 are as `text.decode` leaves them.
-        fault: why there are no fields, or "".
+        row: its fields, as `text.decode` gives them.
+        fault: why the record has no fields, or "".
     """
 
     offset: int
@@ -135,7 +137,7 @@ class CsvRecord(NamedTuple):
 def read_csv(part: Range) -> Iterator[CsvRecord]:
     """Yields the records (RFC 4180) of a range that starts with a record.
 
-    After a record that is not CSV, reading goes on with the next line.
+    After a record that is not CSV, reading continues with the next line.
 
     Raises:
         InputError: the file cannot be read to the end of the range, or a quote is not closed.
@@ -153,14 +155,14 @@ def read_csv(part: Range) -> Iterator[CsvRecord]:
             row, fault = [], TOO_LONG
         except csv.Error as error:
             if lines.ended or "field limit" in str(error):
-                where = f"{part.path}, line {first_line(part) + index}"
+                where = part.where(index)
                 raise InputError(f"{where}: a quote in this record is never closed") from error
             row, fault = [], f"not CSV: {error}"
         yield CsvRecord(offset, index, row, fault)
 
 
 def parse_csv_line(text: str) -> tuple[list[str], str]:
-    """Returns the fields of a record that is one line, and why it has none."""
+    """Returns the fields of a record that is one line, and why it has none (or "")."""
     try:
         return next(_csv_reader(iter([text])), []), ""
     except csv.Error as error:
@@ -168,7 +170,7 @@ def parse_csv_line(text: str) -> tuple[list[str], str]:
 
 
 def _csv_reader(lines: Iterator[str]) -> Iterator[list[str]]:
-    # The module's limit is global and only ever raised; its default is less than a long document.
+    # The limit is global; its default is less than a long document.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_DOCUMENT_BYTES))
     return csv.reader(lines, strict=True)
 

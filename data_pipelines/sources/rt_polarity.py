@@ -1,12 +1,13 @@
 """`rt_polarity:`: sentences of film reviews from Rotten Tomatoes (Pang & Lee 2005)."""
 
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from data_pipelines.sources import BadExample, Example
 from data_pipelines.sources.archive import Archive
-from data_pipelines.sources.hash_split import hash_split
 from data_pipelines.sources.lines import lines_of, strip_ending
+from data_pipelines.sources.source import BadExample, Example
+from data_pipelines.sources.splits import hash_split
 from data_pipelines.sources.text import TOO_LONG, text_fault
 
 PERCENTS = {"train": 80, "validation": 10, "test": 10}
@@ -25,8 +26,7 @@ class RtPolarity:
         InputError: the path or one of the files is missing.
     """
 
-    num_classes = 2
-    class_names = ("neg", "pos")
+    class_names: tuple[str, ...] = ("neg", "pos")
     splits = tuple(PERCENTS)
 
     def __init__(self, path: str) -> None:
@@ -42,7 +42,7 @@ class RtPolarity:
     def examples(self, split: str, part: str) -> Iterator[Example | BadExample]:
         """Yields a file's sentences in its order."""
 
-        def read(name: str, where: str, file: BinaryIO) -> Iterator[Example | BadExample]:
+        def parse(name: str, where: str, file: BinaryIO) -> Iterator[Example | BadExample]:
             for number, line in enumerate(lines_of(file), 1):
                 text = "" if line.data is None else strip_ending(line.data).decode("latin-1")
                 if hash_split(text, PERCENTS) != split:
@@ -53,7 +53,8 @@ class RtPolarity:
                 else:
                     yield Example(f"{part}:{number}", text, LABELS[part])
 
-        yield from self._archive.read(_pattern(part), read)
+        wanted = re.compile(_pattern(part)).search
+        yield from self._archive.parse(wanted, parse, report_links=split == "train")
 
 
 def _pattern(name: str) -> str:

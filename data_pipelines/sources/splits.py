@@ -1,11 +1,12 @@
-"""Which files make which split, for sources that are given by patterns of file names.
+"""Divides documents into splits: by file names that the user gives, or by a hash of the text.
 
-A bare pattern is divided by a hash of the text: a tenth validation and a tenth test where there
-are labels; a tenth validation, the rest unsupervised, where there are none. With
-`train=PATTERN,test=PATTERN` the splits are those that are named; where validation is not named, it
-is a tenth of train (without train, of unsupervised).
+A bare pattern of file names is divided by hash: labelled documents into 80 % train, 10 % validation
+and 10 % test; unlabelled ones into 90 % unsupervised and 10 % validation. With
+`train=PATTERN,test=PATTERN` the splits are as named; a missing validation split is a tenth of
+train (without train, of unsupervised).
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -13,18 +14,40 @@ from typing import NamedTuple
 
 from data_pipelines import files
 from data_pipelines.errors import InputError
-from data_pipelines.sources import SPLITS
+from data_pipelines.sources.source import SPLITS
 
 LABELLED_PERCENTS = {"train": 80, "validation": 10, "test": 10}
 _NAMES = "|".join(SPLITS)
 
 
+def hash_split(text: str, percents: Mapping[str, int]) -> str:
+    """Returns the split of a text. Equal texts get equal splits, on every machine.
+
+    Args:
+        text: the document.
+        percents: whole percents by split, adding up to 100. The order matters.
+
+    Raises:
+        ValueError: the percents do not add up to 100.
+    """
+    if sum(percents.values()) != 100:
+        raise ValueError(f"percents add up to {sum(percents.values())}, not 100: {dict(percents)}")
+    # "surrogatepass" because a str may hold lone surrogates, which plain UTF-8 refuses.
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    bucket = int.from_bytes(digest[:8], "big") % 100
+    for split, percent in percents.items():
+        if bucket < percent:
+            return split
+        bucket -= percent
+    raise AssertionError("unreachable: the buckets cover 0 .. 99")
+
+
 class SplitFiles(NamedTuple):
-    """Where a split's documents are.
+    """The files of a split.
 
     Attributes:
-        origin: the split that the files were given for; "" for a bare pattern.
-        percents: where several splits share the files, the share of each by `hash_split`.
+        origin: the split that the user gave the files for; "" for a bare pattern.
+        percents: the share of each split by `hash_split`, if several splits share the files.
     """
 
     origin: str
@@ -35,7 +58,7 @@ def find_origins(text: str) -> dict[str, list[str]]:
     """Returns the files by the split that they were given for; "" stands for a bare pattern.
 
     Args:
-        text: what follows the kind in a spec: PATTERN or SPLIT=PATTERN,SPLIT=PATTERN.
+        text: the rest of a spec: PATTERN or SPLIT=PATTERN,SPLIT=PATTERN.
 
     Raises:
         InputError: a pattern matches nothing, or a split or a file is named twice.
@@ -50,12 +73,18 @@ def find_origins(text: str) -> dict[str, list[str]]:
         split, _, pattern = item.partition("=")
         if split in origins:
             faults.append(f"names {split} twice")
+        origins[split] = []
         try:
             origins[split] = _find(pattern)
         except InputError as error:
             faults.append(str(error))
-            origins[split] = []
-    faults += _shared_files(origins)
+    first: dict[str, str] = {}
+    faults += [
+        f"{path} is in {first[path]} and in {split}"
+        for split, paths in origins.items()
+        for path in paths
+        if first.setdefault(path, split) != split
+    ]
     if not {"train", "unsupervised"} & set(origins):
         faults.append("names neither train=PATTERN nor unsupervised=PATTERN")
     if faults:
@@ -66,35 +95,20 @@ def find_origins(text: str) -> dict[str, list[str]]:
 def _find(pattern: str) -> list[str]:
     paths = files.find_files(pattern)
     if paths:
-        faults = [fault for path in paths if (fault := files.compression_fault(path))]
-        if faults:
-            raise InputError("\n".join(faults))
         return paths
     if files.is_dir(pattern):
         raise InputError(f"{pattern} is a folder: write {os.path.join(pattern, '*')}")
-    hint = ""
-    if re.match(r"\w+=", pattern):
-        hint = f"; splits are named {', '.join(SPLITS)}"
+    hint = f"; splits are named {', '.join(SPLITS)}" if re.match(r"\w+=", pattern) else ""
     raise InputError(f"no file matches {pattern}{hint}")
-
-
-def _shared_files(origins: dict[str, list[str]]) -> list[str]:
-    first: dict[str, str] = {}
-    return [
-        f"{path} is in {first[path]} and in {split}"
-        for split, paths in origins.items()
-        for path in paths
-        if first.setdefault(path, split) != split
-    ]
 
 
 def lay_out(
     origins: Mapping[str, list[str]], labelled: bool, draw: bool = True
 ) -> dict[str, SplitFiles]:
-    """Returns the splits, in the order of `SPLITS`, by the rule at the head of this module.
+    """Returns the splits, in the order of `SPLITS`, by this module's rule.
 
     Args:
-        origins: what `find_origins` returned.
+        origins: the result of `find_origins`.
         labelled: whether the documents have labels.
         draw: False draws no splits: a bare pattern is all unsupervised.
     """
@@ -115,20 +129,17 @@ def lay_out(
 
 
 def describe(layout: Mapping[str, SplitFiles]) -> str:
-    """Returns a phrase about the splits that are drawn; "" where all are given."""
-    drawn = {
-        split: source.percents[split]
+    """Returns a phrase about how the splits were made."""
+    shares = ", ".join(
+        f"{split} {source.percents[split]} %"
         for split, source in layout.items()
         if source.percents and len(source.percents) > 1
-    }
-    if not drawn:
-        return "splits as given"
-    shares = ", ".join(f"{split} {percent} %" for split, percent in drawn.items())
-    return f"{shares} of the same files by a hash of the text"
+    )
+    return f"{shares} of the same files by a hash of the text" if shares else "splits as given"
 
 
 def short_names(paths: list[str]) -> dict[str, str]:
-    """Returns each path below the folder that all have in common, e.g. {"/d/a/x": "a/x", ...}."""
+    """Returns each path relative to the deepest common folder, e.g. {"/d/a/x": "a/x", ...}."""
     folders = [path.split("/")[:-1] for path in paths]
     common = 0
     while all(len(folder) > common for folder in folders) and (

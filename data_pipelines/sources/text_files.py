@@ -1,21 +1,20 @@
-"""`textfiles:`: a document a file."""
+"""`textfiles:`: each file is a document."""
 
 from collections.abc import Iterator
 
 from data_pipelines import files
 from data_pipelines.errors import InputError
-from data_pipelines.sources import BadExample, Example, SourceOptions
-from data_pipelines.sources.hash_split import hash_split
-from data_pipelines.sources.splits import describe, find_origins, lay_out, short_names
+from data_pipelines.sources.source import BadExample, Example, SourceOptions
+from data_pipelines.sources.splits import describe, find_origins, hash_split, lay_out, short_names
 from data_pipelines.sources.text import MAX_DOCUMENT_BYTES, document_text
 
 PART_FILES = 1_000
 
 
 class TextFiles:
-    """Files that are a document each, in UTF-8, without labels; see `Source`.
+    """Text files in UTF-8, without labels; see `Source`.
 
-    Ids are the files' names below the folder that they have in common.
+    Ids are the files' names relative to their deepest common folder.
 
     Args:
         pattern: see `splits.find_origins`.
@@ -25,7 +24,7 @@ class TextFiles:
         InputError: no file matches.
     """
 
-    num_classes = 0
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, pattern: str, options: SourceOptions) -> None:
         self.name = f"textfiles:{pattern}"
@@ -52,10 +51,10 @@ class TextFiles:
 
 
 def _read(path: str) -> tuple[str, str]:
-    """Returns a file's text and why it cannot be a document ("" where it can)."""
+    """Returns a file's text and why it cannot be a document (or "")."""
     try:
         with files.open_decompressed(path) as file:
             data = file.read(MAX_DOCUMENT_BYTES + 1)
-    except (InputError, *files.READ_ERRORS) as error:
+    except (InputError, OSError) as error:
         return "", str(error)
     return document_text(data)

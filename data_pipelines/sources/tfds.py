@@ -4,13 +4,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from data_pipelines import files
 from data_pipelines.errors import InputError
 from data_pipelines.quiet_tensorflow import import_quietly
-from data_pipelines.sources import SPLITS, BadExample, Example, SourceOptions
-from data_pipelines.sources.hash_split import hash_split
+from data_pipelines.sources.source import SPLITS, BadExample, Example, SourceOptions
+from data_pipelines.sources.splits import hash_split
 from data_pipelines.sources.text import decode, text_fault
 
 # Dai & Le 2015 hold 15 % of IMDB's labelled training set out for validation.
@@ -23,17 +23,17 @@ READ_BATCH = 128
 class TfdsText:
     """A text data set of TFDS; see `Source`.
 
-    Its splits train, validation, test and unsupervised are used as they are; where it has no
-    validation split, 15 % of train become one, by a hash of the text. Ids are `SPLIT-POSITION`.
-    For `imdb_reviews` these are the official splits (Maas et al. 2011), and they must be complete.
+    Reads the splits train, validation, test and unsupervised; a missing validation split is 15 %
+    of train, by a hash of the text. Ids are `SPLIT-POSITION`. For `imdb_reviews` these are the
+    official splits (Maas et al. 2011), and they must be complete.
 
     Args:
         name: NAME or NAME/CONFIG, as in `tfds:NAME/CONFIG`; the newest prepared version is read.
         options: `data_dir`, `text_key`, `label_key`, `with_labels`.
 
     Raises:
-        InputError: no folder was given, it does not hold the prepared data set, or the data set
-            has not one feature for the text.
+        InputError: no folder was given, it lacks the prepared data set, or the data set does not
+            have exactly one feature for the text.
     """
 
     def __init__(self, name: str, options: SourceOptions) -> None:
@@ -42,14 +42,16 @@ class TfdsText:
             raise InputError(
                 f"needs --data_dir (or TFDS_DATA_DIR): the folder that holds {name or 'NAME'}"
             )
+        if "://" in root:
+            raise InputError(f"--data_dir={root} is an address: copy the data set to a folder")
         self.name = f"tfds:{name}"
-        self._folder = _version_folder(root, name)
-        info = _read_json(os.path.join(self._folder, "dataset_info.json"))
-        self._file_format, self._shards, self._split_bytes = _described(self._folder, info)
+        self._folder = _version_folder(Path(root), name)
+        description = _read_json(self._folder / "dataset_info.json")
+        self._file_format, self._shards, self._split_bytes = _described(self._folder, description)
         self._check_files()
-        features = _read_json(os.path.join(self._folder, "features.json"))
-        self._text_key, self._label_key, self.num_classes = _choose_features(features, options)
-        self.class_names = _class_names(self._folder, self._label_key, self.num_classes)
+        features = _read_json(self._folder / "features.json")
+        self._text_key, self._label_key, num_classes = _choose_features(features, options)
+        self.class_names = _class_names(self._folder, self._label_key, num_classes)
         self._draws_validation = "validation" not in self._shards
         if not {"train", "unsupervised"} & set(self._shards):
             raise InputError(f"{self._folder} has no split train or unsupervised")
@@ -60,7 +62,7 @@ class TfdsText:
         self.note = self._describe(drawn)
 
     def _describe(self, drawn: set[str]) -> str:
-        parts = [f"version {os.path.basename(self._folder)}, official splits"]
+        parts = [f"version {self._folder.name}, official splits"]
         if drawn:
             parts.append("validation is 15 % of the official training texts by a hash of the text")
         if ignored := sorted(set(self._shards) - set(SPLITS)):
@@ -69,12 +71,11 @@ class TfdsText:
 
     def _check_files(self) -> None:
         """Raises InputError unless every record file that the description names exists."""
-        present = set(files.list_folder(self._folder))
         faults = [
-            f"{os.path.join(self._folder, name)} is missing; prepare the data set again"
-            for names in self._shards.values()
-            for name, _ in names
-            if name not in present
+            f"{self._folder / name} is missing; prepare the data set again"
+            for shards in self._shards.values()
+            for name, _ in shards
+            if not (self._folder / name).is_file()
         ]
         if faults:
             raise InputError("\n".join(faults))
@@ -107,7 +108,7 @@ class TfdsText:
         official, _, bounds = part.removesuffix("]").partition("[")
         start, stop = map(int, bounds.split(":"))
         drawn = self._draws_validation and official == "train"
-        for position, (data, label) in enumerate(self._read(official, start, stop), start):
+        for position, (data, label) in enumerate(self._records(official, start, stop), start):
             text = decode(data)
             if drawn and hash_split(text, PERCENTS) != split:
                 continue
@@ -119,17 +120,18 @@ class TfdsText:
                 yield Example(f"{official}-{position:05d}", text, label)
 
     def _label_fault(self, label: int | None) -> str:
-        if label is None or 0 <= label < self.num_classes:
+        if label is None or 0 <= label < len(self.class_names):
             return ""
-        return f"label {label} is not in 0 .. {self.num_classes - 1}"
+        return f"label {label} is not in 0 .. {len(self.class_names) - 1}"
 
-    def _read(self, official: str, start: int, stop: int) -> Iterator[tuple[bytes, int | None]]:
+    def _records(self, official: str, start: int, stop: int) -> Iterator[tuple[bytes, int | None]]:
+        """Yields texts and labels (None without a label key)."""
         import_quietly()
         if self._file_format == "array_record":
-            import tensorflow_datasets as tfds  # seconds to import, so only when data is read
+            import tensorflow_datasets as tfds  # takes seconds to import
 
-            # Unlike tfds.builder(), this reads the folder as it is: no look-ups, no downloads.
-            builder = tfds.builder_from_directory(self._folder)
+            # Unlike tfds.builder(), this reads the folder without look-ups and downloads.
+            builder = tfds.builder_from_directory(str(self._folder))
             records = builder.as_data_source(split=official)
             for index in range(start, stop):
                 record = records[index]
@@ -142,75 +144,79 @@ class TfdsText:
         features = {self._text_key: tf.io.FixedLenFeature([], tf.string)}
         if self._label_key:
             features[self._label_key] = tf.io.FixedLenFeature([], tf.int64)
-        paths = [os.path.join(self._folder, name) for name, _ in self._shards[official]]
+        paths = [str(self._folder / name) for name, _ in self._shards[official]]
         dataset = tf.data.TFRecordDataset(paths).skip(start).take(stop - start).batch(READ_BATCH)
         dataset = dataset.map(lambda records: tf.io.parse_example(records, features)).prefetch(2)
         options = tf.data.Options()
         options.autotune.enabled = False  # as in data_pipelines.batches.dataset
-        dataset = dataset.with_options(options)
-        yield from self._rows(dataset, f"{self._folder}, split {official}", start)
+        yield from self._rows(dataset.with_options(options), official, start)
 
-    def _rows(self, dataset: Any, where: str, position: int) -> Iterator[tuple[bytes, int | None]]:
-        """Yields the text and the label (None where there is no key) of each record."""
+    def _rows(
+        self, dataset: Any, official: str, position: int
+    ) -> Iterator[tuple[bytes, int | None]]:
         import tensorflow as tf
 
         try:
             for batch in dataset.as_numpy_iterator():
                 texts = batch[self._text_key].tolist()
-                labels = [None] * len(texts)
-                if self._label_key:
-                    labels = batch[self._label_key].tolist()
+                labels = batch[self._label_key].tolist() if self._label_key else [None] * len(texts)
                 position += len(texts)
                 yield from zip(texts, labels, strict=True)
         except tf.errors.OpError as error:
-            line = error.message.splitlines()[0]
-            raise InputError(f"{where} cannot be read after record {position}: {line}") from error
+            raise InputError(
+                f"{self._folder}, split {official} cannot be read after record {position}: "
+                f"{error.message.splitlines()[0]}"
+            ) from error
 
 
-def _version_folder(root: str, name: str) -> str:
+def _version_folder(root: Path, name: str) -> Path:
     """Returns root/NAME[/CONFIG]/VERSION of the newest version."""
-    base = os.path.join(root, name)
+    base = root / name
     versions, configs = _versions(base), []
     if not versions and "/" not in name:
-        configs = [c for c in files.list_folder(base) if _versions(os.path.join(base, c))]
+        configs = [config for config in _folders(base) if _versions(base / config)]
         if len(configs) > 1:
             raise InputError(
                 f"{base} holds several configs: write tfds:{name}/CONFIG with one "
                 f"of {', '.join(configs)}"
             )
         if configs:
-            base = os.path.join(base, configs[0])
+            base /= configs[0]
             versions = _versions(base)
     if not name or not versions:
-        known = ", ".join(n for n in files.list_folder(root) if files.is_dir(f"{root}/{n}"))
         raise InputError(
             f"--data_dir={root} holds no prepared {name}: "
-            f"{os.path.join(base, 'VERSION', 'dataset_info.json')} is missing; "
-            f"it holds {known or 'nothing'}"
+            f"{base / 'VERSION' / 'dataset_info.json'} is missing; "
+            f"it holds {', '.join(_folders(root)) or 'nothing'}"
         )
-    return os.path.join(base, versions[-1])
+    return base / versions[-1]
 
 
-def _versions(folder: str) -> list[str]:
+def _versions(folder: Path) -> list[str]:
     """Returns the prepared versions in a folder, oldest first."""
-    names = [n for n in files.list_folder(folder) if re.fullmatch(r"\d+\.\d+\.\d+", n)]
-    names = [n for n in names if files.is_file(os.path.join(folder, n, "dataset_info.json"))]
+    names = [n for n in _folders(folder) if re.fullmatch(r"\d+\.\d+\.\d+", n)]
+    names = [n for n in names if (folder / n / "dataset_info.json").is_file()]
     return sorted(names, key=lambda name: tuple(map(int, name.split("."))))
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def _folders(folder: Path) -> list[str]:
+    return (
+        sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        with files.open_binary(path) as file:
-            return json.loads(file.read())
-    except ValueError as error:  # an InputError is one, too: the file may be missing
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a data set's description: {error}") from error
 
 
 def _described(
-    folder: str, info: dict[str, Any]
+    folder: Path, info: dict[str, Any]
 ) -> tuple[str, dict[str, list[tuple[str, int]]], dict[str, int]]:
     """Returns the file format, and by split the files (name, examples) and the size in bytes."""
-    path = os.path.join(folder, "dataset_info.json")
+    path = folder / "dataset_info.json"
     shards, sizes = {}, {}
     try:
         file_format = info.get("fileFormat", "tfrecord")
@@ -258,13 +264,12 @@ def _choose_features(description: dict[str, Any], options: SourceOptions) -> tup
     return chosen[0], chosen[1], classes.get(chosen[1], 0)
 
 
-def _class_names(folder: str, label_key: str, count: int) -> tuple[str, ...]:
-    """Returns what LABEL.labels.txt names; the numbers where that file is not there."""
-    path = os.path.join(folder, f"{label_key}.labels.txt")
+def _class_names(folder: Path, label_key: str, count: int) -> tuple[str, ...]:
+    """Returns the names in LABEL.labels.txt, or numbers if that file is missing."""
+    path = folder / f"{label_key}.labels.txt"
     names: list[str] = []
-    if label_key and files.is_file(path):
-        with files.open_binary(path) as file:
-            names = file.read().decode("utf-8", "replace").splitlines()
+    if label_key and path.is_file():
+        names = path.read_bytes().decode("utf-8", "replace").splitlines()
     return tuple(names) if len(names) == count else tuple(map(str, range(count)))
 
 

@@ -1,4 +1,4 @@
-"""JSON objects that hold a checksum of their own: it finds damage, not forgery."""
+"""JSON objects that contain their own checksum, which finds damage, not forgery."""
 
 import hashlib
 import json
@@ -9,13 +9,13 @@ SEAL = "sha256_of_the_rest"
 
 
 def with_seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `values` as JSON holds them (tuples are lists), with their checksum as the last."""
+    """Returns `values` as JSON holds them (tuples become lists), followed by their checksum."""
     held: dict[str, Any] = json.loads(json.dumps(dict(values)))
     return held | {SEAL: _digest(held)}
 
 
 def seal_fault(values: dict[str, Any]) -> str | None:
-    """Takes the checksum out of `values`; returns what is wrong with it, None if it is right."""
+    """Removes the checksum from `values`; returns its fault, or None if it is right."""
     found = values.pop(SEAL, None)
     if found is None:
         return f"has no {SEAL!r}: it is damaged, or written by an older version of this program"

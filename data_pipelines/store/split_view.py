@@ -1,36 +1,32 @@
-"""Documents of a token store, numbered from 0: whole, sampled, or cut into pieces.
+"""Views of a token store's documents, numbered from 0: whole, sampled, or cut into pieces.
 
-Nothing is held for each document: where it lies is read from the memory maps when it is asked for.
+A view keeps nothing for each document: it looks up its place in the memory maps when asked.
 """
 
 import functools
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.batches.permutation import Permutation
-from data_pipelines.errors import InputError
+from data_pipelines.permutation import Permutation
 from data_pipelines.reserved_ids import END_ID, PADDING_ID
+from data_pipelines.store.shards import Shards
 
-OFFSET_DTYPE = np.dtype("<i8")
-LABEL_DTYPE = np.dtype("<i4")
-# What must be searched by its place in a stream keeps 8 bytes for so many documents.
+# Indexes into a stream of tokens keep 8 bytes for so many documents.
 BLOCK_DOCUMENTS = 32
 CHUNK_DOCUMENTS = 512 * BLOCK_DOCUMENTS
 SAMPLE_KEY = 1
 
 
 class Located(NamedTuple):
-    """Where documents lie.
+    """The places of documents.
 
     Attributes:
-        document: their numbers in the whole split, int64 [n].
-        start: of their words in the shard's tokens, int64 [n].
-        stop: of their words; the end token is not among them, int64 [n].
+        document: numbers in the whole split, int64 [n].
+        start: start of the words in the shard's tokens, int64 [n].
+        stop: end of the words, before the end token, int64 [n].
     """
 
     document: np.ndarray
@@ -44,7 +40,7 @@ class SplitView(ABC):
     Memory: O(shards), and for `pieces` a quarter of a byte a document.
     """
 
-    def __init__(self, shards: "Shards") -> None:
+    def __init__(self, shards: Shards) -> None:
         self._shards = shards
 
     @abstractmethod
@@ -54,11 +50,11 @@ class SplitView(ABC):
     @property
     @abstractmethod
     def num_tokens(self) -> int:
-        """Tokens of all documents, end tokens included."""
+        """Tokens of all documents, including end tokens."""
 
     @abstractmethod
     def _locate(self, indices: np.ndarray) -> Located:
-        """Returns where documents lie, whose numbers are in range: int64 [n]."""
+        """Returns the places of documents whose numbers, int64 [n], are in range."""
 
     def lengths_of(self, indices: np.ndarray) -> np.ndarray:
         """Returns the tokens of documents, end tokens included: int64 [n].
@@ -82,11 +78,7 @@ class SplitView(ABC):
         return self._shards.labels(self._locate(self._checked(indices)).document)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """Returns how often each id is in all documents, the end token's among them: int64 [ids].
-
-        Args:
-            vocab_size: ids are 0 .. vocab_size - 1.
-        """
+        """Returns the frequency of each id in all documents: int64 [vocab_size]."""
         counts = np.zeros(vocab_size, np.int64)
         for start in range(0, len(self), BLOCK_DOCUMENTS):
             documents = np.arange(start, min(start + BLOCK_DOCUMENTS, len(self)))
@@ -112,31 +104,31 @@ class SplitView(ABC):
         return counts
 
     def sample(self, documents: int, seed: int) -> "SplitView":
-        """Returns a view of `documents` of these, chosen by `seed`, in a random order.
+        """Returns a view of `documents` random documents, in random order.
 
         A smaller sample of the same seed is the start of a larger one.
 
         Raises:
-            ValueError: there are not that many.
+            ValueError: the view has fewer.
         """
         if not 1 <= documents <= len(self):
             raise ValueError(f"{documents} documents were asked for; there are {len(self)}")
         return _Sample(self, documents, seed)
 
     def pieces(self, max_tokens: int) -> "SplitView":
-        """Returns a view in which every longer document is cut into pieces of `max_tokens`.
+        """Returns a view in which longer documents are cut into pieces of at most `max_tokens`.
 
-        The pieces of a document are in order and of equal length, give or take a word; each ends
-        with an end token, which counts among its tokens, and has the document's label. Costs one
-        pass over the lengths of all documents.
+        The pieces of a document are in order and of equal length, within one word. Each ends with
+        an end token, which counts, and has the document's label. Costs one pass over the lengths
+        of all documents.
 
         Args:
-            max_tokens: the most tokens of a piece; at least 2.
+            max_tokens: at least 2.
         """
         return _Pieces(self, max_tokens)
 
     def reversed(self) -> "SplitView":
-        """Returns a view in which every document's words come in reverse, its end token last."""
+        """Returns a view with the words of each document reversed, the end token last."""
         return _Reversed(self)
 
     def gather(
@@ -146,8 +138,8 @@ class SplitView(ABC):
 
         Args:
             indices: integers [n] in 0 .. len - 1, in any order.
-            max_tokens: the most tokens of a document; at least 1.
-            pad_to: the width of the result; None means the longest, after cutting.
+            max_tokens: at least 1.
+            pad_to: width of the result; None means the longest document's, after cutting.
 
         Returns:
             tokens int32 [n, pad_to], right-padded with 0, and lengths int32 [n].
@@ -176,12 +168,12 @@ class SplitView(ABC):
     def gather_parts(
         self, indices: np.ndarray, starts: np.ndarray, stops: np.ndarray
     ) -> np.ndarray:
-        """Returns parts of documents, one after the other: int32 [sum of stops - starts].
+        """Returns parts of documents, concatenated: int32 [sum of stops - starts].
 
         Args:
             indices: the documents, integers [n] in 0 .. len - 1, in any order.
-            starts: the first token of each part, counted from its document's start, [n].
-            stops: the token to stop before, at most the document's length, [n].
+            starts: first token of each part, counted from its document's start, [n].
+            stops: end of each part, exclusive, at most the document's length, [n].
 
         Raises:
             IndexError: a document, or a part of it, does not exist.
@@ -220,7 +212,7 @@ class WholeSplit(SplitView):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, end tokens included."""
+        """Tokens of all documents, including end tokens."""
         return self._shards.num_tokens
 
     def _locate(self, indices: np.ndarray) -> Located:
@@ -243,7 +235,7 @@ class _Sample(SplitView):
 
     @functools.cached_property
     def num_tokens(self) -> int:
-        """Tokens of all documents, end tokens included."""
+        """Tokens of all documents, including end tokens."""
         return sum(int(self.lengths_of(chunk).sum()) for chunk in chunks(len(self)))
 
     def _locate(self, indices: np.ndarray) -> Located:
@@ -251,7 +243,7 @@ class _Sample(SplitView):
 
 
 class _Reversed(SplitView):
-    """The documents of another view, last word first: what is cut is cut before."""
+    """The documents of another view, cut first and then reversed."""
 
     def __init__(self, base: SplitView) -> None:
         super().__init__(base._shards)
@@ -263,7 +255,7 @@ class _Reversed(SplitView):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, end tokens included."""
+        """Tokens of all documents, including end tokens."""
         return self._base.num_tokens
 
     def _locate(self, indices: np.ndarray) -> Located:
@@ -334,14 +326,14 @@ class _Pieces(SplitView):
             np.searchsorted(self._block_first, indices, side="right") - 1, return_inverse=True
         )
         documents = blocks[:, None] * BLOCK_DOCUMENTS + np.arange(BLOCK_DOCUMENTS)
-        # The last block may not be full: its last document again, behind all pieces.
+        # The last block may not be full: repeat its last document behind all pieces.
         documents = np.minimum(documents, len(self._base) - 1)
         located = Located(
             *(x.reshape(documents.shape) for x in self._base._locate(documents.ravel()))
         )
         counts = self._count(located.stop - located.start)  # [blocks, BLOCK_DOCUMENTS]
         after = self._block_first[blocks, None] + np.cumsum(counts, axis=1)
-        # The document of each piece: the first that the pieces up to its end go beyond.
+        # The document of each piece is the first whose pieces end after it.
         place = block_of, (after[block_of] <= indices[:, None]).sum(axis=1)
         document, start, stop = (x[place] for x in located)
         count, words = counts[place], stop - start
@@ -351,93 +343,8 @@ class _Pieces(SplitView):
         )
 
 
-class Shards:
-    """The memory maps of some shards, and which documents are in which.
-
-    Args:
-        folder: of the store.
-        entries: the manifest's, of each shard.
-        token_dtype: of the tokens on disk.
-
-    Attributes:
-        first: the number of each shard's first document, and last of all documents:
-            int64 [shards + 1].
-        num_tokens: of all shards.
-    """
-
-    def __init__(self, folder: Path, entries: list[dict[str, Any]], token_dtype: np.dtype) -> None:
-        self._paths = [folder / entry["name"] for entry in entries]
-        maps = [
-            [_mapped(folder / f"{e['name']}.{kind}", dtype) for e in entries]
-            for kind, dtype in (
-                ("tokens", token_dtype),
-                ("offsets", OFFSET_DTYPE),
-                ("labels", LABEL_DTYPE),
-            )
-        ]
-        self._tokens, self._offsets, self._labels = maps
-        self.first = np.cumsum([0, *(len(labels) for labels in self._labels)], dtype=np.int64)
-        self.num_tokens = sum(len(tokens) for tokens in self._tokens)
-
-    def offsets(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns where documents start and stop in their shards' tokens: int64 [n] each.
-
-        Raises:
-            InputError: an offset is outside the shard, or a document has no tokens.
-        """
-        starts, stops = np.empty((2, len(documents)), np.int64)
-        for shard, rows, local in self._by_shard(documents):
-            start, stop = self._offsets[shard][local], self._offsets[shard][local + 1]
-            if start.min() < 0 or (stop - start).min() < 1 or stop.max() > len(self._tokens[shard]):
-                raise InputError(
-                    f"{self._paths[shard]}.offsets is damaged: a document has no tokens, or lies "
-                    "outside the shard; prepare the store again"
-                )
-            starts[rows], stops[rows] = start, stop
-        return starts, stops
-
-    def labels(self, documents: np.ndarray) -> np.ndarray:
-        """Returns the labels of documents: int32 [n]."""
-        labels = np.empty(len(documents), np.int32)
-        for shard, rows, local in self._by_shard(documents):
-            labels[rows] = self._labels[shard][local]
-        return labels
-
-    def copy_words(
-        self,
-        documents: np.ndarray,
-        starts: np.ndarray,
-        stops: np.ndarray,
-        target: np.ndarray,
-        places: np.ndarray,
-    ) -> None:
-        """Copies tokens [start, stop) of each document's shard to `target` from `place` on."""
-        # A loop: one fancy index over all tokens takes as long for short documents and twice as
-        # long for those of 400 tokens.
-        shard = np.searchsorted(self.first, documents, side="right") - 1
-        lists = (x.tolist() for x in (shard, starts, stops, places, places + (stops - starts)))
-        tokens = self._tokens
-        for number, start, stop, place, end in zip(*lists, strict=True):
-            target[place:end] = tokens[number][start:stop]
-
-    def _by_shard(
-        self, documents: np.ndarray
-    ) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
-        """Yields each shard, which of `documents` are in it, and their numbers inside it."""
-        if not len(documents):
-            return
-        shard = np.searchsorted(self.first, documents, side="right") - 1
-        if (shard == shard[0]).all():
-            yield int(shard[0]), slice(None), documents - self.first[shard[0]]
-            return
-        order = np.argsort(shard, kind="stable")
-        for rows in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
-            number = int(shard[rows[0]])
-            yield number, rows, documents[rows] - self.first[number]
-
-
 def chunks(num_documents: int) -> Iterator[np.ndarray]:
-    """Yields 0 .. num_documents - 1 in parts, for a pass over all: int64 [<= CHUNK_DOCUMENTS]."""
+    """Yields 0 .. num_documents - 1 in chunks of int64 [at most CHUNK_DOCUMENTS]."""
     for start in range(0, num_documents, CHUNK_DOCUMENTS):
         yield np.arange(start, min(start + CHUNK_DOCUMENTS, num_documents))
 
@@ -445,14 +352,3 @@ def chunks(num_documents: int) -> Iterator[np.ndarray]:
 def block_sums(values: np.ndarray) -> np.ndarray:
     """Returns the sums of blocks of BLOCK_DOCUMENTS values; the last block may be shorter."""
     return np.add.reduceat(values, np.arange(0, len(values), BLOCK_DOCUMENTS))
-
-
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Returns a file's content as an array that is mapped, not read."""
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:  # which cannot be mapped
-            return np.empty(0, dtype)
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # Documents are read in random order: what lies around them is not worth reading ahead.
-    content.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(content, dtype)

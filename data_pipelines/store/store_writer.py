@@ -1,7 +1,4 @@
-"""Writes the folder that `token_store.TokenStore` reads: shards, one by one, then the rest.
-
-Shards may be written by many processes at once, each its own; `finish_store` comes last.
-"""
+"""Writes a token store: first the shards, which processes may write in parallel, then the rest."""
 
 import hashlib
 import json
@@ -13,15 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.store.manifest import (
+    FORMAT,
+    LABEL_DTYPE,
+    OFFSET_DTYPE,
+    VERSION,
+    token_dtype,
+)
 from data_pipelines.store.seal import with_seal
-from data_pipelines.store.split_view import LABEL_DTYPE, OFFSET_DTYPE
-from data_pipelines.store.token_store import FORMAT, VERSION, token_dtype
 
 
 def write_file(path: Path, blocks: Iterable[bytes]) -> dict[str, Any]:
-    """Writes a file beside `path`, through to the disk, and renames it to `path`.
+    """Writes a file, flushed to the disk, under another name and renames it to `path`.
 
-    So the file is there whole or not at all, and two processes that write the same do no harm.
+    So the file is complete or missing, and two processes may write the same file.
 
     Returns:
         The manifest's entry for it: `bytes` and `sha256`.
@@ -54,18 +56,18 @@ def write_shard(
     """Writes one shard's three files.
 
     Args:
-        folder: where; it exists.
+        folder: an existing folder.
         name: SPLIT-00003-of-00017.
-        token_blocks: the ids, in pieces [tokens of the piece], sum(lengths) of them in all.
-        lengths: tokens of each document, its end token included [examples].
+        token_blocks: the ids, sum(lengths) of them, in blocks [tokens of the block].
+        lengths: tokens of each document, including its end token [examples].
         labels: label of each document, -1 for none [examples].
-        dtype: of the ids on disk, from `token_dtype`; the same for all shards of a store.
+        dtype: type of the ids on disk, from `token_dtype`.
 
     Returns:
         The manifest's entry for the shard.
 
     Raises:
-        ValueError: the tokens are not as many as the lengths say.
+        ValueError: the number of tokens differs from the sum of the lengths.
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(OFFSET_DTYPE)
     files = {
@@ -91,15 +93,15 @@ def finish_store(
 ) -> None:
     """Writes the vocabulary and the manifest, and renames `building` to `folder`.
 
-    Files of `building` that are no part of the store are removed.
+    Removes other files of `building`.
 
     Args:
         building: holds the files of all shards.
-        folder: where the store is to be, on the same file system; does not exist, or is empty.
+        folder: the store's, on the same file system; does not exist, or is empty.
         vocab: the contents of vocab.txt.
         facts: the manifest's `source`, `note`, `num_classes`, `tokenizer`, `vocab_size`,
             `vocab_sha256` and `prepare_config`.
-        shards: what `write_shard` returned, by split, in order.
+        shards: the results of `write_shard`, by split, in order.
         bad_examples: documents left out, by split.
     """
     splits = {
@@ -136,7 +138,7 @@ def finish_store(
 
 
 def flush_folder(folder: Path) -> None:
-    """Flushes the names in `folder` to the disk: a rename is not safe before that."""
+    """Flushes the names in `folder` to the disk, without which a rename is not safe."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

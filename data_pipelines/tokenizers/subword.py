@@ -1,9 +1,9 @@
 """Pieces of words: "going" may be "go", "##ing".
 
-Text is split into words and symbols as `WordTokenizer` does, and each is cut into the longest
-pieces that the vocabulary has, from left to right (Wu et al. 2016, "Google's Neural Machine
-Translation System", section 4.1, as BERT applies it). A character of which no piece is known is
-unknown, and so is a word of more than 100 characters. `subword_vocabulary` learns the pieces.
+Splits text into words and symbols as `WordTokenizer` does, and cuts each into the longest pieces
+of the vocabulary, from left to right (Wu et al. 2016, "Google's Neural Machine
+Translation System", section 4.1, as BERT applies it). A character without a piece is unknown, and
+so is a word of more than 100 characters. `subword_vocabulary` learns the pieces.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,18 +11,18 @@ from collections.abc import Iterable, Sequence
 import tensorflow as tf
 
 from data_pipelines.reserved_ids import PADDING_ID, RESERVED
-from data_pipelines.tokenizers import vocabulary
-from data_pipelines.tokenizers.base import CasedTokenizer, piece_table
 from data_pipelines.tokenizers.subword_vocabulary import (
     CONTINUED,
     MAX_PIECE_CHARACTERS,
     MAX_WORD_CHARACTERS,
 )
+from data_pipelines.tokenizers.tokenizer import Tokenizer, piece_table
+from data_pipelines.tokenizers.vocabulary import FIRST_ID
 from data_pipelines.tokenizers.word import WordTokenizer
 
 
-class SubwordTokenizer(CasedTokenizer):
-    """Splits words into pieces, and numbers them: a `Tokenizer`.
+class SubwordTokenizer(Tokenizer):
+    """Splits words into pieces, and numbers them.
 
     Args:
         pieces: the vocabulary, most frequent first; those that do not begin a word start with "##".
@@ -32,23 +32,17 @@ class SubwordTokenizer(CasedTokenizer):
         InputError: a piece is repeated, reserved, empty or holds white space.
     """
 
-    KIND = "subword"
-
     def __init__(self, pieces: Sequence[str], lowercase: bool = True) -> None:
-        super().__init__(pieces, lowercase)
-        self._words = WordTokenizer(None, lowercase)
+        super().__init__("subword", pieces, lowercase)
+        self._words = WordTokenizer([], lowercase)
         self._table = piece_table(pieces)
         lengths = [len(piece.removeprefix(CONTINUED)) for piece in pieces]
         self._longest = min(max(lengths, default=1), MAX_PIECE_CHARACTERS)
 
     def split(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Splits documents into pieces.
+        """Splits string [documents] into pieces: ragged string [documents, (pieces)].
 
-        Args:
-            texts: string [documents].
-
-        Returns:
-            Ragged string [documents, (pieces)]; unknown characters as they are.
+        A character without a piece is kept.
         """
         words = self._words.split(texts)
         distinct, places = tf.unique(words.flat_values)
@@ -57,7 +51,7 @@ class SubwordTokenizer(CasedTokenizer):
 
     def split_words(self, words: tf.Tensor) -> tf.RaggedTensor:
         """Splits string [words], which `WordTokenizer.split` gave: string [words, (pieces)]."""
-        numbers = tf.range(tf.size(words))  # of the words of which something is left
+        numbers = tf.range(tf.size(words))  # of the words that are not done
         short = tf.strings.length(words, "UTF8_CHAR") <= MAX_WORD_CHARACTERS
         found, of_word = tf.boolean_mask(words, ~short), tf.boolean_mask(numbers, ~short)
         left, numbers = tf.boolean_mask(words, short), tf.boolean_mask(numbers, short)
@@ -80,7 +74,7 @@ class SubwordTokenizer(CasedTokenizer):
         self,
         found: tf.Tensor,  # string [pieces]
         of_word: tf.Tensor,  # int32 [pieces]
-        left: tf.Tensor,  # string [words that are not done]: what is to be split, unmarked
+        left: tf.Tensor,  # string [words that are not done]: the rest of each, unmarked
         numbers: tf.Tensor,  # int32 [words that are not done]
         begins: tf.Tensor,  # whether these are the first pieces
     ) -> tuple[tf.Tensor, ...]:
@@ -93,8 +87,8 @@ class SubwordTokenizer(CasedTokenizer):
             tf.broadcast_to(lengths, shape),
             "UTF8_CHAR",
         )  # [words, lengths]
-        known = self._table.lookup(candidates) >= vocabulary.FIRST_ID
-        # Where no candidate is known, the shortest: one character.
+        known = self._table.lookup(candidates) >= FIRST_ID
+        # If no candidate is known, the shortest: one character.
         best = tf.where(tf.reduce_any(known, 1), tf.argmax(known, 1), self._longest - 1)
         pieces = tf.gather(candidates, best, batch_dims=1)
         bytes_taken = tf.strings.length(pieces) - tf.strings.length(mark)
@@ -109,7 +103,7 @@ class SubwordTokenizer(CasedTokenizer):
         )
 
     def encode_words(self, words: tf.Tensor) -> tf.RaggedTensor:
-        """As `split_words`, in ids: int32 [words, (pieces)]."""
+        """Returns ids instead of strings: int32 [words, (pieces)]."""
         return self._numbered(self.split_words(words))
 
     def _ids(self, texts: tf.Tensor) -> tf.RaggedTensor:
@@ -119,12 +113,12 @@ class SubwordTokenizer(CasedTokenizer):
         return pieces.with_flat_values(tf.cast(self._table.lookup(pieces.flat_values), tf.int32))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the words of one document [pieces], joined by spaces, without its padding.
+        """Returns the words of one document [pieces], joined by spaces, without padding.
 
         Raises:
             ValueError: an id is outside the vocabulary.
         """
-        pieces = (*RESERVED, *self._vocabulary())
+        pieces = (*RESERVED, *self._lines)
         text = " ".join(pieces[i] for i in self._checked(ids) if i != PADDING_ID)
         # No word and no piece but the continued ones has the mark after a space.
         return text.replace(f" {CONTINUED}", "").removeprefix(CONTINUED)

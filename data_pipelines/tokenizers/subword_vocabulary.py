@@ -1,9 +1,8 @@
-"""Learns the pieces of the subword tokenizer from how often words are seen.
+"""Learns the pieces of the subword tokenizer from word counts.
 
 Byte pair encoding (Sennrich, Haddow & Birch 2016, "Neural Machine Translation of Rare Words with
-Subword Units", section 3.2): start from characters, and again and again join the two neighbours
-that are seen most often. A piece that does not begin a word is marked by CONTINUED, so "##ing" is
-the end of "going".
+Subword Units", section 3.2): start from characters, and repeatedly join the most frequent pair of
+neighbours. CONTINUED marks a piece that does not begin a word: "##ing" is the end of "going".
 
 Imports no TensorFlow.
 """
@@ -20,13 +19,12 @@ Pair = tuple[str, str]
 
 
 def learn_pieces(word_counts: Mapping[str, int], size: int, min_count: int) -> list[str]:
-    """Returns pieces, those first that words are cut into most often, ties by their text.
+    """Returns pieces, most used first, ties by their text.
 
     Args:
-        word_counts: how often each word is seen.
-        size: how many pieces; it is fewer if there are no more.
-        min_count: neighbours that are seen together fewer times are not joined, and characters
-            that are seen fewer times are no pieces.
+        word_counts: the frequency of each word.
+        size: number of pieces; the result has fewer if the words give no more.
+        min_count: rarer pairs are not joined, and rarer characters are not pieces.
     """
     words = {w: n for w, n in sorted(word_counts.items()) if len(w) <= MAX_WORD_CHARACTERS}
     characters: Counter[str] = Counter()
@@ -48,9 +46,9 @@ def learn_pieces(word_counts: Mapping[str, int], size: int, min_count: int) -> l
 
 
 def cut(word: str, pieces: Container[str]) -> list[str]:
-    """Returns the pieces of a word, each the longest that fits from where the last one ended.
+    """Cuts a word into the longest pieces, from left to right.
 
-    A character of which no piece is known is a piece of its own, which is not in `pieces`.
+    A character without a piece is returned as a piece that is not in `pieces`.
     """
     if len(word) > MAX_WORD_CHARACTERS:
         return [word]
@@ -75,11 +73,11 @@ def _join(left: str, right: str) -> str:
 def _joined_pieces(
     word_counts: Mapping[str, int], alphabet: Container[str], min_count: int
 ) -> Iterator[str]:
-    """Yields what joining gives, most frequent pair first, until no pair is left."""
+    """Yields joined pairs, most frequent first, until no pair is left."""
     counts = list(word_counts.values())
     words = [_characters(word) for word in word_counts]
     pair_counts: Counter[Pair] = Counter()
-    pair_words: dict[Pair, set[int]] = {}  # numbers of words that have, or had, the pair
+    pair_words: dict[Pair, set[int]] = {}  # words that have, or had, the pair
 
     def add(number: int, sign: int) -> set[Pair]:
         pairs = list(zip(words[number], words[number][1:], strict=False))
@@ -101,7 +99,7 @@ def _joined_pieces(
     while heap:
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair]:
-            continue  # it was seen more or less often once: there is another entry
+            continue  # outdated: the heap has another entry
         changed: set[Pair] = set()
         for number in pair_words.pop(pair):
             changed |= add(number, -1)
@@ -117,7 +115,7 @@ def _joined_pieces(
 def _with_joined(pieces: list[str], pair: Pair) -> list[str]:
     joined: list[str] = []
     for piece in pieces:
-        # A piece that was joined just now may be no pair's left side: "aaa" is "aa", "a".
+        # A piece that was just joined is not a left side: "aaa" is "aa", "a".
         if joined and (joined[-1], piece) == pair:
             joined[-1] = _join(*pair)
         else:

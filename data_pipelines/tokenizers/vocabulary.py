@@ -1,8 +1,7 @@
 """The file `vocab.txt`: one piece a line in UTF-8, the reserved ones first; line - 1 is the id.
 
-A word or subword is its own line: none holds white space. A character is its own line too, unless
-it is hard to see or would break the line: then the line is its number as Unicode writes it,
-`U+000A`. A byte is `0x00` .. `0xFF`. Every piece has one line and every line one piece.
+A word or subword, which holds no white space, is a line. So is a character, unless it is hard to
+see or would break the line: then the line is its number, `U+000A`. A byte is `0x00` .. `0xFF`.
 
 Imports no TensorFlow.
 """
@@ -19,9 +18,9 @@ from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import RESERVED
 
 FIRST_ID = len(RESERVED)
-# White space, controls, marks that join what is before them, formats, private characters, and
-# those that no font has: first and last. Written out, so that files do not depend on the version
-# of Unicode that is installed.
+BYTE_LINES = [f"0x{value:02X}" for value in range(256)]
+# First and last of: white space, controls, combining marks, formats, private characters and
+# unassigned ones. Written out, so that files do not depend on the installed version of Unicode.
 _NUMBERED = (
     *((0x00, 0x20), (0x7F, 0xA0), (0xAD, 0xAD), (0x300, 0x36F), (0x600, 0x605), (0x61C, 0x61C)),
     *((0x6DD, 0x6DD), (0x70F, 0x70F), (0x1680, 0x1680), (0x180B, 0x180F), (0x2000, 0x200F)),
@@ -33,7 +32,7 @@ _STARTS = [first for first, _ in _NUMBERED]
 
 
 def is_character(text: str) -> bool:
-    """Returns whether text is one Unicode character: a surrogate is none."""
+    """Returns whether text is one Unicode character and no surrogate."""
     return len(text) == 1 and not "\ud800" <= text <= "\udfff"
 
 
@@ -46,11 +45,7 @@ def character_line(character: str) -> str:
 
 
 def line_character(line: str) -> str:
-    """Returns the character of a line.
-
-    Raises:
-        ValueError: it is not the line of a character.
-    """
+    """Returns the character of a line; raises ValueError if it is not the line of a character."""
     character = line
     if re.fullmatch(r"U\+[0-9A-F]{4,6}", line):
         character = chr(int(line[2:], 16))  # ValueError above U+10FFFF
@@ -59,7 +54,7 @@ def line_character(line: str) -> str:
     return character
 
 
-def read_lines(vocab_path: str | Path) -> list[str]:
+def vocabulary_lines(vocab_path: str | Path) -> list[str]:
     """Returns the lines of a vocabulary without the reserved ones.
 
     Raises:
@@ -77,14 +72,23 @@ def read_lines(vocab_path: str | Path) -> list[str]:
     return lines[FIRST_ID:-1]
 
 
-def read_characters(vocab_path: str | Path) -> list[str]:
-    """Returns the characters of a character vocabulary.
+def read_pieces(vocab_path: str | Path, kind: str | None) -> list[str]:
+    """Returns the pieces of a vocabulary, without the reserved ones: for bytes, their lines.
+
+    Args:
+        vocab_path: path of `vocab.txt`.
+        kind: the tokenizer's type.
 
     Raises:
-        InputError: the file is missing or not such a vocabulary.
+        InputError: the file is missing or not a vocabulary of this kind.
     """
+    lines = vocabulary_lines(vocab_path)
+    if kind == "byte" and lines != BYTE_LINES:
+        raise InputError(f"{vocab_path}: not the vocabulary of bytes, 0x00 .. 0xFF")
+    if kind != "character":
+        return lines
     characters = []
-    for number, line in enumerate(read_lines(vocab_path), start=FIRST_ID + 1):
+    for number, line in enumerate(lines, start=FIRST_ID + 1):
         try:
             characters.append(line_character(line))
         except ValueError as error:
@@ -93,22 +97,22 @@ def read_characters(vocab_path: str | Path) -> list[str]:
 
 
 def piece_ids(vocab_path: str | Path, kind: str) -> dict[bytes, int]:
-    """Returns the id of each piece of a vocabulary, the reserved ones left out.
-
-    Args:
-        vocab_path: of `vocab.txt`.
-        kind: the tokenizer's type.
+    """Returns the id of each piece of a vocabulary, as bytes, without the reserved ones.
 
     Raises:
-        InputError: the file is missing or no vocabulary.
+        InputError: the file is missing or not a vocabulary of this kind.
     """
+    pieces = [piece.encode() for piece in read_pieces(vocab_path, kind)]
     if kind == "byte":
         pieces = [bytes([value]) for value in range(256)]
-    elif kind == "character":
-        pieces = [character.encode() for character in read_characters(vocab_path)]
-    else:
-        pieces = [line.encode() for line in read_lines(vocab_path)]
     return {piece: number for number, piece in enumerate(pieces, start=FIRST_ID)}
+
+
+def piece_lines(kind: str, pieces: Sequence[str]) -> list[str]:
+    """Returns the lines of pieces; for bytes, all that there are."""
+    if kind == "byte":
+        return BYTE_LINES
+    return [character_line(piece) for piece in pieces] if kind == "character" else list(pieces)
 
 
 def lines_bytes(lines: Sequence[str]) -> bytes:
@@ -124,18 +128,11 @@ def digest(config: dict[str, Any], vocab_bytes: bytes) -> str:
 
 
 def check_lines(lines: Sequence[str]) -> None:
-    """Raises InputError where pieces cannot be written as lines, or one is there twice."""
+    """Raises InputError if pieces cannot be written as lines, or one is repeated."""
     seen = set(RESERVED)
     for number, line in enumerate(lines, start=FIRST_ID + 1):
         if not line or line.split() != [line]:
             raise InputError(f"vocabulary line {number}: {line!r} is empty or holds white space")
         if line in seen:
-            raise InputError(f"vocabulary line {number}: {line!r} is there twice")
+            raise InputError(f"vocabulary line {number}: {line!r} is repeated")
         seen.add(line)
-
-
-def check_config(vocab_path: str | Path, config: dict[str, Any], kind: str, *options: str) -> None:
-    """Raises InputError if `config` is not of this kind, with these options, true or false."""
-    known = config.keys() == {"type", *options} and config["type"] == kind
-    if not known or not all(isinstance(config[option], bool) for option in options):
-        raise InputError(f"{vocab_path}: not a {kind} tokenizer's config: {config}")

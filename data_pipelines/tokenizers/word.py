@@ -13,40 +13,30 @@ from collections.abc import Iterable, Sequence
 import tensorflow as tf
 
 from data_pipelines.reserved_ids import PADDING_ID, RESERVED
-from data_pipelines.tokenizers.base import CasedTokenizer, lower, piece_table, utf8
+from data_pipelines.tokenizers.tokenizer import Tokenizer, lower, piece_table, utf8
 
 _SEPARATOR = r"(?i:<\s*/?\s*br\s*/?\s*>)|[\s\p{Z}\p{C}]+"
 _WORD = r"[\p{L}\p{M}\p{N}]"
 _TOKEN = rf"{_WORD}+(?:['\x{{2019}}]{_WORD}+)*|[^\s\p{{L}}\p{{M}}\p{{N}}]"
 
 
-class WordTokenizer(CasedTokenizer):
-    """Splits text into words and symbols, and numbers them: a `Tokenizer`.
+class WordTokenizer(Tokenizer):
+    """Splits text into words and symbols, and numbers them.
 
     Args:
-        words: the vocabulary without the reserved tokens, most frequent first; None makes a
-            tokenizer that can only `split`.
+        words: the vocabulary without the reserved tokens, most frequent first.
         lowercase: whether text is lower-cased first.
 
     Raises:
         InputError: a word is repeated, reserved, empty or holds white space.
     """
 
-    KIND = "word"
-
-    def __init__(self, words: Sequence[str] | None, lowercase: bool = True) -> None:
-        super().__init__(words, lowercase)
-        self._table = None if words is None else piece_table(words)
+    def __init__(self, words: Sequence[str], lowercase: bool = True) -> None:
+        super().__init__("word", words, lowercase)
+        self._table = piece_table(words)
 
     def split(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Splits documents into tokens.
-
-        Args:
-            texts: string [documents].
-
-        Returns:
-            Ragged string [documents, (tokens)], without an end token; a document may be empty.
-        """
+        """Splits string [documents] into tokens: ragged string [documents, (tokens)]."""
         # Separators before lower-casing, which would cut a text at its first NUL.
         texts = tf.strings.regex_replace(utf8(texts), _SEPARATOR, " ")
         if self.lowercase:
@@ -55,15 +45,14 @@ class WordTokenizer(CasedTokenizer):
         return tf.strings.split(tf.strings.regex_replace(texts, _TOKEN, r" \0 "))
 
     def _ids(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        assert self._table is not None  # `encode` has seen that there is a vocabulary
         words = self.split(texts)
         return words.with_flat_values(tf.cast(self._table.lookup(words.flat_values), tf.int32))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the tokens of one document [tokens], joined by spaces, without its padding.
+        """Returns the tokens of one document [tokens], joined by spaces, without padding.
 
         Raises:
-            ValueError: an id is outside the vocabulary, or there is no vocabulary.
+            ValueError: an id is outside the vocabulary.
         """
-        tokens = (*RESERVED, *self._vocabulary())
+        tokens = (*RESERVED, *self._lines)
         return " ".join(tokens[i] for i in self._checked(ids) if i != PADDING_ID)

@@ -1,5 +1,6 @@
 """Small stores made by the real `prepare`, for all tests of this folder."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,8 +9,12 @@ import pytest
 
 from data_pipelines.prepare import PrepareConfig, build_store
 from data_pipelines.sources import Example
+from data_pipelines.store.manifest import token_dtype
 from data_pipelines.store.store_writer import finish_store, write_shard
-from data_pipelines.store.token_store import TokenStore, token_dtype
+from data_pipelines.store.token_store import TokenStore
+from data_pipelines.tokenizers.vocabulary import digest, lines_bytes
+
+WORDS = {"type": "word", "lowercase": True}
 
 Documents = dict[str, list[tuple[str, int | None]]]
 
@@ -19,7 +24,7 @@ class ListSource:
 
     name = "list"
     note = "made by a test"
-    num_classes = 2
+    class_names = ("0", "1")
 
     def __init__(self, documents: Documents, part_examples: int = 1000) -> None:
         self._documents = documents
@@ -68,6 +73,12 @@ def store(make_store: Callable[..., TokenStore]) -> TokenStore:
     return make_store(documents, vocab_size=6, part_examples=2)
 
 
+@functools.cache
+def vocabulary(vocab_size: int) -> tuple[bytes, str]:
+    vocab = lines_bytes([f"word{number}" for number in range(3, vocab_size)])
+    return vocab, digest(WORDS, vocab)
+
+
 @pytest.fixture(scope="session")
 def write_store() -> Callable[..., TokenStore]:
     """Returns write_store(folder, documents, shards, vocab_size): documents are lists of ids.
@@ -79,8 +90,7 @@ def write_store() -> Callable[..., TokenStore]:
         "source": "test",
         "note": "",
         "num_classes": 2,
-        "tokenizer": {"type": "word", "lowercase": True},
-        "vocab_sha256": "00",
+        "tokenizer": WORDS,
         "prepare_config": {},
     }
 
@@ -98,7 +108,9 @@ def write_store() -> Callable[..., TokenStore]:
             )
             for number in range(shards)
         ]
-        finish_store(building, folder, b"", {**facts, "vocab_size": vocab_size}, {"train": entries})
+        vocab, sha256 = vocabulary(vocab_size)
+        sizes = {"vocab_size": vocab_size, "vocab_sha256": sha256}
+        finish_store(building, folder, vocab, {**facts, **sizes}, {"train": entries})
         return TokenStore(folder)
 
     return write

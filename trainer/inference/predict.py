@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.errors import InputError
-from data_pipelines.prepare.windows import windows
-from data_pipelines.rows import Row, kind_and_path, read_rows
+from data_pipelines.sources.rows import Row, kind_and_path, read_rows
+from data_pipelines.sources.windows import windows
 from trainer.config import Config
 from trainer.inference.explanation import contributions, marked
 from trainer.inference.prediction_files import opened, writer

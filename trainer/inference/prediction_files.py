@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_pipelines.errors import InputError
-from data_pipelines.rows import Row, kind_and_path
+from data_pipelines.sources.rows import Row, kind_and_path
 from trainer.inference.text_classifier import Prediction
 
 PREDICTED = "predicted"

@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-from data_pipelines.tokenizers import Tokenizer, load_tokenizer
+from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.distribution.variables import assign
 from trainer.models import bundle
 from trainer.models.classifier import Classifier

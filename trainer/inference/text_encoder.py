@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from data_pipelines.tokenizers import Tokenizer
+from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.inference.text_classifier import bundle_tokenizer
 from trainer.models import bundle
 from trainer.models.encoder import Encoder, States

@@ -181,7 +181,7 @@ def write_projector(folder: Path) -> None:
         folder: Of the run. An encoder bundle in it, or in its part "pretrain", has the embeddings;
             without one nothing is written.
     """
-    from data_pipelines.tokenizers import vocabulary
+    from data_pipelines.tokenizers.vocabulary import vocabulary_lines
     from trainer.safe_files import read_sealed, read_tensors
 
     found = [f for f in (folder / "encoder", folder / "pretrain" / "encoder") if f.is_dir()]
@@ -189,7 +189,7 @@ def write_projector(folder: Path) -> None:
         return
     info = read_sealed(found[0] / "encoder.json")
     table = read_tensors(found[0] / "encoder.safetensors", info["tensors"])["embeddings"]
-    lines = vocabulary.read_lines(found[0] / "vocab.txt")
+    lines = vocabulary_lines(found[0] / "vocab.txt")
     words, rows = lines[:PROJECTED_WORDS], table[len(table) - len(lines) :][:PROJECTED_WORDS]
     out = folder / "tensorboard" / "run"
     out.mkdir(parents=True, exist_ok=True)

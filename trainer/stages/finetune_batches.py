@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.batches.batch_plan import BatchPlan
-from data_pipelines.store.token_store import NO_LABEL
+from data_pipelines.store.manifest import NO_LABEL
 from trainer.training.run import StoreBatches
 
 

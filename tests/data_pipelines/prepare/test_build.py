@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import hashlib
 import json
 import re
@@ -20,10 +21,11 @@ from hypothesis import given, settings
 from data_pipelines.errors import InputError
 from data_pipelines.prepare import PrepareConfig, build_store, ensure_store
 from data_pipelines.prepare import build as prepare
-from data_pipelines.prepare import parts as prepare_parts
-from data_pipelines.prepare.parts import parts_of
+from data_pipelines.prepare import drafts as prepare_drafts
+from data_pipelines.prepare import shards as prepare_shards
+from data_pipelines.prepare.drafts import parts_of
 from data_pipelines.sources import Source, SourceOptions, open_source
-from data_pipelines.sources.tables import Table
+from data_pipelines.sources.record_files import RecordFiles
 from data_pipelines.store.seal import SEAL, with_seal
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
@@ -54,7 +56,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 def test_reviews_are_stored_as_the_tokenizer_encodes_them(reviews: TokenStore) -> None:
     reviews.verify()
-    tokenizer = WordTokenizer.load(reviews.vocab_path, reviews.tokenizer_config)
+    tokenizer = load_tokenizer(reviews.vocab_path, reviews.tokenizer_config)
     assert tokenizer.sha256 == reviews.vocab_sha256
     assert tokenizer.vocab_size == reviews.vocab_size == 5000
     source = open_source("movie_reviews")
@@ -73,7 +75,7 @@ SMALL_PARTS = {"options": SourceOptions(), "part_bytes": 50_000}
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Table:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> RecordFiles:
     """Returns 900 real reviews in many parts; train and validation share files."""
     folder = tmp_path_factory.mktemp("corpus")
     source = open_source("movie_reviews")
@@ -82,7 +84,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Table:
         rows = [{"text": e.text, "label": e.label} for e in islice(examples, 90)]
         name = f"{'test' if number > 7 else 'train'}-{number}.jsonl"
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Table("jsonl", f"train={folder}/train-*.jsonl,test={folder}/test-*.jsonl", **SMALL_PARTS)
+    return RecordFiles(
+        "jsonl", f"train={folder}/train-*.jsonl,test={folder}/test-*.jsonl", **SMALL_PARTS
+    )
 
 
 def corpus_config(**values: object) -> PrepareConfig:
@@ -90,7 +94,7 @@ def corpus_config(**values: object) -> PrepareConfig:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus: Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(corpus: RecordFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the store of `corpus` as one process makes it."""
     folder = tmp_path_factory.mktemp("one") / "store"
     build_store(corpus_config(), corpus, folder, quiet)
@@ -99,7 +103,7 @@ def undisturbed(corpus: Table, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize("processes", [2, 5])
 def test_bytes_do_not_depend_on_the_number_of_processes(
-    corpus: Table, undisturbed: Path, tmp_path: Path, processes: int
+    corpus: RecordFiles, undisturbed: Path, tmp_path: Path, processes: int
 ) -> None:
     assert all(len(corpus.parts(split)) >= 4 for split in corpus.splits)
     build_store(corpus_config(processes=processes), corpus, tmp_path / "store", quiet)
@@ -202,7 +206,7 @@ def test_prepare_and_encode_agree_on_any_text(
 
 @pytest.mark.parametrize("kind", ["character", "byte", "subword"])
 def test_reviews_are_stored_as_each_tokenizer_encodes_them(
-    corpus: Table, tmp_path: Path, kind: str
+    corpus: RecordFiles, tmp_path: Path, kind: str
 ) -> None:
     config = PrepareConfig("the fixture", tokenizer=kind, vocab_size=400)
     build_store(config, corpus, tmp_path / "one", quiet)
@@ -228,8 +232,8 @@ def test_subwords_of_documents_in_several_blocks(
     documents = {"train": [("low lower lowest " * n, 0) for n in (0, 3, 1, 0, 2)]}
     values = {"tokenizer": "subword", "vocab_size": 9}
     whole = make_store(documents, "whole", **values)
-    monkeypatch.setattr(prepare_parts, "BLOCK_TOKENS", 2)
-    monkeypatch.setattr(prepare_parts, "CUT_WORDS", 1)
+    monkeypatch.setattr(prepare_drafts, "BLOCK_TOKENS", 2)
+    monkeypatch.setattr(prepare_shards, "CUT_WORDS", 1)
     assert contents(make_store(documents, "blocks", **values).folder) == contents(whole.folder)
     lengths = whole.split("train").lengths_of(np.arange(5))
     assert lengths[0] == lengths[3] == 1 and lengths[1] > 3 * 3 + 1
@@ -291,14 +295,14 @@ def test_decoded_ids_are_the_documents_words(
 ) -> None:
     texts = [*texts, "word"]
     raw = [text.encode("utf-8", "surrogatepass") for text in texts]
-    documents = WordTokenizer(None).split(tf.constant(raw)).to_list()
+    documents = WordTokenizer([]).split(tf.constant(raw)).to_list()
     distinct = set(chain.from_iterable(documents))
     folder = tmp_path_factory.mktemp("stores") / "store"
     config = PrepareConfig("list", vocab_size=3 + len(distinct), min_count=1)
     source = list_source({"train": [(t, None) for t in texts]}, part_examples)
     build_store(config, source, folder, log=quiet)
     store = TokenStore(folder)
-    tokenizer = WordTokenizer.load(store.vocab_path, store.tokenizer_config)
+    tokenizer = load_tokenizer(store.vocab_path, store.tokenizer_config)
     tokens, _ = store.split("train").gather(np.arange(len(texts)), 1000)
     for row, words in zip(tokens, documents, strict=True):
         assert tokenizer.decode(row) == " ".join([*(word.decode() for word in words), "<eos>"])
@@ -416,7 +420,7 @@ import os, signal
 from pathlib import Path
 from data_pipelines.prepare import PrepareConfig, build_store
 from data_pipelines.sources import SourceOptions
-from data_pipelines.sources.tables import Table
+from data_pipelines.sources.record_files import RecordFiles
 written, fsync = 0, os.fsync
 def counted(descriptor):
     global written
@@ -425,12 +429,12 @@ def counted(descriptor):
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(descriptor)
 os.fsync = counted
-source = Table("jsonl", PATTERN, SourceOptions(), part_bytes=50_000)
+source = RecordFiles("jsonl", PATTERN, SourceOptions(), part_bytes=50_000)
 build_store(PrepareConfig("the fixture", vocab_size=VOCAB_SIZE), source, Path(STORE))
 """
 
 
-def prepare_until(count: int, source: Table, store: Path, vocab_size: int = 900) -> Path:
+def prepare_until(count: int, source: RecordFiles, store: Path, vocab_size: int = 900) -> Path:
     """Runs a prepare that is killed at its file number `count`; returns its unfinished folder."""
     values = (count, source.name.removeprefix("jsonl:"), str(store), vocab_size)
     program = f"COUNT, PATTERN, STORE, VOCAB_SIZE = {values}" + KILLED
@@ -444,13 +448,13 @@ def drafts_in(building: Path) -> int:
     return len(list(building.glob("drafts-*/*.npz")))
 
 
-# Two files a draft; vocab.txt and vocabulary.json; four files a shard, the last of which notes that
-# it is done; the store's vocab.txt and manifest.json; and its folder, when the notes are gone.
+# Two files a draft; vocab.txt; four files a shard, the last of which notes that it is done; the
+# store's vocab.txt and manifest.json; and its folder, when the notes are gone.
 @pytest.mark.parametrize(
-    "moment", ["first file", "draft", "vocabulary", "facts", "shard", "manifest", "rename"]
+    "moment", ["first file", "draft", "vocabulary", "shard", "manifest", "rename"]
 )
 def test_a_killed_prepare_goes_on_where_it_was(
-    corpus: Table,
+    corpus: RecordFiles,
     undisturbed: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -463,10 +467,9 @@ def test_a_killed_prepare_goes_on_where_it_was(
         "first file": (1, 0, 0),
         "draft": (10, 4, 0),
         "vocabulary": (2 * parts + 1, parts, 0),
-        "facts": (2 * parts + 2, parts, 0),
-        "shard": (2 * parts + 2 + 4 * 4, parts, 3),
-        "manifest": (2 * parts + 2 + 4 * all_shards + 2, parts, all_shards),
-        "rename": (2 * parts + 2 + 4 * all_shards + 3, parts, 0),
+        "shard": (2 * parts + 1 + 4 * 4, parts, 3),
+        "manifest": (2 * parts + 1 + 4 * all_shards + 2, parts, all_shards),
+        "rename": (2 * parts + 1 + 4 * all_shards + 3, parts, 0),
     }[moment]
     building = prepare_until(count, corpus, tmp_path / "store")
     assert drafts_in(building) == drafts
@@ -485,13 +488,13 @@ def test_a_killed_prepare_goes_on_where_it_was(
     build_store(corpus_config(), corpus, tmp_path / "store", lines.append)
     assert done.count("draft_part") == parts - drafts
     assert done.count("shard_part") == all_shards - shards
-    told = [line for line in lines if f"{drafts} of {parts} parts are there already" in line]
+    told = [line for line in lines if f"{drafts} of {parts} parts are done already" in line]
     assert len(told) == (drafts > 0)
     assert contents(tmp_path / "store") == contents(undisturbed)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_another_configuration_does_not_use_old_drafts(corpus: Table, tmp_path: Path) -> None:
+def test_another_configuration_does_not_use_old_drafts(corpus: RecordFiles, tmp_path: Path) -> None:
     assert drafts_in(prepare_until(10, corpus, tmp_path / "store")) == 4
     lines: list[str] = []
     config = corpus_config(lowercase=False)
@@ -504,10 +507,10 @@ def test_another_configuration_does_not_use_old_drafts(corpus: Table, tmp_path: 
 def test_changed_data_does_not_use_old_drafts(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "old words"}\n' * 40)
-    source = Table("jsonl", str(path), **SMALL_PARTS)
+    source = RecordFiles("jsonl", str(path), **SMALL_PARTS)
     assert drafts_in(prepare_until(5, source, tmp_path / "store", vocab_size=5)) == 2
     path.write_text('{"text": "new words"}\n' * 40)
-    source = Table("jsonl", str(path), **SMALL_PARTS)
+    source = RecordFiles("jsonl", str(path), **SMALL_PARTS)
     lines: list[str] = []
     build_store(PrepareConfig("it", vocab_size=5), source, tmp_path / "store", lines.append)
     assert not any("already" in line for line in lines)
@@ -535,7 +538,7 @@ def test_workers_end_with_a_killed_command_and_the_next_one_goes_on(
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     result = forked.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"[1-9]\d* of \d+ parts are there already", result.stdout)
+    assert re.search(r"[1-9]\d* of \d+ parts are done already", result.stdout)
     assert contents(tmp_path / "store") == contents(reviews.folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "store.lock"]
 
@@ -603,3 +606,28 @@ def test_tfds_store_has_the_official_splits(tfds_dir: str, tmp_path: Path) -> No
     assert counts["test"] == 25_000 and counts["unsupervised"] == 50_000
     assert counts["train"] + counts["validation"] == 25_000
     assert set(labels_of(store.split("unsupervised"))) == {-1}
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)  # no file system of this kind is at hand
+    with pytest.raises(InputError, match=r"store\.lock cannot be locked \(No locks available\)"):
+        ensure_store(PrepareConfig("movie_reviews"), tmp_path / "store", lambda line: None)
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_default_vocabulary_is_as_large_as_the_data(
+    tmp_path: Path, list_source: type, capsys: pytest.CaptureFixture
+) -> None:
+    source = list_source({"train": [("a a b b c", 1)]})
+    config = PrepareConfig("list", min_count=2)
+    build_store(config, source, tmp_path / "store")
+    store = ensure_store(config, tmp_path / "store")
+    assert store.vocab_size == 5 and store.manifest["prepare_config"]["vocab_size"] == 20_000
+    assert "2 words are seen --min_count=2 times or more: 5 ids instead of 20,000" in (
+        capsys.readouterr().out
+    )

@@ -1,4 +1,8 @@
+import gzip
 import io
+import re
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +43,7 @@ def data_set(request: pytest.FixtureRequest, tmp_path: Path) -> Archive:
 
 def test_a_folder_and_archives_read_alike(data_set: Archive) -> None:
     assert sorted(data_set.names) == ["c.bin", "d/a.txt", "d/b.txt"]
-    found = list(data_set.read(r"\.txt$", contents))
+    found = list(data_set.parse(re.compile(r"\.txt$").search, contents, True))
     assert sorted(found) == [("d/a.txt", b""), ("d/b.txt", b"b" * 512)]
     assert [name for name, _ in found] == [n for n in data_set.names if n.endswith(".txt")]
     data_set.require({"the texts": r"\.txt$"})
@@ -63,7 +67,7 @@ def test_links_and_devices_are_told_and_not_followed(tmp_path: Path, kind: bytes
         info = tarfile.TarInfo("b.txt")
         info.type, info.linkname = kind, str(tmp_path / "secret.txt")
         tar.addfile(info)
-    assert list(Archive(str(path)).read("txt", contents)) == [
+    assert list(Archive(str(path)).parse(re.compile("txt").search, contents, True)) == [
         ("a.txt", b"a"),
         BadExample(f"{path}, member b.txt", "a link or a device, not a file"),
     ]
@@ -125,3 +129,68 @@ def test_a_member_name_that_is_not_utf8_is_written_out(tmp_path: Path) -> None:
 def test_missing_path(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=name):
         Archive(str(tmp_path / name))
+
+
+def header(name: str, kind: bytes, size: int) -> bytes:
+    """Returns a member's header with a size as `tarfile` would never write it."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    # A number of 12 bytes; the first says that it is binary, and negative if all its bits are set.
+    block[124:136] = (size % 2**96).to_bytes(12, "big")
+    block[124] = 0xFF if size < 0 else 0x80
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(size: str) -> bytes:
+    record = f"size={size}\n"
+    record = f"{len(record) + 3} {record}"
+    data = record.encode().ljust(512, b"\0")
+    return header("pax", tarfile.XHDTYPE, len(record)) + data + header("a", tarfile.REGTYPE, 0)
+
+
+HOSTILE = {
+    "a negative size": header("a", tarfile.REGTYPE, -1024),
+    "a negative size of a pax header": header("a", tarfile.XHDTYPE, -1024),
+    "a negative size of a long name": header("a", tarfile.GNUTYPE_LONGNAME, -1024),
+    "a negative size in a pax header": pax("-2048"),
+    "a pax header of 600 MB": header("a", tarfile.XHDTYPE, 600 << 20),
+    "a long name of 600 MB": header("a", tarfile.GNUTYPE_LONGNAME, 600 << 20),
+    "20,000 pax headers": header("a", tarfile.XHDTYPE, 0) * 20_000,
+    "20,000 long names": (header("a", tarfile.GNUTYPE_LONGNAME, 1) + bytes(512)) * 20_000,
+    "a sparse file with many holes": header("a", tarfile.GNUTYPE_SPARSE, 0)[:482]
+    + b"\1"
+    + bytes(29)
+    + (b"0" * 504 + b"\1" + bytes(7)) * 20_000,
+}
+OPEN = """
+import resource, sys
+from data_pipelines.errors import InputError
+from data_pipelines.sources.archive import Archive
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    Archive(sys.argv[1])
+except InputError as error:
+    print(error)
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10, "memory"
+"""
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_headers_are_refused_in_bounded_time_and_memory(
+    tmp_path: Path, what: str, ending: str
+) -> None:
+    good = make_tar(tmp_path / "good.tar", {"good.txt": b"x"}).read_bytes()[:1024]
+    data = good + HOSTILE[what] + bytes(700 << 20 if "600 MB" in what else 1 << 20)
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(data, 1) if ending == ".tar.gz" else data)
+    result = subprocess.run(
+        [sys.executable, "-c", OPEN, str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"(damaged|cut off).* after member (good\.txt|a) ", result.stdout), (
+        result.stdout
+    )

@@ -24,7 +24,7 @@ def test_labelled_splits_and_all_unlabelled_training_text(files: None, read: Cal
     labelled = open_source("csv:l.csv", label_key="stars")
     assert source.splits == ("train", "validation", "test", "unsupervised")
     assert source.class_names == ("0", "1")
-    assert source.num_classes == 2 and source.name == f"{unlabelled} + csv:l.csv"
+    assert len(source.class_names) == 2 and source.name == f"{unlabelled} + csv:l.csv"
     for split in labelled.splits:
         assert read(source, split) == read(labelled, split)
     own = open_source(unlabelled, with_labels=False, text_key="body")

@@ -35,7 +35,7 @@ def test_folder_in_parts_and_archive(
     for split, examples in found.items():
         assert examples == read(whole, split) == read(archive, split)
     assert len(found["train"]) + len(found["validation"]) == 400 and len(found["validation"]) > 20
-    assert len(found["test"]) == 70 and source.num_classes == 14
+    assert len(found["test"]) == 70 and len(source.class_names) == 14
     assert len(source.class_names) == 14
     assert found["test"][15] == Example(found["test"][15].id, 'A "15", Ltd test \u00e9 15.', 1)
     assert len({e.id for e in found["train"]}) == len(found["train"])

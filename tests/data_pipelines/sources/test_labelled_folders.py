@@ -78,7 +78,7 @@ def test_newsgroups(tmp_path: Path, read: Callable, place: Callable) -> None:
     members = posts() | {"20news-bydate-test/alt.other/1": b"x"}
     path = place(tmp_path / "20news.tar.gz" if place is pack else tmp_path / "d", members)
     source = open_source(f"newsgroups20:{path}")
-    assert (source.splits, source.num_classes) == (("train", "validation", "test"), 20)
+    assert (source.splits, len(source.class_names)) == (("train", "validation", "test"), 20)
     test = read(source, "test")
     bad = [e for e in test if isinstance(e, BadExample)]
     assert len(bad) == 1 and "folder 'alt.other' is not one of alt.atheism" in bad[0].why
@@ -113,3 +113,19 @@ def test_the_real_newsgroups_are_complete(read: Callable) -> None:
     assert len(found["test"]) == 7_532
     assert not [e for examples in found.values() for e in examples if isinstance(e, BadExample)]
     assert {e.label for e in found["test"]} == set(range(20))
+
+
+@pytest.mark.parametrize("name", ["train/pos/9_9.txt", "test/neg/9_9.txt", "train/unsup/9_9.txt"])
+def test_a_link_in_an_archive_is_one_bad_example(tmp_path: Path, read: Callable, name: str) -> None:
+    path = pack(tmp_path / "a.tar.gz", reviews())
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        with tarfile.open(path) as source:
+            for info in source:
+                tar.addfile(info, source.extractfile(info))
+        link = tarfile.TarInfo(f"aclImdb/{name}")
+        link.type, link.linkname = tarfile.SYMTYPE, "0_7.txt"
+        tar.addfile(link)
+    source = open_source(f"aclimdb:{tmp_path}/b.tar")
+    found = [e for split in source.splits for e in read(source, split)]
+    links = [e for e in found if isinstance(e, BadExample) and "a link" in e.why]
+    assert [e.where for e in links] == [f"{tmp_path}/b.tar, member aclImdb/{name}"]

@@ -1,12 +1,11 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from data_pipelines.errors import InputError
-from data_pipelines.sources import SPECS, class_names, open_source
+from data_pipelines.sources import SPECS, open_source
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def test_a_source_goes_on_after_pickling(tmp_path: Path, read: Callable) -> None
     source = open_source(f"csv:{tmp_path}/*.csv")
     copy = pickle.loads(pickle.dumps(source))
     assert [read(copy, s) for s in copy.splits] == [read(source, s) for s in source.splits]
-    assert (copy.num_classes, copy.note) == (3, source.note)
+    assert (len(copy.class_names), copy.note) == (3, source.note)
 
 
 @pytest.mark.parametrize("spec", ["movie_reviews", "text:a", "aclimdb:a"])
@@ -65,8 +64,3 @@ def test_keys_that_a_source_has_no_use_for_are_refused(spec: str) -> None:
         f"--source={spec}: has no use for --text_key=body",
         f"--source={spec}: has no use for --id_key=n",
     ]
-
-
-def test_labels_have_names() -> None:
-    assert class_names(open_source("movie_reviews")) == ["neg", "pos"]
-    assert class_names(SimpleNamespace(num_classes=3)) == ["0", "1", "2"]

@@ -1,10 +1,11 @@
+import collections
 import re
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.errors import InputError
-from data_pipelines.sources.splits import describe, find_origins, lay_out, short_names
+from data_pipelines.sources.splits import describe, find_origins, hash_split, lay_out, short_names
 
 
 @pytest.fixture
@@ -89,3 +90,16 @@ def test_short_names_leave_out_the_common_folder() -> None:
     assert short_names(["/d/x/a", "/d/y/a"]) == {"/d/x/a": "x/a", "/d/y/a": "y/a"}
     assert short_names(["gs://b/a.csv"]) == {"gs://b/a.csv": "a.csv"}
     assert short_names(["/d/a", "/d/e/a"]) == {"/d/a": "a", "/d/e/a": "e/a"}
+
+
+def test_hash_split_is_pinned_and_follows_the_percents() -> None:
+    percents = {"a": 70, "b": 10, "c": 20}
+    counts = collections.Counter(hash_split(f"text {i}", percents) for i in range(5000))
+    assert [hash_split(t, percents) for t in ("", "x", "good film")] == ["a", "b", "a"]
+    assert abs(counts["a"] - 3500) < 120 and abs(counts["b"] - 500) < 80
+
+
+def test_hash_split_takes_lone_surrogates_and_refuses_bad_percents() -> None:
+    assert hash_split("\ud800", {"a": 100}) == "a"
+    with pytest.raises(ValueError, match="90"):
+        hash_split("x", {"a": 90})

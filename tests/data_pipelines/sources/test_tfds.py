@@ -94,7 +94,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_splits_labels_and_dirty_text(prepared: Path, read: Callable, name: str) -> None:
     source = open_source(f"tfds:{name}", str(prepared))
     assert source.splits == ("train", "validation", "test", "unsupervised")
-    assert source.num_classes == 3 and source.class_names == ("neg", "pos", "mixed")
+    assert len(source.class_names) == 3 and source.class_names == ("neg", "pos", "mixed")
     assert "validation is 15 %" in source.note and "not read: extra" in source.note
     found = {split: read(source, split) for split in source.splits}
     train = found["train"] + found["validation"]
@@ -136,7 +136,7 @@ def test_features_are_chosen_by_flags(prepared: Path, read: Callable) -> None:
     assert {(e.text[:4], e.label) for e in read(source, "train")} == {("body", 2)}
     unlabelled = open_source("tfds:many", str(prepared), text_key="title", with_labels=False)
     assert {(e.text[:5], e.label) for e in read(unlabelled, "train")} == {("title", None)}
-    assert unlabelled.num_classes == 0
+    assert unlabelled.class_names == ()
 
 
 def test_features_that_are_ambiguous_or_missing(prepared: Path) -> None:
@@ -150,7 +150,7 @@ def test_features_that_are_ambiguous_or_missing(prepared: Path) -> None:
 
 def test_newest_version_and_no_labels(prepared: Path, read: Callable) -> None:
     source = open_source("tfds:unlabelled", str(prepared))
-    assert source.num_classes == 0 and source.splits == ("train", "validation")
+    assert len(source.class_names) == 0 and source.splits == ("train", "validation")
     found = read(source, "train") + read(source, "validation")
     assert sorted(e.text for e in found) == sorted(f"1.10.0 text {i}" for i in range(12))
     assert {e.label for e in found} == {None} and "version 1.10.0" in source.note
@@ -201,7 +201,7 @@ def test_folder_without_the_data_set_says_what_it_holds(prepared: Path) -> None:
 
 def test_environment_names_the_folder(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
-    assert open_source("tfds:plain").num_classes == 3
+    assert len(open_source("tfds:plain").class_names) == 3
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 
 from data_pipelines.reserved_ids import END_ID
+from data_pipelines.store.manifest import VERSION
 from data_pipelines.store.seal import with_seal
 from data_pipelines.store.split_view import SplitView
-from data_pipelines.store.token_store import VERSION, TokenStore
+from data_pipelines.store.token_store import TokenStore
 
 MakeStore = Callable[..., TokenStore]
 
@@ -273,7 +274,7 @@ def write_sparse_store(folder: Path) -> None:
         "source": "",
         "note": "",
         "num_classes": 2,
-        "tokenizer": {},
+        "tokenizer": {"type": "byte"},
         "vocab_size": 1000,
         "vocab_sha256": "",
         "prepare_config": {},

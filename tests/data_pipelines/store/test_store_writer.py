@@ -7,14 +7,16 @@ import pytest
 
 from data_pipelines.store.store_writer import finish_store, write_file, write_shard
 from data_pipelines.store.token_store import TokenStore
+from data_pipelines.tokenizers.vocabulary import digest, lines_bytes
 
+VOCAB = lines_bytes(["a", "b", "c"])
 FACTS = {
     "source": "random",
     "note": "",
     "num_classes": 2,
     "tokenizer": {"type": "word", "lowercase": True},
-    "vocab_size": 100,
-    "vocab_sha256": "00",
+    "vocab_size": 6,
+    "vocab_sha256": digest({"type": "word", "lowercase": True}, VOCAB),
     "prepare_config": {},
 }
 
@@ -52,7 +54,7 @@ def test_shards_become_a_store_without_what_else_lies_there(tmp_path: Path) -> N
     )
     (building / "train-00000-of-00001.json").write_text(json.dumps(entry))
     (building / ".0.partial").touch()
-    finish_store(building, tmp_path / "store", b"", FACTS, {"train": [entry]}, {"train": 7})
+    finish_store(building, tmp_path / "store", VOCAB, FACTS, {"train": [entry]}, {"train": 7})
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     store = TokenStore(tmp_path / "store")
     store.verify()

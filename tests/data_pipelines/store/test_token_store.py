@@ -13,8 +13,9 @@ from hypothesis import given
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID
+from data_pipelines.store.manifest import token_dtype
 from data_pipelines.store.seal import SEAL, with_seal
-from data_pipelines.store.token_store import TokenStore, token_dtype
+from data_pipelines.store.token_store import TokenStore
 from tests.fuzzing import FUZZ
 
 MakeStore = Callable[..., TokenStore]
@@ -111,7 +112,8 @@ def test_offsets_that_do_not_span_the_tokens_are_found_at_once(
 @pytest.mark.parametrize(
     ("kind", "place", "value", "message"),
     [
-        ("tokens", 1, 6, "has ids from 2 to 6; the manifest allows 0 to 5"),
+        ("tokens", 1, 6, "has ids from 2 to 6; the manifest allows 1 to 5"),
+        ("tokens", 0, 0, "has ids from 0 to"),
         ("tokens", 3, 3, "has a document without an end token"),
         ("offsets", 1, 0, "has offsets that do not rise"),
         ("offsets", 1, 2**62, "has offsets that do not rise"),
@@ -147,7 +149,7 @@ def test_verify_reads_in_parts(
 ) -> None:
     documents = [[3 + j % 90 for j in range(i % 17)] + [END_ID] for i in range(200)]
     store = write_store(tmp_path / "store", documents, 2, 100)
-    monkeypatch.setattr("data_pipelines.store.token_store.VERIFY_BYTES", 64)
+    monkeypatch.setattr("data_pipelines.store.verification.READ_BYTES", 64)
     store.verify()
     # The eighth offset is the first of the second part.
     overwrite(store, "train-00000-of-00002.offsets", 8, 3)
@@ -192,6 +194,12 @@ def test_verify_names_every_damaged_file(store: TokenStore) -> None:
         (["class_names"], "neg, pos"),
         (["class_names"], ["neg", 1]),
         (["class_names"], ["neg", "pos", "so-so"]),
+        (["num_classes"], 2**40),
+        (["vocab_size"], True),
+        (["tokenizer"], {"type": "letters"}),
+        (["tokenizer"], {"type": "word"}),
+        (["tokenizer"], {"type": "word", "lowercase": 1}),
+        (["splits", "train", "shards", 0, "tokens"], 2**63),
     ],
 )
 def test_damaged_manifest_is_named(store: TokenStore, path: list, value: object) -> None:
@@ -203,6 +211,46 @@ def test_damaged_manifest_is_named(store: TokenStore, path: list, value: object)
     write_sealed(store.folder, manifest)
     with pytest.raises(InputError, match="manifest.json"):
         TokenStore(store.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": {"type": "word", "lowercase": False}}, "is not the vocabulary of"),
+        ({"tokenizer": {"type": "byte"}}, "not the vocabulary of bytes"),
+        ({"vocab_sha256": "0" * 64}, "is not the vocabulary of"),
+        ({"vocab_size": 7}, "has 6 lines; the manifest says 7"),
+        ({"splits": "dev"}, "has no documents in its split dev"),
+    ],
+)
+def test_verify_finds_what_would_fail_when_the_store_is_used(
+    store: TokenStore, change: dict, message: str
+) -> None:
+    manifest = store.manifest | change
+    if "splits" in change:
+        empty = {"examples": 0, "tokens": 0, "bad_examples": 0, "shards": []}
+        manifest["splits"] = store.manifest["splits"] | {"dev": empty}
+    write_sealed(store.folder, manifest)
+    with pytest.raises(InputError, match=message):
+        TokenStore(store.folder).verify()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("a\na\nb\n", "vocabulary line 5: 'a' is repeated"),
+        ("a\nb c\nd\n", "vocabulary line 5: 'b c' is empty or holds white space"),
+    ],
+)
+def test_verify_finds_a_vocabulary_that_no_tokenizer_takes(
+    store: TokenStore, lines: str, message: str
+) -> None:
+    data = ("<pad>\n<unk>\n<eos>\n" + lines).encode()
+    store.vocab_path.write_bytes(data)
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_sealed(store.folder, store.manifest | {"vocab_file": entry})
+    with pytest.raises(InputError, match=message):
+        TokenStore(store.folder).verify()
 
 
 def test_a_manifest_has_a_checksum_of_its_own(store: TokenStore) -> None:

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID, PADDING_ID, UNKNOWN_ID
+from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.tokenizers.byte import ByteTokenizer
 
 
@@ -32,11 +33,12 @@ def test_decode_shows_the_unknown_and_refuses_foreign_ids() -> None:
 
 def test_vocabulary_is_fixed(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
-    path = tokenizer.save(tmp_path)
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(tokenizer.vocab_bytes)
     lines = path.read_text("utf-8").splitlines()
     assert lines[:4] == ["<pad>", "<unk>", "<eos>", "0x00"] and lines[-1] == "0xFF"
     assert len(lines) == tokenizer.vocab_size == 259
-    assert ByteTokenizer.load(path, tokenizer.config()).sha256 == tokenizer.sha256
+    assert load_tokenizer(path, tokenizer.config()).sha256 == tokenizer.sha256
     path.write_text("<pad>\n<unk>\n<eos>\na\n")
     with pytest.raises(InputError, match="vocab.txt: not the vocabulary of bytes"):
-        ByteTokenizer.load(path, tokenizer.config())
+        load_tokenizer(path, tokenizer.config())

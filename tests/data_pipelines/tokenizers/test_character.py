@@ -8,13 +8,14 @@ from hypothesis import example, given, settings
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID, PADDING_ID, UNKNOWN_ID
+from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.tokenizers.character import CharacterTokenizer
 
 CONFIG = {"type": "character", "lowercase": True}
 
 
 def split(text: str | bytes, lowercase: bool) -> str:
-    tokenizer = CharacterTokenizer(None, lowercase)
+    tokenizer = CharacterTokenizer([], lowercase)
     (characters,) = tokenizer.split(tf.constant([text], tf.string)).to_list()
     (code_points,) = tokenizer.code_points(tf.constant([text], tf.string)).to_list()
     assert [c.decode() for c in characters] == [chr(c) for c in code_points]
@@ -75,17 +76,13 @@ def test_decode_shows_the_unknown_and_refuses_foreign_ids() -> None:
 
 def test_saved_tokenizer_loads_equal(tmp_path: Path) -> None:
     tokenizer = CharacterTokenizer([" ", "e", "\n", "\\", "é"])
-    path = tokenizer.save(tmp_path)
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(tokenizer.vocab_bytes)
     assert path.read_text("utf-8") == "<pad>\n<unk>\n<eos>\nU+0020\ne\nU+000A\n\\\né\n"
-    loaded = CharacterTokenizer.load(path, tokenizer.config())
+    loaded = load_tokenizer(path, tokenizer.config())
     assert loaded.vocab_size == tokenizer.vocab_size == 8
     assert loaded.sha256 == tokenizer.sha256
     assert loaded.encode(tf.constant(["É\n x", ""])).to_list() == [[7, 5, 3, 1, 2], [2]]
-
-
-def test_without_characters_it_only_splits() -> None:
-    with pytest.raises(ValueError, match="without a vocabulary"):
-        CharacterTokenizer(None).encode(tf.constant(["x"]))
 
 
 @pytest.mark.parametrize("characters", [["ab"], [""], ["a", "a"], ["\ud800"]])
@@ -97,4 +94,4 @@ def test_bad_characters_are_refused(characters: list[str]) -> None:
 def test_a_vocabulary_of_words_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("<pad>\n<unk>\n<eos>\nthe\n")
     with pytest.raises(InputError, match="vocab.txt, line 4: 'the'"):
-        CharacterTokenizer.load(tmp_path / "vocab.txt", CONFIG)
+        load_tokenizer(tmp_path / "vocab.txt", CONFIG)

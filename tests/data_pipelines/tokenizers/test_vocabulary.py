@@ -22,7 +22,7 @@ def test_every_character_has_a_line_of_its_own_and_comes_back() -> None:
 def test_a_file_of_every_character_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "vocab.txt"
     path.write_bytes(vocabulary.lines_bytes([character_line(c) for c in EVERY_CHARACTER]))
-    assert vocabulary.read_characters(path) == EVERY_CHARACTER
+    assert vocabulary.read_pieces(path, "character") == EVERY_CHARACTER
 
 
 @pytest.mark.parametrize(
@@ -53,4 +53,4 @@ def test_other_lines_are_refused_with_their_number(tmp_path: Path, line: str) ->
     path = tmp_path / "vocab.txt"
     path.write_bytes(vocabulary.lines_bytes(["a", line]))
     with pytest.raises(InputError, match="vocab.txt, line 5: "):
-        vocabulary.read_characters(path)
+        vocabulary.read_pieces(path, "character")

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID, PADDING_ID, UNKNOWN_ID
+from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.tokenizers.word import WordTokenizer
 
 
 def split(text: str | bytes, lowercase: bool = True) -> list[str]:
-    (words,) = WordTokenizer(None, lowercase).split(tf.constant([text])).to_list()
+    (words,) = WordTokenizer([], lowercase).split(tf.constant([text])).to_list()
     return [word.decode() for word in words]
 
 
@@ -50,7 +51,7 @@ def test_split_keeps_case_when_told_to() -> None:
 def test_lower_case_does_not_follow_the_machines_locale() -> None:
     program = (
         "import tensorflow as tf; from data_pipelines.tokenizers.word import WordTokenizer;"
-        "print(WordTokenizer(None).split(tf.constant(['TITLE I'])).to_list())"
+        "print(WordTokenizer([]).split(tf.constant(['TITLE I'])).to_list())"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -75,7 +76,7 @@ def test_split_loses_only_separators(text: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.binary() | st.text().map(str.encode), min_size=1, max_size=4))
 def test_encode_is_the_words_numbers_for_any_bytes(texts: list[bytes]) -> None:
-    documents = WordTokenizer(None).split(tf.constant(texts, tf.string)).to_list()
+    documents = WordTokenizer([]).split(tf.constant(texts, tf.string)).to_list()
     distinct = sorted({word for words in documents for word in words})
     known = [word.decode() for word in distinct[::2]]
     numbers = {word.encode(): number for number, word in enumerate(known, start=3)}
@@ -95,8 +96,9 @@ def test_decode_drops_padding_and_refuses_foreign_ids() -> None:
 
 def test_saved_tokenizer_loads_equal(tmp_path: Path) -> None:
     tokenizer = WordTokenizer(["Film", "é", "."], lowercase=False)
-    path = tokenizer.save(tmp_path)
-    loaded = WordTokenizer.load(path, tokenizer.config())
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(tokenizer.vocab_bytes)
+    loaded = load_tokenizer(path, tokenizer.config())
     texts = tf.constant(["Film . film é", ""])
     assert path.read_text(encoding="utf-8") == "<pad>\n<unk>\n<eos>\nFilm\né\n.\n"
     assert loaded.vocab_size == tokenizer.vocab_size == 6
@@ -114,13 +116,6 @@ def test_sha256_depends_on_words_order_and_config() -> None:
     assert len({t.sha256 for t in variants}) == 4
 
 
-def test_tokenizer_without_words_only_splits() -> None:
-    with pytest.raises(ValueError, match="without a vocabulary"):
-        WordTokenizer(None).encode(tf.constant(["x"]))
-    with pytest.raises(ValueError, match="without a vocabulary"):
-        _ = WordTokenizer(None).vocab_size
-
-
 @pytest.mark.parametrize("words", [["a", "a"], ["<unk>"], [""], ["a b"], ["a\n"]])
 def test_bad_words_are_refused(words: list[str]) -> None:
     with pytest.raises(InputError, match="vocabulary line"):
@@ -132,14 +127,14 @@ def test_bad_vocabulary_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "vocab.txt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=re.escape(str(path))):
-        WordTokenizer.load(path, {"type": "word", "lowercase": True})
+        load_tokenizer(path, {"type": "word", "lowercase": True})
 
 
 def test_missing_vocabulary_and_foreign_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="vocab.txt"):
-        WordTokenizer.load(tmp_path / "vocab.txt", {"type": "word", "lowercase": True})
+        load_tokenizer(tmp_path / "vocab.txt", {"type": "word", "lowercase": True})
     with pytest.raises(InputError, match="config"):
-        WordTokenizer.load(tmp_path / "vocab.txt", {"type": "bytes"})
+        load_tokenizer(tmp_path / "vocab.txt", {"type": "bytes"})
 
 
 def test_digest_is_what_stores_and_bundles_hold() -> None:

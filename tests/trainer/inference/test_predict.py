@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import InputError
-from data_pipelines.rows import Row
+from data_pipelines.sources.rows import Row
 from trainer.config import Config
 from trainer.inference import predict as stage
 from trainer.inference.text_classifier import load_classifier

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipelines.errors import InputError
 from data_pipelines.store.token_store import TokenStore
-from data_pipelines.tokenizers.vocabulary import read_lines
+from data_pipelines.tokenizers.vocabulary import vocabulary_lines
 from trainer.distribution.tf_distribute import one_device
 from trainer.models.encoder import Encoder
 from trainer.stages.init_embeddings import init_embeddings
@@ -23,7 +23,7 @@ def run_of(store: TokenStore, path: Path, lines: list[str]) -> Any:
 
 def test_words_in_the_file_get_their_vectors(small_store: Path, tmp_path: Path) -> None:
     store = TokenStore(small_store)
-    words = read_lines(store.vocab_path)
+    words = vocabulary_lines(store.vocab_path)
     path = tmp_path / "vectors.txt"
     path.write_text(f"{words[7]} 1 2 3\nnot-a-word 4 5 6\n{words[0]} 7 8 9\n")
     encoder = Encoder(store.vocab_size, 3, 4, seed=0)

@@ -1,4 +1,4 @@
-from data_pipelines.prepare.parts import BadExamples
+from data_pipelines.prepare.bad_examples import BadExamples
 
 
 def test_bad_examples_are_counted_by_reason_without_values() -> None:

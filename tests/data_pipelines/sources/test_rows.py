@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import InputError
-from data_pipelines.rows import kind_and_path, read_rows
+from data_pipelines.sources.rows import kind_and_path, read_rows
 
 
 @pytest.mark.parametrize(

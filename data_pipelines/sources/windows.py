@@ -1,26 +1,21 @@
-"""Texts together, as many as fit in bounded memory."""
+"""Groups texts so that a group fits in bounded memory."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 
 class HasText(Protocol):
-    """What holds a document, as an Example and a Row do."""
+    """Anything that holds a document, such as an `Example` or a `Row`."""
 
     @property
-    def text(self) -> str:
-        """The document."""
-        ...
+    def text(self) -> str: ...
 
 
 Item = TypeVar("Item", bound=HasText)
 
 
 def windows(items: Iterable[Item], most_items: int, most_characters: int) -> Iterator[list[Item]]:
-    """Yields the items in order, in lists that end at `most_items` or `most_characters`.
-
-    A text longer than that ends the list that it is in.
-    """
+    """Yields the items in order, in lists that end at `most_items` or `most_characters`."""
     window: list[Item] = []
     characters = 0
     for item in items:

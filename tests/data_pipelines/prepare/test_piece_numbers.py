@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 from hypothesis import example, given, settings
 
-from data_pipelines.prepare import piece_tables
-from data_pipelines.prepare.piece_tables import piece_table
+from data_pipelines.prepare import piece_numbers as module
+from data_pipelines.prepare.piece_numbers import piece_numbers
 from data_pipelines.tokenizers import make_tokenizer
 
 # What the rules of the tokenizer turn on: separators of all kinds, line breaks, apostrophes, marks,
@@ -21,14 +21,14 @@ ATOMS = st.one_of(
 
 
 def pieces_of(texts: Iterable[str], config: dict) -> list[list[bytes]]:
-    table = piece_table(config)
+    table = piece_numbers(config)
     table.begin_part()
     ids, lengths = table.numbers(list(texts))
     start, documents = 0, []
     for length in lengths.tolist():
         document = ids[start : start + length].tolist()
         assert document[-1] == 0 and 0 not in document[:-1]
-        documents.append(table.words(document[:-1]))
+        documents.append(table.pieces(document[:-1]))
         start += length
     assert start == len(ids)
     return documents
@@ -57,6 +57,6 @@ def test_subwords_are_cut_from_words() -> None:
 
 
 def test_a_table_that_forgets_gives_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(piece_tables, "MAX_PIECES", 2)
+    monkeypatch.setattr(module, "MAX_CHUNKS", 2)
     for texts in (["a b c d"], ["d e"], ["a a e"]):
         assert pieces_of(texts, CONFIGS[0]) == [text.encode().split() for text in texts]

@@ -1,7 +1,7 @@
-"""Rows of text as they come, for what labels them: one pass, nothing kept, standard input too.
+"""Streams rows of text to predict, from files or standard input.
 
-Rows are read by the rules of the sources `text:`, `csv:`, `tsv:` and `jsonl:`, but not divided
-into splits, and without labels.
+Reads files by the rules of the sources `text:`, `csv:`, `tsv:` and `jsonl:`, in one pass, without
+splits and labels.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from data_pipelines import files
 from data_pipelines.errors import InputError
-from data_pipelines.sources.lines import Range, first_line
-from data_pipelines.sources.tables import read_records, record_fault
+from data_pipelines.sources.lines import Range
+from data_pipelines.sources.records import read_records, record_fault
 
 KINDS = ("text", "csv", "tsv", "jsonl")
 STANDARD_INPUT = "/dev/stdin"
@@ -22,8 +22,8 @@ class Row(NamedTuple):
     Attributes:
         where: the file and the line, e.g. "reviews.csv, line 17".
         text: the document, "" if there is a fault.
-        values: what the row holds by column or key; a line of text has "text".
-        fault: why it holds no document, or "".
+        values: the row by column or key; a line of text has "text".
+        fault: why the row has no document, or "".
     """
 
     where: str
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def kind_and_path(spec: str) -> tuple[str, str]:
-    """Splits `[KIND:]PATH`; without KIND it follows from the ending, and is text for any other."""
+    """Splits `[KIND:]PATH`; a missing KIND follows from the ending, and is text for any other."""
     kind, colon, path = spec.partition(":")
     if colon and kind in KINDS:
         return kind, path
@@ -46,10 +46,10 @@ def read_rows(spec: str, text_key: str = "text") -> Iterator[Row]:
 
     Args:
         spec: `[KIND:]FILES`; FILES is a pattern, or "-" for standard input.
-        text_key: column or key of the text; not for lines of text.
+        text_key: column or key of the text; unused for lines of text.
 
     Raises:
-        InputError: no file matches, one cannot be read to its end, or has no column of this name.
+        InputError: no file matches, one cannot be read to its end, or lacks the column.
     """
     kind, pattern = kind_and_path(spec)
     paths = [STANDARD_INPUT] if pattern == "-" else files.find_files(pattern)
@@ -60,12 +60,11 @@ def read_rows(spec: str, text_key: str = "text") -> Iterator[Row]:
 
 
 def _rows_of(kind: str, path: str, text_key: str) -> Iterator[Row]:
-    whole = Range(path, 0, None, 1)
     name = "standard input" if path == STANDARD_INPUT else path
-    looked = kind in ("text", "jsonl")
-    for record in read_records(kind, whole, []):
-        if not looked and not record.fault:
-            looked = True
+    columns_known = kind in ("text", "jsonl")
+    for record in read_records(kind, Range(path), []):
+        if not columns_known and not record.fault:
+            columns_known = True
             if text_key not in record.values:
                 raise InputError(
                     f"{name} has no column {text_key!r} (--text_key); it has "
@@ -73,6 +72,4 @@ def _rows_of(kind: str, path: str, text_key: str) -> Iterator[Row]:
                 )
         fault = record_fault(record, text_key)
         text = "" if fault else record.values[text_key]
-        yield Row(
-            f"{name}, line {first_line(whole) + record.line_index}", text, record.values, fault
-        )
+        yield Row(f"{name}, line {1 + record.line_index}", text, record.values, fault)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from data_pipelines.batches.permutation import Permutation
+from data_pipelines.permutation import Permutation
 
 DRAWS = 3000
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.errors import InputError
 from data_pipelines.sources import BadExample, Example, SourceOptions, open_source
-from data_pipelines.sources.tables import Table
+from data_pipelines.sources.record_files import RecordFiles
 from data_pipelines.sources.text import text_fault
 from tests.fuzzing import EDITS, FUZZ, edited
 
@@ -36,7 +36,7 @@ def test_text_is_a_document_a_line(tmp_path: Path, read: Callable) -> None:
         Example("a.txt@14", "three", None),
     ]
     assert read(source, "validation") == [Example("b@0", "b", None)]
-    assert (source.splits, source.num_classes) == (("validation", "unsupervised"), 0)
+    assert (source.splits, len(source.class_names)) == (("validation", "unsupervised"), 0)
     assert "splits as given; no labels" in source.note
 
 
@@ -61,7 +61,7 @@ def test_tables_with_labels_and_ids(
     source = open_source(spec, id_key="id")
     text = 'a "b", c d' if kind == "tsv" else 'a "b", c\nd'
     assert read(source, "train") == [Example("7", text, 1), Example("8", "x", 0)]
-    assert (source.splits, source.num_classes) == (("train", "validation"), 2)
+    assert (source.splits, len(source.class_names)) == (("train", "validation"), 2)
     assert "labels neg=0, pos=1" in source.note
     ids = [example.id for example in read(open_source(spec), "train")]
     assert ids[0].startswith(f"a{ending}@") and len(set(ids)) == 2
@@ -115,7 +115,7 @@ def test_a_bare_pattern_is_divided_and_loses_nothing(tmp_path: Path, read: Calla
 def test_without_a_label_column_text_is_unsupervised(tmp_path: Path, read: Callable) -> None:
     data = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(300)).encode()
     source = open_source(f"jsonl:{write(tmp_path / 'a.jsonl', data)}")
-    assert source.splits == ("validation", "unsupervised") and source.num_classes == 0
+    assert source.splits == ("validation", "unsupervised") and len(source.class_names) == 0
     assert {e.label for e in read(source, "unsupervised")} == {None}
     assert "no labels" in source.note
 
@@ -123,7 +123,7 @@ def test_without_a_label_column_text_is_unsupervised(tmp_path: Path, read: Calla
 def test_labels_that_are_not_wanted_are_not_read(tmp_path: Path, read: Callable) -> None:
     path = write(tmp_path / "a.csv", b"text,label\nx,1\ny,oops\n")
     source = open_source(f"csv:train={path}", with_labels=False)
-    assert source.num_classes == 0
+    assert len(source.class_names) == 0
     assert [e.label for s in source.splits for e in read(source, s)] == [None, None]
 
 
@@ -132,7 +132,7 @@ def test_unsupervised_files_need_no_labels(tmp_path: Path, read: Callable) -> No
     more = write(tmp_path / "b.csv", b"text\nz\n")
     source = open_source(f"csv:train={train},unsupervised={more}")
     assert read(source, "unsupervised") == [Example("b.csv@5", "z", None)]
-    assert source.num_classes == 2
+    assert len(source.class_names) == 2
 
 
 def test_classes_without_labelled_training_files_are_those_of_the_test_files(
@@ -141,7 +141,7 @@ def test_classes_without_labelled_training_files_are_those_of_the_test_files(
     more = write(tmp_path / "a.csv", b"text,label\nx,5\n")
     test = write(tmp_path / "b.csv", b"text,label\nz,no\nw,yes\n")
     source = open_source(f"csv:unsupervised={more},test={test}")
-    assert [e.label for e in read(source, "test")] == [0, 1] and source.num_classes == 2
+    assert [e.label for e in read(source, "test")] == [0, 1] and len(source.class_names) == 2
     assert source.class_names == ("no", "yes")
     assert [e.label for s in source.splits for e in read(source, s)].count(None) == 1
 
@@ -264,13 +264,13 @@ def test_any_text_comes_back_whatever_the_size_of_parts(
                 for text in documents
             )
     options = SourceOptions()
-    source = Table(kind, f"unsupervised={path}", options, part_bytes)
-    again = Table(kind, f"unsupervised={path}", options, part_bytes)
+    source = RecordFiles(kind, f"unsupervised={path}", options, part_bytes)
+    again = RecordFiles(kind, f"unsupervised={path}", options, part_bytes)
     found = [e for split in source.splits for e in read(source, split)]
     assert sorted(e.text for e in found) == sorted(documents)
     assert len({e.id for e in found}) == len(found)
     assert source.parts("unsupervised") == again.parts("unsupervised")
-    one = Table(kind, f"unsupervised={path}", options)
+    one = RecordFiles(kind, f"unsupervised={path}", options)
     assert read(one, "unsupervised") == read(source, "unsupervised")
 
 
@@ -290,7 +290,7 @@ def test_changed_tables_give_only_the_named_errors(
         path = tmp_path / "a"
         path.write_bytes(data)
         try:
-            source = Table(kind, f"unsupervised={path}", SourceOptions(), part_bytes)
+            source = RecordFiles(kind, f"unsupervised={path}", SourceOptions(), part_bytes)
             for split in source.splits:
                 for part in source.parts(split):
                     for example in source.examples(split, part):
@@ -302,7 +302,7 @@ def test_changed_tables_give_only_the_named_errors(
 def test_small_files_are_put_together(tmp_path: Path, read: Callable) -> None:
     for i in range(10):
         write(tmp_path / f"{i}.txt", f"text {i}\n".encode() * (30 if i == 4 else 1))
-    source = Table("text", f"unsupervised={tmp_path}/*", SourceOptions(with_labels=False), 20)
+    source = RecordFiles("text", f"unsupervised={tmp_path}/*", SourceOptions(with_labels=False), 20)
     parts = source.parts("unsupervised")
     assert parts[:2] == ["0.txt[0:] and 1 more", "2.txt[0:] and 1 more"]
     assert parts[2:4] == ["4.txt[0:20]", "4.txt[20:40]"] and parts[-1] == "8.txt[0:] and 1 more"
@@ -319,7 +319,7 @@ def test_labelled_parts_give_each_document_once(tmp_path: Path, read: Callable, 
     if join:
         lines = [join.join(row) for row in [("text", "label"), *rows]]
     path = write(tmp_path / "a", ("\n".join([*lines[:-1], "", lines[-1]])).encode())
-    source = Table(kind, path, SourceOptions(), 100)
+    source = RecordFiles(kind, path, SourceOptions(), 100)
     assert len(source.parts("train")) == len(set(source.parts("train"))) > 40
     found = [e for split in source.splits for e in read(source, split)]
     bad = [e for e in found if isinstance(e, BadExample)]

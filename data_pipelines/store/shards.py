@@ -1,0 +1,110 @@
+"""Memory-mapped shards of a token store."""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.errors import InputError
+from data_pipelines.store import truncation
+from data_pipelines.store.manifest import LABEL_DTYPE, OFFSET_DTYPE
+
+
+class Shards:
+    """The memory maps of some shards.
+
+    Args:
+        folder: the store's.
+        entries: the manifest's entries of the shards.
+        token_dtype: type of the tokens on disk.
+
+    Attributes:
+        first: the number of each shard's first document, then the number of documents:
+            int64 [shards + 1].
+        num_tokens: tokens of all shards.
+    """
+
+    def __init__(self, folder: Path, entries: list[dict[str, Any]], token_dtype: np.dtype) -> None:
+        self._paths = [folder / entry["name"] for entry in entries]
+        maps = [
+            [_mapped(folder / f"{e['name']}.{kind}", dtype) for e in entries]
+            for kind, dtype in (
+                ("tokens", token_dtype),
+                ("offsets", OFFSET_DTYPE),
+                ("labels", LABEL_DTYPE),
+            )
+        ]
+        self._tokens, self._offsets, self._labels = maps
+        self.first = np.cumsum([0, *(len(labels) for labels in self._labels)], dtype=np.int64)
+        self.num_tokens = sum(len(tokens) for tokens in self._tokens)
+
+    def offsets(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the start and stop of documents in their shards' tokens: int64 [n] each.
+
+        Raises:
+            InputError: an offset is outside the shard, or a document has no tokens.
+        """
+        starts, stops = np.empty((2, len(documents)), np.int64)
+        for shard, rows, local in self._by_shard(documents):
+            start, stop = self._offsets[shard][local], self._offsets[shard][local + 1]
+            if start.min() < 0 or (stop - start).min() < 1 or stop.max() > len(self._tokens[shard]):
+                raise InputError(
+                    f"{self._paths[shard]}.offsets is damaged: a document has no tokens, or lies "
+                    "outside the shard; prepare the store again"
+                )
+            starts[rows], stops[rows] = start, stop
+        return starts, stops
+
+    def labels(self, documents: np.ndarray) -> np.ndarray:
+        """Returns the labels of documents: int32 [n]."""
+        labels = np.empty(len(documents), np.int32)
+        for shard, rows, local in self._by_shard(documents):
+            labels[rows] = self._labels[shard][local]
+        return labels
+
+    def copy_words(
+        self,
+        documents: np.ndarray,
+        starts: np.ndarray,
+        stops: np.ndarray,
+        target: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        """Copies tokens [start, stop) of each document's shard to `target`, at `place`."""
+        # A loop: one fancy index over all tokens takes as long for short documents, and twice as
+        # long for documents of 400 tokens.
+        shard = np.searchsorted(self.first, documents, side="right") - 1
+        lists = (x.tolist() for x in (shard, starts, stops, places, places + (stops - starts)))
+        tokens = self._tokens
+        for number, start, stop, place, end in zip(*lists, strict=True):
+            target[place:end] = tokens[number][start:stop]
+
+    def _by_shard(
+        self, documents: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
+        """Yields each shard, which of `documents` are in it, and their numbers inside it."""
+        if not len(documents):
+            return
+        shard = np.searchsorted(self.first, documents, side="right") - 1
+        if (shard == shard[0]).all():
+            yield int(shard[0]), slice(None), documents - self.first[shard[0]]
+            return
+        order = np.argsort(shard, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
+            number = int(shard[rows[0]])
+            yield number, rows, documents[rows] - self.first[number]
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Returns a file's content as a memory-mapped array."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        if size == 0:  # cannot be mapped
+            return np.empty(0, dtype)
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    truncation.watch(path, size)
+    # Documents are read in random order: reading ahead would load their neighbours in vain.
+    content.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(content, dtype)
