@@ -133,11 +133,13 @@ def encoder_bundle(small_store: Path, tmp_path_factory: pytest.TempPathFactory) 
     from data_pipelines.store.token_store import TokenStore
     from trainer.distribution.variables import values_of
     from trainer.models import bundle
-    from trainer.models.encoder import Encoder
+    from trainer.models.encoder import Encoder, Initial
     from trainer.states import LearnedState
 
     store = TokenStore(small_store)
-    encoder = Encoder(store.vocab_size, 4, 5, seed=3, num_layers=2, embedding_scale=1.0)
+    encoder = Encoder(
+        store.vocab_size, 4, 5, seed=3, num_layers=2, initial=Initial(embedding_scale=1)
+    )
     encoder.build()
     tensors = values_of(bundle.encoder_variables(encoder))
     for h, name in enumerate(bundle.STATES):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from trainer.models.classifier import Classifier
-from trainer.models.encoder import Encoder
+from trainer.models.encoder import Encoder, Initial
 
 VOCAB_SIZE, DIM, UNITS = 12, 3, 4
 TOKENS = np.array([[5, 9, 2, 0, 0], [7, 7, 8, 3, 2], [4, 11, 6, 2, 0], [2, 0, 0, 0, 0]], np.int32)
@@ -17,7 +17,13 @@ WEIGHTS = np.array([1, 1, 1, 0], np.float32)  # the last row is filler
 def make(num_classes: int, precision: str = "float32") -> Classifier:
     """Returns a classifier that reads normalised embeddings and starts from a state."""
     encoder = Encoder(
-        VOCAB_SIZE, DIM, UNITS, 1, embedding_scale=1.0, normalised=True, precision=precision
+        VOCAB_SIZE,
+        DIM,
+        UNITS,
+        1,
+        initial=Initial(embedding_scale=1),
+        normalised=True,
+        precision=precision,
     )
     classifier = Classifier(encoder, num_classes, hidden_units=5)
     classifier.build()

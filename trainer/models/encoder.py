@@ -83,6 +83,18 @@ class ChronoBias(keras.initializers.Initializer):
         return {"longest": self.longest, "seed": self.seed}
 
 
+class Initial(NamedTuple):
+    """How an encoder's weights are drawn.
+
+    Attributes:
+        memory_steps: Longest initial memory of a cell; see ChronoBias.
+        embedding_scale: Embeddings are uniform between minus and plus this.
+    """
+
+    memory_steps: int = 100
+    embedding_scale: float = 0.05
+
+
 class Encoder(keras.layers.Layer):
     """Reads tokens into a sequence of outputs and a final hidden and cell state.
 
@@ -93,11 +105,8 @@ class Encoder(keras.layers.Layer):
         frequencies: [vocab_size], of the words in a text, with sum 1; only if normalised.
         lstms: The stack, from the lowest layer; each reads the outputs of the one below. Their
             weights `initial_h` and `initial_c` are the learned initial state.
-        embedding_scale: New embeddings are uniform between minus and plus this.
-        memory_steps: Longest initial memory of a cell; see ChronoBias.
+        initial: How new weights are drawn, beside the seed.
         precision: Keras's dtype policy of the LSTMs, whose inputs and outputs are float32.
-        recompute: Whether the backward pass recomputes the LSTMs' activations instead of keeping
-            them; not part of the configuration.
     """
 
     def __init__(
@@ -106,12 +115,10 @@ class Encoder(keras.layers.Layer):
         embedding_dim: int,
         units: int,
         seed: int,
-        memory_steps: int = 100,
-        embedding_scale: float = 0.05,
+        initial: Initial = Initial(),  # noqa: B008 (it cannot be changed)
         num_layers: int = 1,
         normalised: bool = False,
         precision: str = "float32",
-        recompute: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -119,14 +126,11 @@ class Encoder(keras.layers.Layer):
         self.embedding_dim = embedding_dim
         self.units = units
         self.seed = seed
-        self.memory_steps = memory_steps
-        self.embedding_scale = embedding_scale
+        self.initial = Initial(*initial)
         self.num_layers = num_layers
         self.normalised = normalised
         self.precision = precision
         self.lstms = [self._make_lstm(layer) for layer in range(num_layers)]
-        for lstm in self.lstms:
-            lstm.recompute = recompute
 
     def _make_lstm(self, layer: int) -> WarmLSTM:
         initializers = keras.initializers
@@ -137,7 +141,7 @@ class Encoder(keras.layers.Layer):
             return_state=True,
             kernel_initializer=initializers.GlorotUniform(seed=seed + 1),
             recurrent_initializer=initializers.Orthogonal(seed=seed + 2),
-            bias_initializer=ChronoBias(self.memory_steps, seed=seed + 6),
+            bias_initializer=ChronoBias(self.initial.memory_steps, seed=seed + 6),
             unit_forget_bias=False,
             seed=seed,
             dtype=self.precision,
@@ -150,7 +154,7 @@ class Encoder(keras.layers.Layer):
         self.embeddings = self.add_weight(
             shape=(self.vocab_size, self.embedding_dim),
             initializer=keras.initializers.RandomUniform(
-                -self.embedding_scale, self.embedding_scale, seed=self.seed
+                -self.initial.embedding_scale, self.initial.embedding_scale, seed=self.seed
             ),
             name="embeddings",
         )
@@ -252,8 +256,6 @@ class Encoder(keras.layers.Layer):
         return self.read(self.words(tokens), mask, states, training=False)
 
     def get_config(self) -> dict[str, Any]:
-        names = [
-            *("vocab_size", "embedding_dim", "units", "seed", "memory_steps", "embedding_scale"),
-            *("num_layers", "normalised", "precision"),
-        ]
+        names = ["vocab_size", "embedding_dim", "units", "seed", "initial"]
+        names += ["num_layers", "normalised", "precision"]
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}

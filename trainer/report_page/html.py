@@ -45,26 +45,9 @@ def page(runs: Sequence[RunFolder], made_at: float) -> str:
         ("Missing", sections.missing(runs)),
     ]
     parts = [(title, body) for title, body in parts if body]
-    style, script = (
-        Markup((resources.files(__package__) / name).read_text(encoding="ascii"))
-        for name in ("page.css", "page.js")
-    )
-    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(made_at))
     names = ", ".join(run.name for run in runs)
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        # Reviews are untrusted text. They are escaped; this policy would stop scripts in them too.
-        tag(
-            "meta",
-            http_equiv="Content-Security-Policy",
-            content=f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}",
-        ),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{said.title} - {names}"),
-        tag("style", style),
-    )
+    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(made_at))
+    script = _file("page.js")
     body = tag(
         "body",
         tag("a", "Skip to the content", href="#content", class_="skip"),
@@ -94,8 +77,27 @@ def page(runs: Sequence[RunFolder], made_at: float) -> str:
         tag("p", class_="spoken", role="status", aria_live="polite"),
         tag("script", script),
     )
-    document = f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
-    return document.encode("ascii", "xmlcharrefreplace").decode()
+    whole = tag("html", _head(f"{said.title} - {names}", script), body, lang="en")
+    return f"<!doctype html>\n{whole}\n".encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _head(title: str, script: Markup) -> Markup:
+    style = _file("page.css")
+    policy = f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}"
+    return tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        # Reviews are untrusted text. They are escaped; this policy would stop scripts in them too.
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", style),
+    )
+
+
+def _file(name: str) -> Markup:
+    return Markup((resources.files(__package__) / name).read_text(encoding="ascii"))
 
 
 def write(folders: Sequence[Path], out: Path) -> None:

@@ -21,7 +21,7 @@ from trainer.distribution.steps import sum_over_batches
 from trainer.distribution.variables import digest, values_of
 from trainer.models import bundle
 from trainer.models.bag_autoencoder import BagAutoencoder
-from trainer.models.encoder import Encoder, LearnedState, dropped_weights
+from trainer.models.encoder import Encoder, Initial, LearnedState, dropped_weights
 from trainer.models.language_model import LanguageModel
 from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, TextModel
@@ -186,14 +186,14 @@ def make_encoder(
         config.embedding_dim,
         config.units,
         seed=config.seed,
-        memory_steps=config.memory_steps,
-        embedding_scale=embedding_scale,
+        initial=Initial(config.memory_steps, embedding_scale),
         num_layers=config.num_layers,
         normalised=normalised,
         precision=config.precision,
-        recompute=config.recompute,
         name="encoder",
     )
+    for lstm in encoder.lstms:
+        lstm.recompute = config.recompute
     encoder.build()
     return encoder
 

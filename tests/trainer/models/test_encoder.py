@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.models.encoder import ChronoBias, Encoder, dropout, dropped_weights
+from trainer.models.encoder import ChronoBias, Encoder, Initial, dropout, dropped_weights
 
 
 def test_chrono_bias_spreads_the_cells_memories() -> None:
@@ -17,7 +17,9 @@ def test_chrono_bias_spreads_the_cells_memories() -> None:
 
 
 def test_an_encoder_starts_with_it_and_is_a_function_of_its_seed() -> None:
-    first, again, other = (Encoder(30, 4, 6, seed=s, memory_steps=20) for s in (1, 1, 2))
+    first, again, other = (
+        Encoder(30, 4, 6, seed=s, initial=Initial(memory_steps=20)) for s in (1, 1, 2)
+    )
     for encoder in (first, again, other):
         encoder.build()
     forget = first.lstms[0].cell.bias.numpy()[6:12]
@@ -28,7 +30,7 @@ def test_an_encoder_starts_with_it_and_is_a_function_of_its_seed() -> None:
 
 
 def test_config_round_trip() -> None:
-    encoder = Encoder(30, 4, 6, seed=1, memory_steps=20, num_layers=2)
+    encoder = Encoder(30, 4, 6, seed=1, initial=Initial(20, 0.1), num_layers=2)
     again = Encoder.from_config(encoder.get_config())
     assert again.get_config() == encoder.get_config()
     bias = keras.initializers.deserialize(keras.initializers.serialize(ChronoBias(9, 2)))
