@@ -12,7 +12,7 @@ from launch.kubernetes.manifests import Document
 
 _TIMEOUT_SECONDS = 30
 _BUSY = (429, 500, 502, 503, 504)
-_CLUSTER_WIDE = ("ClusterTrainingRuntime",)
+CLUSTER_WIDE = ("ClusterTrainingRuntime",)
 
 
 class Refusal(Exception):
@@ -116,7 +116,7 @@ class Api:
     def _path(self, document: Document, name: str | None = None) -> str:
         version, kind = document["apiVersion"], document["kind"].lower()
         plural = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
-        place = "" if document["kind"] in _CLUSTER_WIDE else f"/namespaces/{self.namespace}"
+        place = "" if document["kind"] in CLUSTER_WIDE else f"/namespaces/{self.namespace}"
         root = "/apis" if "/" in version else "/api"
         name = document["metadata"]["name"] if name is None else name
         return f"{root}/{version}{place}/{plural}/{name}".rstrip("/")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.kubernetes.api import Api, explanation
+from launch.kubernetes.api import CLUSTER_WIDE, Api, Refusal, explanation
 from launch.kubernetes.manifests import JOB_KINDS, Document
 from launch.kubernetes.problems import lost_node, pending_reason, problems
 
@@ -23,7 +23,7 @@ _OUTAGE_SECONDS = 300.0  # an API server that is away for longer ends --wait
 _DELETION_SECONDS = 300.0  # a job that is deleted is waited for so long before it is started again
 _OURS = ("app.kubernetes.io/name", "warmstate")
 # Which data a claim holds is the user's: it stays when the job goes.
-_OWNED = ("Service", "NetworkPolicy")
+_OWNED = {"Service": "v1", "ConfigMap": "v1", "NetworkPolicy": "networking.k8s.io/v1"}
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,10 @@ def start(documents: Sequence[Document], api: Api) -> int:
     created: list[Document] = []
     try:
         for document in documents:
-            found = api.get(document)
-            if found is None:
-                created.append(document | api.create(document))
-                _say(f"created {_title(document)}")
-            else:
-                _say(f"{_title(document)} is there already")
+            if _exists(document, api):
+                continue
+            created.append(document | api.create(document))
+            _say(f"created {_title(document)}")
         owner = next(each for each in created if each["kind"] == job["kind"])
         for document in documents:
             if document["kind"] in _OWNED:
@@ -94,6 +92,20 @@ def start(documents: Sequence[Document], api: Api) -> int:
             _say(f"deleted {_title(document)} again")
         raise
     return 0
+
+
+def _exists(document: Document, api: Api) -> bool:
+    try:
+        found = api.get(document) is not None
+    except Refusal as error:
+        # What is the cluster's, only an administrator may see and create.
+        if document["kind"] not in CLUSTER_WIDE or error.status != 403:
+            raise
+        _say(f"{_title(document)} may not be seen; an administrator must have created it")
+        return True
+    if found:
+        _say(f"{_title(document)} is there already")
+    return found
 
 
 def _name_is_free(documents: Sequence[Document], job: Document, api: Api) -> bool:
@@ -303,7 +315,7 @@ def cancel(name: str, api: Api) -> int:
         _say(f"{_title(job)} is not of warmstate (its label {_OURS[0]} says so): left as it is")
         return 1
     api.delete(job)
-    for kind, version in (("Service", "v1"), ("NetworkPolicy", "networking.k8s.io/v1")):
+    for kind, version in _OWNED.items():
         document: Document = {"apiVersion": version, "kind": kind, "metadata": {"name": name}}
         found = api.get(document)
         # With an owner it goes when the job has gone. Without one, kubectl made it.

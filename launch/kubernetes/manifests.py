@@ -20,6 +20,7 @@ MANIFESTS = _HERE / "k8s" if (_HERE / "k8s").is_dir() else _HERE.parent / "k8s"
 JOB_KINDS = ("Job", "JobSet", "MPIJob", "TrainJob")  # of the overlays
 _TEMPLATE = ("Job", "warmstate-template")
 _ELASTIC = ("Job", "warmstate-elastic")
+_GPU_NODES = ("Job", "warmstate-gpu-nodes")
 _LOCAL = "config.kubernetes.io/local-config"
 _GPU = "nvidia.com/gpu"
 _MISSING = object()
@@ -66,16 +67,17 @@ def _load(folder: Path) -> tuple[dict[tuple[str, str], Document], list[Document]
     if unknown := kustomization.keys() - known:
         raise ValueError(f"{folder}/kustomization.yaml: {', '.join(sorted(unknown))}: not known")
     resources: dict[tuple[str, str], Document] = {}
+    replacements: list[Document] = []
     for entry in kustomization["resources"]:
         path = folder / entry
         if path.is_dir():
-            inner, replacements = _load(path)
-            _replace(inner, replacements)
+            inner, inner_replacements = _load(path)
             resources |= inner
+            replacements += inner_replacements
         else:
             for document in yaml.safe_load_all(path.read_text()):
                 resources[document["kind"], document["metadata"]["name"]] = document
-    return resources, kustomization.get("replacements", [])
+    return resources, replacements + kustomization.get("replacements", [])
 
 
 def _replace(
@@ -138,6 +140,8 @@ def _fill(
         trainer["args"] = [flag.replace("$", "$$") for flag in trainer_flags]
     if _ELASTIC in resources:
         _fill_elastic(resources[_ELASTIC]["spec"], options)
+    if _GPU_NODES in resources and options.gpus_per_worker:
+        _set_gpus(resources[_GPU_NODES]["spec"], options.gpus_per_worker)
     (kind,) = {kind for kind, name in resources if kind in JOB_KINDS and name == "warmstate"}
     job = resources[kind, "warmstate"]
     if options.queue:
@@ -161,10 +165,15 @@ def _fill_template(spec: Document, options: KubernetesOptions) -> None:
     (trainer,) = pod["containers"]
     trainer["image"] = options.image or trainer["image"]
     if options.gpus_per_worker:
-        for amounts in trainer["resources"].values():
-            amounts[_GPU] = str(options.gpus_per_worker)
+        _set_gpus(spec, options.gpus_per_worker)
     (hosts,) = (each for each in trainer["env"] if each["name"] == "WARMSTATE_HOSTS")
     hosts["value"] = hosts["value"].replace("[0-1]", f"[0-{workers - 1}]")
+
+
+def _set_gpus(spec: Document, count: int) -> None:
+    (trainer,) = spec["template"]["spec"]["containers"]
+    for amounts in trainer["resources"].values():
+        amounts[_GPU] = str(count)
 
 
 def _fill_elastic(spec: Document, options: KubernetesOptions) -> None:

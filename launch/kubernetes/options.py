@@ -9,7 +9,7 @@ from launch.platform import ClusterOptions, ElasticOptions
 LONGEST_NAME = 40  # controllers append to it, and a pod's name must stay a DNS label of 63
 _RFC_1035 = "[a-z]([-a-z0-9]*[a-z0-9])?"  # name of a Service, and so of a job
 _RFC_1123 = "[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
-OVERLAYS = ("indexed-job", "jobset", "mpijob", "trainjob", "elastic")
+OVERLAYS = ("indexed-job", "jobset", "gpu-nodes", "mpijob", "trainjob", "elastic")
 
 
 @dataclass(frozen=True)

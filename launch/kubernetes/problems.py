@@ -23,6 +23,8 @@ _REMEDIES = {
     "node affinity/selector": "no node has these labels: check --node_selector",
     "taint": "the nodes are reserved or unwell (kubectl describe node)",
     "no nodes available": "the cluster has no node that can run pods",
+    "no PriorityClass": "an administrator applies k8s/cluster/priority-class.yaml",
+    "rdma/": "no node offers that RDMA resource: see k8s/overlays/gpu-nodes/settings.yaml",
     "ImagePull": "check --image, and that the nodes may pull it (imagePullSecrets)",
     "InvalidImageName": "check --image",
 }

@@ -18,7 +18,7 @@ Document = dict[str, Any]
 RECORDED = Path(__file__).with_name("recorded")
 # What the namespaced role `edit` allows, by group and plural; `view` allows to get and list it.
 EDIT = {
-    "": {"services", "persistentvolumeclaims", "pods", "pods/log", "events"},
+    "": {"services", "configmaps", "persistentvolumeclaims", "pods", "pods/log", "events"},
     "batch": {"jobs"},
     "networking.k8s.io": {"networkpolicies"},
 }

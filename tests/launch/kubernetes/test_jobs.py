@@ -225,6 +225,16 @@ def test_a_start_that_is_refused_leaves_nothing_behind(server: ApiServer) -> Non
     assert server.objects == {}, done.stderr
 
 
+def test_what_is_the_cluster_s_may_be_an_administrator_s(server: ApiServer) -> None:
+    group = KINDS["TrainJob"][2]
+    server.groups.add(group)
+    server.roles = EDIT | {group: {"trainjobs"}}
+    done = launch("--overlay=trainjob")
+    assert done.returncode == 0, done.stderr
+    assert "ClusterTrainingRuntime warmstate may not be seen; an administrator" in done.stderr
+    assert f"{KINDS['TrainJob'][0]}/warmstate" in server.objects
+
+
 @pytest.mark.parametrize("overlay", ["jobset", "mpijob", "trainjob"])
 def test_custom_kinds_go_where_their_controllers_look(server: ApiServer, overlay: str) -> None:
     (kind,) = (kind for kind in KINDS if kind.lower() == overlay)

@@ -321,9 +321,9 @@ def test_pods_are_restricted_and_say_where_they_write(given: list[Document]) -> 
         assert restricted_faults(pod) == []
         assert pod["terminationGracePeriodSeconds"] >= 60
         assert not pod["automountServiceAccountToken"] and not pod["enableServiceLinks"]
-        for container in pod["containers"]:
+        for container in [*pod["containers"], *pod.get("initContainers", ())]:
             assert container["securityContext"]["readOnlyRootFilesystem"]
-            assert {"/tmp", "/dev/shm", "/app/runs", "/data"} == {
+            assert {"/tmp", "/dev/shm", "/app/runs", "/data", "/cache"} == {
                 mount["mountPath"] for mount in container["volumeMounts"]
             }
             assert container["resources"].keys() == {"requests", "limits"}
@@ -498,7 +498,7 @@ def test_an_elastic_job_has_one_pod_with_what_all_its_workers_need() -> None:
     assert "--distributor=horovod" not in container["command"]
 
 
-@pytest.mark.parametrize("overlay", ["indexed-job", "jobset", "trainjob", "elastic"])
+@pytest.mark.parametrize("overlay", ["indexed-job", "jobset", "gpu-nodes", "trainjob", "elastic"])
 def test_probes_know_a_long_start_from_a_stalled_step(overlay: str) -> None:
     """The paths and flags are those of the trainer: its own server answers them."""
     templates = [t for d in kubernetes.render(options(overlay)) for t in pod_templates(d)]
@@ -550,6 +550,44 @@ def test_the_dashboard_and_the_monitor_name_what_there_is() -> None:
     assert set(monitor["spec"]["podTargetLabels"]) <= labels.keys()
     names = [port["name"] for port in template["spec"]["containers"][0]["ports"]]
     assert endpoint["port"] in names
+
+
+def test_pods_on_gpu_nodes_have_a_node_each_its_fabric_and_a_cache(tmp_path: Path) -> None:
+    given = kubernetes.render(options("gpu-nodes", name="big", workers=16, gpus_per_worker=4))
+    documents = by_name(given)
+    (spec,) = job_specs(documents["JobSet", "big"])
+    pod = spec["template"]["spec"]
+    (trainer,) = pod["containers"]
+    assert spec["parallelism"] == 16
+    for amounts in trainer["resources"].values():
+        assert amounts["nvidia.com/gpu"] == "4" and amounts["rdma/hca_shared_devices_a"] == "1"
+    (spread,) = pod["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["maxSkew"]) == ("kubernetes.io/hostname", 1)
+    labels = spec["template"]["metadata"]["labels"]
+    (zone,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    for selected in (spread, zone):
+        assert selected["labelSelector"]["matchLabels"].items() <= labels.items()
+        assert selected["matchLabelKeys"] == ["batch.kubernetes.io/job-name"]
+    assert trainer["envFrom"] == [{"configMapRef": {"name": "big"}}]
+    assert all(name.startswith("NCCL_") for name in documents["ConfigMap", "big"]["data"])
+    # What `env` says wins, and a name in both would be dead.
+    assert (
+        documents["ConfigMap", "big"]["data"].keys().isdisjoint(e["name"] for e in trainer["env"])
+    )
+    file = REPOSITORY / "k8s" / "cluster" / "priority-class.yaml"
+    assert yaml.safe_load(file.read_text())["metadata"]["name"] == pod["priorityClassName"]
+    # The cache: a copy of the store, made by the pod's own program.
+    (cache,) = pod["initContainers"]
+    assert cache["image"] == trainer["image"]
+    program = cache["command"][2].replace("/data", f"{tmp_path}/data")
+    program = program.replace("/cache", f"{tmp_path}/cache")
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "data" / "store").mkdir(parents=True)
+    (tmp_path / "data" / "store" / "manifest.json").write_text("{}")
+    (tmp_path / "cache").mkdir()
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert (tmp_path / "cache" / "store" / "manifest.json").read_text() == "{}"
 
 
 def test_names_stay_labels() -> None:
