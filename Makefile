@@ -67,6 +67,14 @@ snapshots: $(INSTALLED) ## what people read, as it is printed now, into tests/sn
 test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTATE_K8S_IMAGE=...
 	$(BIN)/python -m pytest tests/integration/test_kubernetes_cluster.py
 
+test-kind: $(INSTALLED) ## the same on a cluster that kind makes, with an image built here (docker, kind)
+	docker build -f k8s/Dockerfile --target cpu -t warmstate:test .
+	mkdir -p build
+	kind create cluster --name=warmstate-test --kubeconfig=build/kind.kubeconfig
+	kind load docker-image warmstate:test --name=warmstate-test
+	KUBECONFIG=build/kind.kubeconfig WARMSTATE_K8S_IMAGE=warmstate:test $(MAKE) test-k8s; \
+	    code=$$?; kind delete cluster --name=warmstate-test; exit $$code
+
 ablation: $(INSTALLED) ## does the learned state help, apart from the weights: docs/learned-states.md
 	$(BIN)/python -m benchmarks.ablation --flagfile=trainer/configs/ablation.cfg
 

