@@ -1,6 +1,7 @@
 """The rendered Indexed Job trains in two pods, whatever happens to them; see pod_runner.py."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import pytest
 from launch.kubernetes import manifests as kubernetes
 from launch.kubernetes.options import KubernetesOptions
 from tests.integration import pod_runner
-from tests.integration.programs import SMALL, metrics, train
+from tests.integration.programs import REPOSITORY, SMALL, metrics, train
+from trainer.distribution import cluster
 
 FLAGS = ("--stage=pretrain", "--pretrain_steps=24")
 
@@ -148,6 +150,36 @@ def test_the_pauses_of_our_jobs_do_not_grow_with_the_workers(workers: int, overl
     assert pauses == [10, 20, 40]
 
 
+def readme_table(name: str) -> list[list[str]]:
+    """Returns the cells of the rows of a table in k8s/README.md, without the first column."""
+    text = (REPOSITORY / "k8s" / "README.md").read_text().partition(f"<!-- {name} -->\n")[2]
+    rows = text.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.split("|")[2:-1]] for row in rows]
+
+
+def test_the_pauses_in_the_readme() -> None:
+    ours, before = readme_table("pauses")
+    for spec, row in (({"backoffLimitPerIndex": 3}, ours), ({"backoffLimit": 6}, before)):
+        for workers, cell in zip((2, 8, 64, 512), row, strict=True):
+            pauses = (pod_runner.backoff_seconds(spec, n, n * workers) for n in (1, 2, 3))
+            assert cell == ", ".join(f"{pause:.0f}" for pause in pauses)
+
+
+def test_the_sizes_in_the_readme() -> None:
+    sizes, hosts, *_, seconds = readme_table("sizes")
+    for column, workers in enumerate((2, 64, 512)):
+        documents = kubernetes.render(KubernetesOptions(workers=workers))
+        (job,) = (each for each in documents if each["kind"] == "Job")
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        (value,) = (e["value"] for e in container["env"] if e["name"] == "WARMSTATE_HOSTS")
+        value = value.replace("$(WARMSTATE_JOB)", "warmstate")
+        value = value.replace("$(WARMSTATE_SERVICE)", "warmstate")
+        assert sizes[column] == f"{len(json.dumps(job)) / 1000:.1f} kB"
+        assert hosts[column] == str(len(value))
+        assert len(cluster.expand_hosts(value, "WARMSTATE_HOSTS")) == workers
+        assert seconds[column] == str(math.ceil(workers / 20))
+
+
 def test_a_queued_job_has_no_pods_until_it_is_resumed(small_store: Path, tmp_path: Path) -> None:
     with job(tmp_path, small_store, "--units=0", queue="team") as running:
         assert running.pods == []
@@ -164,8 +196,6 @@ def test_environment_as_the_job_controller_and_the_kubelet_make_it() -> None:
     assert environment["JOB_COMPLETION_INDEX"] == "11"
     assert environment["WARMSTATE_HOSTS"] == "a-job-[0-11].a-job"
     assert environment["OMP_NUM_THREADS"] == "2"
-    from trainer.distribution import cluster
-
     place = cluster.resolve(environment)
     assert (place.rank, place.size) == (11, 12)
     assert place.addresses[11] == "a-job-11.a-job:20000"

@@ -9,6 +9,7 @@ import http.server
 import json
 import re
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         groups: Of the kinds that are installed.
         pods, events, log: What is listed, and what every pod has printed.
         requests: Method and path with query of each request.
+        log_is_open: Whether a log that is followed stays open, as of a pod that runs.
         away: Whether connections are closed without an answer.
     """
 
@@ -60,6 +62,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         self.log = ""
         self.requests: list[tuple[str, str]] = []
         self.away = False
+        self.log_is_open = False
 
     def add(self, path: str, document: Document) -> None:
         """Puts an object there as if somebody had created it."""
@@ -99,6 +102,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         match = _PATH.fullmatch(url.path)
         assert match, url.path
         code, answer = self._answer(match.groupdict(), url.path, query, body)
+        while query.get("follow") and self.server.log_is_open:
+            time.sleep(0.01)
         data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(data)))

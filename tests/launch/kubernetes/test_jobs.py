@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,7 +343,7 @@ def test_a_job_that_is_being_deleted_is_waited_for(
         if len(looks) == 3:
             server.finish_deletions()
 
-    monkeypatch.setattr("launch.kubernetes.jobs.time.sleep", pause)
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
     assert jobs.start(render(KubernetesOptions(workers=2)), api) == 0
     assert len(looks) == 3 and "deletionTimestamp" not in server.objects[path]["metadata"]
     assert "is being deleted; waiting until its pods have ended" in capsys.readouterr().err
@@ -359,7 +361,7 @@ def test_an_outage_of_the_api_server_does_not_end_the_waiting(
         if len(looks) == 8:
             server.objects[path]["status"] = condition("Complete")
 
-    monkeypatch.setattr("launch.kubernetes.jobs.time.sleep", pause)
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
     assert jobs.wait(JOB, Api(""), follow=False) == 0
     said = capsys.readouterr().err
     assert said.count("the API server is away") == 1 and said.count("the API server is back") == 1
@@ -454,11 +456,37 @@ def test_follow_says_each_reason_once_while_the_chief_runs(
         if len(looks) == 5:
             server.objects[path]["status"] = condition("Complete")
 
-    monkeypatch.setattr("launch.kubernetes.jobs.time.sleep", pause)
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
     assert jobs.wait(JOB, Api(""), follow=True) == 0
     out, said = capsys.readouterr()
     assert out == PRINTED
     assert said.count("q-1-rjbfn cannot start: no nodes available to schedule pods") == 1
+
+
+@pytest.mark.parametrize("ready", [512, 511])
+def test_requests_of_follow_do_not_grow_with_the_workers(
+    server: ApiServer, ready: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The figures of k8s/README.md: one request in two seconds, and three more in ten."""
+    monkeypatch.chdir(tmp_path)
+    path = add_job(server, {"ready": ready}, spec={"parallelism": 512})
+    server.pods = [pod("warmstate-0-abcde", phase="Running")]
+    server.log_is_open = True  # the chief runs on
+    clock = [1000.0]
+    before: list[int] = []
+
+    def pause(seconds: float) -> None:
+        clock[0] += 2.0
+        if clock[0] == 1010:
+            before.append(len(server.requests))
+        if clock[0] == 1070:
+            before.append(len(server.requests))
+            server.objects[path]["status"] = condition("Complete")
+            server.log_is_open = False
+
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=pause, monotonic=lambda: clock[0]))
+    assert jobs.wait(JOB, Api(""), follow=True) == 0
+    assert before[1] - before[0] == {512: 30, 511: 30 + 6 * 3}[ready]
 
 
 def test_a_pod_on_a_lost_node_says_what_to_do(server: ApiServer, capsys) -> None:
