@@ -1,6 +1,8 @@
 """Escapes control characters of untrusted text before a person sees it in a terminal."""
 
 import re
+from collections.abc import Callable
+from typing import IO
 
 # Controls but tab and line feed, what changes the direction of text or hides in it, and halves of
 # surrogate pairs.
@@ -13,3 +15,8 @@ _UNPRINTABLE = re.compile(
 def printable(text: object) -> str:
     r"""Returns str(text) with unprintable characters written out, e.g. an escape as \x1b."""
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def write_to(file: IO[str]) -> Callable[[str], object]:
+    """Returns a function that writes text to a file; to a terminal in printable form."""
+    return (lambda text: file.write(printable(text))) if file.isatty() else file.write

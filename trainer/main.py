@@ -22,6 +22,7 @@ from absl import app
 
 from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
+from data_pipelines.printable import printable
 from data_pipelines.quiet_tensorflow import import_quietly
 from trainer import config as configuration
 from trainer import preflight
@@ -124,7 +125,7 @@ def _exit_after(error: Exception, cluster: Cluster) -> NoReturn:
 
 
 def _print_faults(faults: str) -> None:
-    for line in faults.splitlines():
+    for line in printable(faults).splitlines():
         print(f"error: {line}", file=sys.stderr)
 
 

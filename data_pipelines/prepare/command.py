@@ -1,6 +1,5 @@
 """The command `python -m data_pipelines.prepare`: its flags, its messages and its exit codes."""
 
-import functools
 import sys
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from data_pipelines.flag_fields import flag
 from data_pipelines.prepare.build import ensure_store
 from data_pipelines.prepare.config import PrepareConfig
 from data_pipelines.prepare.runners import WorkerDiedError
+from data_pipelines.printable import printable
 
 TITLE = """\
 Tokenizes text into a store on disk, from which the trainer reads.
@@ -45,7 +45,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
     except InputError as error:
         faults.append(str(error))
     if faults:
-        print("\n".join(faults), file=sys.stderr)
+        print(printable("\n".join(faults)), file=sys.stderr)
         sys.exit(flag_fields.USAGE_EXIT_CODE)
     return arguments[:1]
 
@@ -56,9 +56,9 @@ def main(_: list[str]) -> int:
     options = flag_fields.from_flags(Options)
     try:
         # Flushed, so that a log file or a pod's log shows progress at once.
-        ensure_store(options, options.out, functools.partial(print, flush=True))
+        ensure_store(options, options.out, lambda line: print(printable(line), flush=True))
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         return flag_fields.USAGE_EXIT_CODE
     except WorkerDiedError as error:
         print(error, file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.printable import printable
 from data_pipelines.tokenizers.subword_vocabulary import CONTINUED
 from trainer.inference.text_classifier import TextClassifier
 
@@ -80,6 +81,7 @@ def marked(found: list[Contribution], tokenizer_kind: str, in_colour: bool) -> s
         if text and not continues and tokenizer_kind in ("word", "subword"):
             text += " "
         piece = piece.removeprefix(CONTINUED) if continues else piece
+        piece = printable(piece) if in_colour else piece  # colours are for a terminal
         share = abs(change) / largest if largest else 0.0
         text += _mark(piece, change, share, in_colour) if share >= SHOWN else piece
     return text

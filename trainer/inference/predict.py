@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.errors import InputError
+from data_pipelines.printable import printable, write_to
 from data_pipelines.sources.rows import Row, kind_and_path, read_rows
 from data_pipelines.sources.windows import windows
 from trainer.config import Config
@@ -68,7 +69,7 @@ def reconstruct(config: Config, texts: Sequence[str]) -> None:
                 else:
                     same = "the same" if made.exact else "not the same"
                     line = f"{same}\n\tread\t{made.read}\n\twrote\t{made.written}"
-                file.write(line + "\n")
+                write_to(file)(line + "\n")
             file.flush()
     rows.raise_if_bad()
 
@@ -110,6 +111,6 @@ def _rows_of(texts: Sequence[str]) -> Iterator[Row]:
 
 def _name_fault(row: Row, number: int) -> None:
     if number <= FAULTS_SHOWN:
-        print(f"error: {row.where}: {row.fault}", file=sys.stderr)
+        print(printable(f"error: {row.where}: {row.fault}"), file=sys.stderr)
     if number == FAULTS_SHOWN:
         print("error: (further unusable rows are counted, not listed)", file=sys.stderr)

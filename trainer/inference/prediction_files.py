@@ -6,9 +6,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from data_pipelines.errors import InputError
+from data_pipelines.printable import write_to
 from data_pipelines.sources.rows import Row, kind_and_path
 from trainer.inference.text_classifier import Prediction
 
@@ -58,22 +60,24 @@ def writer(spec: str, file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
     if kind == "text":
         return _text_writer(file, mark)
     if kind == "jsonl":
-        return _json_writer(file)
-    return _table_writer(file, kind)
+        return _json_writer(write_to(file))
+    return _table_writer(write_to(file), kind)
 
 
 def _text_writer(file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
+    put = write_to(file)
+
     def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
         probability = prediction.probabilities[prediction.label]
         text = " ".join(row.text.split())
-        file.write(f"{prediction.label}\t{probability:.4f}\t{text}\n")
+        put(f"{prediction.label}\t{probability:.4f}\t{text}\n")
         if contributions is not None:
             file.write(f"\t\t{mark(contributions)}\n")
 
     return write
 
 
-def _json_writer(file: IO[str]) -> Write:
+def _json_writer(put: Callable[[str], object]) -> Write:
     def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
         added: dict[str, Any] = {
             PREDICTED: prediction.label,
@@ -82,21 +86,20 @@ def _json_writer(file: IO[str]) -> Write:
         if contributions is not None:
             added[CONTRIBUTIONS] = contributions
         _refuse_clash(row, added)
-        file.write(json.dumps({**row.values, **added}, ensure_ascii=False) + "\n")
+        put(json.dumps({**row.values, **added}, ensure_ascii=False) + "\n")
 
     return write
 
 
-def _table_writer(file: IO[str], kind: str) -> Write:
-    csv_lines = csv.writer(file, lineterminator="\n")
+def _table_writer(put: Callable[[str], object], kind: str) -> Write:
+    csv_lines = csv.writer(SimpleNamespace(write=put), lineterminator="\n")
     columns: list[str] = []
 
     def write_line(values: list[str]) -> None:
         if kind == "csv":
             csv_lines.writerow(values)
         else:  # TSV has no quoting
-            file.write("\t".join(" ".join(v.splitlines()).replace("\t", " ") for v in values))
-            file.write("\n")
+            put("\t".join(" ".join(v.splitlines()).replace("\t", " ") for v in values) + "\n")
 
     def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
         named = prediction.probabilities.items()

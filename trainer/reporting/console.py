@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self, TextIO
 
+from data_pipelines.printable import printable
+
 COLUMNS_VARIABLE = "WARMSTATE_LIVE_COLUMNS"
 _ERASE = "\x1b[K"
 
@@ -42,6 +44,7 @@ class Console:
     def __call__(self, line: str) -> None:
         if self._is_silent:
             return
+        line = printable(line)
         if self._redraws and self._shown:
             self._print(f"\r{_ERASE}{line}\n{self._shown}")
         else:
@@ -55,7 +58,7 @@ class Console:
         return self._told_columns
 
     def _live(self, text: str) -> None:
-        text = text[: max(0, self.columns - 1)]  # a full line would wrap
+        text = printable(text)[: max(0, self.columns - 1)]  # a full line would wrap
         if self._redraws:
             self._shown = text
             self._print(f"\r{_ERASE}{text}")

@@ -631,3 +631,18 @@ def test_the_default_vocabulary_is_as_large_as_the_data(
     assert "2 words are seen --min_count=2 times or more: 5 ids instead of 20,000" in (
         capsys.readouterr().out
     )
+
+
+def test_escape_sequences_of_the_data_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    labels = ["\x1b]0;title\x07pos", "\x1b[31mneg"]
+    rows = [{"text": f"a film {i}", "label": labels[i % 2]} for i in range(60)]
+    rows.append({"text": "a film", "label": "\x1b[2J"})
+    folder = tmp_path / "a.jsonl"
+    folder.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "data_pipelines.prepare", f"--source=jsonl:train={folder}"]
+    command += [f"--out={tmp_path / 'store'}", "--processes=1", "--min_count=1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout + result.stderr and r"\x1b[31mneg=1" in result.stdout
+    names = TokenStore(tmp_path / "store").class_names
+    assert names == tuple(sorted([*labels, "\x1b[2J"]))

@@ -48,3 +48,10 @@ def test_marks() -> None:
     assert coloured.split(" ")[2] == f"{explanation.AGAINST[0]}##ly{explanation.RESET}"
     assert marked([], "word", in_colour=True) == ""
     assert marked([Contribution("x", 0.0)], "word", in_colour=True) == "x"
+
+
+def test_marks_in_colour_escape_what_the_text_holds() -> None:
+    found = [Contribution("\x1b[2J", 2.0), Contribution("film", 0.0)]
+    assert marked(found, "word", False).startswith("\x1b[2J[+2.0]")
+    text = marked(found, "word", True)
+    assert r"\x1b[2J" in text and "\x1b[2J" not in text

@@ -11,7 +11,8 @@ from data_pipelines.errors import InputError
 from data_pipelines.sources.rows import Row
 from trainer.config import Config
 from trainer.inference import predict as stage
-from trainer.inference.text_classifier import load_classifier
+from trainer.inference.prediction_files import writer
+from trainer.inference.text_classifier import Prediction, load_classifier
 
 TEXTS = ["A fine film.", "bad, bad, bad", "So long " * 40, 'He said: "no,\nnever"', "café crème"]
 
@@ -164,3 +165,24 @@ def test_a_million_lines_in_bounded_memory_and_in_order(
                 assert json.loads(line)["text"].startswith(f"line {number} is")
         assert number == lines - 1
     assert peaks[1_000_000] < peaks[10_000] + 100_000  # KiB
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "csv", "tsv"])
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_escape_sequences_are_written_out_on_terminals_alone(kind: str, stream: type) -> None:
+    file = stream(newline="")
+    write = writer(f"{kind}:-", file, lambda found: "")
+    row = Row("line 1", "a \x9b2J film", {"text": "a \x9b2J film"}, "")
+    write(row, Prediction("\x9b31mpos", {"\x9b31mpos": 1.0}), None)
+    written = file.getvalue()
+    if stream is Terminal:
+        assert r"\x9b2J" in written and r"\x9b31mpos" in written and "\x9b" not in written
+    else:
+        assert "\x9b2J" in written and "\x9b31mpos" in written and "\\" not in written

@@ -70,3 +70,15 @@ def test_who_is_not_the_chief_says_nothing() -> None:
         out("a line")
         assert out.live is None
     assert stream.getvalue() == ""
+
+
+def test_escape_sequences_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    with Console(stream, {"TERM": "xterm"}) as out:
+        out("labels \x1b[31mpos=0\x1b]0;title\x07")
+        out.live("\x1b[2J one\rtwo")
+    written = stream.getvalue()
+    assert r"labels \x1b[31mpos=0\x1b]0;title\x07" in written
+    assert r"\x1b[2J one\rtwo" in written
+    assert "\x1b[31m" not in written and "\x1b[2J" not in written and "\x07" not in written
