@@ -35,7 +35,8 @@ SECTIONS = {
         "horovod.md", "slurm.md", "kubernetes.md", "elastic.md",
     ],
     "How it works": [
-        "how-it-works.md", "data-batches.md", "distribution.md", "faults.md", "reliability.md",
+        "how-it-works.md", "where-things-are.md", "data-batches.md", "distribution.md",
+        "faults.md", "reliability.md",
         "learned-states.md", "learned-states-imdb.md", "reproduction.md", "performance.md",
         "decisions.md",
     ],
