@@ -28,12 +28,11 @@ from trainer import config as configuration
 from trainer import preflight
 from trainer.config import Config
 from trainer.distribution import cluster as clusters
-from trainer.distribution.cluster import Cluster
+from trainer.distribution.cluster import LOST_WORKER_EXIT_CODE, Cluster
 from trainer.distribution.preemption import EXIT_CODE as PREEMPTED_EXIT_CODE
 from trainer.distribution.preemption import Preempted
 
 CONFIGURATION_EXIT_CODE = 2
-LOST_WORKER_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed later
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -50,9 +50,9 @@ class Job:
                 return self.lines[-1]
         raise AssertionError(f"none of {texts} was printed:\n" + "\n".join(self.lines))
 
-    def worker_pids(self) -> dict[int, int]:
-        """Returns the two workers' process ids, by rank."""
-        while len(pids := self._pids_of_ranks()) < 2:  # they are being started
+    def worker_pids(self, workers: int = 2) -> dict[int, int]:
+        """Returns the workers' process ids, by rank."""
+        while len(pids := self._pids_of_ranks()) < workers:  # they are being started
             time.sleep(0.01)
         return pids
 

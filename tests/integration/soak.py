@@ -4,9 +4,10 @@
         [--store=FOLDER] [--out=FILE]
 
 First the same run undisturbed, then the one that is hurt: by KILL and TERM in turn, of each worker
-in turn. Memory and file descriptors of launcher and workers are sampled. Prints what it found as
-JSON, and exits with 1 unless memory stays within 5 % after a warm-up, no descriptors are added, and
-the final state and every loss are the undisturbed run's. All in all it takes twice the minutes.
+in turn. Memory, file descriptors and threads of launcher and workers are sampled. Prints what it
+found as JSON, and exits with 1 unless memory stays within 5 % after a warm-up, no descriptors or
+threads are added, and the final state and every loss are the undisturbed run's. All in all it
+takes twice the minutes.
 """
 
 import argparse
@@ -31,6 +32,7 @@ CALIBRATION_STEPS = 60
 SAMPLE_SECONDS = 2.0
 WARM_UP = 0.5  # of a sitting; of the launcher, of the whole run
 GROWTH = 1.05
+MOST_THREADS = 200  # of a worker
 FLAGS = (
     "--flagfile=trainer/configs/demo.cfg",
     "--stage=pretrain",
@@ -46,14 +48,17 @@ class Samples:
     seconds: list[float] = field(default_factory=list)
     rss_bytes: list[int] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
 
     def take(self, process: psutil.Process, began: float) -> None:
         """Adds one, unless the process is gone."""
         with contextlib.suppress(psutil.Error), process.oneshot():
             rss, descriptors = process.memory_info().rss, process.num_fds()
+            threads = process.num_threads()
             self.seconds.append(time.monotonic() - began)
             self.rss_bytes.append(rss)
             self.descriptors.append(descriptors)
+            self.threads.append(threads)
 
     def after(self, seconds: float) -> "Samples":
         """Returns those taken later than that."""
@@ -148,17 +153,24 @@ def faults_of(launcher: Samples, workers: Sequence[Samples], restart_seconds: fl
     faults = []
     warm = launcher.after(launcher.seconds[-1] * WARM_UP)
     _compare(faults, "launcher", warm.rss_bytes[:5], warm.rss_bytes[-5:], GROWTH)
-    _compare(faults, "launcher's descriptors", warm.descriptors[:5], warm.descriptors[-5:], 1.0)
+    for name in ("descriptors", "threads"):
+        column = getattr(warm, name)
+        _compare(faults, f"launcher's {name}", column[:5], column[-5:], 1.0)
     sittings = [samples.after(restart_seconds * WARM_UP) for samples in workers]
     sittings = [samples for samples in sittings if len(samples.seconds) >= 4]
     for number, samples in enumerate(sittings):
         half = len(samples.seconds) // 2
         where = f"worker in sitting {number}"
         _compare(faults, where, samples.rss_bytes[:half], samples.rss_bytes[half:], GROWTH)
+        for name in ("descriptors", "threads"):
+            column = getattr(samples, name)
+            _compare(faults, f"{name} of {where}", column[:half], column[half:], 1.0)
+        if max(samples.threads) > MOST_THREADS:
+            faults.append(f"{where}: {max(samples.threads)} threads")
     if len(sittings) < 4:
         return [*faults, f"{len(sittings)} sittings are too few to compare: give it more --minutes"]
     middle = len(sittings) // 2
-    for name, limit in (("rss_bytes", GROWTH), ("descriptors", 1.0)):
+    for name, limit in (("rss_bytes", GROWTH), ("descriptors", 1.0), ("threads", 1.0)):
         medians = [statistics.median(getattr(samples, name)) for samples in sittings]
         _compare(faults, f"workers' {name}", medians[:middle], medians[middle:], limit)
     return faults
@@ -212,6 +224,7 @@ def main() -> int:
             "launcher_rss_mib": [round(b / 2**20, 1) for b in launcher.rss_bytes[::every]],
             "worker_rss_mib": [round(s.rss_bytes[-1] / 2**20) for s in of_workers if s.rss_bytes],
             "worker_descriptors": [s.descriptors[-1] for s in of_workers if s.descriptors],
+            "worker_threads": [max(s.threads) for s in of_workers if s.threads],
             "faults": faults,
         }
     print(json.dumps(result, indent=1))

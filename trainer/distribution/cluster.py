@@ -21,6 +21,7 @@ SLURM_VARIABLES = (
 )
 TRAIN_JOB_VARIABLES = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR")
 DEFAULT_PORT = 20_000
+LOST_WORKER_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed later
 # SLURM's jobs take theirs from DEFAULT_PORT on, below Linux's ephemeral ports (from 32,768).
 _SLURM_PORTS = 12_000
 _SLURM_PORTS_BETWEEN_JOBS = 100

@@ -13,6 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer.distribution.watchdog import Watchdog
+
 
 class Distributor:
     """The workers of a run, as the training code sees them.
@@ -24,12 +26,16 @@ class Distributor:
         rank: Index of this process; 0 is the chief.
         size: Number of processes.
         num_local_shards: Model replicas in this process.
+        watchdog: Finds hung workers.
     """
 
-    def __init__(self, rank: int, size: int, num_local_shards: int = 1):
+    def __init__(
+        self, rank: int, size: int, num_local_shards: int = 1, watchdog: Watchdog | None = None
+    ):
         self.rank = rank
         self.size = size
         self.num_local_shards = num_local_shards
+        self.watchdog = watchdog or Watchdog(rank, size)
         self._sums: dict[type, Callable[[np.ndarray], tf.Tensor]] = {
             dtype: tf.function(
                 self._sum, input_signature=[tf.TensorSpec([None], dtype)], autograph=False
@@ -47,7 +53,8 @@ class Distributor:
         Returns:
             The first shard's result.
         """
-        raise NotImplementedError
+        self.watchdog.tracing()
+        return self._run(step, *args)
 
     def local_shard(self) -> int | tf.Tensor:
         """Returns, inside `step`, the index of the shard among this process's shards."""
@@ -55,13 +62,24 @@ class Distributor:
 
     def all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Returns, inside `step`, each tensor summed over all shards of all processes."""
-        raise NotImplementedError
+        return self.watchdog.counted(self._all_reduce_sum, tensors, self._is_first_shard())
 
     def all_gather_rows(self, values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns, inside `step`, the values [rows, width] and indices [rows] of all shards.
 
         They are ordered by shard. Shards may have different numbers of rows, or none.
         """
+        return self.watchdog.counted(
+            self._all_gather_rows, [values, indices], self._is_first_shard()
+        )
+
+    def _run(self, step: Callable[..., Any], *args: Any) -> Any:
+        raise NotImplementedError
+
+    def _all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        raise NotImplementedError
+
+    def _all_gather_rows(self, tensors: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         raise NotImplementedError
 
     @property
@@ -93,10 +111,13 @@ class Distributor:
     def _sum(self, flat: tf.Tensor) -> tf.Tensor:
         def step(flat: tf.Tensor) -> tf.Tensor:
             # Only one shard of a process contributes, so that each process counts once.
-            counts = tf.cast(tf.equal(self.local_shard(), 0), flat.dtype)
-            return self.all_reduce_sum([flat * counts])[0]
+            return self.all_reduce_sum([flat * tf.cast(self._is_first_shard(), flat.dtype)])[0]
 
         return self.run(step, flat)
+
+    def _is_first_shard(self) -> tf.Tensor:
+        """Returns, inside `step`, whether the shard is the first of this process."""
+        return tf.equal(self.local_shard(), 0)
 
     def barrier(self) -> None:
         """Waits until every process has called it."""

@@ -4,13 +4,20 @@ import re
 
 import tensorflow as tf
 
+from trainer.distribution import watchdog
+
 
 def lost_peer(error: Exception) -> str | None:
-    """Returns the main sentence of `error` if a lost or hanging peer caused it, else None."""
+    """Returns a sentence about the peer if a lost or hung peer caused `error`, else None.
+
+    It names hung workers, else it is the main sentence of `error`.
+    """
     message = getattr(error, "message", None) or str(error)
     by_tensorflow = isinstance(error, tf.errors.UnavailableError | tf.errors.DeadlineExceededError)
     if not (by_tensorflow or _by_horovod(error, message)):
         return None
+    if said := watchdog.suspicion():
+        return said
     # Names of graph nodes and functions, {{...}}, do not help the user.
     lines = [re.sub(r"\[\[.*|\{\{.*?\}\}", "", line).strip() for line in message.splitlines()]
     lines = [line for line in lines if line]

@@ -20,6 +20,7 @@ import tensorflow as tf
 from data_pipelines.errors import InputError
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import Distributor
+from trainer.distribution.watchdog import Watchdog
 
 START_SECONDS = 300.0  # within which all processes must have come to `hvd.init()`
 
@@ -27,20 +28,20 @@ START_SECONDS = 300.0  # within which all processes must have come to `hvd.init(
 class HorovodDistributor(Distributor):
     """A Distributor over an initialised `horovod.tensorflow`."""
 
-    def __init__(self, hvd: ModuleType):
-        super().__init__(hvd.rank(), hvd.size())
+    def __init__(self, hvd: ModuleType, watchdog: Watchdog):
+        super().__init__(hvd.rank(), hvd.size(), watchdog=watchdog)
         self._hvd = hvd
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def run(self, step: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, step: Callable[..., Any], *args: Any) -> Any:
         return step(*args)
 
     def local_shard(self) -> int | tf.Tensor:
         return 0
 
-    def all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    def _all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         # One collective a type, so that there is one order of additions. Tensors sent one by one
         # are packed into buffers as they come in, and from three processes on the sums then vary.
         tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
@@ -57,7 +58,8 @@ class HorovodDistributor(Distributor):
                 sums[i] = tf.ensure_shape(tf.reshape(part, tf.shape(tensors[i])), tensors[i].shape)
         return sums
 
-    def all_gather_rows(self, values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _all_gather_rows(self, tensors: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        values, indices = tensors
         return (
             self._hvd.allgather(values, name="gather_values"),
             self._hvd.allgather(indices, name="gather_indices"),
@@ -68,8 +70,7 @@ def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistr
     """Returns the distributor of the processes that Horovod's launcher, or ours, has started.
 
     Args:
-      collective_timeout_seconds: how long a collective waits for a peer that hangs; whole seconds
-        count, 5 at the least.
+      collective_timeout_seconds: how long a collective waits for a peer that hangs.
 
     Raises:
       InputError: this Horovod cannot be loaded, or sees other peers than the environment names.
@@ -82,9 +83,11 @@ def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistr
             "--distributor=horovod: the Horovod that is installed does not load with TensorFlow "
             f"{tf.__version__}: {str(error).splitlines()[0]}; `make horovod` builds it anew"
         ) from error
-    bound_collectives(os.environ, collective_timeout_seconds)
+    store = rendezvous_store(os.environ, cluster)
+    bound_collectives(os.environ, collective_timeout_seconds, watched=store is not None)
     check_own_name()
-    wait_for_peers(os.environ, cluster)
+    if store:
+        wait_for_peers(store, cluster)
     hvd.init()
     if hvd.size() != cluster.size:
         raise InputError(
@@ -92,7 +95,11 @@ def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistr
             f"{hvd.size()}: start them with launch.main --distributor=horovod or horovodrun --gloo"
         )
     use_gpu_of(hvd.local_rank())
-    return HorovodDistributor(hvd)
+    # shutdown() makes every collective raise, once its own thread is out of Gloo.
+    watchdog = Watchdog(
+        hvd.rank(), hvd.size(), collective_timeout_seconds, store, lambda reason: hvd.shutdown()
+    )
+    return HorovodDistributor(hvd, watchdog)
 
 
 def check_own_name() -> None:
@@ -107,24 +114,68 @@ def check_own_name() -> None:
         ) from None
 
 
-def bound_collectives(environ: MutableMapping[str, str], timeout_seconds: float) -> None:
+class RendezvousStore:
+    """The launcher's rendezvous server as a store (see watchdog.py)."""
+
+    on_worker_0 = False
+
+    def __init__(self, address: str, port: int):
+        self.address = address
+        self.port = port
+
+    def put(self, key: str, value: str) -> None:
+        status, _ = self._answer("PUT", key, value.encode())
+        if status != http.HTTPStatus.OK:
+            raise OSError(f"PUT {key}: {status}")
+
+    def get(self, key: str) -> str | None:
+        status, body = self._answer("GET", key)
+        return body.decode() if status == http.HTTPStatus.OK else None
+
+    def _answer(self, method: str, key: str, body: bytes | None = None) -> tuple[int, bytes]:
+        server = http.client.HTTPConnection(self.address, self.port, timeout=10)
+        with contextlib.closing(server):
+            try:
+                server.request(method, f"/warmstate/{key}", body)
+                answer = server.getresponse()
+                return answer.status, answer.read()
+            except http.client.HTTPException as error:
+                raise OSError(f"{method} {key}: {error!r}") from error
+
+
+def rendezvous_store(environ: Mapping[str, str], cluster: Cluster) -> RendezvousStore | None:
+    """Returns the store of a job's launcher; None for one worker, and for mpirun, without one."""
+    address = environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
+    if cluster.size == 1 or not address:
+        return None
+    return RendezvousStore(address, int(environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]))
+
+
+def bound_collectives(
+    environ: MutableMapping[str, str], timeout_seconds: float, watched: bool
+) -> None:
     """Sets the variables from which `hvd.init()` learns how long a collective may wait.
 
-    Two things can hang: a peer's own thread, which never joins a collective (the coordinator
-    notices), and a whole process, stopped or cut off (Gloo's sockets notice). The coordinator looks
+    Gloo's limit makes a collective raise that waits for a process that is stopped or cut off. It
+    comes after the watchdog's verdict, which names the process.
+
+    Without a watchdog Horovod's coordinator must find a process whose main thread hangs. It looks
     once a second: at the second look it drops a waiting tensor from its cache, at the next it
     begins to count, and it ends the job at the first look after the shutdown time. It would warn
     of each wait of a second, a checkpoint's for example, so that only errors are logged.
     """
-    whole = max(5, math.floor(timeout_seconds))
-    environ["HOROVOD_STALL_CHECK_TIME_SECONDS"] = "1"
-    environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] = str(whole - 3)
-    environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(whole)
+    whole = max(5, math.ceil(timeout_seconds))
+    if watched:
+        environ["HOROVOD_STALL_CHECK_DISABLE"] = "1"
+    else:
+        environ["HOROVOD_STALL_CHECK_TIME_SECONDS"] = "1"
+        environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] = str(max(5, int(timeout_seconds)) - 3)
+    environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(whole + 2)
     environ.setdefault("HOROVOD_LOG_LEVEL", "error")
 
 
 def wait_for_peers(
-    environ: Mapping[str, str], cluster: Cluster, seconds: float = START_SECONDS
+    store: RendezvousStore, cluster: Cluster, seconds: float = START_SECONDS
 ) -> None:
     """Returns when all processes have come here, by notes in the launcher's rendezvous server.
 
@@ -134,26 +185,18 @@ def wait_for_peers(
     Raises:
       tf.errors.DeadlineExceededError: some have not come within `seconds`.
     """
-    address = environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
-    if cluster.size == 1 or not address:
-        return
-    port = int(environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
-
-    def succeeds(method: str, rank: int) -> bool:
-        server = http.client.HTTPConnection(address, port, timeout=10)
-        with contextlib.closing(server), contextlib.suppress(OSError, http.client.HTTPException):
-            server.request(method, f"/warmstate_started/{rank}", b"1" if method == "PUT" else None)
-            return server.getresponse().status == http.HTTPStatus.OK
-        return False
-
     limit = time.monotonic() + seconds
-    peers = [rank for rank in range(cluster.size) if rank != cluster.rank]
-    to_do = [("PUT", cluster.rank), *(("GET", rank) for rank in peers)]
-    while to_do := [request for request in to_do if not succeeds(*request)]:
-        if time.monotonic() > limit:
-            who = f"workers {[rank for _, rank in to_do]} have not started"
-            if to_do[0][0] == "PUT":
-                who = f"the rendezvous server at {address}:{port} has not answered"
+    noted, missing = False, [rank for rank in range(cluster.size) if rank != cluster.rank]
+    while not noted or missing:
+        with contextlib.suppress(OSError):
+            if not noted:
+                store.put(f"started_{cluster.rank}", "1")
+                noted = True
+            missing = [rank for rank in missing if store.get(f"started_{rank}") is None]
+        if (missing or not noted) and time.monotonic() > limit:
+            who = f"workers {missing} have not started"
+            if not noted:
+                who = f"the rendezvous server at {store.address}:{store.port} has not answered"
             message = f"{who} within {seconds:g} seconds"
             raise tf.errors.DeadlineExceededError(None, None, message)
         time.sleep(0.05)

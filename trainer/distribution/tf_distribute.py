@@ -5,22 +5,31 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
+from tensorflow.python.eager import context as eager_context
 
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import Distributor
+from trainer.distribution.watchdog import Watchdog
 
 
 class TfDistributor(Distributor):
     """A Distributor over any synchronous tf.distribute strategy."""
 
-    def __init__(self, strategy: tf.distribute.Strategy, rank: int, size: int):
-        super().__init__(rank, size, strategy.num_replicas_in_sync // size)
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        rank: int,
+        size: int,
+        watchdog: Watchdog | None = None,
+    ):
+        super().__init__(rank, size, strategy.num_replicas_in_sync // size, watchdog)
         self._strategy = strategy
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return self._strategy.scope()
 
-    def run(self, step: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, step: Callable[..., Any], *args: Any) -> Any:
         results = self._strategy.run(step, args=args)
         first = self._strategy.experimental_local_results
         return tf.nest.map_structure(lambda result: first(result)[0], results)
@@ -29,18 +38,16 @@ class TfDistributor(Distributor):
         context = tf.distribute.get_replica_context()
         return context.replica_id_in_sync_group - self.rank * self.num_local_shards
 
-    def all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    def _all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         context = tf.distribute.get_replica_context()
         # tf.distribute refuses tensors that the step received and did not compute: identity.
         tensors = [tf.identity(tensor) for tensor in tensors]
         return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
-    def all_gather_rows(self, values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _all_gather_rows(self, tensors: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         context = tf.distribute.get_replica_context()
-        return (
-            context.all_gather(tf.identity(values), axis=0),
-            context.all_gather(tf.identity(indices), axis=0),
-        )
+        values, indices = (context.all_gather(tf.identity(each), axis=0) for each in tensors)
+        return values, indices
 
 
 def one_device() -> TfDistributor:
@@ -61,15 +68,16 @@ def multi_worker(cluster: Cluster, collective_timeout_seconds: float) -> TfDistr
 
     Args:
       cluster: with the addresses of all processes; each listens on its own.
-      collective_timeout_seconds: how long a collective waits for a peer that hangs; without a
-        limit it would wait for ever.
+      collective_timeout_seconds: how long a collective waits for a peer that hangs.
     """
     communication = tf.distribute.experimental.CommunicationImplementation
     gpus = tf.config.get_visible_devices("GPU")
     options = tf.distribute.experimental.CommunicationOptions(
+        # Without its timeout_seconds: each collective would keep a thread for so long.
         implementation=communication.NCCL if gpus else communication.RING,
-        timeout_seconds=collective_timeout_seconds,
     )
+    if cluster.size > 1:
+        configure_heartbeats(cluster.size, collective_timeout_seconds)
     # Not from TF_CONFIG, which only one of the platforms sets.
     addresses = {"worker": list(cluster.addresses)} if cluster.addresses else {}
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
@@ -82,4 +90,44 @@ def multi_worker(cluster: Cluster, collective_timeout_seconds: float) -> TfDistr
     strategy = tf.distribute.MultiWorkerMirroredStrategy(
         cluster_resolver=resolver, communication_options=options
     )
-    return TfDistributor(strategy, rank=cluster.rank, size=cluster.size)
+    store = CoordinationStore() if cluster.size > 1 else None
+    watchdog = Watchdog(
+        cluster.rank, cluster.size, collective_timeout_seconds, store, abort_collectives
+    )
+    return TfDistributor(strategy, cluster.rank, cluster.size, watchdog)
+
+
+def configure_heartbeats(workers: int, collective_timeout_seconds: float) -> None:
+    """Makes TensorFlow's own heartbeats, whose limit is 10 seconds otherwise, come second.
+
+    They find a stopped process too, but do not tell why a collective failed. A stopped worker 0 is
+    found after half of the limit.
+    """
+    eager_context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=workers)],
+        heartbeat_timeout_in_ms=round(2000 * (collective_timeout_seconds + 3)),
+    )
+
+
+class CoordinationStore:
+    """The store (see watchdog.py) in TensorFlow's coordination service, which worker 0 runs."""
+
+    on_worker_0 = True
+
+    def put(self, key: str, value: str) -> None:
+        context = eager_context.context()
+        context.delete_config_key_value(f"warmstate/{key}")  # a set key cannot be set
+        context.set_config_key_value(f"warmstate/{key}", value)
+
+    def get(self, key: str) -> str | None:
+        try:
+            return eager_context.context().get_config_key_value(f"warmstate/{key}", 100)
+        except tf.errors.DeadlineExceededError:  # it waits for a key that is not set
+            return None
+
+
+def abort_collectives(reason: str) -> None:
+    """Makes every collective of this process raise DeadlineExceededError."""
+    eager_context.context().abort_collective_ops(tf.errors.DEADLINE_EXCEEDED, reason)

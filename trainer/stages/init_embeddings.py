@@ -24,9 +24,10 @@ def init_embeddings(run: Run, encoder: Encoder) -> dict[str, int]:
     path, found = run.config.init_embeddings, None
     words = encoder.vocab_size - FIRST_ID
     if run.is_chief:
-        places, vectors = read_word_vectors(
-            path, vocabulary_lines(run.store.vocab_path), encoder.embedding_dim
-        )
+        with run.distributor.watchdog.local_work():
+            places, vectors = read_word_vectors(
+                path, vocabulary_lines(run.store.vocab_path), encoder.embedding_dim
+            )
         if not len(places):
             raise InputError(
                 f"--init_embeddings={path} has none of the {words:,} words of the vocabulary, "

@@ -114,7 +114,8 @@ class Checkpointer:
         Raises:
             InputError: As for `save`.
         """
-        self.close()
+        with self._distributor.watchdog.local_work():
+            self.close()
         error = self._distributor.gather_objects(self._error)[0]
         self._error = ""
         if error and self._errors == "stop":
@@ -165,7 +166,8 @@ class Checkpointer:
         state, tensors, error = None, {}, ""
         if self._distributor.is_chief:
             try:
-                state, tensors = self._read_newest(before) or (None, {})
+                with self._distributor.watchdog.local_work():
+                    state, tensors = self._read_newest(before) or (None, {})
             except InputError as found:
                 error = str(found)
             except OSError as found:

@@ -2,6 +2,7 @@
 
 import faulthandler
 import math
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
@@ -48,11 +49,15 @@ class StallWatchdog:
 
     def __init__(self, seconds: float):
         self._seconds = seconds
+        self._set = -math.inf  # when the thread was started, by time.monotonic()
 
     def beat(self) -> None:
         """Restarts the wait."""
-        if self._seconds:
-            faulthandler.dump_traceback_later(self._seconds, exit=True)
+        # Each setting ends a thread and starts one: quick steps share a setting.
+        tolerance, now = min(1.0, self._seconds / 10), time.monotonic()
+        if self._seconds and now - self._set >= tolerance:
+            faulthandler.dump_traceback_later(self._seconds + tolerance, exit=True)
+            self._set = now
 
     def __enter__(self) -> "StallWatchdog":
         self.beat()
@@ -66,3 +71,4 @@ class StallWatchdog:
     ) -> None:
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()
+            self._set = -math.inf

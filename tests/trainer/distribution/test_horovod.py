@@ -4,7 +4,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import keras
@@ -113,16 +112,25 @@ def test_n_processes_train_as_one_does(results: list[dict], name: str) -> None:
 
 
 @pytest.mark.parametrize("timeout_seconds", [0.5, 5.0, 7.9, 60.0, 1000.0])
-def test_the_worst_wait_is_within_the_timeout(timeout_seconds: float) -> None:
+def test_gloo_gives_up_after_the_watchdog(timeout_seconds: float) -> None:
     environ: dict[str, str] = {}
-    horovod.bound_collectives(environ, timeout_seconds)
+    horovod.bound_collectives(environ, timeout_seconds, watched=True)
+    assert int(environ["HOROVOD_STALL_CHECK_DISABLE"]) == 1
+    limit = max(5.0, timeout_seconds)
+    assert limit + 2 <= int(environ["HOROVOD_GLOO_TIMEOUT_SECONDS"]) < limit + 3
+
+
+@pytest.mark.parametrize("timeout_seconds", [0.5, 5.0, 7.9, 60.0, 1000.0])
+def test_the_worst_wait_without_a_watchdog_is_within_the_timeout(timeout_seconds: float) -> None:
+    environ: dict[str, str] = {}
+    horovod.bound_collectives(environ, timeout_seconds, watched=False)
     limit = max(5.0, timeout_seconds)
     check = int(environ["HOROVOD_STALL_CHECK_TIME_SECONDS"])
     shutdown = int(environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"])
     # Two looks until it leaves the cache, and the look that comes after the shutdown time.
     assert 0 < check <= shutdown and 3 * check + shutdown <= limit
     assert shutdown > limit - 5  # and it is not given up much earlier
-    assert 0 < int(environ["HOROVOD_GLOO_TIMEOUT_SECONDS"]) <= limit
+    assert "HOROVOD_STALL_CHECK_DISABLE" not in environ
 
 
 @pytest.mark.horovod
@@ -133,20 +141,39 @@ def test_who_has_not_started_is_named() -> None:
     first, _, third = worker_environments(3, rendezvous.port)
     with rendezvous.serving():
         cluster = Cluster(0, 3, horovod=True)
+        stores = [horovod.rendezvous_store(worker, cluster) for worker in (first, third)]
         with pytest.raises(tf.errors.DeadlineExceededError, match=r"workers \[1, 2\] have not"):
-            horovod.wait_for_peers(first, cluster, seconds=0.2)
+            horovod.wait_for_peers(stores[0], cluster, seconds=0.2)
         with pytest.raises(tf.errors.DeadlineExceededError, match=r"workers \[1\] have not"):
-            horovod.wait_for_peers(third, Cluster(2, 3, horovod=True), seconds=0.2)
+            horovod.wait_for_peers(stores[1], Cluster(2, 3, horovod=True), seconds=0.2)
         with pytest.raises(tf.errors.DeadlineExceededError, match=r"workers \[1\] have not"):
-            horovod.wait_for_peers(first, cluster, seconds=0.2)
+            horovod.wait_for_peers(stores[0], cluster, seconds=0.2)
     with pytest.raises(tf.errors.DeadlineExceededError, match="server at 127.* has not answered"):
-        horovod.wait_for_peers(first, cluster, seconds=0.2)
+        horovod.wait_for_peers(stores[0], cluster, seconds=0.2)
 
 
 def test_one_process_waits_for_nobody() -> None:
-    start = time.monotonic()
-    horovod.wait_for_peers({"HOROVOD_GLOO_RENDEZVOUS_ADDR": "nowhere"}, Cluster(0, 1))
-    assert time.monotonic() - start < 1
+    environ = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "nowhere", "HOROVOD_GLOO_RENDEZVOUS_PORT": "1"}
+    assert horovod.rendezvous_store(environ, Cluster(0, 1)) is None
+    assert horovod.rendezvous_store({}, Cluster(0, 2, horovod=True)) is None  # under mpirun
+
+
+@pytest.mark.horovod
+def test_the_rendezvous_server_stores_what_workers_say() -> None:
+    from launch.local.horovod import Rendezvous, worker_environments
+
+    rendezvous = Rendezvous(2)
+    with rendezvous.serving():
+        first, second = (
+            horovod.rendezvous_store(environ, Cluster(rank, 2, horovod=True))
+            for rank, environ in enumerate(worker_environments(2, rendezvous.port))
+        )
+        assert second.get("key") is None
+        for value in ("1", "2"):
+            first.put("key", value)
+            assert second.get("key") == value
+    with pytest.raises(OSError, match="refused"):
+        second.get("key")
 
 
 def test_each_process_takes_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
