@@ -165,8 +165,7 @@ def test_collectives_are_counted_once_a_process_whatever_the_number_of_its_shard
     two_shards: TfDistributor,
 ) -> None:
     watchdog = Watchdog(0, 2, 60.0, Dictionary())
-    distributor = TfDistributor(two_shards._strategy, watchdog)
-    distributor.num_local_shards = 2  # of this process, which is said to have a peer
+    distributor = TfDistributor(two_shards._strategy, 0, 1, watchdog)
 
     @tf.function
     def step(value: tf.Tensor) -> tf.Tensor:
