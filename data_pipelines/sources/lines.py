@@ -17,16 +17,18 @@ class Range(NamedTuple):
     Attributes:
         stop: end of the range, exclusive; None means the end of the file.
         line: number of the range's first line, from 1; None if unknown.
+        unit: what `line` counts.
     """
 
     path: str
     start: int = 0
     stop: int | None = None
     line: int | None = 1
+    unit: str = "line"
 
     def where(self, line_index: int) -> str:
         """Returns "PATH, line N" of a line; may read what lies before the range to count lines."""
-        return f"{self.path}, line {self._first_line() + line_index}"
+        return f"{self.path}, {self.unit} {self._first_line() + line_index}"
 
     def _first_line(self) -> int:
         if self.line is not None:

@@ -1,11 +1,13 @@
-"""`text:`, `csv:`, `tsv:` and `jsonl:`: files with a document in each line or record."""
+"""`text:`, `csv:`, `tsv:`, `jsonl:` and `parquet:`: a document in each line or record."""
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from data_pipelines.errors import InputError
 from data_pipelines.files import is_compressed, size_bytes
 from data_pipelines.sources.lines import PART_BYTES, Range, line_ranges
+from data_pipelines.sources.parquet import parquet_columns, read_row_group, row_groups
 from data_pipelines.sources.records import (
     Record,
     kind_of,
@@ -23,15 +25,16 @@ MAX_CLASSES = 1_000
 class RecordFiles:
     """Files of lines or records; see `Source`.
 
-    Ids are the document's `--id_key`, or FILE@OFFSET with the byte at which it starts. A label is
-    a whole number or a word. The distinct labels of the training files, sorted (by value if all
-    are whole numbers), are the classes 0, 1, ... Opening reads labelled files and CSV files once.
+    Ids are the document's `--id_key`, or FILE@OFFSET with the byte (Parquet: the row) at which it
+    starts. A label is a whole number or a word. The distinct labels of the training files, sorted
+    (by value if all are whole numbers), are the classes 0, 1, ... Opening reads labelled files and
+    CSV files once.
 
     Args:
-        kind: "text", "csv", "tsv" or "jsonl".
+        kind: "text", "csv", "tsv", "jsonl" or "parquet".
         pattern: see `splits.find_origins`.
         options: `text_key`, `label_key`, `id_key`, `with_labels`.
-        part_bytes: approximate size of a part.
+        part_bytes: approximate size of a part; of Parquet, each row group is a part.
 
     Raises:
         InputError: files, columns or keys are missing, or a file is damaged.
@@ -126,6 +129,12 @@ class RecordFiles:
         self, path: str, origin: str, labels: dict[str, None] | None, part_bytes: int
     ) -> list[Range]:
         """Returns a file's ranges. Reads the file if necessary, and adds its labels to `labels`."""
+        if self._kind == "parquet":
+            groups = row_groups(path)
+            if labels is not None:
+                for record in chain.from_iterable(map(self._records, groups)):
+                    self._add_label(labels, record, origin, path)
+            return groups
         divisible = not is_compressed(path)
         if labels is None and not (self._kind == "csv" and divisible):
             return line_ranges(path, part_bytes)
@@ -152,6 +161,9 @@ class RecordFiles:
             )
 
     def _records(self, part: Range) -> Iterator[Record]:
+        if self._kind == "parquet":
+            keys = {self._text_key, self._id_key, self._label_key}
+            return read_row_group(part, [k for k in self._columns[part.path] if k in keys])
         return read_records(self._kind, part, self._columns.get(part.path, []))
 
     def _read_columns(self, origins: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -159,7 +171,8 @@ class RecordFiles:
         columns, faults = {}, []
         for path in (path for paths in origins.values() for path in paths):
             try:
-                columns[path] = read_columns(self._kind, path)
+                parquet = self._kind == "parquet"
+                columns[path] = parquet_columns(path) if parquet else read_columns(self._kind, path)
             except InputError as error:
                 faults.append(str(error))
                 continue
@@ -202,17 +215,19 @@ def _word(record: Record, key: str) -> str:
 
 
 def _grouped(ranges: Iterable[Range], part_bytes: int) -> Iterator[list[Range]]:
-    """Yields ranges in order, in groups of at most `part_bytes` stored bytes."""
+    """Yields ranges in order, in groups of at most `part_bytes` stored bytes; row groups alone."""
     group: list[Range] = []
     room = part_bytes
     for part in ranges:
         size = (size_bytes(part.path) if part.stop is None else part.stop) - part.start
+        size = size if part.unit == "line" else part_bytes
         if group and size > room:
             yield group
             group, room = [], part_bytes
         group.append(part)
         room -= size
-    yield group
+    if group:
+        yield group
 
 
 def _in_order(labels: Iterable[str]) -> list[str]:

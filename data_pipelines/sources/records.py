@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from data_pipelines.errors import InputError
 from data_pipelines.sources.lines import Range, read_csv, read_lines, strip_ending
-from data_pipelines.sources.text import TOO_LONG, decode, text_fault
+from data_pipelines.sources.text import MAX_DOCUMENT_BYTES, TOO_LONG, decode, text_fault
 
 
 class Record(NamedTuple):
@@ -30,6 +30,8 @@ def record_fault(record: Record, text_key: str) -> str:
     if record.fault:
         return record.fault
     text = record.values.get(text_key)
+    if isinstance(text, str) and len(text) > MAX_DOCUMENT_BYTES:
+        return TOO_LONG
     return (
         text_fault(text) if isinstance(text, str) else f"{text_key!r} is {kind_of(text)}, not text"
     )

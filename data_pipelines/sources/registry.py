@@ -18,13 +18,14 @@ SPECS = {
     "csv": "csv:FILES",
     "tsv": "tsv:FILES",
     "jsonl": "jsonl:FILES",
+    "parquet": "parquet:FILES",
     "aclimdb": "aclimdb:PATH",
     "rt_polarity": "rt_polarity:PATH",
     "newsgroups20": "newsgroups20:PATH",
     "dbpedia": "dbpedia:PATH",
 }
 _KEYS = ("text_key", "label_key", "id_key")
-_USED_KEYS = {"tfds": _KEYS[:2], "csv": _KEYS, "tsv": _KEYS, "jsonl": _KEYS}
+_USED_KEYS = {"tfds": _KEYS[:2], "csv": _KEYS, "tsv": _KEYS, "jsonl": _KEYS, "parquet": _KEYS}
 
 
 def open_source(
@@ -69,7 +70,7 @@ def _open(spec: str, options: SourceOptions) -> Source:
             from data_pipelines.sources.tfds import TfdsText
 
             return TfdsText(rest, options)
-        case "text" | "csv" | "tsv" | "jsonl":
+        case "text" | "csv" | "tsv" | "jsonl" | "parquet":
             from data_pipelines.sources.record_files import RecordFiles
 
             return RecordFiles(kind, rest, options)

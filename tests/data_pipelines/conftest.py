@@ -1,6 +1,11 @@
 """Small stores made by the real `prepare`, for all tests of this folder."""
 
+import contextlib
 import functools
+import http.server
+import os
+import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -114,3 +119,45 @@ def write_store() -> Callable[..., TokenStore]:
         return TokenStore(folder)
 
     return write
+
+
+class RangeHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files with ranges, as real servers do, and can break off."""
+
+    break_off_after: int | None
+
+    def log_message(self, *arguments: object) -> None:
+        """Says nothing."""
+
+    def do_GET(self) -> None:
+        path = self.translate_path(self.path)
+        if not os.path.isfile(path):
+            super().do_GET()  # lists a folder, or answers 404
+            return
+        data = Path(path).read_bytes()
+        bounds = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        start, stop = int(bounds[1]), min(int(bounds[2] or len(data)) + 1, len(data))
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(data[start:stop][: self.break_off_after])
+
+
+@pytest.fixture
+def web() -> Iterator[Callable[..., str]]:
+    """Returns web(folder, break_off_after=None), which starts a web server: its address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder: Path, break_off_after: int | None = None) -> str:
+            handler = type("Handler", (RangeHandler,), {"break_off_after": break_off_after})
+            serve = functools.partial(handler, directory=str(folder))
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve))
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield start

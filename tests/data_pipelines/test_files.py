@@ -1,10 +1,6 @@
-import functools
 import gzip
-import http.server
 import io
 import os
-import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,45 +13,10 @@ from data_pipelines.errors import InputError
 TEXT = b"".join(b"line %d\n" % (i * i) for i in range(50_000))
 
 
-class RangeHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files with ranges, as real servers do; counts requests and can break off."""
-
-    break_off_after: int | None = None
-
-    def log_message(self, *arguments: object) -> None:
-        """Says nothing."""
-
-    def do_GET(self) -> None:
-        path = self.translate_path(self.path)
-        if not os.path.isfile(path):
-            super().do_GET()  # lists a folder, or answers 404
-            return
-        data = Path(path).read_bytes()
-        bounds = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
-        start, stop = int(bounds[1]), min(int(bounds[2] or len(data)) + 1, len(data))
-        self.send_response(206 if "Range" in self.headers else 200)
-        self.send_header("Content-Length", str(stop - start))
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-        self.end_headers()
-        self.wfile.write(data[start:stop][: self.break_off_after])
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[tuple[str, type[RangeHandler]]]:
-    """A real web server of `tmp_path`: its address and its handler."""
-    handler = type("Handler", (RangeHandler,), {})
-    serve = functools.partial(handler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", handler
-        server.shutdown()
-        thread.join()
-
-
 @pytest.fixture(params=["local", "memory", "http"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def folder(
+    request: pytest.FixtureRequest, tmp_path: Path, web: Callable[[Path], str]
+) -> Iterator[str]:
     """A folder with a.txt, b.gz and sub/c.txt: on this machine, and at addresses."""
     contents = {"a.txt": TEXT, "b.gz": gzip.compress(TEXT), "sub/c.txt": b"c"}
     if request.param == "memory":
@@ -70,7 +31,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     (tmp_path / "sub").mkdir()
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
-    yield str(tmp_path) if request.param == "local" else request.getfixturevalue("web")[0]
+    yield str(tmp_path) if request.param == "local" else web(tmp_path)
 
 
 def test_names(folder: str) -> None:
@@ -123,12 +84,9 @@ def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         files.find_files("gs://a/b")
 
 
-def test_a_download_that_breaks_off_is_named(
-    tmp_path: Path, web: tuple[str, type[RangeHandler]]
-) -> None:
-    address, handler = web
+def test_a_download_that_breaks_off_is_named(tmp_path: Path, web: Callable[..., str]) -> None:
     (tmp_path / "a.txt").write_bytes(TEXT)
-    handler.break_off_after = 1000
+    address = web(tmp_path, break_off_after=1000)
     with files.open_binary(f"{address}/a.txt") as file, pytest.raises(OSError, match=".+"):
         file.read()
 
@@ -136,11 +94,11 @@ def test_a_download_that_breaks_off_is_named(
 @pytest.mark.parametrize("cut", [1, 8, 5000])
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_a_truncated_or_damaged_file_at_an_address(
-    tmp_path: Path, web: tuple[str, type[RangeHandler]], ending: str, cut: int
+    tmp_path: Path, web: Callable[..., str], ending: str, cut: int
 ) -> None:
     compress = gzip.compress if ending == "gz" else zstandard.compress
     (tmp_path / f"a.{ending}").write_bytes(compress(TEXT)[:-cut])
-    path = f"{web[0]}/a.{ending}"
+    path = f"{web(tmp_path)}/a.{ending}"
     with files.open_decompressed(path) as file, pytest.raises(OSError, match="Truncated") as error:
         file.read()
     assert "is cut off" in str(files.read_error(path, error.value, "at its end"))
