@@ -10,6 +10,7 @@ Tensors are in the safetensors format: 8 bytes with the length of the header, th
 the data.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -42,6 +43,21 @@ MAX_JSON_BYTES = 1 << 22
 
 class DamagedError(Exception):
     """A file is missing, unreadable or has the wrong content; the text says which and why."""
+
+
+class UnreadableError(DamagedError):
+    """Reading failed for a reason outside the file: a flaky disk or network, too many open files.
+
+    It says nothing about the file, which may be intact.
+    """
+
+
+_IO_ERRNOS = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENXIO),
+        *(errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EREMOTEIO, errno.EHOSTDOWN),
+    }
+)
 
 
 def write_durably(path: Path, parts: Sequence[Buffer]) -> None:
@@ -249,7 +265,8 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
             yield file
     except OSError as error:
         why = "it is a link" if path.is_symlink() else error.strerror or str(error)
-        raise DamagedError(f"{path} cannot be read: {why}") from None
+        kind = UnreadableError if error.errno in _IO_ERRNOS else DamagedError
+        raise kind(f"{path} cannot be read: {why}") from None
 
 
 def _json_object(path: Path, data: bytes) -> dict[str, Any]:

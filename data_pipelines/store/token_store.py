@@ -23,6 +23,7 @@ from data_pipelines.store.manifest import (
     shards_of,
     token_dtype,
 )
+from data_pipelines.store.seal import SEAL, with_seal
 from data_pipelines.store.shards import Shards
 from data_pipelines.store.split_view import SplitView, WholeSplit
 from data_pipelines.store.verification import store_faults
@@ -58,6 +59,11 @@ class TokenStore:
     def vocab_size(self) -> int:
         """The number of ids, including the reserved ones."""
         return self.manifest["vocab_size"]
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the manifest, which holds those of all files."""
+        return with_seal(self.manifest)[SEAL]
 
     @property
     def vocab_sha256(self) -> str:

@@ -10,6 +10,9 @@ import pytest
 import safetensors.numpy
 
 from benchmarks.kept_runs import halve
+from data_pipelines.prepare import PrepareConfig, build_store
+from data_pipelines.store.token_store import TokenStore
+from tests.conftest import SomeReviews
 from tests.integration.programs import metrics, run, train, train_until
 from trainer.inference.reconstruct import reconstructor
 from trainer.report_page import run_folder
@@ -348,8 +351,22 @@ def test_a_fine_tuning_goes_on_from_the_encoder_that_it_began_with_alone(
     assert "resumed after step 2" in train(1, *flags, f"--encoder={tmp_path}/moved")
     done = run(1, *flags, f"--encoder={tmp_path}/other")
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "began with another encoder than --encoder names now" in done.stderr
+    assert "began with another --encoder than it has now" in done.stderr
     assert "--resume=never" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_pretraining_does_not_continue_with_another_store(
+    small_store: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    reviews = SomeReviews({"train": 180, "validation": 40, "test": 60})
+    build_store(PrepareConfig("movie_reviews", vocab_size=1000), reviews, other, lambda line: None)
+    flags = ("--stage=pretrain", f"--run_dir={tmp_path}/run", "--pretrain_steps=2")
+    train(1, *flags, f"--store={small_store}")
+    done = run(1, *flags, f"--store={other}")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "began with another --store than it has now" in done.stderr
+    assert f"its SHA-256 was {TokenStore(small_store).sha256[:12]}" in done.stderr
 
 
 def test_neither_a_tracker_nor_the_page_that_fails_ends_a_training(

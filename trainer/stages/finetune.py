@@ -94,7 +94,7 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         select_by="error_percent",
         # Each sitting of --stage=all writes its encoder again: on another number of workers its
         # mean state differs in the last bits.
-        encoders={} if config.trains_encoder else encoders,
+        inputs={"--store": run.store.sha256} | ({} if config.trains_encoder else encoders),
     )
     batches = FinetuneBatches(run.batches(view, plan), unlabelled_documents(run))
     return classifier, task, batches, report

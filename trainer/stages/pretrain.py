@@ -102,6 +102,7 @@ def set_up(run: Run, folder: Path) -> tuple[TextModel, Task, StoreBatches, dict[
         variables=trained_variables(model),
         loss_sum=loss_sum(model, config),
         evaluate=evaluation(run, model, validation),
+        inputs={"--store": run.store.sha256},
         ranked_by="nats_per_token",
         carried=carried,
     )

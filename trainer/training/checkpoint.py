@@ -29,6 +29,7 @@ from trainer.distribution.variables import assign, digest
 from trainer.safe_files import (
     Buffer,
     DamagedError,
+    UnreadableError,
     read_sealed,
     read_tensors,
     remove,
@@ -42,6 +43,8 @@ FORMAT = "warmstate-checkpoint"
 FORMAT_VERSION = 1
 Restored = tuple[int, dict[str, Any], dict[str, np.ndarray]]  # step, notes, arrays
 NAME = re.compile(r"step-(\d{8,12})")
+RETRY_SECONDS = (0.1, 0.5, 2.0)  # pauses between tries to read a checkpoint
+READ_TRIES = len(RETRY_SECONDS) + 1
 
 
 class Checkpointer:
@@ -50,7 +53,7 @@ class Checkpointer:
     Args:
         errors: What to do when a checkpoint cannot be written: "stop" or "warn".
         keep_best: Number of checkpoints with the lowest `value` to keep as well.
-        encoders: Flag -> digest of each encoder bundle that gave the model its start.
+        inputs: Flag -> digest of what the run reads: the store, and encoder bundles.
 
     Attributes:
         saved: Time of the last write in this process, by time.monotonic(); None before.
@@ -65,7 +68,7 @@ class Checkpointer:
         keep: int = 2,
         errors: str = "stop",
         keep_best: int = 0,
-        encoders: Mapping[str, str] | None = None,
+        inputs: Mapping[str, str] | None = None,
     ):
         self._folder = folder
         self._distributor = distributor
@@ -74,7 +77,7 @@ class Checkpointer:
         self._keep = keep
         self._errors = errors
         self._keep_best = keep_best
-        self._encoders = dict(encoders or {})
+        self._inputs = dict(inputs or {})
         self._thread: threading.Thread | None = None
         self._error = ""
         self.saved: float | None = None
@@ -200,7 +203,7 @@ class Checkpointer:
             "sha256": digest(tensors),
             "notes": notes,
             "value": value,
-            "encoders": self._encoders,
+            "inputs": self._inputs,
         }
         try:
             files: dict[str, bytes | Sequence[Buffer]] = {
@@ -255,14 +258,19 @@ class Checkpointer:
             if before is not None and _step_of(folder) >= before:
                 continue
             try:
-                state, tensors = read(folder)
+                state, tensors = _read_patiently(folder)
+            except UnreadableError as error:
+                raise InputError(
+                    f"checkpoint {folder}: {error}, after {READ_TRIES} tries; it may be intact, so "
+                    "it stays as it is: repair the file system and run the same command again"
+                ) from None
             except DamagedError as error:
                 faults[folder] = str(error)
                 continue
             for damaged, fault in faults.items() if before is None else ():
                 self._set_aside(damaged, fault)
             self._check_fits(folder, tensors)
-            self._check_encoders(folder, state)
+            self._check_inputs(folder, state)
             return state, tensors
         if faults:
             raise InputError(
@@ -295,20 +303,19 @@ class Checkpointer:
                 "or start again with --resume=never"
             )
 
-    def _check_encoders(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Raises InputError if the run began with another encoder bundle, wherever it is now.
+    def _check_inputs(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Raises InputError if the run began with other inputs, wherever they are now.
 
-        The weights would come from one encoder, the states from another. Old checkpoints do not
-        record their encoder and pass.
+        Weights would come from one encoder and states from another, or a model would get another
+        vocabulary. Old checkpoints record fewer inputs, and pass.
         """
-        for flag, began_with in state.get("encoders", {}).items():
-            found = self._encoders.get(flag, began_with)
+        for flag, began_with in _inputs_of(state).items():
+            found = self._inputs.get(flag, began_with)
             if found != began_with:
                 raise InputError(
-                    f"checkpoint {folder} is of a run that began with another encoder than {flag} "
-                    f"names now: its tensors_sha256 was {began_with:.12}, and is {found:.12}; name "
-                    "the bundle that it began with, or another --run_dir, or start again with "
-                    "--resume=never"
+                    f"checkpoint {folder} is of a run that began with another {flag} than it has "
+                    f"now: its SHA-256 was {began_with:.12}, and is {found:.12}; name the one that "
+                    "it began with, or another --run_dir, or start again with --resume=never"
                 )
 
 
@@ -317,22 +324,45 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     Raises:
         DamagedError: It is not as it was written.
+        UnreadableError: A file cannot be read, which may be transient.
+        InputError: A newer version of this program wrote it.
     """
     if folder.is_symlink():
         raise DamagedError(f"{folder} is a link")
     state = read_sealed(folder / "state.json")
     kinds = {"step": int, "tensors": dict, "sha256": str, "notes": dict}
     wrong = [name for name, kind in kinds.items() if type(state.get(name)) is not kind]
-    encoders = state.get("encoders", {})
-    if type(encoders) is not dict or not all(type(digest) is str for digest in encoders.values()):
-        wrong.append("encoders")
-    known = (state.get("format"), state.get("format_version")) == (FORMAT, FORMAT_VERSION)
+    inputs = _inputs_of(state)
+    if type(inputs) is not dict or not all(type(digest) is str for digest in inputs.values()):
+        wrong.append("inputs")
+    version = state.get("format_version")
+    if state.get("format") == FORMAT and type(version) is int and version > FORMAT_VERSION:
+        raise InputError(
+            f"checkpoint {folder} has format {version}, of a newer warmstate; this one reads "
+            f"{FORMAT_VERSION}: install the newer one, or name another --run_dir"
+        )
+    known = (state.get("format"), version) == (FORMAT, FORMAT_VERSION)
     if wrong or not known or state["step"] != _step_of(folder):
         raise DamagedError(f"{folder / 'state.json'} is not that of a checkpoint of this name")
     tensors = read_tensors(folder / "state.safetensors", state["tensors"])
     if digest(tensors) != state["sha256"]:
         raise DamagedError(f"{folder / 'state.safetensors'}: its SHA-256 does not match")
     return state, tensors
+
+
+def _read_patiently(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns `read(folder)`; repeats it after an I/O error, which may be transient."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return read(folder)
+        except UnreadableError:
+            time.sleep(seconds)
+    return read(folder)
+
+
+def _inputs_of(state: Mapping[str, Any]) -> Any:
+    """Returns the recorded inputs; "encoders" is what they were called before."""
+    return state.get("inputs", state.get("encoders", {}))
 
 
 def _value_of(folder: Path) -> float:

@@ -88,7 +88,7 @@ class Training:
         state |= loss_scale.variables if loss_scale else {}
         self.checkpoints = Checkpointer(
             task.folder / "checkpoints", distributor, state, run.log, config.keep_checkpoints,
-            config.checkpoint_errors, config.keep_best, task.encoders,
+            config.checkpoint_errors, config.keep_best, task.inputs,
         )  # fmt: skip
         self.progress = Progress(run, task, batches, self.checkpoints, self._averages)
         profiled = step_range(config.profile_steps) if run.is_chief else None

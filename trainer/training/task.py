@@ -51,7 +51,7 @@ class Task:
         ranked_by: The metric, lower is better, by which --keep_best ranks without `select_by`.
         carried: [global batch, numbers], the state in which each row of the step before ended;
             None if rows do not continue those of the step before.
-        encoders: Flag -> digest of the encoder bundles that the stage starts from, as
+        inputs: Flag -> digest of the store and the encoder bundles that the stage reads, as
             `Checkpointer` takes them.
     """
 
@@ -65,7 +65,7 @@ class Task:
     select_by: str = ""
     ranked_by: str = ""
     carried: keras.Variable | None = None
-    encoders: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, keras.Variable]:

@@ -1,7 +1,10 @@
+import errno
+import os
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,6 +13,7 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from tests import forked
+from trainer import safe_files
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.make import make_distributor
@@ -23,6 +27,7 @@ class Setup:
     """Two variables and their checkpoints in `folder`."""
 
     def __init__(self, folder: Path, **settings):
+        self.folder = folder
         self.lines: list[str] = []
         self.variables = {
             "weights": keras.Variable(np.arange(6, dtype=np.float32).reshape(2, 3)),
@@ -280,15 +285,56 @@ def test_a_run_that_starts_again_forgets_the_old_checkpoints(setup: Setup) -> No
 
 
 def test_what_began_with_another_encoder_is_not_gone_on_with(tmp_path: Path) -> None:
-    Setup(tmp_path, encoders=ENCODER).save(3, {})
-    assert Setup(tmp_path, encoders=ENCODER).checkpoints.restore()[0] == 3
+    Setup(tmp_path, inputs=ENCODER).save(3, {})
+    assert Setup(tmp_path, inputs=ENCODER).checkpoints.restore()[0] == 3
     for same in ({}, ENCODER | {"--backward_encoder": "1d"}):  # of a replay; of another model
-        assert Setup(tmp_path, encoders=same).checkpoints.restore()[0] == 3
-    other = Setup(tmp_path, encoders={"--encoder": "8a11"})
-    with pytest.raises(InputError, match="began with another encoder than --encoder .* 8a11; name"):
+        assert Setup(tmp_path, inputs=same).checkpoints.restore()[0] == 3
+    other = Setup(tmp_path, inputs={"--encoder": "8a11"})
+    with pytest.raises(InputError, match="began with another --encoder than .* 8a11; name"):
         other.checkpoints.restore()
 
 
 def test_a_checkpoint_that_does_not_say_its_encoder_is_gone_on_with(tmp_path: Path) -> None:
     Setup(tmp_path).save(3, {})
-    assert Setup(tmp_path, encoders=ENCODER).checkpoints.restore()[0] == 3
+    assert Setup(tmp_path, inputs=ENCODER).checkpoints.restore()[0] == 3
+
+
+def test_a_run_does_not_continue_with_another_store(tmp_path: Path) -> None:
+    Setup(tmp_path, inputs={"--store": "a" * 64}).save(3, {})
+    other = Setup(tmp_path, inputs={"--store": "b" * 64})
+    with pytest.raises(InputError, match="began with another --store .* was a{12}, and is b{12};"):
+        other.checkpoints.restore()
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_left_alone(setup: Setup) -> None:
+    setup.save(3, {})
+    (folder,) = setup.folder.iterdir()
+    state = safe_files.read_sealed(folder / "state.json")
+    newer = state | {"format_version": checkpoint.FORMAT_VERSION + 1}
+    (folder / "state.json").write_bytes(safe_files.sealed(newer))
+    with pytest.raises(InputError, match="has format 2, of a newer warmstate; this one reads 1"):
+        setup.checkpoints.restore()
+    assert [path.name for path in setup.folder.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("failures", [1, checkpoint.READ_TRIES])
+def test_an_io_error_is_retried_and_never_taken_for_damage(
+    setup: Setup, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.save(3, {})
+    left, opens = [failures], os.open
+
+    def flaky(path: Any, *arguments: Any, **settings: Any) -> int:
+        if str(path).endswith("state.safetensors") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return opens(path, *arguments, **settings)
+
+    monkeypatch.setattr(os, "open", flaky)
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", (0.0,) * (checkpoint.READ_TRIES - 1))
+    if failures < checkpoint.READ_TRIES:
+        assert setup.checkpoints.restore()[0] == 3
+    else:
+        with pytest.raises(InputError, match="Input/output error, after 4 tries; it may be intact"):
+            setup.checkpoints.restore()
+    assert [path.name for path in setup.folder.iterdir()] == ["step-00000003"]
