@@ -27,7 +27,7 @@ PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
 STARTS = ("both", "warm", "scratch")
-POOLINGS = ("last", "concat")
+POOLINGS = ("last", "mean", "concat")
 SCHEDULES = ("constant", "exponential", "cosine", "triangular")
 
 _run, _data, _model = partial(flag, "Run"), partial(flag, "Data"), partial(flag, "Model")
@@ -119,8 +119,9 @@ class ModelConfig:
     num_layers: int = _model(1, "Number of stacked LSTMs.", at_least=1)
     memory_steps: int = _model(100, "Longest memory, in steps, that new forget-gate biases are "
         "drawn for.", at_least=1)
-    hidden_units: int = _model(30, "Number of ReLU units between the LSTM and the logits.",
-        at_least=1)
+    hidden_units: int = _model(30, "Number of ReLU units between the LSTM and the logits. 0: "
+        "none; a warm start's linear head then begins as a logistic regression on the frozen "
+        "encoder. Use 0 for few labels.", at_least=0)
     init_embeddings: str = _model("", "File of word vectors (word2vec or GloVe text format) that "
         "initialises new embeddings. Words missing from it start at random.")
 
@@ -190,8 +191,8 @@ class FineTuningConfig:
     initial_state: str = _finetune("learned", "Initial state of the LSTM. All but zero need an "
         "encoder.", choices=INITIAL_STATES)
     pooling: str = _finetune("last", "LSTM outputs that the classifier head reads: the last one, "
-        "or the last, the mean and the maximum over time. Use concat when the evidence may be "
-        "anywhere in the document.", choices=POOLINGS)
+        "their mean, or the last, the mean and the maximum. Use concat when the evidence may be "
+        "anywhere in the document, and mean with few labels.", choices=POOLINGS)
     label_gain: str = _finetune("last", "Position of the training loss: the last token, or every "
         "token with linearly rising weight.", choices=("last", "linear"))
     finetune_documents: int = _finetune(0, "Number of labelled documents to train on, chosen by "

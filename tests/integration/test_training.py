@@ -191,6 +191,19 @@ def test_a_resumed_fine_tuning_ends_with_the_same_bits(
     assert metrics(tmp_path / "whole", "loss") == metrics(tmp_path / "cut", "loss")
 
 
+def test_a_linear_head_starts_alike_on_any_number_of_workers(
+    small_store: Path, tmp_path: Path, encoder: Path
+) -> None:
+    flags = ("--stage=finetune", f"--store={small_store}", f"--encoder={encoder}")
+    flags += ("--hidden_units=0", "--pooling=mean", "--finetune_dropout=0", "--finetune_steps=4")
+    for workers in (1, 2):
+        printed = train(workers, *flags, f"--run_dir={tmp_path}/{workers}")
+        assert "the linear head starts from a logistic regression" in printed
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
+    assert list(one.values())[0] < np.log(2) - 0.005  # nats: it begins better than at random
+
+
 @pytest.mark.slow("quick: the carried state's")
 def test_a_run_resumes_on_another_number_of_workers(small_store: Path, tmp_path: Path) -> None:
     flags = ("--stage=pretrain", f"--store={small_store}", *STEPS, "--pretrain_dropout=0")

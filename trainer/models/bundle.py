@@ -163,7 +163,7 @@ def classifier_model(classifier: Classifier) -> dict[str, Any]:
     """Returns a bundle's "model" for `new_classifier`."""
     return {
         **encoder_model(classifier.encoder),
-        "hidden_units": classifier.hidden.units,
+        "hidden_units": 0 if classifier.hidden is None else classifier.hidden.units,
         "num_classes": classifier.num_classes,
         "reads_first": classifier.reader is not None,
         "pooling": classifier.pooling,
@@ -179,8 +179,9 @@ def classifier_variables(classifier: Classifier) -> dict[str, keras.Variable]:
         variables["frequencies"] = classifier.encoder.frequencies
     variables |= initial_state_variables(classifier.encoder)
     for name, layer in (("hidden", classifier.hidden), ("output", classifier.output_layer)):
-        variables[f"{name}/kernel"] = layer.kernel
-        variables[f"{name}/bias"] = layer.bias
+        if layer is not None:
+            variables[f"{name}/kernel"] = layer.kernel
+            variables[f"{name}/bias"] = layer.bias
     if classifier.reader is not None:
         reader = encoder_variables(classifier.reader) | initial_state_variables(classifier.reader)
         variables.update({f"reader/{name}": variable for name, variable in reader.items()})
@@ -267,7 +268,8 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
             return f"{field!r} is {info.get(field)!r:.99}, not of type {kind.__name__}"
     model = info["model"]
     for size in MODEL_SIZES[name]:
-        if type(model.get(size)) is not int or not 0 < model[size] < 2**31:
+        least = 0 if size == "hidden_units" else 1
+        if type(model.get(size)) is not int or not least <= model[size] < 2**31:
             return f"the model's {size!r} is {model.get(size)!r:.99}"
     if name == "decoder" and type(model.get("tied")) is not bool:
         return f"the model's 'tied' is {model.get('tied')!r:.99}"
@@ -343,9 +345,10 @@ def _of_classifier(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
     hidden_units, units = model["hidden_units"], model["units"]
     for direction in ("", "backward/") if model["bidirectional"] else ("",):
-        read = POOLED_VECTORS[model["pooling"]] * units
-        yield f"{direction}hidden/kernel", read * hidden_units
-        yield f"{direction}output/kernel", hidden_units * outputs
+        width = POOLED_VECTORS[model["pooling"]] * units
+        if hidden_units:
+            yield f"{direction}hidden/kernel", width * hidden_units
+        yield f"{direction}output/kernel", (hidden_units or width) * outputs
         if model["normalised"]:
             yield f"{direction}frequencies", model["vocab_size"]
         for encoder in ("", "reader/") if model["reads_first"] else ("",):

@@ -2,7 +2,8 @@
 
 The head is that of Miyato et al. 2017, section 4.1: 30 ReLU units between the LSTM's last output
 and the logit. With pooling "concat" it also reads the mean and the maximum of all outputs (Howard &
-Ruder 2018, section 3.3).
+Ruder 2018, section 3.3); with "mean" it reads the mean alone. Without hidden units the logits are
+linear in what it reads.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from trainer.models.encoder import Encoder, States, dropout
 from trainer.models.lstm import Words
 
 # Kind of pooling -> number of vectors of the LSTM's size that the head reads.
-POOLED_VECTORS = {"last": 1, "concat": 3}
+POOLED_VECTORS = {"last": 1, "mean": 1, "concat": 3}
 
 
 class Classifier(keras.layers.Layer):
@@ -24,8 +25,9 @@ class Classifier(keras.layers.Layer):
         encoder: The trained LSTMs.
         reader: None, or a frozen encoder that reads the document first; the trained LSTMs then
             start from its final states (`--initial_state=encode`).
-        pooling: Input of the head: "last", the last output; or "concat", the last output and the
-            mean and maximum of all.
+        pooling: Input of the head: "last", the last output; "mean", the mean of all outputs; or
+            "concat", the last output and the mean and maximum of all.
+        hidden: The ReLU layer of the head; None without hidden units.
         backward: None, or a classifier that reads the words in reverse order; the logits are then
             the mean of both (Miyato et al. 2017, section 4.1).
     """
@@ -49,12 +51,14 @@ class Classifier(keras.layers.Layer):
         self.backward = backward
         self.num_classes = num_classes
         seed = encoder.seed
-        self.hidden = keras.layers.Dense(
-            hidden_units,
-            activation="relu",
-            kernel_initializer=keras.initializers.GlorotUniform(seed=seed + 4),
-            name="hidden",
-        )
+        self.hidden = None
+        if hidden_units:
+            self.hidden = keras.layers.Dense(
+                hidden_units,
+                activation="relu",
+                kernel_initializer=keras.initializers.GlorotUniform(seed=seed + 4),
+                name="hidden",
+            )
         self.output_layer = keras.layers.Dense(
             1 if num_classes == 2 else num_classes,
             kernel_initializer=keras.initializers.GlorotUniform(seed=seed + 5),
@@ -66,8 +70,11 @@ class Classifier(keras.layers.Layer):
         for encoder in (self.encoder, self.reader):
             if encoder is not None and not encoder.built:
                 encoder.build()
-        self.hidden.build((None, POOLED_VECTORS[self.pooling] * self.encoder.units))
-        self.output_layer.build((None, self.hidden.units))
+        width = POOLED_VECTORS[self.pooling] * self.encoder.units
+        if self.hidden is not None:
+            self.hidden.build((None, width))
+            width = self.hidden.units
+        self.output_layer.build((None, width))
         if self.reader is not None:
             self.reader.trainable = False
         if self.backward is not None and not self.backward.built:
@@ -111,6 +118,19 @@ class Classifier(keras.layers.Layer):
         return embedded + self.backward.embed(
             reversed_words(tokens, lengths), lengths, dropout_rate, seed
         )
+
+    def head_inputs(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[tf.Tensor]:
+        """Returns what the head of each direction reads, without training: this, then `backward`.
+
+        Arguments as for `logits`.
+        """
+        mask = tf.sequence_mask(lengths, tf.shape(tokens)[1])
+        start, found = self.start(tokens, lengths), []
+        both = zip(self.directions, self.words(tokens, lengths), start, strict=True)
+        for direction, words, states in both:
+            outputs, final = direction.encoder.read(words, mask, states, training=False)
+            found.append(pooled(self.pooling, outputs, final[-1][0], mask))
+        return found
 
     def words(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[Words]:
         """Returns each direction's words for reading without training: this, then `backward`."""
@@ -158,11 +178,9 @@ class Classifier(keras.layers.Layer):
             embedded[0], mask, start[0], training, dropout_rate, output_seed
         )
         last_h, _ = states[-1]
-        if every_step:
-            read = outputs
-        else:
-            read = last_h if self.pooling == "last" else last_mean_maximum(outputs, last_h, mask)
-        logits = self.output_layer(self.hidden(dropout(read, dropout_rate, output_seed)))
+        read = outputs if every_step else pooled(self.pooling, outputs, last_h, mask)
+        read = dropout(read, dropout_rate, output_seed)
+        logits = self.output_layer(read if self.hidden is None else self.hidden(read))
         if self.backward is None:
             return logits
         others = self.backward.read(
@@ -187,19 +205,25 @@ def of_backward(seed: tf.Tensor | None) -> tf.Tensor | None:
     return None if seed is None else tf.random.experimental.stateless_fold_in(seed, 1)
 
 
-def last_mean_maximum(outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """Returns the last output, the mean and the maximum, concatenated: [batch, 3 * units].
+def pooled(pooling: str, outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """Returns what the head reads: [batch, vectors * units].
 
     Args:
+        pooling: A key of POOLED_VECTORS.
         outputs: [batch, time, units].
         last: [batch, units].
-        mask: bool [batch, time], False for outputs to ignore; True at least once in each row.
+        mask: bool [batch, time], True at least once in each row unless `pooling` is "last";
+            outputs where it is False are ignored.
     """
+    if pooling == "last":
+        return last
     counted = mask[:, :, None]
     total = tf.reduce_sum(tf.where(counted, outputs, tf.zeros_like(outputs)), axis=1)
-    count = tf.reduce_sum(tf.cast(counted, outputs.dtype), axis=1)
+    mean = total / tf.reduce_sum(tf.cast(counted, outputs.dtype), axis=1)
+    if pooling == "mean":
+        return mean
     maximum = tf.reduce_max(tf.where(counted, outputs, outputs.dtype.min), axis=1)
-    return tf.concat([last, total / count, maximum], axis=1)
+    return tf.concat([last, mean, maximum], axis=1)
 
 
 def losses_and_errors(

@@ -21,6 +21,7 @@ from trainer.stages.evaluate import error_and_loss
 from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.finetune_loss import FinetuneLoss
 from trainer.stages.init_embeddings import init_embeddings
+from trainer.stages.linear_head import fit_head
 from trainer.stages.pretrain import make_encoder, make_objective, pretraining_splits
 from trainer.training import loop
 from trainer.training.optimizer import Rate
@@ -73,6 +74,8 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
     encoders: dict[str, str] = {}
     if config.reads_encoder:
         report["broadcast"], encoders = warm_start(run, classifier)
+    if config.init_weights == "encoder" and classifier.hidden is None:
+        fit_head(run, classifier, view)
     validation = run.all_documents(
         run.store.split("validation"), config.finetune_batch_size, config.finetune_max_tokens
     )

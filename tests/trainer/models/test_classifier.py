@@ -38,6 +38,24 @@ def test_concat_pooling_reads_the_last_the_mean_and_the_maximum_of_the_outputs()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_a_linear_head_reads_the_mean_of_the_outputs_in_both_directions() -> None:
+    encoders = [Encoder(VOCAB_SIZE, DIM, UNITS, seed=seed) for seed in (1, 9)]
+    backward = Classifier(encoders[1], 2, hidden_units=0, pooling="mean")
+    both = Classifier(encoders[0], 2, hidden_units=0, pooling="mean", backward=backward)
+    both.build()
+    expected, means = np.zeros((2, 1)), [[], []]
+    for row, (tokens, length) in enumerate(zip(TOKENS, LENGTHS, strict=True)):
+        end = length - 1
+        words = [tokens[:length], [*tokens[:end][::-1], tokens[end]]]
+        for number, direction in enumerate(both.directions):
+            outputs, _ = direction.encoder(np.array([words[number]], np.int32), LENGTHS[row][None])
+            means[number].append(np.asarray(outputs)[0].mean(0))
+            expected[row] += means[number][-1] @ direction.output_layer.kernel.numpy() / 2
+    found = both.logits(TOKENS, LENGTHS, training=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(both.head_inputs(TOKENS, LENGTHS), means, rtol=1e-5)
+
+
 def test_every_pooling_has_a_flag() -> None:
     assert tuple(POOLED_VECTORS) == config.POOLINGS
 

@@ -105,18 +105,18 @@ def text_model(cls: type[TextModel], tied: bool = False, **options: Any) -> Subj
 
 
 def classifier(
-    num_layers: int = 1, reads_first: bool = False, both_ways: bool = False, pooling: str = "last"
+    num_layers: int = 1, reads_first: bool = False, both_ways: bool = False, **options: Any
 ) -> Subject:
     def make(dtype: str) -> Classifier:
         encoders = [make_encoder(dtype, num_layers=num_layers) for _ in range(3)]
-        backward = Classifier(encoders[1], 3, pooling=pooling) if both_ways else None
+        backward = Classifier(encoders[1], 3, **options) if both_ways else None
         reader = encoders[2] if reads_first else None
-        return Classifier(encoders[0], 3, reader=reader, pooling=pooling, backward=backward)
+        return Classifier(encoders[0], 3, reader=reader, backward=backward, **options)
 
     return Subject(
         make,
         lambda model, tokens, lengths: model.logits(tokens, lengths, training=True),
-        empty_rows=pooling == "last",  # not the mean of no outputs
+        empty_rows=options.get("pooling", "last") == "last",  # not the mean of no outputs
         has_config=False,
     )
 
@@ -139,6 +139,7 @@ SUBJECTS = {
     "BagAutoencoder of 2 layers, tied": text_model(BagAutoencoder, tied=True, num_layers=2),
     "Classifier": classifier(),
     "Classifier of 2 layers, concat": classifier(2, pooling="concat"),
+    "Classifier, linear in the mean": classifier(pooling="mean", hidden_units=0),
     "Classifier that reads first": classifier(reads_first=True),
     "Classifier of both directions": classifier(both_ways=True),
 }
