@@ -16,7 +16,7 @@ from trainer.training.run import Run
 # More labelled documents are not read: this is a start, not the end.
 MAX_DOCUMENTS = 2_000
 # On features whose squares add up to 1 on average.
-PENALTY = 0.1
+PENALTY = 0.3
 
 
 def fit_head(run: Run, classifier: Classifier, labelled: SplitView) -> None:
