@@ -192,7 +192,7 @@ class FineTuningConfig:
         "encoder.", choices=INITIAL_STATES)
     pooling: str = _finetune("last", "LSTM outputs that the classifier head reads: the last one, "
         "their mean, or the last, the mean and the maximum. Use concat when the evidence may be "
-        "anywhere in the document, and mean with few labels.", choices=POOLINGS)
+        "anywhere in the document.", choices=POOLINGS)
     label_gain: str = _finetune("last", "Position of the training loss: the last token, or every "
         "token with linearly rising weight.", choices=("last", "linear"))
     finetune_documents: int = _finetune(0, "Number of labelled documents to train on, chosen by "
