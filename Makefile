@@ -36,7 +36,7 @@ demo: $(INSTALLED) ## the main job on this machine: two workers, real IMDB text,
 	$(BIN)/python -m launch.main --platform=local --workers=2 -- --flagfile=trainer/configs/demo.cfg
 
 # Two processes on two cores, each test file in one of them. ISA=avx2 computes as on a processor without AVX-512.
-PYTEST := HOROVOD=$(HOROVOD) $(if $(filter avx2,$(ISA)),ONEDNN_MAX_CPU_ISA=AVX2) $(BIN)/python -m pytest -n auto --maxprocesses=4
+PYTEST := HOROVOD=$(HOROVOD) $(if $(filter avx2,$(ISA)),ONEDNN_MAX_CPU_ISA=AVX2) $(BIN)/python -m pytest -n logical --maxprocesses=4
 
 test: $(TESTED) lint ## lint, and the tests but those that are marked slow: five minutes (HOROVOD=0: and but Horovod's)
 	$(PYTEST) -m "not slow"
@@ -45,17 +45,17 @@ test-all: $(TESTED) lint ## every test, each process started anew
 	EXEC=1 $(PYTEST)
 
 check: $(INSTALLED) lint ## lint, types, and the tests that need neither TensorFlow nor a process: seconds
-	$(BIN)/python -m pytest --quick -n auto --maxprocesses=4 -q -rN -m "not slow and not seconds"
+	$(BIN)/python -m pytest --quick -n logical --maxprocesses=4 -q -rN -m "not slow and not seconds"
 
 coverage: $(TESTED) ## make test, with the branches that it takes: build/coverage, and the floor
 	rm -rf build/coverage && mkdir -p build/coverage
-	HOROVOD=$(HOROVOD) $(BIN)/coverage run -m pytest -n auto --maxprocesses=4 -q -m "not slow"
+	HOROVOD=$(HOROVOD) $(BIN)/coverage run -m pytest -n logical --maxprocesses=4 -q -m "not slow"
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage html -q
 	$(BIN)/coverage report --skip-covered --sort=miss
 
 mutation: $(INSTALLED) ## do the tests notice a wrong line: 50 mutants of each of seven modules, hours
-	$(BIN)/python -m tests.mutation --mutants=50 --out=build/mutation.json
+	$(BIN)/python -m tests.mutation --out=build/mutation.json
 
 timing: $(TESTED) ## make test, and the table of where its time goes in CONTRIBUTING.md
 	$(PYTEST) -m "not slow" --timing=build/timing.json

@@ -1,17 +1,20 @@
 """Do the tests notice a wrong line? Changes one thing at a time in a module and runs its tests.
 
-    python -m tests.mutation data_pipelines/batch_plan.py --mutants=50 --out=build/mutation.json
+    python -m tests.mutation trainer/training/checkpoint.py --out=build/mutation.json
+    python -m tests.mutation --again=build/mutation.json --out=build/again.json
 
 A mutant is killed if a test fails. The tests of a module are those in the file that mirrors it, and
-those that `--tests` names. All happens in a copy of the checkout, so processes that tests start see
-the mutant too. What a mutant is: another comparison or operator, a number one greater, a condition
-negated or half of it left out, a call or an assignment left out, `return None`. Texts, assertions
-and annotations stay as they are. The sample depends on the seed alone.
+those in MORE_TESTS. `--again` tries only what survived, after tests were added. All happens in a
+copy of the checkout, so processes that tests start see the mutant too. What a mutant is: another
+comparison or operator, a number one greater, a condition negated or half of it left out, a call
+left out, `return None`. Texts, assertions and annotations stay as they are. The sample depends on
+the seed alone.
 """
 
 import argparse
 import ast
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -26,6 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipelines.quiet_tensorflow import import_quietly
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -36,6 +41,16 @@ OPERATORS = {
     ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd,
     ast.BitAnd: ast.BitOr, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.MatMult: ast.Mult,
 }  # fmt: skip
+MODULES = (
+    "data_pipelines/batches/batch_plan.py",
+    "trainer/models/lstm.py",
+    "trainer/training/reduction.py",
+    "trainer/training/checkpoint.py",
+    "trainer/training/lazy_rows.py",
+    "trainer/models/bundle.py",
+    "trainer/distribution/cluster.py",
+)
+MORE_TESTS = {"trainer/training/reduction.py": ["tests/trainer/training/test_gradients.py"]}
 CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
@@ -226,61 +241,82 @@ def run_tests(tests: list[str], cpu_seconds: int, seconds: float) -> tuple[bool,
     return ended[1] == 0, text[-2000:], ended[2].ru_utime + ended[2].ru_stime
 
 
-def survivors(module: Path, tests: list[str], sample: int, seed: int) -> Iterator[dict]:
-    """Yields what became of each mutant of the sample, in a checkout that is the current folder."""
+def sample(source: str, size: int, seed: int) -> list[Mutant]:
+    """Returns mutants of a module, chosen by the seed alone, in the order of their lines."""
+    everything = mutants(source)
+    return sorted(random.Random(seed).sample(everything, min(size, len(everything))))
+
+
+def tried(module: Path, chosen: list[Mutant]) -> Iterator[dict]:
+    """Yields what became of each mutant, in a checkout that is the current folder."""
     source = module.read_text()
+    tests = [str(mirror(module)), *MORE_TESTS.get(str(module), [])]
     passed, printed, cpu = run_tests(tests, 3600, 3600)
     assert passed, f"{module}: the tests fail without a mutant:\n{printed}"
-    everything = mutants(source)
-    chosen = random.Random(seed).sample(everything, min(sample, len(everything)))
-    print(
-        f"{module}: {len(chosen)} of {len(everything)} mutants, tests of {cpu:.0f} CPU s",
-        flush=True,
-    )
-    for mutant in sorted(chosen):
+    print(f"{module}: {len(chosen)} mutants, tests of {cpu:.0f} CPU seconds", flush=True)
+    for mutant in chosen:
         module.write_text(apply(source, mutant))
         try:
-            passed, printed, _ = run_tests(tests, int(3 * cpu) + 20, 20 * cpu + 300)
+            passed, printed, _ = run_tests(tests, int(3 * cpu) + 20, 20 * cpu + 600)
         finally:
             module.write_text(source)
         failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
         by = failed[0].split(" - ")[0].removeprefix("FAILED ") if failed else printed[-300:]
-        yield {**mutant._asdict(), "killed": not passed, "by": "" if passed else by}
         verdict = "SURVIVED" if passed else "killed"
         print(f"{verdict} {module}:{mutant.line}: {mutant.old!r} -> {mutant.new!r}", flush=True)
+        yield {**mutant._asdict(), "killed": not passed, "by": "" if passed else by}
+
+
+def chosen_mutants(given: argparse.Namespace) -> dict[Path, list[Mutant]]:
+    """Returns what is to be tried, by module."""
+    if given.again:
+        before = json.loads(given.again.read_text())
+        return {
+            Path(module): [
+                Mutant(*(result[field] for field in Mutant._fields))
+                for result in results
+                if not result["killed"]
+            ]
+            for module, results in before.items()
+        }
+    modules = given.modules or [Path(module) for module in MODULES]
+    return {
+        module: sample((REPOSITORY / module).read_text(), given.mutants, given.seed)
+        for module in modules
+    }
 
 
 def main() -> None:
-    """Runs a sample of mutants of the named modules, and writes what became of them."""
+    """Tries mutants, and writes what became of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modules", type=Path, nargs="+")
-    parser.add_argument("--tests", action="append", default=[], help="beside the mirrored file")
-    parser.add_argument("--mutants", type=int, default=50)
+    parser.add_argument("modules", type=Path, nargs="*")
+    parser.add_argument("--mutants", type=int, default=50, help="of each module")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--again", type=Path, metavar="FILE", help="only what survived there")
+    parser.add_argument("--out", type=Path, metavar="FILE")
     given = parser.parse_args()
     out = given.out.resolve() if given.out else None
+    chosen = chosen_mutants(given)
     sys.dont_write_bytecode = True  # two mutants of one second and one size are not one
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     with tempfile.TemporaryDirectory(prefix="mutation.") as folder:
         copy_checkout(Path(folder))
         os.chdir(folder)
         sys.path[0] = folder
-        import keras  # noqa: F401
-        import tensorflow  # noqa: F401
-
+        import_quietly()
+        importlib.import_module("keras")
         for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "data_pipelines")]:
-            del sys.modules[name]
+            del sys.modules[name]  # they are imported from the copy
         results: dict[str, list[dict]] = {}
-        for module in given.modules:
-            tests = [str(mirror(module)), *given.tests]
-            results[str(module)] = []
-            for result in survivors(module, tests, given.mutants, given.seed):
-                results[str(module)].append(result)
+        for module, of_module in chosen.items():
+            for result in tried(module, of_module):
+                results.setdefault(str(module), []).append(result)
                 if out:
+                    out.parent.mkdir(parents=True, exist_ok=True)
                     out.write_text(json.dumps(results, indent=1))
-            killed = sum(result["killed"] for result in results[str(module)])
-            print(f"{module}: {killed} of {len(results[str(module)])} killed", flush=True)
+            found = results.get(str(module), [])
+            killed = sum(result["killed"] for result in found)
+            print(f"{module}: {killed} of {len(found)} killed", flush=True)
 
 
 if __name__ == "__main__":
