@@ -7,6 +7,7 @@ cannot be imported without. Nothing has to be marked, and what runs cannot have 
 import importlib.abc
 import multiprocessing.util
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +35,17 @@ def forbid() -> None:
 
 class _SkippingFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> None:
-        if name in LIBRARIES:
-            pytest.skip(f"imports {name}", allow_module_level=True)
+        if name not in LIBRARIES:
+            return
+        frames = [frame for frame, _ in traceback.walk_stack(None)]
+        for module in (f.f_globals for f in frames if f.f_code.co_name == "<module>"):
+            if str(module.get("__file__")).endswith(
+                "conftest.py"
+            ):  # all its folder would be left out
+                pytest.exit(f"{module['__file__']} imports {name}: do so in its fixtures")
+            if module["__name__"] != "__main__":
+                sys.modules.pop(module["__name__"], None)  # nobody may find half a module
+        pytest.skip(f"imports {name}", allow_module_level=True)
 
 
 def _skip_a_start(event: str, arguments: tuple[Any, ...]) -> None:

@@ -7,10 +7,6 @@ import numpy as np
 import pytest
 
 from data_pipelines.store.token_store import TokenStore
-from trainer.distribution.variables import values_of
-from trainer.models import bundle
-from trainer.models.classifier import Classifier
-from trainer.models.encoder import Encoder
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +14,11 @@ def make_classifier_bundle(
     small_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """Returns make(class_names, reads_first, max_tokens): the folder of a new classifier bundle."""
+    from trainer.distribution.variables import values_of
+    from trainer.models import bundle
+    from trainer.models.classifier import Classifier
+    from trainer.models.encoder import Encoder
+
     store = TokenStore(small_store)
 
     def make(
