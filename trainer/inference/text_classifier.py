@@ -124,6 +124,8 @@ def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClass
     assign(bundle.classifier_variables(classifier), loaded.tensors)
     tokenizer = bundle_tokenizer(folder, loaded.info, flag)
     names = class_names(loaded.info)
+    if len(set(names)) < len(names) or any(not is_unicode(name) for name in names):
+        raise InputError(f"{flag}={folder}: its class names are not distinct texts: {names!r:.200}")
     return TextClassifier(classifier, tokenizer, names, loaded.info["max_tokens"])
 
 
@@ -142,7 +144,22 @@ def bundle_tokenizer(folder: Path, info: dict[str, Any], flag: str) -> Tokenizer
             f"{flag}={folder}: its tokenizer is not the one that it was trained with: the SHA-256 "
             f"is {tokenizer.sha256[:12]}, not {info['vocab_sha256'][:12]}"
         )
+    rows = info["model"]["vocab_size"]
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"{flag}={folder}: its tokenizer has {tokenizer.vocab_size} words, but its model only "
+            f"{rows} embeddings"
+        )
     return tokenizer
+
+
+def is_unicode(text: str) -> bool:
+    """Returns whether the text can be encoded: JSON allows lone surrogates, UTF-8 does not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def class_names(info: dict[str, Any]) -> tuple[str, ...]:

@@ -304,6 +304,9 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
                 f"{flag}={folder}: {folder / path} is damaged: its SHA-256 is not {name}.json's"
             )
     _check_model(name, info["model"], tensors, f"{flag}={folder}")
+    for key, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{flag}={folder}: its tensor {key!r} has non-finite values")
     half = {name: array for name, array in tensors.items() if array.dtype == np.float16}
     return Bundle(tensors | {name: array.astype(np.float32) for name, array in half.items()}, info)
 

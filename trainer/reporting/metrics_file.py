@@ -1,7 +1,6 @@
 """Writes metrics.jsonl, and formats figures for status lines."""
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,21 +28,30 @@ class Metrics:
         self._stage = stage
         self._trackers = trackers
 
-    def forget_after(self, step: int, evaluated: bool = True) -> None:
-        """Drops the lines that a run resumed at `step` will write again.
+    def forget_after(self, step: int, evaluated: bool = True) -> int:
+        """Drops the lines that a run resumed at `step` will write again, and damaged lines.
 
         Args:
             evaluated: Whether the state after `step` was evaluated; if not, lines of an evaluation
                 at `step` are dropped too.
+
+        Returns:
+            The number of damaged lines, without a last one that was being written.
         """
-
-        def stays(line: str) -> bool:
-            at = _step_of(line) if line.endswith("\n") else math.inf
-            return at < step or (at == step and (evaluated or _is_of_training(line)))
-
-        if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            replace_text(self._path, "".join(filter(stays, lines)))
+        if not self._path.exists():
+            return 0
+        kept, damaged = [], 0
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            values = _values_of(line)
+            if values is None:
+                damaged += number < len(lines)
+            elif values["step"] < step or (
+                values["step"] == step and (evaluated or _is_of_training(values))
+            ):
+                kept.append(line.decode())
+        replace_text(self._path, "".join(kept))
+        return damaged
 
     def write(self, step: int, **values: Any) -> None:
         """Appends one line."""
@@ -53,15 +61,18 @@ class Metrics:
         tell(self._trackers, self._path.parent, self._stage, line)
 
 
-def _step_of(line: str) -> float:
+def _values_of(line: bytes) -> dict[str, Any] | None:
+    """Returns the values of a line; None if a full disk, a kill or a flipped bit damaged it."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # truncated by a full disk or a kill
-        return math.inf
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    is_whole = line.endswith(b"\n") and isinstance(values, dict)
+    return values if is_whole and type(values.get("step")) is int else None
 
 
-def _is_of_training(line: str) -> bool:
-    return not json.loads(line).keys().isdisjoint(("tokens_per_second", "skipped_steps"))
+def _is_of_training(values: Mapping[str, Any]) -> bool:
+    return not values.keys().isdisjoint(("tokens_per_second", "skipped_steps"))
 
 
 def describe(values: Mapping[str, float]) -> str:

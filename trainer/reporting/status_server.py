@@ -6,6 +6,7 @@
 /metrics             Prometheus's text format
 """
 
+import contextlib
 import http.server
 import math
 import socket
@@ -14,8 +15,12 @@ import threading
 import time
 import urllib.parse
 from dataclasses import dataclass, field
+from typing import Any
 
 from data_pipelines.errors import InputError
+
+MAX_CONNECTIONS = 16  # at once; each takes a descriptor and a thread of the training process
+MAX_SECONDS = 10.0  # for a whole request, however slowly the client sends it
 
 
 @dataclass
@@ -97,7 +102,30 @@ class _Server(http.server.ThreadingHTTPServer):
     def __init__(self, host: str, port: int, vitals: Vitals):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.vitals = vitals
+        self._open: dict[socket.socket, float] = {}  # by the time they were accepted, oldest first
+        self._lock = threading.Lock()
         super().__init__((host, port), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answers in a thread; ends the oldest connection if too many are open."""
+        with self._lock:
+            if len(self._open) >= MAX_CONNECTIONS:
+                _end(next(iter(self._open)))
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Closes a connection."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Ends connections that have been open for too long; called twice a second."""
+        limit = time.monotonic() - MAX_SECONDS
+        with self._lock:
+            for connection in [c for c, accepted in self._open.items() if accepted < limit]:
+                _end(connection)
 
     def server_bind(self) -> None:
         # HTTPServer's own would look up a name in the DNS. This sets SO_REUSEADDR, so that a
@@ -108,8 +136,14 @@ class _Server(http.server.ThreadingHTTPServer):
         """Ignores clients that disconnect."""
 
 
+def _end(connection: socket.socket) -> None:
+    """Makes the thread of `connection` stop waiting for it, and close it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
-    timeout = 10  # seconds, for a silent client
+    timeout = MAX_SECONDS
     server: _Server
 
     def do_GET(self) -> None:

@@ -129,7 +129,9 @@ class Progress:
             folder = self._task.folder
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                self._metrics.forget_after(start, evaluated=not self.evaluation_is_due(start))
+                evaluated = not self.evaluation_is_due(start)
+                if damaged := self._metrics.forget_after(start, evaluated):
+                    self._run.log(f"warning: {damaged} damaged lines of metrics.jsonl were dropped")
             except OSError as error:
                 self._report_metrics("be read and written", start, error)
         self._checkpoints.wait()

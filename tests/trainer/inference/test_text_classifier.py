@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from data_pipelines.store.token_store import TokenStore
-from trainer.inference.text_classifier import load_classifier
+from data_pipelines.tokenizers import load_tokenizer
+from trainer.inference.text_classifier import bundle_tokenizer, load_classifier
 from trainer.safe_files import read_sealed, sealed
 
 TEXTS = ["A fine film!", "", "bad " * 300, "I did not like it.<br />At all.", "A fine film!"]
@@ -64,3 +65,27 @@ def test_a_bundle_without_names_has_numbers(make_classifier_bundle: Callable[...
     del info["class_names"], info["sha256_of_the_rest"]
     (folder / "classifier.json").write_bytes(sealed(info))
     assert load_classifier(folder).class_names == ("0", "1")
+
+
+@pytest.mark.parametrize("names", [["neg", "neg"], ["neg", "\ud800"]])
+def test_class_names_that_cannot_be_told_apart_or_printed_are_refused(
+    make_classifier_bundle: Callable[..., Path], names: list[str]
+) -> None:
+    folder = make_classifier_bundle()
+    info = read_sealed(folder / "classifier.json")
+    (folder / "classifier.json").write_bytes(sealed(info | {"class_names": names}))
+    with pytest.raises(InputError, match="class names are not distinct texts"):
+        load_classifier(folder)
+
+
+def test_more_words_than_embeddings_are_refused(
+    make_classifier_bundle: Callable[..., Path],
+) -> None:
+    folder = make_classifier_bundle()
+    info = read_sealed(folder / "classifier.json")
+    smaller = info["model"] | {"vocab_size": 50}
+    tokenizer = load_tokenizer(folder / "vocab.txt", info["tokenizer"])
+    with pytest.raises(
+        InputError, match=f"has {tokenizer.vocab_size} words, but its model only 50"
+    ):
+        bundle_tokenizer(folder, info | {"model": smaller}, "--classifier")

@@ -213,3 +213,16 @@ def test_a_classifiers_bundle_holds_all_its_variables() -> None:
     classifier.build()
     named = {id(v) for v in bundle.classifier_variables(classifier).values()}
     assert named == {id(v) for v in classifier.weights}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(
+    saved: Path, vocab: Path, tmp_path: Path, value: float
+) -> None:
+    loaded = bundle.load(saved, "encoder", "--encoder")
+    tensors = dict(loaded.tensors)
+    tensors["lstm/0/bias"] = np.full_like(tensors["lstm/0/bias"], value)
+    info = {k: v for k, v in loaded.info.items() if k in ("model", "tokenizer", "vocab_sha256")}
+    bundle.save(tmp_path / "bad", "encoder", tensors, info, vocab)
+    with pytest.raises(InputError, match="its tensor 'lstm/0/bias' has non-finite values"):
+        bundle.load(tmp_path / "bad", "encoder", "--encoder")

@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from trainer.reporting.metrics_file import Metrics, describe, format_seconds
 
 
@@ -44,3 +46,25 @@ def test_an_evaluation_that_is_to_be_done_again_is_dropped(tmp_path: Path) -> No
     assert len(path.read_text().splitlines()) == 5
     metrics.forget_after(20, evaluated=False)
     assert len(path.read_text().splitlines()) == 4 and "loss" not in path.read_text()
+
+
+DAMAGE = [
+    b'{"step": 1\xff}\n',
+    b'{"step": null}\n',
+    b'{"step": true, "loss": 1}\n',
+    b"[" * 100_000 + b"\n",
+    b"[1]\n",
+    b"\n",
+    b"\x00\x00\n",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda line: repr(line[:20]))
+def test_damaged_lines_are_dropped_and_counted(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, "pretrain")
+    metrics.write(10, loss=1.0)
+    whole = path.read_bytes()
+    path.write_bytes(damage + whole + damage.rstrip(b"\n"))
+    assert metrics.forget_after(10) == 1
+    assert path.read_bytes() == whole

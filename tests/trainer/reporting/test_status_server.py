@@ -1,3 +1,4 @@
+import contextlib
 import http.client
 import re
 import socket
@@ -5,9 +6,11 @@ import time
 import urllib.error
 import urllib.request
 
+import psutil
 import pytest
 
 from data_pipelines.errors import InputError
+from trainer.reporting import status_server
 from trainer.reporting.status_server import Vitals, _Server, serve
 
 
@@ -104,3 +107,35 @@ def test_what_cannot_be_listened_on_names_the_flag(host: str) -> None:
     port = serve("127.0.0.1", 0, Vitals())
     with pytest.raises(InputError, match=f"--status_port={port}: cannot listen on {host}"):
         serve(host, port, Vitals())
+
+
+def test_slow_clients_take_few_descriptors_and_keep_nobody_out() -> None:
+    port = serve("127.0.0.1", 0, Vitals())
+    process = psutil.Process()
+    before = process.num_fds()
+    clients = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(60)]
+    try:
+        for client in clients:
+            client.sendall(b"GET /healthz HTTP/1.1\r\n")  # and never the empty line
+        assert get(port, "/healthz") == (200, "ok\n")
+        of_the_server = process.num_fds() - before - len(clients)
+        assert of_the_server <= 3 * status_server.MAX_CONNECTIONS
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_a_request_has_a_deadline_however_slowly_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(status_server, "MAX_SECONDS", 0.3)
+    port = serve("127.0.0.1", 0, Vitals())
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            while client.send(b"G") and time.monotonic() - began < 10:
+                client.settimeout(0.05)
+                with contextlib.suppress(TimeoutError):
+                    if client.recv(1) == b"":
+                        break
+        assert time.monotonic() - began < 5
