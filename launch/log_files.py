@@ -1,4 +1,4 @@
-"""Log files that others write."""
+"""Printing log files while other processes write them."""
 
 import sys
 import time
@@ -9,13 +9,15 @@ _LOOK_SECONDS = 0.5
 
 
 def print_file(path: Path, job_is_over: Callable[[], bool] | None = None) -> None:
-    """Prints a file; with `job_is_over` also what is written later, until that returns True.
+    """Prints a file.
 
-    Then the file need not be there yet.
+    Args:
+        job_is_over: Until it returns True, what is written later is printed too, and the file need
+            not exist yet.
     """
     position = 0
     while True:
-        over = job_is_over is None or job_is_over()  # before the last look at the file
+        over = job_is_over is None or job_is_over()  # asked before the last look at the file
         if path.exists():
             with path.open("rb") as file:
                 file.seek(position)

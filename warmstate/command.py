@@ -1,7 +1,7 @@
 """The console script `warmstate`: one name for all programs.
 
-A command is a module that runs as `python -m MODULE` does, in this process and with the same
-flags; help and shell completion are made of those flags, without TensorFlow.
+A command runs a module as `python -m MODULE` does, in this process and with the same flags. Help
+and shell completion are made from these flags, without importing TensorFlow.
 """
 
 import importlib.metadata
@@ -22,14 +22,14 @@ from warmstate import flag_tables
 
 
 class Command(NamedTuple):
-    """What `warmstate NAME` runs.
+    """A command of `warmstate`.
 
     Attributes:
-      group: heading in the help.
-      summary: one line for the help.
-      module: runs as `python -m` does.
-      stage: the trainer's --stage, "" for other programs.
-      examples: without the leading `warmstate`.
+        group: Heading in the help.
+        summary: One line for the help.
+        module: Runs as `python -m` does.
+        stage: The trainer's --stage, "" for other programs.
+        examples: Without the leading `warmstate`.
     """
 
     group: str
@@ -43,7 +43,7 @@ TRAINER = "trainer.main"
 COMMANDS = {
     "prepare": Command(
         "Training",
-        "text -> a token store on disk",
+        "turn text into a token store on disk",
         "data_pipelines.prepare",
         examples=(
             "prepare --source=movie_reviews --out=runs/store",
@@ -52,14 +52,14 @@ COMMANDS = {
     ),
     "pretrain": Command(
         "Training",
-        "unlabelled text -> an encoder with its weights and learned states",
+        "train an encoder and its states on unlabelled text",
         TRAINER,
         "pretrain",
         ("pretrain --run_dir=runs/a --store=runs/store",),
     ),
     "finetune": Command(
         "Training",
-        "an encoder and labelled text -> a classifier",
+        "train a classifier on labelled text, from an encoder or from scratch",
         TRAINER,
         "finetune",
         (
@@ -70,7 +70,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "Training",
-        "a classifier and a labelled split -> its error",
+        "measure a classifier on a labelled split",
         TRAINER,
         "evaluate",
         ("evaluate --run_dir=runs/d --store=runs/store --classifier=runs/b/classifier",),
@@ -84,7 +84,7 @@ COMMANDS = {
     ),
     "predict": Command(
         "Using a classifier",
-        "texts -> labels and probabilities",
+        "predict labels and probabilities of texts",
         TRAINER,
         "predict",
         (
@@ -95,34 +95,34 @@ COMMANDS = {
     ),
     "export": Command(
         "Using a classifier",
-        "a classifier -> a SavedModel that takes raw text",
+        "export a classifier as a SavedModel that takes raw text",
         TRAINER,
         "export",
         ("export --classifier=runs/b/classifier --output=exported/1",),
     ),
     "serve": Command(
         "Using a classifier",
-        "answers over HTTP, with a page to try sentences",
+        "serve a classifier over HTTP, with a page to try sentences",
         TRAINER,
         "serve",
         ("serve --classifier=runs/b/classifier --port=8000",),
     ),
     "report": Command(
         "Looking at runs",
-        "report.html of a run, finished or not, or of several, compared",
+        "write report.html of one run, finished or not, or of several",
         "trainer.report_page.html",
         examples=("report runs/a runs/b --out=report.html",),
     ),
     "replay": Command(
         "Looking at runs",
-        "one step of a run again: its loss, gradients and texts",
+        "repeat one step of a run: its loss, gradients and texts",
         TRAINER,
         "replay",
         ("replay --run_dir=runs/a --step=120",),
     ),
     "launch": Command(
         "Many workers",
-        "starts trainers on this machine, on SLURM or on Kubernetes",
+        "start trainers on this machine, on SLURM or on Kubernetes",
         "launch.main",
         examples=(
             "launch --workers=2 -- --stage=pretrain --run_dir=runs/a --store=runs/store",
@@ -132,13 +132,13 @@ COMMANDS = {
     ),
     "doctor": Command(
         "This machine",
-        "what it has, and what is wrong with it",
+        "check this machine: what it has and what is wrong with it",
         "warmstate.doctor",
         examples=("doctor",),
     ),
     "completion": Command(
         "This machine",
-        "prints the completion of bash, zsh or fish",
+        "print the completion of bash, zsh or fish",
         "warmstate.completion",
         examples=('completion bash  # eval "$(warmstate completion bash)" in ~/.bashrc',),
     ),
@@ -175,7 +175,7 @@ def _run(words: list[str]) -> int:
     if set(rest[:end]) & HELP_WORDS:
         print(help_of(name))
         return 0
-    # Last, because a flagfile may name another stage; but before what is no flag.
+    # Behind the flags, because a flagfile may name another stage, but before `--`.
     stage = [f"--stage={command.stage}"] if command.stage else []
     sys.argv = [f"warmstate {name}", *rest[:end], *stage, *rest[end:]]
     runpy.run_module(command.module, run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
 """Shell completion, generated from the flags: `warmstate completion bash|zsh|fish`.
 
-The script that is printed holds all words, so that nothing is started while somebody types.
+The printed script holds all words, so that completing starts no program.
 """
 
 import functools
@@ -23,7 +23,7 @@ from warmstate.command import COMMANDS, flags_of
 
 
 def bash() -> str:
-    """Returns the completion of bash; values of flags complete behind `=` too."""
+    """Returns the completion of bash, which also completes values behind `=`."""
     cases = "\n".join(
         f"    {name}) flags={shlex.quote(' '.join(f'--{f.name}=' for f in _flags(name)))} ;;"
         for name in COMMANDS
@@ -156,7 +156,7 @@ SHELLS: dict[str, Callable[[], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the completion of the shell that is named; returns the exit code."""
+    """Prints the completion of the named shell; returns the exit code."""
     if len(arguments) == 1 and arguments[0] in SHELLS:
         print(SHELLS[arguments[0]](), end="")
         return 0

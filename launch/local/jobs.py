@@ -1,7 +1,7 @@
-"""Jobs on this machine that were given a name, for `launch status|logs|cancel NAME`.
+"""Named jobs on this machine, for `launch status|logs|cancel NAME`.
 
-local-jobs/NAME of the working folder holds job.json (who, what, since when, how it ended) and log:
-every line that was printed. A later job of the same name replaces both.
+local-jobs/NAME in the working folder holds job.json (process, command, times, exit code) and log
+(every printed line). A later job of the same name replaces both.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ FOLDER = "local-jobs"
 
 @dataclass
 class Job:
-    """What job.json says.
+    """The content of job.json.
 
     Attributes:
-      command: of each worker.
-      host, pid, pid_started: the launcher's process; `pid_started` in clock ticks since the boot,
-        for process ids come again.
-      began, ended: seconds since 1970.
-      exit_code: None until it has ended, and for ever if the launcher was killed.
+        command: The command of each worker.
+        host, pid, pid_started: The launcher's process. `pid_started` is in clock ticks since the
+            boot, because process ids are reused.
+        began, ended: Seconds since 1970.
+        exit_code: None until the job has ended, and forever if the launcher was killed.
     """
 
     command: Sequence[str]
@@ -47,17 +47,17 @@ class Job:
 
     @property
     def is_running(self) -> bool:
-        """Returns whether its launcher lives, as far as this machine can know."""
+        """Whether the launcher runs on this machine."""
         return self.exit_code is None and _started(self.pid) == self.pid_started
 
     @property
     def is_elsewhere(self) -> bool:
-        """Returns whether only another machine knows if it runs."""
+        """Whether the job was started on another machine and may still run there."""
         return self.exit_code is None and self.host != socket.gethostname()
 
 
 def faults(name: str) -> list[str]:
-    """Returns one line if no job of that name can be started now."""
+    """Returns one line if a job of that name cannot be started now."""
     if not re.fullmatch(NAME, name):
         return [f"--name={name}: must be letters, digits, . - and _"]
     if not os.access(Path.cwd(), os.W_OK):
@@ -74,7 +74,7 @@ def faults(name: str) -> list[str]:
 
 @contextlib.contextmanager
 def recorded(name: str, command: Sequence[str], workers: int) -> Iterator[Job]:
-    """Yields the job, whose `exit_code` the block sets; what it prints is copied into its log."""
+    """Yields the job, whose `exit_code` the block sets, and copies what is printed to its log."""
     folder = _folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.getpid()
@@ -94,7 +94,7 @@ def recorded(name: str, command: Sequence[str], workers: int) -> Iterator[Job]:
 
 
 def status(name: str) -> int:
-    """Prints how the job is; returns 1 if there is none of that name, else 0."""
+    """Prints the state of the job; returns 1 if there is no job of that name, else 0."""
     job = _read(name)
     if job is None:
         return _no_such_job(name)
@@ -106,13 +106,13 @@ def status(name: str) -> int:
 
 
 def logs(name: str, follow: bool) -> int:
-    """Prints what the job printed, with `follow` until it has ended; returns 1 if there is none."""
+    """Prints the job's log, with `follow` until the job ends; returns 1 if there is no job."""
     job = _read(name)
     if job is None:
         return _no_such_job(name)
 
     def job_is_over() -> bool:
-        found = _read(name)  # None where its folder was removed
+        found = _read(name)  # None if its folder was removed
         return found is None or not found.is_running
 
     log_files.print_file(_folder(name) / "log", job_is_over if follow else None)
@@ -120,7 +120,7 @@ def logs(name: str, follow: bool) -> int:
 
 
 def cancel(name: str) -> int:
-    """Sends TERM to the job's launcher, which ends the workers; returns 1 if it does not run."""
+    """Sends TERM to the launcher, which stops the workers; returns 1 if it does not run."""
     job = _read(name)
     if job is None:
         return _no_such_job(name)
@@ -129,7 +129,7 @@ def cancel(name: str) -> int:
         return 1
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         descriptor = os.pidfd_open(job.pid)
-        if job.is_running:  # so the descriptor is its own
+        if job.is_running:  # so the descriptor is of the launcher, not of a later process
             signal.pidfd_send_signal(descriptor, signal.SIGTERM)
         os.close(descriptor)
     print(f"{name}: its workers save their state and stop")
@@ -138,7 +138,7 @@ def cancel(name: str) -> int:
 
 def _state(job: Job) -> str:
     if job.is_elsewhere:
-        return f"started on {job.host}, which alone knows how it is"
+        return f"started on {job.host}; ask there"
     if job.is_running:
         return f"running for {time.time() - job.began:.0f} s, process {job.pid}"
     if job.exit_code is None or job.ended is None:
@@ -172,9 +172,9 @@ def _write(folder: Path, job: Job) -> None:
 
 
 def _started(pid: int) -> int | None:
-    """Returns when the process began, in clock ticks since the boot; None if there is none."""
+    """Returns when the process began, in clock ticks since the boot; None if it does not run."""
     try:
-        # After the program's name, which may hold blanks: proc(5), stat, fields 3 and 22.
+        # Fields 3 and 22 of proc(5) stat, behind the program's name, which may hold blanks.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

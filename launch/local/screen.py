@@ -1,9 +1,9 @@
-"""What is on the launcher's terminal: lines, and below them the live line of the first worker.
+"""The launcher's terminal: printed lines, and below them the live line of the first worker.
 
-A worker that is told by $WARMSTATE_LIVE_COLUMNS how wide the terminal is may print a live line:
-ERASE, a text, a carriage return, and ERASE again, without which nobody could know that no line feed
-follows, and the text would be held back. Where the launcher's output is no terminal it tells
-nobody, and there are only lines.
+$WARMSTATE_LIVE_COLUMNS tells a worker the width of the terminal. The worker may then print a live
+line: ERASE, a text, a carriage return, and ERASE again. The second ERASE shows that no line feed
+follows; otherwise the launcher would hold the text back. If the launcher's output is not a
+terminal, the variable is not set and there is no live line.
 """
 
 import os
@@ -14,31 +14,31 @@ ERASE = "\x1b[K"
 
 
 def columns() -> int:
-    """Returns the width of the terminal that standard output is, 0 if it is none."""
+    """Returns the width of the terminal, 0 if standard output is not a terminal."""
     if not os.isatty(1) or os.environ.get("TERM", "") in ("", "dumb"):
         return 0
     return shutil.get_terminal_size().columns
 
 
 def live_text(line: str) -> str | None:
-    """Returns what a worker wants to be shown as the live line; None if `line` is a plain one."""
+    """Returns the text of a worker's live line; None if `line` is an ordinary line."""
     if not (line.startswith(ERASE) and line.endswith("\r")):
         return None
     return line.replace(ERASE, "").rstrip("\r")
 
 
 class Screen:
-    """Knows the live line that is shown, and what to write so that it stays the last one."""
+    """Remembers the live line, and returns what to write so that it stays the last line."""
 
     def __init__(self) -> None:
         self._shown = ""
 
     def line(self, text: str) -> str:
-        """Returns what writes a whole line, `text`, above the live line."""
+        """Returns the characters that print the line `text` above the live line."""
         return f"\r{ERASE}{text}{self._shown}" if self._shown else text
 
     def live(self, text: str) -> str:
-        """Returns what shows `text` in place of the live line; "" takes it away."""
+        """Returns the characters that replace the live line by `text`; "" removes it."""
         if not text and not self._shown:
             return ""
         self._shown = text[: max(0, columns() - 1)]  # the terminal may be narrower by now

@@ -1,8 +1,8 @@
-"""Workers on this machine: one process each, watched until all have ended.
+"""Workers on this machine: one process each, supervised until all have ended.
 
-Linux only: a worker asks the kernel (`PR_SET_PDEATHSIG`) to be killed when its launcher dies, so
-that not even `kill -9` of the launcher leaves a worker behind. What a worker itself started is
-killed with the worker's process group, except after such a `kill -9`.
+Linux only: a worker asks the kernel (`PR_SET_PDEATHSIG`) to kill it when its launcher dies, so that
+even `kill -9` of the launcher leaves no worker behind. Processes that a worker has started are
+killed with its process group, except after such a `kill -9`.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from typing import BinaryIO
 from launch.local import horovod, loopback, screen
 
 CONFIGURATION_EXIT_CODE = 2
-LOST_PEER_EXIT_CODE = 75  # EX_TEMPFAIL: of a trainer whose peer is gone
-PREEMPTED_EXIT_CODE = 143  # of a trainer that was asked to stop, and has saved its state
+LOST_PEER_EXIT_CODE = 75  # EX_TEMPFAIL: a peer of the trainer is gone
+PREEMPTED_EXIT_CODE = 143  # the trainer was asked to stop, and has saved its state
 THREAD_VARIABLES = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
-_BLAME_SECONDS = 3.0  # from the first lost peer to the verdict that who still runs hangs
+_BLAME_SECONDS = 3.0  # from the first lost peer until surviving workers are declared hung
 _LOOK_SECONDS = 0.5  # between two calls of `asks_stop`
 _PRINTING = threading.Lock()
 _COPIES: list[BinaryIO] = []  # of what is printed
@@ -38,18 +38,18 @@ _SCREEN = screen.Screen()
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 Worker = subprocess.Popen[bytes]
-Say = Callable[[str], object]  # what it returns is of no interest
+Say = Callable[[str], object]  # prints a line; the result is not used
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the workers that were started together ended.
+    """How workers that were started together ended.
 
     Attributes:
-      exit_code: 0 if all were 0.
-      lines: what there is to say about it; the last names the worker at fault.
-      stopped: whether a signal to the launcher ended them.
-      asked: whether `asks_stop` ended them, before they were done.
+        exit_code: 0 if all were 0.
+        lines: Lines to print; the last names the worker at fault.
+        stopped: Whether a signal to the launcher ended them.
+        asked: Whether `asks_stop` ended them before they were done.
     """
 
     exit_code: int
@@ -59,7 +59,7 @@ class Ending:
 
     @property
     def is_final(self) -> bool:
-        """Whether to start again makes no sense: all is done, or wrong, or not wanted."""
+        """Whether a restart is useless: the job is done, misconfigured or stopped."""
         return self.exit_code in (0, CONFIGURATION_EXIT_CODE) or self.stopped
 
 
@@ -70,20 +70,22 @@ def run_local(
     max_restarts: int = 0,
     with_horovod: bool = False,
 ) -> int:
-    """Starts `workers` processes of `command`, prints what they print, and waits for all of them.
+    """Starts `workers` processes of `command`, prints their lines, and waits for all of them.
 
     A worker's failure, SIGINT, SIGTERM or SIGHUP ends all: TERM at once, KILL `grace_seconds` later
-    or at the second signal. It takes over the signals of the process; call it from the main thread.
+    or at the second signal. Call it from the main thread, because it handles the process's signals.
 
     Args:
-      max_restarts: how often all are started again after a failure, but for one of configuration
-        (exit code 2). The command must go on from where it was.
-      with_horovod: whether the workers find each other by Horovod's variables and a rendezvous
-        server here, rather than by TF_CONFIG.
+        max_restarts: The number of restarts of all workers after a failure other than a
+            configuration error (exit code 2). The command must resume by itself.
+        with_horovod: Whether Horovod's variables and a rendezvous server connect the workers, in
+            place of TF_CONFIG.
 
-    Returns the exit code: 0 if all were 0, else that of the worker at fault (128 + n if signal n
-    killed it), or 128 + n if signal n stopped the launcher. At fault is who failed first, but not
-    who exits with 75: that one lost a peer. If nobody else fails, who then still runs hangs.
+    Returns:
+        The exit code: 0 if all were 0, else that of the worker at fault (128 + n if signal n killed
+        it), or 128 + n if signal n stopped the launcher. At fault is the first worker that failed
+        with another code than 75, which tells of a lost peer. If there is none, surviving workers
+        are declared hung.
     """
     restarts = 0
     while True:
@@ -105,11 +107,11 @@ def run_together(
     with_horovod: bool,
     asks_stop: Callable[[Say], bool] | None = None,
 ) -> Ending:
-    """Starts workers once, prints what they print, and returns how they ended; see `run_local`.
+    """Starts workers once, prints their lines, and returns how they ended; see `run_local`.
 
     Args:
-      asks_stop: called twice a second while nothing is wrong; True ends the workers, as a signal
-        would. It gets a function that prints a line without waiting for it.
+        asks_stop: Called twice a second while nothing is wrong; True ends the workers, as a signal
+            would. Its argument prints a line without waiting for it.
     """
     watched = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -235,9 +237,9 @@ def _start(command: Sequence[str], additions: dict[str, str], mask: set[int]) ->
 
 
 def _print_lines(pipe: BinaryIO, prefix: str) -> None:
-    """Prints each line whole; each state of a line that `\\r` redraws is a line of its own.
+    """Prints whole lines; each state of a line that `\\r` redraws becomes a line.
 
-    But the states of a live line (see screen.py) are shown in one place.
+    The states of a live line (see screen.py) are shown in one place.
     """
     with io.TextIOWrapper(pipe, encoding="utf-8", errors="replace", newline="") as lines:
         for line in lines:
@@ -258,18 +260,14 @@ def _in_thread(function: Callable[..., object], *arguments: object) -> threading
 
 
 def say(*lines: str) -> bool:
-    """Prints the launcher's own lines; returns False if nobody reads them."""
+    """Prints lines of the launcher; returns False if nobody reads them."""
     with _PRINTING:
         return all([_write(f"launch: {line}\n") for line in lines])
 
 
 @contextlib.contextmanager
 def lines_copied_to(file: BinaryIO) -> Iterator[None]:
-    """Writes all that is printed into `file` as well, until the block ends or a write fails.
-
-    Args:
-      file: not buffered.
-    """
+    """Copies all that is printed into the unbuffered `file`, until the block or a write fails."""
     _COPIES.append(file)
     try:
         yield
@@ -297,7 +295,7 @@ def _put(text: str) -> bool:
         sys.stdout.buffer.flush()
         return True
     except OSError as error:
-        # Go on emptying the pipe, for workers that print while they stop must not block.
+        # Keep emptying the pipes: workers that print while they stop must not block.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.kill(os.getpid(), signal.SIGPIPE)
@@ -310,7 +308,7 @@ def _put(text: str) -> bool:
 
 
 class _Supervision:
-    """Waits until all workers have ended (and prints nothing: that could block)."""
+    """Waits until all workers have ended. It prints nothing, because that could block."""
 
     def __init__(
         self,
@@ -322,7 +320,7 @@ class _Supervision:
         self._grace_seconds = grace_seconds
         self._asks_stop = asks_stop
         self._running = list(processes)
-        self._failed: Worker | None = None  # the first that did for a reason of its own
+        self._failed: Worker | None = None  # the first that did not just lose a peer
         self._lost: Worker | None = None  # the first that lost a peer
         self._hung: list[Worker] = []
         self._stop_signal: int | None = None  # the first
@@ -331,7 +329,7 @@ class _Supervision:
         self._kill_time = math.inf
 
     def wait(self, watched: set[signal.Signals]) -> Ending:
-        """Takes the `watched` signals as they come; returns how the workers ended."""
+        """Handles the `watched` signals until all workers have ended."""
         while self._running:
             info = signal.sigtimedwait(watched, self._timeout_seconds())
             received = info and info.si_signo
@@ -354,7 +352,7 @@ class _Supervision:
         return min(max(0.0, self._kill_time - time.monotonic()), longest)
 
     def _all_is_well(self) -> bool:
-        """Returns whether `asks_stop` is to be called: nothing is about to end the workers."""
+        """Returns whether to call `asks_stop`: nothing else is ending the workers."""
         stopping = self._terminated or self._lost or self._hung
         return self._asks_stop is not None and not stopping
 
@@ -362,7 +360,7 @@ class _Supervision:
         for process in [each for each in self._running if _has_ended(each)]:
             self._running.remove(process)
             code = process.returncode
-            # Who is asked to stop may fail by that, but not for its configuration.
+            # A worker that is asked to stop may fail by that, but not by a configuration error.
             expected = self._asked and code != CONFIGURATION_EXIT_CODE
             if code == LOST_PEER_EXIT_CODE:
                 self._lost = self._lost or process
@@ -380,7 +378,7 @@ class _Supervision:
             self._terminated = True
             self._kill_time = time.monotonic() + self._grace_seconds
             if self._failed and self._failed.returncode == PREEMPTED_EXIT_CODE:
-                return  # a TERM to one stops all; a second would end who still saves the state
+                return  # TERM to one stops all; a second TERM would end workers that still save
             for process in self._running:
                 os.killpg(process.pid, signal.SIGTERM)
         elif self._lost and not (self._terminated or self._hung) and self._kill_time == math.inf:
@@ -417,7 +415,7 @@ class _Supervision:
 
 
 def _kill(processes: Sequence[Worker]) -> None:
-    """Kills those that have not been waited for, with all that they started."""
+    """Kills the workers that have not been waited for, with all that they started."""
     for process in (each for each in processes if each.returncode is None):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -431,7 +429,7 @@ def _end(processes: Sequence[Worker]) -> None:
 def _has_ended(process: Worker) -> bool:
     if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         return False
-    # Whatever the worker left running goes too. Until wait(), the group's number is still its own.
+    # Processes that the worker left behind end too. Until wait(), nobody else gets its number.
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return True

@@ -1,4 +1,4 @@
-"""Jobs that SLURM has, for `launch status|logs|cancel NAME` and --follow; NAME or its number."""
+"""SLURM's jobs by name or number, for `launch status|logs|cancel` and --follow."""
 
 import re
 import subprocess
@@ -16,9 +16,9 @@ Shown = dict[str, str]
 
 
 def status(name: str) -> int:
-    """Prints how the jobs of that name are: those that have not ended, else the last that has.
+    """Prints the state of the jobs of that name that have not ended, else of the last that has.
 
-    Returns 1 if SLURM knows none, else 0.
+    Returns 1 if SLURM knows no such job, else 0.
     """
     jobs = _jobs(name)
     for job in jobs:
@@ -35,7 +35,7 @@ def status(name: str) -> int:
 
 
 def logs(name: str, should_follow: bool) -> int:
-    """Prints what worker 0 printed, with `should_follow` until the job has ended for good."""
+    """Prints worker 0's log, with `should_follow` until the job has ended for good."""
     jobs = _jobs(name)
     if len(jobs) != 1:
         return _not_one(name, jobs)
@@ -49,7 +49,7 @@ def logs(name: str, should_follow: bool) -> int:
 
 
 def cancel(name: str) -> int:
-    """Ends the job; its workers save their state first."""
+    """Ends the job, whose workers save their state first."""
     jobs = [job for job in _jobs(name) if job["JobState"] not in _ENDED]
     if len(jobs) != 1:
         return _not_one(name, jobs)
@@ -61,11 +61,12 @@ def cancel(name: str) -> int:
 
 
 def follow(number: str, quietly: bool = False) -> int:
-    """Waits until the job has ended for good, printing what worker 0 prints, unless `quietly`.
+    """Prints worker 0's log, unless `quietly`, until the job has ended for good.
 
-    Then says where the report is: on the file system that the nodes share.
+    Then prints the path of the report, which is on the file system that the nodes share.
 
-    Returns the job's exit code, 128 + n for signal n.
+    Returns:
+        The job's exit code, 128 + n for signal n.
     """
     found = _show(number)
     if found is None:
@@ -91,7 +92,7 @@ def _jobs(name: str) -> list[Shown]:
     if name.isdecimal():
         numbers = [name]
     else:
-        # squeue knows a job that has ended for MinJobAge (five minutes), sacct for ever.
+        # squeue knows an ended job for MinJobAge (five minutes), sacct forever.
         command = ["squeue", "--me", "--noheader", "--states=all", "--format=%A", f"--name={name}"]
         numbers = sorted(_lines(command), key=int)
     shown = [job for job in map(_show, numbers) if job]
@@ -106,7 +107,7 @@ def _show(number: str) -> Shown | None:
 
 
 def _accounted(name: str) -> list[Shown]:
-    """Returns the last job of that name or number in the accounting, where there is one."""
+    """Returns the last job of that name or number in the accounting, if the cluster has one."""
     chosen = f"--jobs={name}" if name.isdecimal() else f"--name={name}"
     command = ["sacct", "--noheader", "--parsable2", "--allocations", "--starttime=now-365days"]
     found = _lines([*command, f"--format={','.join(_SACCT)}", chosen])
@@ -128,7 +129,7 @@ def _accounted(name: str) -> list[Shown]:
 
 
 def _lines(command: list[str]) -> list[str]:
-    """Returns what the client program printed; nothing if it failed: no such job, no accounting."""
+    """Returns the lines that a client program printed; none if it failed or is not installed."""
     try:
         return subprocess.run(command, text=True, capture_output=True).stdout.splitlines()
     except FileNotFoundError:
@@ -169,8 +170,8 @@ def _not_one(name: str, jobs: list[Shown]) -> int:
 
 def _no_such_job(name: str) -> int:
     print(
-        f"launch: SLURM has no job {name} of yours in its queue, had none in the last minutes, and "
-        "none in its accounting (which may be off)",
+        f"launch: SLURM has no job {name} of yours: neither in its queue, nor in the last minutes, "
+        "nor in its accounting (which may be off)",
         file=sys.stderr,
     )
     return 1

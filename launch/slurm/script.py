@@ -1,6 +1,6 @@
-"""A batch script for SLURM: one task a worker, and the job goes back to the queue until it is done.
+"""A batch script for SLURM: one task for each worker, requeued until the job is done.
 
-The trainer finds its peers in what `srun` sets (trainer/distribution/cluster.py).
+The trainer finds its peers by the variables that `srun` sets (trainer/distribution/cluster.py).
 """
 
 import os
@@ -15,8 +15,10 @@ from pathlib import Path
 from data_pipelines.flag_fields import flag
 from launch.platform import NAME, ClusterOptions
 
-SAVE_SECONDS = 60  # before the time limit; SLURM may take up to 60 seconds more
-WAIT_SECONDS = 120  # for the others after the first worker's end, above the collective timeout
+SAVE_SECONDS = 60  # TERM comes so long before the time limit; SLURM may be 60 seconds earlier
+WAIT_SECONDS = (
+    120  # from the first worker's end to KILL for the others; above the collective timeout
+)
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}", re.ASCII)  # sbatch(1), --time
 
 
@@ -135,31 +137,30 @@ _THREADS = """\
 export TF_NUM_INTRAOP_THREADS={0} TF_NUM_INTEROP_THREADS={0} OMP_NUM_THREADS={0}
 """
 
-# Not --kill-on-bad-exit: it sends TERM to the other workers when one fails, and their 143 would
-# look like a preemption. --wait kills who still runs, long after it should have noticed itself.
+# Without --kill-on-bad-exit=0, SLURM sends TERM to the other workers when one fails, and their 143
+# would look like a preemption. --wait kills workers that have not noticed the loss for long.
 _TEMPLATE = """\
 #!/bin/bash
 {options}
 
-# When SLURM itself ends the job (scancel, requeue, preemption), this script gets TERM as well; near
-# the time limit, and in the grace time of a preemption, only the workers. They save, and exit
-# with 143.
+# If SLURM ends the job (scancel, requeue, preemption), this script gets TERM too. Near the time
+# limit, and in the grace time of a preemption, only the workers do: they save, and exit with 143.
 slurm_ends_it=
 trap 'slurm_ends_it=1' TERM
 
-unset TF_CONFIG HOROVOD_RANK HOROVOD_SIZE  # of whatever submitted this
+unset TF_CONFIG HOROVOD_RANK HOROVOD_SIZE  # of the submitting environment
 export TF_CPP_MIN_LOG_LEVEL="${{TF_CPP_MIN_LOG_LEVEL:-2}}"
 {threads}
 {srun}
 code=$?  # the highest of the workers'
 
-# With the same number it starts again, and goes on from the last checkpoint.
+# A requeued job keeps its number, and the trainer resumes from its last checkpoint.
 restarts="${{SLURM_RESTART_COUNT:-0}}"
 preempted="$(scontrol show job "$SLURM_JOB_ID" | grep -o 'PreemptTime=[0-9].*')"
 if [ "$slurm_ends_it" ] || [ "$preempted" ]; then
     echo "workers ended with code $code: SLURM ends the job"
 elif [ "$code" -eq 143 ]; then
-    echo "workers were told to stop, and have saved: back into the queue"
+    echo "workers were told to stop and have saved: back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 elif [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "$restarts" -lt {max_restarts} ]; then
     echo "workers ended with code $code, $restarts of {max_restarts} restarts: back into the queue"

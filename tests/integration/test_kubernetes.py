@@ -91,7 +91,7 @@ def test_an_elastic_pod_shrinks_is_deleted_and_finishes(small_store: Path, tmp_p
     assert condition[0] == "Complete", running.log()
     assert deleted.exit_code == 143 and running.counted == 0
     first, second = running.pods
-    changed = "launch: runs/el.workers allows 1 instead of 2 workers: going on from the last"
+    changed = "launch: runs/el.workers allows 1 instead of 2 workers: resuming from the last"
     assert any(line.startswith(changed) for line in first.lines)
     assert any("resumed after step" in line for line in second.lines)
     lines = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()

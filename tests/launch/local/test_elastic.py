@@ -96,9 +96,9 @@ def test_each_loss_takes_one_worker_until_there_are_too_few(tmp_path):
         assert job.finish() == 137
     assert job.lines == [
         "worker 2 was killed by signal 9 (SIGKILL)",
-        "2 of 3 workers left: going on from the last checkpoint",
+        "2 of 3 workers left: resuming from the last checkpoint",
         "worker 0 was killed by signal 9 (SIGKILL)",
-        "1 of 2 workers left: going on from the last checkpoint",
+        "1 of 2 workers left: resuming from the last checkpoint",
         "worker 0 was killed by signal 9 (SIGKILL)",
         "0 of 1 workers left, fewer than --min_workers=1: the job ends",
     ]
@@ -109,7 +109,7 @@ def test_who_hangs_while_the_others_lose_a_peer_is_a_loss(tmp_path):
     with elastic(tmp_path, *FROM_2_TO_3, code=hang) as job:
         job.ready(2)
         assert "worker 1 hung" in job.lines[0]
-        assert job.lines[1] == "2 of 3 workers left: going on from the last checkpoint"
+        assert job.lines[1] == "2 of 3 workers left: resuming from the last checkpoint"
 
 
 def test_the_file_is_followed_up_and_down(tmp_path):
@@ -125,7 +125,7 @@ def test_the_file_is_followed_up_and_down(tmp_path):
         job.ready(3)
         file.write_text("0")
         assert job.finish() == 143
-    rest = "workers: going on from the last checkpoint"
+    rest = "workers: resuming from the last checkpoint"
     assert job.lines == [
         f"{file} allows 3 instead of 2 {rest}",
         f"{file} allows 1 instead of 3 {rest}",
@@ -157,7 +157,7 @@ def test_a_file_without_a_number_changes_nothing(tmp_path):
     assert job.lines == [
         f"--available_workers: {file} holds 'two', {rest}",
         f"--available_workers: {file} holds '-1', {rest}",
-        f"{file} allows 1 instead of 3 workers: going on from the last checkpoint",
+        f"{file} allows 1 instead of 3 workers: resuming from the last checkpoint",
     ]
 
 
@@ -298,10 +298,10 @@ def faults(*flags: str) -> list[str]:
         (
             ["--elastic", "--min_workers=0", "--max_workers=x", "--workers=0", "--max_restarts=-1"],
             [
-                "--workers=0: must be a whole number, 1 or more",
-                "--max_restarts=-1: must be a whole number, 0 or more",
-                "--min_workers=0: must be a whole number, 1 or more",
-                "--max_workers=x: must be a whole number, 1 or more",
+                "--workers=0 must be at least 1",
+                "--max_restarts=-1 must be at least 0",
+                "--min_workers=0 must be at least 1",
+                "--max_workers=x is not an integer",
             ],
         ),
         (

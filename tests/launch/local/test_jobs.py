@@ -117,7 +117,7 @@ def test_a_process_of_the_same_number_is_not_the_job(folder: Path) -> None:
     file.write_text(json.dumps(job))
     assert launch(folder, "cancel", "a")[0] == 1  # and this test goes on
     file.write_text(json.dumps(job | {"host": "another"}))
-    assert "another, which alone knows" in launch(folder, "status", "a")[1]
+    assert "started on another; ask there" in launch(folder, "status", "a")[1]
     assert "it was started on another" in launch(folder, "--name=a")[2]
 
 
