@@ -1,4 +1,4 @@
-"""Who am I and who are my peers: from what the platform put in the environment."""
+"""Finds this process's rank and its peers in the platform's environment variables."""
 
 import importlib.util
 import json
@@ -22,22 +22,22 @@ SLURM_VARIABLES = (
 TRAIN_JOB_VARIABLES = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR")
 DEFAULT_PORT = 20_000
 LOST_WORKER_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed later
-# SLURM's jobs take theirs from DEFAULT_PORT on, below Linux's ephemeral ports (from 32,768).
+# SLURM jobs use ports from DEFAULT_PORT, below Linux's ephemeral ports (from 32,768).
 _SLURM_PORTS = 12_000
 _SLURM_PORTS_BETWEEN_JOBS = 100
-_SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # of a batch script or of salloc's shell: not srun's tasks
+_SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # of a batch script or salloc's shell, not of srun
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """One process's place among its peers.
+    """A process's place among its peers.
 
     Attributes:
-      rank: this process's index, 0 is the chief.
-      size: number of processes.
-      addresses: "host:port" of every process, by rank; empty where the platform does not name them.
-      horovod: whether a launcher of Horovod's processes started them.
-      named_by: the variable that says how many there are; empty for a process alone.
+        rank: Index of this process; 0 is the chief.
+        size: Number of processes.
+        addresses: "host:port" of every process, by rank; empty if the platform does not name them.
+        horovod: Whether a launcher for Horovod started them.
+        named_by: The variable with the number of processes; empty for a single process.
     """
 
     rank: int
@@ -54,7 +54,7 @@ class Cluster:
 
 
 def resolve(environ: Mapping[str, str]) -> Cluster:
-    """Returns the cluster that `environ` describes; where several platforms do, the first.
+    """Returns the cluster that `environ` describes; of several platforms', the first.
 
     | in the environment                     | set by                                        |
     |----------------------------------------|-----------------------------------------------|
@@ -65,19 +65,19 @@ def resolve(environ: Mapping[str, str]) -> Cluster:
     |   JOB_COMPLETION_INDEX                 |   (the index is Kubernetes's)                 |
     | PET_NNODES, _NODE_RANK, _MASTER_ADDR   | TrainJob with a torch policy                  |
     | SLURM_STEP_ID, SLURM_STEP_*            | srun                                          |
-    | none of them                           | nobody: a single process                      |
+    | none of them                           | (a single process)                            |
 
-    WARMSTATE_HOSTS lists all processes' hosts by rank, abbreviated as SLURM does: "w-[0-3].job" or
-    "a,b:2222". A host without a port gets WARMSTATE_PORT (default 20000), and if it comes several
-    times, the next ports. WARMSTATE_NUM_WORKERS may say how many there are, as a check; 1 needs
-    no hosts. WARMSTATE_RANK goes before JOB_COMPLETION_INDEX.
+    WARMSTATE_HOSTS lists the hosts of all processes by rank, in SLURM's notation: "w-[0-3].job" or
+    "a,b:2222". A host without a port gets WARMSTATE_PORT (default 20000); a repeated host gets the
+    next ports. WARMSTATE_NUM_WORKERS is an optional check of their number; 1 needs no hosts.
+    WARMSTATE_RANK takes precedence over JOB_COMPLETION_INDEX.
 
-    Under SLURM only `srun` makes peers, with 2 tasks or more: a process in a batch script or an
-    interactive allocation is alone, whatever SLURM_NTASKS says. Tasks get the ports from
-    WARMSTATE_PORT on, by rank; without it from one that the job's and the step's number give.
+    Under SLURM only `srun` with at least 2 tasks makes peers: a process in a batch script or an
+    interactive allocation is alone, whatever SLURM_NTASKS says. Tasks get ports by rank, from
+    WARMSTATE_PORT, or else from a port that the job's and the step's number give.
 
     Raises:
-      InputError: what is there is not usable, half there, or contradicts itself.
+        InputError: The variables are unusable, incomplete or contradictory.
     """
     readers = (_of_tf_config, _of_horovod, _of_open_mpi, _of_hosts, _of_train_job, _of_slurm)
     found = [cluster for read in readers if (cluster := read(environ))]
@@ -96,7 +96,7 @@ def resolve(environ: Mapping[str, str]) -> Cluster:
 
 
 def distributor_faults(kind: str, cluster: Cluster) -> list[str]:
-    """Returns one line for each reason why --distributor=`kind` cannot run in this `cluster`."""
+    """Returns a line for each reason why --distributor=`kind` cannot run in this `cluster`."""
     if kind == "horovod" or (kind == "auto" and cluster.horovod):
         return _horovod_faults(cluster)
     if kind == "auto" or cluster.size == 1 and not cluster.horovod:
@@ -112,7 +112,7 @@ def distributor_faults(kind: str, cluster: Cluster) -> list[str]:
 
 
 def has_horovod() -> bool:
-    """Returns whether this Python has Horovod; whether it loads is not tried."""
+    """Returns whether Horovod is installed, without loading it."""
     return importlib.util.find_spec("horovod") is not None
 
 
@@ -206,7 +206,7 @@ def _of_train_job(environ: Mapping[str, str]) -> Cluster | None:
     if not variables or variables.get("PET_NNODES") == "1":
         return None
     size, rank = (_whole(variables.get(name, "")) for name in TRAIN_JOB_VARIABLES[:2])
-    # The chief's pod is <job>-node-0-0.<job>; the others' names differ in the last number.
+    # The chief's pod is <job>-node-0-0.<job>; the other names differ in the last number.
     pod, dot, domain = variables.get("PET_MASTER_ADDR", "").partition(".")
     if not (0 <= rank < size and pod.endswith("-0") and dot):
         raise InputError(
@@ -214,14 +214,14 @@ def _of_train_job(environ: Mapping[str, str]) -> Cluster | None:
             f"PET_MASTER_ADDR, such as job-node-0-0.job; set are {_shown(variables)}"
         )
     hosts = [f"{pod[:-1]}{index}.{domain}" for index in range(size)]
-    # Not PET_MASTER_PORT, which is the store's of torch's launcher.
+    # Not PET_MASTER_PORT: torch's launcher uses it.
     addresses = _with_ports(hosts, _port(environ))
     return Cluster(rank, size, addresses, named_by="PET_NNODES")
 
 
 def _of_slurm(environ: Mapping[str, str]) -> Cluster | None:
     step = _whole(environ.get("SLURM_STEP_ID", ""))
-    # mpirun starts one helper a node with srun, and its processes inherit the helper's variables.
+    # mpirun starts a helper on each node with srun; its processes inherit the helper's variables.
     by_mpirun = bool(_given(environ, OPEN_MPI_VARIABLES))
     if by_mpirun or not 0 <= step < _SLURM_FIRST_SPECIAL_STEP:
         return None
@@ -257,7 +257,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _slurm_ports(environ: Mapping[str, str], number: int, size: int) -> list[int]:
-    """Returns a port a task; neighbouring jobs may share a node, so `number` moves the first."""
+    """Returns a port for each task; `number` keeps jobs on the same node apart."""
     if _given(environ, ["WARMSTATE_PORT"]):
         return [_port(environ) + rank for rank in range(size)]
     offset = _SLURM_PORTS_BETWEEN_JOBS * number
@@ -265,7 +265,7 @@ def _slurm_ports(environ: Mapping[str, str], number: int, size: int) -> list[int
 
 
 def _check_alone(environ: Mapping[str, str]) -> None:
-    """Raises InputError if something says that there are peers, but not who they are."""
+    """Raises InputError if the environment implies peers without naming them."""
     if _given(environ, ["JOB_COMPLETION_INDEX"]) and not _given(
         environ, ["WARMSTATE_HOSTS", "WARMSTATE_NUM_WORKERS", "PET_NNODES"]
     ):
@@ -274,7 +274,7 @@ def _check_alone(environ: Mapping[str, str]) -> None:
             "Indexed Job, but WARMSTATE_HOSTS does not name the pods' hosts; for a pod that works "
             "alone set WARMSTATE_NUM_WORKERS=1"
         )
-    in_slurm = _given(environ, ["SLURM_STEP_ID"])  # srun sets PMIX_RANK too, and says who is there
+    in_slurm = _given(environ, ["SLURM_STEP_ID"])  # srun sets PMIX_RANK too, and names the peers
     if _given(environ, ["PMIX_RANK"]) and not in_slurm:
         raise InputError(
             f"PMIX_RANK={environ['PMIX_RANK']} says that there are peers, but not how many; start "
@@ -300,7 +300,7 @@ def _port(environ: Mapping[str, str]) -> int:
 
 
 def _given(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """Returns those of the variables that are set and not empty, in the order of `names`."""
+    """Returns the variables that are set and not empty, in the order of `names`."""
     return {name: environ[name].strip() for name in names if environ.get(name, "").strip()}
 
 
@@ -309,5 +309,5 @@ def _shown(variables: Mapping[str, str]) -> str:
 
 
 def _whole(text: str) -> int:
-    """Returns the number that `text` is; -1 if it is none."""
+    """Returns the whole number in `text`, or -1."""
     return int(text) if text.strip().isascii() and text.strip().isdigit() else -1

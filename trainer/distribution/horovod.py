@@ -1,8 +1,8 @@
-"""The distributor on Horovod: one process a shard, sums in a ring over Gloo (CPU) or NCCL (GPU).
+"""The distributor on Horovod: a process for each shard, ring sums over Gloo (CPU) or NCCL (GPU).
 
-Horovod's own optimizers, callbacks and broadcasts do not know Keras 3 (they change nothing, or
-raise); they are not needed: the step reduces its gradients itself and `optimizer.apply` reduces
-nothing outside of a tf.distribute strategy.
+Horovod's optimizers, callbacks and broadcasts do not support Keras 3 (they do nothing, or raise).
+They are not needed: the step reduces its gradients itself, and `optimizer.apply` reduces nothing
+outside of a tf.distribute strategy.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.watchdog import Watchdog
 
-START_SECONDS = 300.0  # within which all processes must have come to `hvd.init()`
+START_SECONDS = 300.0  # limit for all processes to reach `hvd.init()`
 
 
 class HorovodDistributor(Distributor):
@@ -42,14 +42,14 @@ class HorovodDistributor(Distributor):
         return 0
 
     def _all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        # One collective a type, so that there is one order of additions. Tensors sent one by one
-        # are packed into buffers as they come in, and from three processes on the sums then vary.
+        # One collective per type fixes the order of additions. Horovod packs single tensors into
+        # buffers in order of arrival, and sums over three or more processes would vary.
         tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
         sums: list[tf.Tensor] = [None] * len(tensors)
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
             flat = tf.concat([tf.reshape(tensors[i], [-1]) for i in chosen], axis=0)
-            # It has no bfloat16.
+            # Horovod does not support bfloat16.
             wide = tf.cast(flat, tf.float32) if dtype == tf.bfloat16 else flat
             name = f"sum_{len(chosen)}_{dtype.name}"
             reduced = tf.cast(self._hvd.allreduce(wide, op=self._hvd.Sum, name=name), dtype)
@@ -67,21 +67,21 @@ class HorovodDistributor(Distributor):
 
 
 def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistributor:
-    """Returns the distributor of the processes that Horovod's launcher, or ours, has started.
+    """Returns the distributor of processes started by Horovod's launcher or ours.
 
     Args:
-      collective_timeout_seconds: how long a collective waits for a peer that hangs.
+        collective_timeout_seconds: How long a collective waits for a hung peer.
 
     Raises:
-      InputError: this Horovod cannot be loaded, or sees other peers than the environment names.
-      tf.errors.DeadlineExceededError: a peer has not started within START_SECONDS.
+        InputError: Horovod cannot be loaded, or its number of peers differs from the environment's.
+        tf.errors.DeadlineExceededError: A peer did not start within START_SECONDS.
     """
     try:
         import horovod.tensorflow as hvd
     except (ImportError, tf.errors.NotFoundError) as error:
         raise InputError(
-            "--distributor=horovod: the Horovod that is installed does not load with TensorFlow "
-            f"{tf.__version__}: {str(error).splitlines()[0]}; `make horovod` builds it anew"
+            "--distributor=horovod: the installed Horovod does not load with TensorFlow "
+            f"{tf.__version__}: {str(error).splitlines()[0]}; `make horovod` rebuilds it"
         ) from error
     store = rendezvous_store(os.environ, cluster)
     bound_collectives(os.environ, collective_timeout_seconds, watched=store is not None)
@@ -91,11 +91,11 @@ def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistr
     hvd.init()
     if hvd.size() != cluster.size:
         raise InputError(
-            f"{cluster.named_by} says that there are {cluster.size} processes, but Horovod sees "
+            f"{cluster.named_by} names {cluster.size} processes, but Horovod sees "
             f"{hvd.size()}: start them with launch.main --distributor=horovod or horovodrun --gloo"
         )
     use_gpu_of(hvd.local_rank())
-    # shutdown() makes every collective raise, once its own thread is out of Gloo.
+    # shutdown() makes every collective raise, after Horovod's thread has left Gloo.
     watchdog = Watchdog(
         hvd.rank(), hvd.size(), collective_timeout_seconds, store, lambda reason: hvd.shutdown()
     )
@@ -103,7 +103,7 @@ def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistr
 
 
 def check_own_name() -> None:
-    """Raises InputError if this machine's name has no address: `hvd.init()` would crash."""
+    """Raises InputError if this machine's name has no address, which crashes `hvd.init()`."""
     name = socket.gethostname()
     try:
         socket.getaddrinfo(name, None)
@@ -144,7 +144,7 @@ class RendezvousStore:
 
 
 def rendezvous_store(environ: Mapping[str, str], cluster: Cluster) -> RendezvousStore | None:
-    """Returns the store of a job's launcher; None for one worker, and for mpirun, without one."""
+    """Returns the launcher's store; None for a single worker, and for mpirun, which has none."""
     address = environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
     if cluster.size == 1 or not address:
         return None
@@ -154,15 +154,15 @@ def rendezvous_store(environ: Mapping[str, str], cluster: Cluster) -> Rendezvous
 def bound_collectives(
     environ: MutableMapping[str, str], timeout_seconds: float, watched: bool
 ) -> None:
-    """Sets the variables from which `hvd.init()` learns how long a collective may wait.
+    """Sets the variables with which `hvd.init()` limits the wait of a collective.
 
-    Gloo's limit makes a collective raise that waits for a process that is stopped or cut off. It
-    comes after the watchdog's verdict, which names the process.
+    Gloo's limit makes a collective raise that waits for a stopped or disconnected process. It comes
+    after the watchdog's verdict, which names the process.
 
-    Without a watchdog Horovod's coordinator must find a process whose main thread hangs. It looks
-    once a second: at the second look it drops a waiting tensor from its cache, at the next it
-    begins to count, and it ends the job at the first look after the shutdown time. It would warn
-    of each wait of a second, a checkpoint's for example, so that only errors are logged.
+    Without a watchdog Horovod's coordinator must find a process whose main thread hangs. It checks
+    once a second: the second check drops a waiting tensor from its cache, the next one starts to
+    count, and the first one after the shutdown time ends the job. Only errors are logged: it would
+    warn of each wait of a second, for example for a checkpoint.
     """
     whole = max(5, math.ceil(timeout_seconds))
     if watched:
@@ -177,13 +177,13 @@ def bound_collectives(
 def wait_for_peers(
     store: RendezvousStore, cluster: Cluster, seconds: float = START_SECONDS
 ) -> None:
-    """Returns when all processes have come here, by notes in the launcher's rendezvous server.
+    """Waits until all processes have started, through the launcher's rendezvous server.
 
-    `hvd.init()` would give its peers only the time that a collective has, and processes that are
-    still importing TensorFlow on a busy machine need more.
+    `hvd.init()` would give its peers only the time of a collective, but processes that still import
+    TensorFlow on a busy machine need more.
 
     Raises:
-      tf.errors.DeadlineExceededError: some have not come within `seconds`.
+        tf.errors.DeadlineExceededError: A process did not start within `seconds`.
     """
     limit = time.monotonic() + seconds
     noted, missing = False, [rank for rank in range(cluster.size) if rank != cluster.rank]
@@ -203,17 +203,18 @@ def wait_for_peers(
 
 
 def use_gpu_of(local_rank: int) -> None:
-    """Leaves this process one GPU, that of its rank on this machine; none where there are none.
+    """Leaves this process the GPU of its rank on this machine, if there are GPUs.
 
     Raises:
-      InputError: there are GPUs, but fewer than processes.
+        InputError: There are fewer GPUs than processes.
     """
     gpus = tf.config.list_physical_devices("GPU")
     if not gpus:
         return
     if local_rank >= len(gpus):
         raise InputError(
-            f"--distributor=horovod uses one GPU a process; process {local_rank} on this machine "
-            f"has none, there are {len(gpus)}: start fewer, or hide all with CUDA_VISIBLE_DEVICES="
+            f"--distributor=horovod needs a GPU for each process; process {local_rank} on this "
+            f"machine has none of the {len(gpus)}: start fewer, or hide all with "
+            "CUDA_VISIBLE_DEVICES="
         )
     tf.config.set_visible_devices(gpus[local_rank], "GPU")

@@ -40,7 +40,7 @@ class TfDistributor(Distributor):
 
     def _all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         context = tf.distribute.get_replica_context()
-        # tf.distribute refuses tensors that the step received and did not compute: identity.
+        # identity: tf.distribute refuses tensors that are arguments of the step.
         tensors = [tf.identity(tensor) for tensor in tensors]
         return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
@@ -51,13 +51,13 @@ class TfDistributor(Distributor):
 
 
 def one_device() -> TfDistributor:
-    """Returns the distributor that uses the first GPU, or the CPU."""
+    """Returns the distributor for the first GPU, or the CPU."""
     device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
     return TfDistributor(tf.distribute.OneDeviceStrategy(device), rank=0, size=1)
 
 
 def mirrored() -> TfDistributor:
-    """Returns the distributor that uses all GPUs of this process, or all its logical CPUs."""
+    """Returns the distributor for all GPUs of this process, or all its logical CPUs."""
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
     return TfDistributor(strategy, rank=0, size=1)
@@ -67,18 +67,18 @@ def multi_worker(cluster: Cluster, collective_timeout_seconds: float) -> TfDistr
     """Returns the distributor of `cluster.size` processes: NCCL between GPUs, RING between CPUs.
 
     Args:
-      cluster: with the addresses of all processes; each listens on its own.
-      collective_timeout_seconds: how long a collective waits for a peer that hangs.
+        cluster: It has the addresses of all processes.
+        collective_timeout_seconds: How long a collective waits for a hung peer.
     """
     communication = tf.distribute.experimental.CommunicationImplementation
     gpus = tf.config.get_visible_devices("GPU")
     options = tf.distribute.experimental.CommunicationOptions(
-        # Without its timeout_seconds: each collective would keep a thread for so long.
+        # Without timeout_seconds, with which each collective keeps a thread for that long.
         implementation=communication.NCCL if gpus else communication.RING,
     )
     if cluster.size > 1:
         configure_heartbeats(cluster.size, collective_timeout_seconds)
-    # Not from TF_CONFIG, which only one of the platforms sets.
+    # Not from TF_CONFIG, which only some platforms set.
     addresses = {"worker": list(cluster.addresses)} if cluster.addresses else {}
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec(addresses),
@@ -98,10 +98,10 @@ def multi_worker(cluster: Cluster, collective_timeout_seconds: float) -> TfDistr
 
 
 def configure_heartbeats(workers: int, collective_timeout_seconds: float) -> None:
-    """Makes TensorFlow's own heartbeats, whose limit is 10 seconds otherwise, come second.
+    """Makes TensorFlow's heartbeats (10 seconds by default) slower than the watchdog.
 
-    They find a stopped process too, but do not tell why a collective failed. A stopped worker 0 is
-    found after half of the limit.
+    They also find a stopped process, but do not name it. A stopped worker 0 is found after half of
+    the limit.
     """
     eager_context.context().configure_coordination_service(
         service_type="standalone",
@@ -118,13 +118,13 @@ class CoordinationStore:
 
     def put(self, key: str, value: str) -> None:
         context = eager_context.context()
-        context.delete_config_key_value(f"warmstate/{key}")  # a set key cannot be set
+        context.delete_config_key_value(f"warmstate/{key}")  # a key cannot be set twice
         context.set_config_key_value(f"warmstate/{key}", value)
 
     def get(self, key: str) -> str | None:
         try:
             return eager_context.context().get_config_key_value(f"warmstate/{key}", 100)
-        except tf.errors.DeadlineExceededError:  # it waits for a key that is not set
+        except tf.errors.DeadlineExceededError:  # the request waits for a missing key
             return None
 
 
