@@ -57,8 +57,8 @@ def fitted(
     They are centred and scaled before the regression, and the head's weights take that over.
 
     Args:
-      features: [documents, width].
-      labels: int32 [documents].
+        features: [documents, width].
+        labels: int32 [documents].
     """
     mean = features.mean(axis=0, dtype=np.float64)
     centred = features - mean

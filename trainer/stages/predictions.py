@@ -69,8 +69,8 @@ def final_state(
     """Returns the state in which the last layer ends: h and c, float32 [batch, units] each.
 
     Args:
-      tokens: int32 [batch, time], right-padded.
-      lengths: int32 [batch].
+        tokens: int32 [batch, time], right-padded.
+        lengths: int32 [batch].
     """
     encoder = classifier.encoder
     states = encoder.start(tf.shape(tokens)[0])
@@ -107,9 +107,9 @@ def first_order_contributions(
     where there are more than two), times the token's embedding. Not a collective.
 
     Args:
-      tokens: int32 [batch, time], right-padded.
-      lengths: int32 [batch].
-      predicted: the classes, int32 [batch].
+        tokens: int32 [batch, time], right-padded.
+        lengths: int32 [batch].
+        predicted: The classes, int32 [batch].
     """
     tokens, lengths = tf.constant(tokens), tf.constant(lengths)
     embedded = classifier.embed(tokens, lengths)
@@ -135,7 +135,7 @@ def pieces(tokenizer: Tokenizer, kind: str, ids: Sequence[int]) -> list[str]:
     """Returns the text of each id, with the space before it where there is one.
 
     Args:
-      kind: the tokenizer's type: characters and bytes have no spaces of their own between them.
+        kind: The tokenizer's type: characters and bytes have no spaces of their own between them.
     """
     if kind in ("byte", "character"):
         texts = [tokenizer.decode([i]) for i in ids]
@@ -156,10 +156,10 @@ def save(
     """Writes the folder of predictions; only the chief.
 
     Args:
-      info: of the classifier's bundle.
+        info: Of the classifier's bundle.
 
     Raises:
-      InputError: it cannot be written.
+        InputError: It cannot be written.
     """
     rows = telling_documents(predictions)
     documents = predictions.tensors["document"][rows]

@@ -16,9 +16,9 @@ def fit(
     long and no step size is searched. For two classes there is one output, the second's logit.
 
     Args:
-      features: [documents, width]; of a size of about 1 a row, or `penalty` means something else.
-      labels: integers [documents].
-      penalty: above 0.
+        features: [documents, width]; of a size of about 1 a row, or `penalty` means something else.
+        labels: Integers [documents].
+        penalty: Above 0.
     """
     inputs = np.concatenate([features, np.ones((len(features), 1))], axis=1).astype(np.float64)
     truth = np.eye(num_classes)[labels]
