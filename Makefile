@@ -37,9 +37,10 @@ demo: $(INSTALLED) ## the main job on this machine: two workers, real IMDB text,
 
 # Two processes on two cores, each test file in one of them. ISA=avx2 computes as on a processor without AVX-512.
 PYTEST := HOROVOD=$(HOROVOD) $(if $(filter avx2,$(ISA)),ONEDNN_MAX_CPU_ISA=AVX2) $(BIN)/python -m pytest -n logical --maxprocesses=4
+QUICK := not slow$(if $(filter avx2,$(ISA)), and not bfloat16)
 
 test: $(TESTED) lint ## lint, and the tests but those that are marked slow: five minutes (HOROVOD=0: and but Horovod's)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "$(QUICK)"
 
 test-all: $(TESTED) lint ## every test, each process started anew
 	EXEC=1 $(PYTEST)

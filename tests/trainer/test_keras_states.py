@@ -182,7 +182,9 @@ def rows(*given: states.LearnedState) -> list[np.ndarray]:
     return [np.tile(part, (len(X), 1)) for state in given for part in state]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("mixed_bfloat16", marks=pytest.mark.bfloat16)]
+)
 @pytest.mark.parametrize("cls", [layers.LSTM, WarmLSTM])
 @pytest.mark.parametrize("options", [{}, {"stateful": True}, {"go_backwards": True}], ids=str)
 def test_a_layer_starts_from_the_state(cls: type, options: dict, dtype: str) -> None:

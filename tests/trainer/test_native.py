@@ -88,6 +88,7 @@ def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
         np.testing.assert_allclose(found, expected, atol=3e-6 * max(1, np.abs(expected).max()))
 
 
+@pytest.mark.bfloat16
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("return_sequences", [False, True])
 def test_half_precision_is_near_float32(mask: str, return_sequences: bool) -> None:

@@ -178,6 +178,7 @@ def plainly_sampled(
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.bfloat16
 def test_sampled_gradients_are_those_of_the_loss(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,15 @@ SUBJECTS = {
 }
 
 every = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+SLOW = pytest.mark.slow("variants of a layer or a model on two shards; quick: it without options")
+VARIANTS = [name for name in SUBJECTS if name.startswith("WarmLSTM ") or " of 2 layers" in name]
+every_but_variants = pytest.mark.parametrize(
+    "subject",
+    [
+        pytest.param(subject, id=name, marks=SLOW if name in VARIANTS else ())
+        for name, subject in SUBJECTS.items()
+    ],
+)
 
 
 @contextlib.contextmanager
@@ -235,6 +244,7 @@ def test_from_config_makes_the_same_again(subject: Subject) -> None:
     np.testing.assert_array_equal(rows_of(subject, again), rows_of(subject, model))
 
 
+@pytest.mark.bfloat16
 @every
 def test_mixed_precision_is_close_and_keeps_float32_weights(subject: Subject) -> None:
     exact, mixed = made(subject), made(subject, "mixed_bfloat16")
@@ -276,7 +286,7 @@ def test_gradients_equal_numerical_ones(subject: Subject) -> None:
     assert abs(exact) > 1e-2
 
 
-@every
+@every_but_variants
 def test_two_shards_compute_what_one_device_does(subject: Subject, two_shards: Any) -> None:
     one = make_distributor("one_device", Cluster(0, 1), 10)
     batch = {

@@ -245,7 +245,9 @@ def test_gradients_equal_finite_differences() -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float64", pytest.param("mixed_bfloat16", marks=pytest.mark.bfloat16)]
+)
 def test_masked_steps_repeat_to_the_bit(dtype: str) -> None:
     _, layer = layers((2, 4, WIDTH), return_sequences=True, return_state=True, dtype=dtype)
     inputs, state = example(2, 4)
@@ -280,6 +282,7 @@ def test_empty_batch_has_zero_gradients() -> None:
     assert all(np.all(gradient == 0) for gradient in d_weights)
 
 
+@pytest.mark.bfloat16
 def test_mixed_precision_computes_in_bfloat16_and_is_close() -> None:
     _, exact = layers((3, 6, WIDTH), return_sequences=True, return_state=True)
     _, mixed = layers(
@@ -452,7 +455,11 @@ def test_reset_state_needs_a_built_stateful_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "tolerance"), [("mixed_bfloat16", 1e-2), ("mixed_float16", 2e-3)]
+    ("policy", "tolerance"),
+    [
+        pytest.param("mixed_bfloat16", 1e-2, marks=pytest.mark.bfloat16),
+        ("mixed_float16", 2e-3),
+    ],
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_half_precision_is_near_float32(policy: str, tolerance: float, masked: bool) -> None:
