@@ -184,7 +184,7 @@ def worker_environments(
     loopback.py from `preloaded`.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    defaults = {name: str(threads) for name in THREAD_VARIABLES} | {"TF_CPP_MIN_LOG_LEVEL": "2"}
+    defaults = {name: str(threads) for name in THREAD_VARIABLES}
     common = {name: value for name, value in defaults.items() if name not in inherited}
     common["PYTHONUNBUFFERED"] = "1"
     if rendezvous_port is not None:

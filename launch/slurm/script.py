@@ -149,7 +149,6 @@ slurm_ends_it=
 trap 'slurm_ends_it=1' TERM
 
 unset TF_CONFIG HOROVOD_RANK HOROVOD_SIZE  # of the submitting environment
-export TF_CPP_MIN_LOG_LEVEL="${{TF_CPP_MIN_LOG_LEVEL:-2}}"
 {threads}
 {srun}
 code=$?  # the highest of the workers'

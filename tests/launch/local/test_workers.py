@@ -34,7 +34,7 @@ def test_cores_are_divided_among_the_workers(workers):
 
 
 def test_variables_that_the_user_has_set_stay():
-    inherited = {"OMP_NUM_THREADS": "7", "TF_CPP_MIN_LOG_LEVEL": "0"}
+    inherited = {"OMP_NUM_THREADS": "7"}
     for additions in local.worker_environments(2, inherited):
         assert additions.keys().isdisjoint(inherited)
         assert "TF_NUM_INTRAOP_THREADS" in additions
