@@ -1,4 +1,4 @@
-"""Imports TensorFlow without the notes that its libraries print about the machine."""
+"""Imports TensorFlow without its libraries' notes about the machine."""
 
 import os
 import sys
@@ -6,10 +6,9 @@ import tempfile
 
 
 def import_quietly() -> None:
-    """Imports tensorflow; what it prints to stderr meanwhile is shown only if that fails.
+    """Imports tensorflow, and shows what it prints to stderr meanwhile only if that fails.
 
-    Set TF_CPP_MIN_LOG_LEVEL to see TensorFlow's later log lines; without it only errors that
-    Python reports are seen.
+    Set TF_CPP_MIN_LOG_LEVEL to see TensorFlow's later log lines.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if "tensorflow" in sys.modules:

@@ -1,4 +1,4 @@
-"""The ids that every vocabulary starts with; words follow from len(RESERVED)."""
+"""The first ids of every vocabulary; words start at len(RESERVED)."""
 
 PADDING_ID = 0
 UNKNOWN_ID = 1

@@ -1,7 +1,7 @@
 """Word vectors in the text format of word2vec, GloVe and fastText.
 
-A line is a word and its numbers, with a space before each; the first line may say how many words
-and how many numbers there are. Only what is asked for is held.
+A line is a word and its numbers, separated by spaces; the first line may give the number of words
+and of dimensions. Only the requested words are kept.
 """
 
 import math
@@ -18,20 +18,19 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def read_word_vectors(path: str, words: Sequence[str], dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the vectors of those of `words` that a file has; of a word it has twice, the first.
-
-    Of the other words' lines only the length is checked.
+    """Returns the vectors that a file has for `words`; the first one if a word is repeated.
 
     Args:
-        path: of the file; compressed where its ending says so, as for `files.open_decompressed`.
-        words: as in the file, capitals included.
-        dim: numbers of a vector.
+        path: of the file, which may be compressed (see `files.open_decompressed`).
+        words: the words, case-sensitive.
+        dim: dimensions of a vector.
 
     Returns:
-        Which of `words` were found, int64 [found], in the file's order, and float32 [found, dim].
+        Indices of the words found, int64 [found], in the file's order, and float32 [found, dim].
 
     Raises:
-        InputError: the file cannot be read, or a line is none of this format; the line is named.
+        InputError: the file cannot be read, or a line is malformed; the message names the line. Of
+            other words' lines only the length is checked.
     """
     places = {word.encode(): place for place, word in reversed(list(enumerate(words)))}
     found: dict[int, None] = {}
@@ -54,7 +53,7 @@ def read_word_vectors(path: str, words: Sequence[str], dim: int) -> tuple[np.nda
 
 
 def _lines(path: str, dim: int) -> Iterator[tuple[int, bytes]]:
-    """Yields the number, from 1, and the bytes of each line, without white space at its end."""
+    """Yields each line's number, from 1, and its bytes without trailing white space."""
     longest = MAX_WORD_BYTES + dim * MAX_NUMBER_BYTES
     number = 0
     try:
@@ -69,17 +68,17 @@ def _lines(path: str, dim: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_header(line: bytes, dim: int, path: str) -> bool:
-    """Returns whether the first line is no vector, but the counts of words and numbers.
+    """Returns whether the first line holds the counts instead of a vector.
 
     Raises:
-        InputError: it says another count of numbers than `dim`.
+        InputError: its number of dimensions is not `dim`.
     """
     fields = line.split(b" ")
     if len(fields) != 2 or not all(field.isdigit() for field in fields):
         return False
     says = int(fields[1][:20])
     if dim == 1 and says != 1:
-        return False  # a word that is a number, and its vector
+        return False  # a number as a word, and its vector
     if says != dim:
         raise InputError(
             f"{path} says in its first line that vectors have {says} numbers, but "
@@ -89,7 +88,7 @@ def _is_header(line: bytes, dim: int, path: str) -> bool:
 
 
 def _vector(numbers: Sequence[bytes], path: str, line: int) -> list[float]:
-    """Returns the numbers; raises InputError where one is none, or is too large for float32."""
+    """Returns the numbers; raises InputError if one is not finite in float32."""
     found = []
     for text in numbers:
         try:

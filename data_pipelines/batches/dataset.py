@@ -1,4 +1,4 @@
-"""Plan + store -> `tf.data`: this process's slice of each global batch."""
+"""Makes a `tf.data` pipeline of this process's slice of each global batch."""
 
 import numpy as np
 import tensorflow as tf
@@ -10,7 +10,7 @@ from data_pipelines.store.split_view import SplitView
 
 # Batches pad to a multiple of this, so that compiled kernels see few different shapes.
 TIME_MULTIPLE = 8
-# The work is copying under Python's lock: a second call only hides the first one's waits.
+# Copying holds Python's lock: a second call only hides the first one's waits.
 PARALLEL_BATCHES = 2
 TYPES = {
     "tokens": tf.int32,
@@ -32,39 +32,38 @@ def make_dataset(
     num_shards: int,
     prefetch_batches: int = 4,
 ) -> tf.data.Dataset:
-    """Returns one element a step, from `start_step` up to but without `stop_step`.
+    """Returns a dataset with one element a step, from `start_step` to `stop_step` - 1.
 
-    A global batch is cut into `num_shards` slices; this process gets `num_local_shards` of them
-    from `first_shard`, one after the other in one element. A shard whose slice is empty gets one
-    filler row, [END_ID, 0, ...] of length 1, label 0 and weight 0, so that every shard runs the
-    same computation. Every process sees the same `time`: the longest row of the global batch,
-    rounded up to a multiple of 8.
+    A global batch is cut into `num_shards` slices; an element holds the `num_local_shards` slices
+    from `first_shard` on. A shard whose slice is empty gets one padding row, [END_ID, 0, ...] of
+    length 1, label 0 and weight 0, so that every shard runs the same computation. Every process
+    has the same `time`: the longest row of the global batch, rounded up to a multiple of 8.
 
     Args:
         view: the examples.
         plan: made of this view. Its `max_tokens` is the width: of a longer example a `BatchPlan`
             keeps the LAST tokens, a `PackedPlan` all, in several rows.
-        start_step: the first global step; it need not be an epoch's first.
+        start_step: the first global step, anywhere in an epoch.
         stop_step: the global step to stop before.
         first_shard: this process's first shard.
-        num_local_shards: how many shards this process has.
-        num_shards: shards over all processes.
+        num_local_shards: number of this process's shards.
+        num_shards: number of shards of all processes.
         prefetch_batches: batches prepared ahead.
 
     Returns:
         Elements that are dicts of:
         `tokens` int32 [rows, time], right-padded with 0;
         `lengths` int32 [rows];
-        `labels` int32 [rows], -1 where an example has none, and for packed rows;
-        `weights` float32 [rows], 1 for an example and 0 for filler;
+        `labels` int32 [rows], -1 for unlabelled examples and packed rows;
+        `weights` float32 [rows], 1 for an example and 0 for padding;
         `row_starts` int32 [num_local_shards + 1]: shard i's rows are row_starts[i:i + 2];
         `step` int64 [];
-        with a plan that is `carried` also `carries` float32 [rows]: 1 where the row continues an
-        example from the same row of the step before, 0 where it begins with a new example. A row
-        with nothing left at an epoch's end is filler in its place.
+        with a `carried` plan also `carries` float32 [rows]: 1 if the row continues the example of
+        the same row of the step before, 0 if it begins with a new example. Rows without tokens at
+        an epoch's end are padding.
 
     Raises:
-        ValueError: the plan is not of this view, or there are no such shards.
+        ValueError: the plan is of another view, or the shards do not exist.
     """
     if plan.num_examples != len(view):
         raise ValueError(f"a plan of {plan.num_examples} examples for a view of {len(view)}")
@@ -94,8 +93,8 @@ def make_dataset(
 
     options = tf.data.Options()
     options.deterministic = True
-    # Nothing here is tuned, and the thread that would do it can miss that its iterator ends: who
-    # drops the iterator then waits for it, up to a minute.
+    # The tuning thread can miss the end of its iterator: dropping the iterator then takes up to a
+    # minute. Nothing here needs tuning.
     options.autotune.enabled = False
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return (
@@ -115,14 +114,14 @@ def read_bucketed(
         view: the examples.
         plan: made of this view.
         step: the global step.
-        shards: the shards wanted, one after the other.
-        num_shards: shards over all processes.
+        shards: the requested shards.
+        num_shards: number of shards of all processes.
     """
     indices = plan.indices(step)
     rows, row_starts = _rows_of(len(indices), shards, num_shards)
     real = rows >= 0
     time = _padded(min(int(view.lengths_of(indices).max()), plan.max_tokens))
-    arrays = _filler(len(rows), time, row_starts)
+    arrays = _padding_rows(len(rows), time, row_starts)
     own = indices[rows[real]]
     arrays["tokens"][real], arrays["lengths"][real] = view.gather(own, plan.max_tokens, time)
     arrays["labels"][real] = view.labels_of(own)
@@ -137,7 +136,7 @@ def read_packed(
     starts, stops = plan.ranges(step)
     rows, row_starts = _rows_of(len(starts), shards, num_shards)
     time = _padded(int((stops - starts).max()))
-    arrays = _filler(len(rows), time, row_starts)
+    arrays = _padding_rows(len(rows), time, row_starts)
     real = (rows >= 0) & (starts[rows] < stops[rows])
     starts, stops = starts[rows[real]], stops[rows[real]]
     parts = plan.parts(plan.epoch_of(step), starts, stops)
@@ -155,13 +154,13 @@ def read_packed(
 
 
 def _rows_of(num_rows: int, shards: range, num_shards: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of a global batch that shards get, -1 for filler, and row_starts."""
+    """Returns the shards' rows of a global batch, -1 for padding, and row_starts."""
     slices = [np.arange(*shard_rows(num_rows, shard, num_shards)) for shard in shards]
     slices = [rows if len(rows) else np.array([-1]) for rows in slices]
     return np.concatenate(slices), np.cumsum([0, *map(len, slices)], dtype=np.int32)
 
 
-def _filler(num_rows: int, time: int, row_starts: np.ndarray) -> dict[str, np.ndarray]:
+def _padding_rows(num_rows: int, time: int, row_starts: np.ndarray) -> dict[str, np.ndarray]:
     tokens = np.full((num_rows, time), PADDING_ID, np.int32)
     tokens[:, 0] = END_ID
     return {

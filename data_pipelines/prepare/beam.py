@@ -1,7 +1,7 @@
-"""Does `prepare`'s tasks with Apache Beam: the extra warmstate[beam].
+"""Runs the tasks of `prepare` with Apache Beam: the extra warmstate[beam].
 
-Tasks leave their results as files, so --out must be a folder that all of Beam's workers see under
-the same path, and so must the source's files; warmstate must be installed where they run.
+Results are files, so all of Beam's workers must see --out and the source's files under the same
+paths, and have warmstate installed.
 """
 
 import importlib.util
@@ -12,11 +12,11 @@ from typing import Any
 from data_pipelines.errors import InputError
 
 RUNNERS = ("DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner")
-INSTALL = "pip install 'apache-beam>=2.77,<3' in a virtual environment of its own"
+INSTALL = "pip install 'apache-beam>=2.77,<3' in a separate virtual environment"
 
 
 def beam_faults(runner: str, options: str) -> list[str]:
-    """Returns what is wrong with --runner and --beam_options, without importing Beam."""
+    """Returns the faults of --runner and --beam_options, without importing Beam."""
     if not runner:
         return [f"--beam_options={options} needs --runner"] if options else []
     if runner not in RUNNERS:
@@ -31,7 +31,7 @@ def beam_faults(runner: str, options: str) -> list[str]:
 
 
 class BeamRunner:
-    """A runner (see `prepare_runners`): one pipeline for each call.
+    """A runner (see `runners`) that starts a pipeline for each call.
 
     Args:
         runner: one of `RUNNERS`.
@@ -47,10 +47,10 @@ class BeamRunner:
         tasks: Sequence[Any],
         progress: Any,
     ) -> None:
-        """Does all tasks and waits until they are done.
+        """Runs all tasks and waits until they are done.
 
         Raises:
-            InputError: a task raised it first.
+            InputError: the first one that a task raised.
         """
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -66,10 +66,10 @@ class BeamRunner:
             return
         try:
             with beam.Pipeline(options=PipelineOptions(self._arguments)) as pipeline:
-                # Without the shuffle a runner may do all tasks in one worker, one by one.
+                # Without the shuffle a runner may run all tasks in one worker.
                 _ = pipeline | beam.Create(list(tasks)) | beam.Reshuffle() | beam.FlatMap(do)
         except Exception as error:
-            # Runners wrap what a task raises in errors of their own, as text.
+            # Runners wrap the errors of tasks in other errors, as text.
             _, *found = str(error).split(_MARK)
             if found:
                 raise InputError(found[0]) from error

@@ -1,7 +1,7 @@
-"""Where `prepare` does its tasks: in this process, or in processes of this machine.
+"""Runs the tasks of `prepare` in this process, or in several processes of this machine.
 
-A runner is called with a function, its tasks and a `Progress`; it calls function(task, count) for
-each task, anywhere and in any order, and returns when all are done. Results are files.
+A runner takes a function, its tasks and a `Progress`, calls function(task, count) for each task, in
+any order, and returns when all are done. Results are files.
 """
 
 import multiprocessing
@@ -22,10 +22,10 @@ Function = Callable[[Any, Count], None]
 
 
 class Progress:
-    """Prints how many documents are done, at most every PROGRESS_SECONDS.
+    """Prints the number of finished documents, at most every PROGRESS_SECONDS.
 
     Args:
-        parts: how many there are.
+        parts: number of parts.
         log: takes a line.
     """
 
@@ -35,11 +35,11 @@ class Progress:
         self._begin = self._printed = time.monotonic()
 
     def finished(self, parts: int = 1) -> None:
-        """Counts parts that are finished."""
+        """Counts finished parts."""
         self._parts_done += parts
 
     def show(self, documents: int) -> None:
-        """Prints a line if it is time to; `documents` are done in all."""
+        """Prints a line if it is time; `documents` are done in total."""
         now = time.monotonic()
         if not documents or now - self._printed < PROGRESS_SECONDS:
             return
@@ -74,13 +74,13 @@ def run_here(function: Function, tasks: Sequence[Any], progress: Progress) -> No
 
 
 class Processes:
-    """A runner: does the tasks in processes of this machine.
+    """A runner that uses several processes of this machine.
 
-    They are forked from a server process that has imported TensorFlow and nothing else, so it does
-    not matter what this process has done before. They end when it ends, however it ends.
+    They are forked from a server process that has only imported TensorFlow, so the state of this
+    process does not matter. They end when it ends, even if it is killed.
 
     Args:
-        processes: how many.
+        processes: number of processes.
     """
 
     def __init__(self, processes: int) -> None:
@@ -93,7 +93,7 @@ class Processes:
 
         Raises:
             WorkerDiedError: a process was killed, perhaps for want of memory.
-            Exception: what a task raised first; tasks that had not begun are not done.
+            Exception: the first error of a task; tasks that have not begun are dropped.
         """
         if not tasks:
             return
@@ -115,8 +115,7 @@ class Processes:
                     "same command again, with fewer --processes: finished parts are kept"
                 ) from error
             finally:
-                # Waits: a worker that only starts when this process has gone finds nothing left of
-                # what they share, and says so at length.
+                # Waits: a worker that starts after this process has ended would print a traceback.
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -151,8 +150,8 @@ def runner_for(processes: int, tasks: int) -> Callable[[Function, Sequence[Any],
     """Returns the runner for a machine.
 
     Args:
-        processes: as the flag says; 0 means one a core.
-        tasks: how many there are; more processes than that are no use.
+        processes: the flag's value; 0 means one a core.
+        tasks: number of tasks, which is the most useful number of processes.
     """
     processes = min(processes or len(os.sched_getaffinity(0)), tasks)
     return run_here if processes <= 1 else Processes(processes)

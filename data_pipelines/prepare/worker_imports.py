@@ -1,11 +1,13 @@
-"""Imported once by the process from which `prepare`'s workers are forked: TensorFlow.
+"""Imports of the server process from which the workers of `prepare` are forked.
 
-Importing TensorFlow costs seconds and its first operation starts threads; so it is imported before
+TensorFlow takes seconds to import, and its first operation starts threads: it is imported before
 the fork, and no operation runs before it.
 """
 
 from data_pipelines.quiet_tensorflow import import_quietly
 
 import_quietly()
+import pyarrow.compute  # noqa: E402, F401
+
 import data_pipelines.prepare.drafts  # noqa: E402, F401
 import data_pipelines.tokenizers.word  # noqa: E402, F401

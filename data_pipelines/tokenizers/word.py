@@ -5,7 +5,7 @@ The rule, in this order:
 2. HTML line breaks (`<br>`, `<br />`, `</BR>` ...), white space and control characters separate;
 3. upper case becomes lower case, if `lowercase`;
 4. a word is a run of letters, marks and digits; an apostrophe (' or U+2019) between two of them
-   stays in the word ("don't", "o'clock"); every other character is a token of its own.
+   stays in the word ("don't", "o'clock"); every other character is a token.
 """
 
 from collections.abc import Iterable, Sequence
