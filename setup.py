@@ -19,7 +19,15 @@ setup(
     ],
     package_dir={"launch.k8s": "k8s"},  # the manifests, which the launcher fills
     package_data={
-        "launch.k8s": ["base/*", "overlays/*/*", "Dockerfile*", "README.md", "sshd_config"],
+        "launch.k8s": [
+            "base/*",
+            "cluster/*",
+            "monitoring/*",
+            "overlays/*/*",
+            "Dockerfile*",
+            "README.md",
+            "sshd_config",
+        ],
         "launch": ["local/loopback.c"],
         "trainer": [
             "configs/**/*.cfg",

@@ -63,6 +63,8 @@ def test_it_holds_what_the_programs_read_and_no_more(wheel: Path) -> None:
         "trainer/report_page/page.js",
         "launch/k8s/base/job.yaml",
         "launch/k8s/overlays/mpijob/mpijob.yaml",
+        "launch/k8s/cluster/priority-class.yaml",
+        "launch/k8s/monitoring/dashboard.json",
     ):
         assert path in names, path
     tops = {name.split("/")[0] for name in names}
