@@ -416,6 +416,29 @@ def dry_run(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_what_the_manifests_name_is_in_the_image() -> None:
+    """By the Dockerfile's COPY lines, the context that .dockerignore leaves, and its packages."""
+    text = (REPOSITORY / "k8s" / "Dockerfile").read_text()
+    ignore = (REPOSITORY / "k8s" / "Dockerfile.dockerignore").read_text().splitlines()
+    context = {line[1:] for line in ignore if line.startswith("!")}
+    copied = set()
+    for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.M):
+        *sources, _ = line.split()
+        for source in sources:
+            assert (REPOSITORY / source).exists(), source
+            assert any(Path(source).is_relative_to(each) for each in context), source
+            copied.add(source)
+    words = json.dumps([kubernetes.render(options(overlay)) for overlay in OVERLAYS])
+    named = set(re.findall(r"(?:/app/|--flagfile=)([\w./-]+)", words)) - {"runs"}
+    named |= {f"{module.replace('.', '/')}.py" for module in ("trainer.main", "launch.main")}
+    assert {"k8s/sshd_config", "trainer/configs/demo.cfg"} <= named
+    for name in named:
+        assert (REPOSITORY / name).is_file(), name
+        assert any(Path(name).is_relative_to(source) for source in copied), name
+    for program, package in (("/usr/sbin/sshd", "openssh-server"), ("horovodrun", "horovod")):
+        assert program in words and package in text
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_dry_run_prints_the_manifests(overlay: str) -> None:
     flags = [f"--overlay={overlay}", "--workers=2", "--dry_run"]
