@@ -8,13 +8,13 @@ import tensorflow as tf
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 # (rows, slice) -> summed loss, its weight, and the state at the rows' ends if rows have `carried`.
 # Rows are tokens, lengths, labels, weights; the number of the slice seeds random draws.
-LossSum = Callable[[dict[str, tf.Tensor], int | tf.Tensor], tuple[tf.Tensor, ...]]
+MicroBatchLoss = Callable[[dict[str, tf.Tensor], int | tf.Tensor], tuple[tf.Tensor, ...]]
 # Summed loss, its weight, the loss's gradients, and [carried] or [].
 LossAndGradients = tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]
 
 
 def loss_and_gradients(
-    loss_sum: LossSum,
+    loss_sum: MicroBatchLoss,
     variables: Sequence[tf.Variable],
     rows: dict[str, tf.Tensor],
     shard: int | tf.Tensor,
@@ -38,7 +38,7 @@ def loss_and_gradients(
 
 
 def _in_parts(
-    loss_sum: LossSum,
+    loss_sum: MicroBatchLoss,
     variables: Sequence[tf.Variable],
     rows: dict[str, tf.Tensor],
     shard: int | tf.Tensor,
