@@ -48,7 +48,7 @@ test-all: $(TESTED) lint ## every test, each process started anew
 check: $(INSTALLED) lint ## lint, types, and the tests that need neither TensorFlow nor a process: seconds
 	$(BIN)/python -m pytest --quick -n logical --maxprocesses=4 -q -rN -m "not slow and not seconds"
 
-coverage: $(TESTED) ## make test, with the branches that it takes: build/coverage, and the floor
+coverage: $(TESTED) ## make test, with the branches that it takes: build/coverage
 	rm -rf build/coverage && mkdir -p build/coverage
 	HOROVOD=$(HOROVOD) $(BIN)/coverage run -m pytest -n logical --maxprocesses=4 -q -m "not slow"
 	$(BIN)/coverage combine -q
@@ -61,9 +61,6 @@ mutation: $(INSTALLED) ## do the tests notice a wrong line: 50 mutants of each o
 timing: $(TESTED) ## make test, and the table of where its time goes in CONTRIBUTING.md
 	$(PYTEST) -m "not slow" --timing=build/timing.json
 	$(BIN)/python -m tests.timing build/timing.json
-
-snapshots: $(INSTALLED) ## what people read, as it is printed now, into tests/snapshots
-	SNAPSHOTS=write $(BIN)/python -m pytest -q tests/test_snapshots.py
 
 test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTATE_K8S_IMAGE=...
 	$(BIN)/python -m pytest tests/integration/test_kubernetes_cluster.py

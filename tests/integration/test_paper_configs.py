@@ -12,7 +12,7 @@ from tests.integration.programs import ENVIRONMENT, REPOSITORY
 FILES = sorted((REPOSITORY / "trainer" / "configs" / "paper").glob("*.cfg"))
 
 
-@pytest.mark.slow("trains once with each flagfile; quick: tests/trainer/test_config.py parses them")
+@pytest.mark.slow("trains once with each flagfile; quick: test_preflight.py checks them")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_row_of_the_paper_runs(file: Path, small_store: Path, tmp_path: Path) -> None:
     # The store is there, so that its source is not read; it is one of words, all of them labelled.

@@ -81,7 +81,7 @@ STREAM = (*LANGUAGE_MODEL, "--pretrain_packing=stream", "--pretrain_max_tokens=2
         pytest.param(
             2,
             (*STREAM, "--accumulate_steps=3", "--on_nonfinite=skip", BACKWARD),
-            marks=pytest.mark.slow("quick: the case before it"),
+            marks=pytest.mark.slow("quick: the first case"),
         ),
         pytest.param(
             2,
