@@ -95,6 +95,9 @@ bench: native ## speed, measured beside Keras and PyTorch: docs/performance.md
 bench-gpu: $(INSTALLED) ## the same on a GPU
 	$(BIN)/python -m benchmarks.all --gpu
 
+sanitize: $(INSTALLED) ## 100,000 sets of operands for the compiled loops, under AddressSanitizer and UBSan
+	$(BIN)/python -m tests.trainer.fuzz_native --sanitize --sets=100000
+
 fuzz: $(INSTALLED) ## each fuzz test for MINUTES=10, with new seeds
 	$(BIN)/python -m tests.fuzzing --minutes=$(or $(MINUTES),10)
 

@@ -31,7 +31,8 @@ setup(
         "launch": ["local/loopback.c"],
         "trainer": [
             "configs/**/*.cfg",
-            "native/lstm.cc",
+            "native/*.cc",
+            "native/*.h",
             "report_page/page.*",
             "inference/serve.html",
         ],

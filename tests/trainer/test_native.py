@@ -1,7 +1,14 @@
 """The compiled loops give what Keras's LSTM gives, and a row does not depend on the others."""
 
+import collections
+import json
+import re
 import shutil
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +17,56 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from data_pipelines.errors import InputError
 from trainer import native
+from trainer.models import native_speed
 from trainer.models.lstm import WarmLSTM, Words
-from trainer.native.build import build
+from trainer.native.build import INSTRUCTION_SETS, build
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+COMPILER = shutil.which("g++") or shutil.which("c++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler here")
+SETS = list(INSTRUCTION_SETS)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The loops, compiled for this module alone, unless this checkout has them.
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The compiled loops, built for this module alone unless this checkout has them.
 
     A process can load them from one file only.
     """
-    if native.library_path().exists():
-        yield
-        return
-    library = tmp_path_factory.mktemp("native") / "lstm.so"
-    build(library)
+    path = native.library_path()
+    if not path.exists():
+        path = tmp_path_factory.mktemp("native") / "lstm.so"
+        build(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_load", lambda: tf.load_op_library(str(library)))
-        yield
+        patch.setattr(native, "library_path", lambda: path)
+        yield path
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each set of the build that this processor has, in use."""
+    if request.param not in native.instruction_sets():
+        pytest.skip("this processor does not have it")
+    with native.using(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def operations() -> Iterator[Any]:
+    """The operations, of the best set that this processor has."""
+    with native.using(native.best_instruction_set()):
+        yield native.operations(training=True)
+
+
+NO_MASK, NO_INDEX, NO_NUMBERS = tf.zeros([0], tf.bool), tf.zeros([0], tf.int32), tf.zeros([0])
+
+
+def forward(operations: Any, z: Any, recurrent: Any, h: Any, c: Any, **given: Any) -> Any:
+    """Returns what the forward loop gives, with everything that it can keep."""
+    mask = given.pop("mask", NO_MASK)
+    options = {"keep": True, "return_sequences": True} | given
+    return operations.warmstate_lstm(z, NO_INDEX, recurrent, h, c, mask, **options)
 
 
 # Right-padded with an empty row; and what a mask may be too.
@@ -77,7 +113,7 @@ def mask_of(name: str) -> tf.Tensor | None:
 @pytest.mark.parametrize("units", [16, 48, 80])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("return_sequences", [False, True])
-def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
+def test_as_keras(units: int, mask: str, return_sequences: bool, instruction_set: str) -> None:
     inputs, states, weights = problem(units)
     options = {"return_sequences": return_sequences, "return_state": True}
     ours, keras_ = (
@@ -91,7 +127,9 @@ def test_as_keras(units: int, mask: str, return_sequences: bool) -> None:
 @pytest.mark.bfloat16
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("return_sequences", [False, True])
-def test_half_precision_is_near_float32(mask: str, return_sequences: bool) -> None:
+def test_half_precision_is_near_float32(
+    mask: str, return_sequences: bool, instruction_set: str
+) -> None:
     inputs, states, weights = problem(48)
     half, whole = (
         results(
@@ -117,46 +155,49 @@ def half(array: np.ndarray) -> np.ndarray:
     return tf.cast(tf.cast(array, tf.bfloat16), tf.float32).numpy()
 
 
-def test_only_the_factors_of_the_recurrent_products_are_rounded() -> None:
+def test_only_the_factors_of_the_recurrent_products_are_rounded(instruction_set: str) -> None:
     """From factors that bfloat16 holds exactly, both kinds of product give the same."""
     operations = native.operations(training=True)
     random = np.random.default_rng(4)
     z = tf.constant(random.normal(size=(5, 1, 128)), tf.float32)
     recurrent, h = half(random.normal(0, 0.3, (32, 128))), half(random.normal(size=(5, 32)))
-    c, none = tf.constant(random.normal(size=(5, 32)), tf.float32), tf.zeros([0], tf.bool)
+    c = tf.constant(random.normal(size=(5, 32)), tf.float32)
     rounded, whole = (
-        operations.warmstate_lstm(z, recurrent, h, c, none, factors=factors)
+        forward(operations, z, recurrent, h, c, factors=factors)
         for factors in (tf.bfloat16, tf.float32)
     )
     for found, expected in zip(rounded, whole, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     for wrong in (np.nan, -np.nan, np.inf):
-        broken = operations.warmstate_lstm(
-            z, recurrent, np.full_like(h, wrong), c, none, factors=tf.bfloat16
-        )
+        h = np.full_like(h, wrong)
+        broken = forward(operations, z, recurrent, h, c, factors=tf.bfloat16)
         assert np.isnan(broken.outputs).any(), wrong
 
 
 def test_it_is_what_training_runs_and_inference_where_asked(
-    monkeypatch: pytest.MonkeyPatch,
+    instruction_set: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = WarmLSTM(16)
     layer.build((2, 3, 4))
 
-    def operations(training: bool) -> set[str]:
-        run = tf.function(lambda x: layer(x, training=training))
-        graph = run.get_concrete_function(tf.TensorSpec((2, 3, 4))).graph
-        return {operation.type for operation in graph.get_operations()}
+    def run(x: tf.Tensor, training: bool) -> tf.Tensor:
+        return layer(x, training=training)
 
-    assert "WarmstateLstm" in operations(True) and "WarmstateLstm" not in operations(False)
+    def types(training: bool) -> set[str]:
+        function = tf.function(run).get_concrete_function(tf.TensorSpec((2, 3, 4)), training)
+        return {operation.type for operation in function.graph.get_operations()}
+
+    assert "WarmstateLstm" in types(True) and "WarmstateLstm" not in types(False)
     monkeypatch.setattr(native, "_in_inference", False)
     native.use_in_inference()
-    assert "WarmstateLstm" in operations(False)
+    assert "WarmstateLstm" in types(False)
+    with native.using(None):
+        assert "WarmstateLstm" not in types(True)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_words_that_repeat_are_read_as_all_others(
-    mask: str, monkeypatch: pytest.MonkeyPatch
+    mask: str, instruction_set: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random = np.random.default_rng(1)
     layer = WarmLSTM(48, return_sequences=True, return_state=True)
@@ -168,64 +209,93 @@ def test_words_that_repeat_are_read_as_all_others(
     in_tensorflow = layer.read_words(words, given, state)
     monkeypatch.setattr(native, "_in_inference", True)
     graph = tf.function(lambda: layer.read_words(words, given, state)).get_concrete_function().graph
-    assert "WarmstateLstmRead" in {operation.type for operation in graph.get_operations()}
+    assert "WarmstateLstm" in {operation.type for operation in graph.get_operations()}
     for found, expected in zip(layer.read_words(words, given, state), in_tensorflow, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_a_word_that_is_not_there_is_refused() -> None:
-    operations = native.operations(training=True)
-    zeros, none = tf.zeros((1, 16)), tf.zeros([0], tf.bool)
+def test_a_word_that_is_not_there_is_refused(operations: Any) -> None:
+    zeros = tf.zeros((1, 16))
     for wrong in (-1, 2):
         with pytest.raises(tf.errors.InvalidArgumentError, match=f"there is no word {wrong}"):
-            operations.warmstate_lstm_read(
+            operations.warmstate_lstm(
                 tf.zeros((2, 64)),
                 tf.constant([[0, wrong]]),
                 tf.zeros((16, 64)),
                 zeros,
                 zeros,
-                none,
+                NO_MASK,
+                keep=False,
                 return_sequences=False,
             )
 
 
-def test_the_last_output_alone() -> None:
-    operations = native.operations(training=True)
+@pytest.mark.parametrize("factors", [tf.float32, tf.bfloat16])
+def test_what_is_not_asked_for_is_not_kept(factors: tf.DType, operations: Any) -> None:
     random = np.random.default_rng(2)
-    z = tf.constant(random.normal(size=(3, 64)), tf.float32)
-    index = tf.constant(random.integers(0, 3, (5, 6)), tf.int32)
+    z = tf.constant(random.normal(size=(5, 6, 64)), tf.float32)
     recurrent = tf.constant(random.normal(0, 0.3, (16, 64)), tf.float32)
-    zeros, mask = tf.zeros((5, 16)), tf.constant(MASKS["any"][:5, :6])
-    every, last = (
-        operations.warmstate_lstm_read(
-            z, index, recurrent, zeros, zeros, mask, return_sequences=sequences
+    h, mask = tf.ones((5, 16)), tf.constant(MASKS["any"][:5, :6])
+    every, sequences, last = (
+        forward(operations, z, recurrent, h, h, mask=mask, factors=factors, **options)
+        for options in (
+            {},
+            {"keep": False},
+            {"keep": False, "return_sequences": False},
         )
-        for sequences in (True, False)
     )
-    np.testing.assert_array_equal(every.outputs[:, -1:], last.outputs)
-    np.testing.assert_array_equal(every.final_h, last.outputs[:, 0])
+    np.testing.assert_array_equal(every.outputs, sequences.outputs)
+    np.testing.assert_array_equal(every.outputs[:, -1], every.final_h)
+    np.testing.assert_array_equal(every.cells[:, -1], every.final_c)
+    for less in (sequences, last):
+        assert less.gates.shape == (5, 0, 64) and less.cells.shape == (5, 0, 16)
+        np.testing.assert_array_equal(every.final_h, less.final_h)
+        np.testing.assert_array_equal(every.final_c, less.final_c)
+    assert last.outputs.shape == (5, 0, 16)
 
 
 @pytest.mark.parametrize("factors", [tf.float32, tf.bfloat16])
-def test_a_row_alone_has_the_same_bits(factors: tf.DType) -> None:
+def test_a_row_alone_has_the_same_bits(factors: tf.DType, instruction_set: str) -> None:
+    """Whatever the number of rows: they are multiplied up to six at a time, and go in threads."""
     operations = native.operations(training=True)
     random = np.random.default_rng(0)
-    z = random.normal(size=(13, 20, 64)).astype(np.float32)
-    recurrent = tf.constant(random.normal(0, 0.3, (16, 64)), tf.float32)
-    zeros, none = tf.zeros((13, 16)), tf.zeros([0], tf.bool)
-    together = operations.warmstate_lstm(
-        tf.constant(z), recurrent, zeros, zeros, none, factors=factors
+    x, kernel = (
+        random.normal(size=(13, 20, 7)),
+        tf.constant(random.normal(size=(7, 64)), tf.float32),
     )
-    for row in range(13):
-        alone = operations.warmstate_lstm(
-            tf.constant(z[row : row + 1]), recurrent, zeros[:1], zeros[:1], none, factors=factors
+    recurrent = tf.constant(random.normal(0, 0.3, (16, 64)), tf.float32)
+
+    def all_of(x: np.ndarray) -> list[np.ndarray]:
+        zeros = tf.zeros((len(x), 16))
+        inputs = tf.constant(x, tf.float32)
+        z = operations.warmstate_product(inputs, kernel, NO_NUMBERS, NO_MASK, transpose=False)
+        found = forward(operations, z, recurrent, zeros, zeros, factors=factors)
+        gradients = operations.warmstate_lstm_grad(
+            found.gates,
+            recurrent,
+            zeros,
+            found.cells,
+            NO_MASK,
+            found.outputs,
+            zeros,
+            zeros,
+            factors=factors,
         )
-        for one, all_ in zip(alone, together, strict=True):
-            assert one[0].numpy().tobytes() == all_[row].numpy().tobytes()
+        d_x = operations.warmstate_product(
+            gradients.d_z, kernel, NO_NUMBERS, NO_MASK, transpose=True
+        )
+        return [tensor.numpy() for tensor in (z, *found, *gradients, d_x)]
+
+    together = all_of(x)
+    for rows in (slice(0, 1), slice(3, 5), slice(9, 12), slice(2, 13)):
+        for part, whole in zip(all_of(x[rows]), together, strict=True):
+            assert part.tobytes() == whole[rows].tobytes()
 
 
 @pytest.mark.parametrize("return_sequences", [False, True])
-def test_what_is_computed_again_has_the_same_bits(return_sequences: bool) -> None:
+def test_what_is_computed_again_has_the_same_bits(
+    return_sequences: bool, instruction_set: str
+) -> None:
     inputs, states, weights = problem(16)
     found = []
     for recompute in (False, True):
@@ -236,7 +306,7 @@ def test_what_is_computed_again_has_the_same_bits(return_sequences: bool) -> Non
         assert kept.tobytes() == again.tobytes()
 
 
-def test_a_batch_without_rows() -> None:
+def test_a_batch_without_rows(instruction_set: str) -> None:
     layer = WarmLSTM(16, return_sequences=True)
     layer.build((None, 3, 4))
     with tf.GradientTape() as tape:
@@ -245,46 +315,325 @@ def test_a_batch_without_rows() -> None:
         assert not np.any(gradient)
 
 
-def test_what_is_not_a_number_is_seen() -> None:
+def test_what_is_not_a_number_is_seen(instruction_set: str) -> None:
     operations = native.operations(training=True)
-    zeros, none = tf.zeros((1, 16)), tf.zeros([0], tf.bool)
+    zeros = tf.zeros((1, 16))
+    # Those of a processor, and one with other bits, as data may hold.
+    odd = np.frombuffer(np.uint32(0x7FC00155).tobytes(), np.float32)[0]
     for gate in range(4):
-        for wrong in (np.nan, -np.nan):
+        for wrong in (np.nan, -np.nan, odd):
             z = np.zeros((1, 2, 64), np.float32)
             z[0, 0, 16 * gate : 16 * gate + 16] = wrong
-            found = operations.warmstate_lstm(
-                tf.constant(z), tf.zeros((16, 64)), zeros, zeros, none
-            )
+            found = forward(operations, tf.constant(z), tf.zeros((16, 64)), zeros, zeros)
             assert np.isnan(found.outputs[0, 0]).all(), (gate, wrong)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 30.0, 1e4])
-def test_the_functions_of_the_gates_over_their_range(scale: float) -> None:
+def test_the_functions_of_the_gates_over_their_range(scale: float, instruction_set: str) -> None:
     operations = native.operations(training=True)
     z = (np.random.default_rng(0).normal(size=(1, 1, 4 * 1600)) * scale).astype(np.float32)
     zeros = tf.zeros((1, 1600))
-    found = operations.warmstate_lstm(
-        tf.constant(z), tf.zeros((1600, 6400)), zeros, zeros, tf.zeros([0], tf.bool)
-    )
+    found = forward(operations, tf.constant(z), tf.zeros((1600, 6400)), zeros, zeros)
     i, f, g, o = np.split(found.gates.numpy()[0, 0], 4)
     z = np.split(z[0, 0].astype(np.float64), 4)
     with np.errstate(over="ignore"):
         for gate, of in ((i, z[0]), (f, z[1]), (o, z[3])):
             np.testing.assert_allclose(gate, 1 / (1 + np.exp(-of)), rtol=1e-6, atol=1e-37)
-    np.testing.assert_allclose(g, np.tanh(z[2]), rtol=2e-6)
+    np.testing.assert_allclose(g, np.tanh(z[2]), rtol=1e-6)
 
 
-def test_a_build_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    library = tmp_path / "lstm-1.so"
-    monkeypatch.setattr(native, "library_path", lambda: library)
-    monkeypatch.delenv(native.DISABLED, raising=False)
-    assert native.hint() == (
-        "lstm: TensorFlow's loops; python -m trainer.native.build compiles faster ones"
+# ---- With and without ----
+
+
+@pytest.fixture(params=["compiled", "TensorFlow's"])
+def either(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both kinds of loops."""
+    best = native.best_instruction_set()
+    with native.using(best if request.param == "compiled" else None):
+        yield
+
+
+WRONG_STATES = [(1, 32), (32,), (4, 1), (2, 32), (4, 32, 1)]
+WRONG_MASKS = [(1, 3), (4, 1), (3,), (4, 3, 1), (2, 3)]
+WRONG_SHAPES = [(name, shape) for name in "hc" for shape in WRONG_STATES]
+WRONG_SHAPES += [("mask", shape) for shape in WRONG_MASKS]
+
+
+@pytest.mark.parametrize("name, shape", WRONG_SHAPES, ids=str)
+def test_operands_of_wrong_shape_are_refused(
+    name: str, shape: tuple[int, ...], either: None
+) -> None:
+    layer = WarmLSTM(32, name="encoder", return_sequences=True)
+    layer.build((4, 3, 5))
+    given = {"h": tf.zeros((4, 32)), "c": tf.zeros((4, 32)), "mask": tf.ones((4, 3), tf.bool)}
+    rule = "the mask has to be of shape (batch, time) = (4, 3)"
+    if name != "mask":
+        rule = f"the initial state {name} has to be of shape (batch, units) = (4, 32)"
+    given[name] = tf.ones(shape, given[name].dtype)
+
+    def call(x: tf.Tensor, h: tf.Tensor, c: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+        return layer(x, initial_state=[h, c], mask=mask, training=True)
+
+    with pytest.raises(ValueError, match=re.escape(f"encoder: {rule}; got {shape}")):
+        call(tf.zeros((4, 3, 5)), **given)
+    # In a graph that knows no sizes it is found when it runs.
+    unknown = [tf.TensorSpec(None, tensor.dtype) for tensor in given.values()]
+    run = tf.function(call, input_signature=[tf.TensorSpec((None, None, 5)), *unknown])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="encoder: the |is not compatible"):
+        run(tf.zeros((4, 3, 5)), **given)
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_no_steps_are_refused(sequences: bool, either: None) -> None:
+    layer = WarmLSTM(16, return_sequences=sequences)
+    layer.build((None, None, 4))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="out of bounds"):
+        layer(tf.zeros((2, 0, 4)), training=True)
+
+
+def products_before(outputs: list[tf.Tensor]) -> collections.Counter[str]:
+    """Returns how many products of each type these tensors of a graph depend on."""
+    seen: set[str] = set()
+    found: collections.Counter[str] = collections.Counter()
+
+    def visit(graph: Any, operations: list[Any]) -> None:
+        while operations:
+            operation = operations.pop()
+            if (key := f"{id(graph)} {operation.name}") in seen:
+                continue
+            seen.add(key)
+            if operation.type in ("MatMul", "WarmstateProduct", "WarmstateLstmWeightGrad"):
+                found[operation.type] += 1
+            for name in ("body", "f"):  # of a loop, of a call
+                if name in operation.node_def.attr and operation.node_def.attr[name].func.name:
+                    inner = graph._get_function(operation.node_def.attr[name].func.name).graph
+                    visit(inner, [output.op for output in inner.outputs])
+            operations += [tensor.op for tensor in operation.inputs]
+            operations += operation.control_inputs
+
+    visit(outputs[0].graph, [output.op for output in outputs])
+    return found
+
+
+def gradient_of_inputs(layer: WarmLSTM, inputs: tf.Tensor) -> tf.Tensor:
+    """Returns the gradient of the inputs; those of trainable weights are asked for too."""
+    weights = [variable.value for variable in layer.trainable_variables]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        loss = tf.reduce_sum(layer(inputs, training=True) ** 2)
+    found = tape.gradient(loss, [inputs, *weights])
+    assert all(gradient is not None for gradient in found)
+    return found if weights else found[:1]
+
+
+def test_a_frozen_layer_computes_no_gradients_of_weights(either: None) -> None:
+    layer = WarmLSTM(16, return_sequences=True)
+    layer.build((4, 3, 5))
+    inputs = tf.random.stateless_normal((4, 3, 5), (0, 0))
+
+    def products() -> collections.Counter[str]:
+        function = tf.function(lambda x: gradient_of_inputs(layer, x))
+        return products_before(function.get_concrete_function(inputs).outputs)
+
+    trained, expected = products(), gradient_of_inputs(layer, inputs)[0]
+    layer.trainable = False
+    frozen, found = products(), gradient_of_inputs(layer, inputs)[0]
+    np.testing.assert_array_equal(found, expected)
+    # Of all weights in one.
+    assert sum((trained - frozen).values()) == 1 and not frozen - trained, (trained, frozen)
+
+
+def test_a_frozen_weight_that_a_tape_watches_has_its_gradient(either: None) -> None:
+    layer = WarmLSTM(16)
+    layer.build((4, 3, 5))
+    layer.trainable = False
+    inputs, kernel = tf.random.stateless_normal((4, 3, 5), (0, 0)), layer.cell.kernel.value
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        loss = tf.reduce_sum(layer(inputs, training=True))
+    assert np.any(tape.gradient(loss, kernel))
+
+    # Here nothing tells the function that a tape is around it.
+    function = tf.function(lambda x: tf.reduce_sum(layer(x, training=True)))
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        loss = function(inputs)
+    assert np.any(tape.gradient(loss, kernel))
+
+
+def test_a_tape_without_training_runs_what_training_does(
+    either: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    layer = WarmLSTM(16)
+    layer.build((4, 3, 5))
+    inputs = tf.random.stateless_normal((4, 3, 5), (0, 0))
+
+    def gradients(x: tf.Tensor, training: bool) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(x, training=training) ** 2)
+        return tape.gradient(loss, [v.value for v in layer.trainable_variables])
+
+    def types(training: bool) -> collections.Counter[str]:
+        function = tf.function(lambda x: gradients(x, training))
+        operations = function.get_concrete_function(inputs).graph.get_operations()
+        return collections.Counter(operation.type for operation in operations)
+
+    assert types(False) == types(True)
+    for found, expected in zip(gradients(inputs, False), gradients(inputs, True), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert not recwarn.list
+
+
+def test_a_tape_around_a_function_without_training_is_warned_of(either: None) -> None:
+    layer = WarmLSTM(16)
+    layer.build((4, 3, 5))
+    inputs = tf.random.stateless_normal((4, 3, 5), (0, 0))
+    weights = [variable.value for variable in layer.trainable_variables]
+    found = []
+    for training in (False, True):
+        function = tf.function(lambda x, t=training: tf.reduce_sum(layer(x, training=t) ** 2))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            function(inputs)  # is traced without a tape
+            with tf.GradientTape() as tape:
+                loss = function(inputs)
+            found.append(tape.gradient(loss, weights))
+        messages = [str(warning.message) for warning in seen]
+        assert ["pass training=True" in message for message in messages] == [True] * (not training)
+    for ours, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- Which loops are used ----
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The folder of a build that is not there yet, and nothing decided."""
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "lstm-1.so")
+    for name in (native.CHOICE, "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    found = native.instruction_sets()
+    monkeypatch.setattr(native, "instruction_sets", lambda: found)
+    native.choice.cache_clear()
+    yield tmp_path
+    native.choice.cache_clear()
+
+
+def test_a_build_that_is_not_there_is_said(anew: Path) -> None:
+    expected = "lstm: TensorFlow's loops; python -m trainer.native.build compiles faster ones"
+    assert native.hint() == expected
+    native.choice.cache_clear()
+    (anew / "lstm-2.so").touch()
+    assert "; the build is for another source or TensorFlow; python -m" in native.hint()
+
+
+@pytest.mark.parametrize(
+    "measured, expected",
+    [
+        (None, "lstm: TensorFlow's loops; the build has not been measured on this processor"),
+        ("{", "lstm: TensorFlow's loops; the build has not been measured on this processor"),
+        (0.52, "lstm: TensorFlow's loops; the compiled ones (SET) were measured 0.52 times"),
+        (1.5, "lstm: compiled loops (SET), measured 1.50 times as fast as TensorFlow's"),
+    ],
+)
+def test_loops_that_lose_are_not_used(anew: Path, measured: Any, expected: str) -> None:
+    best = native.best_instruction_set()
+    (anew / "lstm-1.so").touch()
+    if isinstance(measured, float):
+        held = json.dumps({f"{native.processor()} {best}": measured, "another processor": 3.0})
+        native.measured_path().write_text(held)
+    elif measured:
+        native.measured_path().write_text(measured)
+    assert native.hint().startswith(expected.replace("SET", best))
+    assert (native.choice().instruction_set is not None) == (measured == 1.5)
+
+
+def test_what_a_variable_asks_for_is_used_unmeasured(
+    anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (anew / "lstm-1.so").touch()
+    monkeypatch.setenv(native.CHOICE, SETS[0])
+    assert native.hint() == f"lstm: compiled loops ({SETS[0]}), WARMSTATE_NATIVE={SETS[0]}"
+    native.choice.cache_clear()
+    monkeypatch.setenv(native.CHOICE, "0")
+    assert native.hint() == "lstm: TensorFlow's loops; WARMSTATE_NATIVE=0"
+    native.choice.cache_clear()
+    monkeypatch.setenv(native.CHOICE, "avx3")
+    with pytest.raises(InputError, match=r"WARMSTATE_NATIVE=avx3: this machine can have 0, \w+"):
+        native.hint()
+
+
+@pytest.mark.parametrize(
+    "most, expected",
+    [
+        ("", "avx512_bf16"),
+        ("DEFAULT", "avx512_bf16"),
+        ("AVX512_CORE_AMX", "avx512"),
+        ("AVX512_CORE_BF16", "avx512_bf16"),
+        ("avx512_core_vnni", "avx512"),
+        ("AVX2_VNNI_2", "avx2"),
+        ("AVX2", "avx2"),
+        ("AVX", "portable"),
+        ("SSE41", "portable"),
+    ],
+)
+def test_the_variable_of_onednn_holds_for_the_loops(
+    most: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    sets = ("portable", "avx2", "avx512", "avx512_bf16")
+    monkeypatch.setattr(native, "instruction_sets", lambda: sets)
+    assert native.best_instruction_set() == expected
+    # Which asks for no more than the processor has.
+    monkeypatch.setattr(native, "instruction_sets", lambda: sets[:2])
+    assert native.best_instruction_set() == min(expected, "avx2", key=sets.index)
+
+
+def test_a_measurement_is_kept_with_the_others(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (anew / "lstm-1.so").touch()
+    native.measured_path().write_text('{"another processor": 2.0}')
+    monkeypatch.setattr(native_speed, "ratio", lambda instruction_set: 1.25)
+    native_speed.main()
+    key = f"{native.processor()} {native.best_instruction_set()}"
+    assert native.measured() == {"another processor": 2.0, key: 1.25}
+    assert "measured 1.25 times" in capsys.readouterr().out
+
+
+def test_the_loops_are_timed_against_tensorflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_speed, "SIZES", [(6, 5, 16, 32)])
+    monkeypatch.setattr(native_speed, "TURNS", 2)
+    assert 0.01 < native_speed.ratio(native.best_instruction_set()) < 100
+
+
+# ---- The build ----
+
+
+def test_two_builds_at_once_leave_one_whole_library(tmp_path: Path) -> None:
+    library = tmp_path / "new" / "lstm.so"
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(build, [library] * 2))
+    assert [path.name for path in library.parent.iterdir()] == ["lstm.so"]
+    program = f"import tensorflow as tf; print(tf.load_op_library({str(library)!r}).warmstate_lstm)"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=300)
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no-such-flag"):
+        build(tmp_path / "lstm.so", extra=["-no-such-flag"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", INSTRUCTION_SETS.values(), ids=SETS)
+def test_the_loops_share_no_symbol_with_the_rest(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """The linker would keep one of each, perhaps with instructions that a processor lacks."""
+    source, made = native.FOLDER / "loops.cc", tmp_path / "loops.o"
+    command = [COMPILER, "-O3", "-std=c++17", "-DWARMSTATE_LOOPS=portable", *flags, "-c"]
+    subprocess.run([*command, str(source), "-o", str(made)], check=True)
+    listed = subprocess.run(
+        ["nm", "--extern-only", "--defined-only", str(made)], check=True, capture_output=True
     )
-    (tmp_path / "lstm-2.so").touch()
-    assert "a build for another source, processor or TensorFlow is there" in native.hint()
-    library.touch()
-    assert native.hint() == ""
-    library.unlink()
-    monkeypatch.setenv(native.DISABLED, "0")
-    assert native.hint() == ""
+    (line,) = listed.stdout.decode().splitlines()
+    assert "warmstate" in line and "portable" in line

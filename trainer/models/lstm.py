@@ -6,8 +6,8 @@ that TensorFlow hands out without copying. The forward loop does one product a s
 [input; 1; state]; the backward loop only sends dh and dc through the recurrent matrix, and one
 product after it gives all weight gradients.
 
-Where the compiled loops of trainer/native have been built, training in float32 or bfloat16 on a CPU
-runs those, and so do programs that ask for it, in inference. Exported models do not: they must load
+Where the compiled loops of trainer/native are faster, training in float32 or bfloat16 on a CPU runs
+those, and so do programs that ask for it, in inference. Exported models do not: they must load
 anywhere.
 
 In half precision (a layer of dtype policy mixed_bfloat16 or mixed_float16) the products are in it;
@@ -18,6 +18,7 @@ Equations: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 200
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 from trainer import native
 
@@ -41,6 +43,21 @@ class _Saved(NamedTuple):
     output: tf.Tensor  # of [units, batch]
     previous_cell: tf.Tensor  # of [units, batch]
     squashed_cell: tf.Tensor  # of [units, batch], tanh of the new cell state
+
+
+class Mode(NamedTuple):
+    """How a call of `lstm` runs.
+
+    Attributes:
+      return_sequences: whether the first result has all steps, or only the last.
+      keep_activations: whether the forward loop keeps what the backward loop needs; if not, a
+        gradient runs the forward loop again.
+      training: whether the compiled loops may run, also where no program has asked for them.
+    """
+
+    return_sequences: bool
+    keep_activations: bool
+    training: bool = True
 
 
 class Words(NamedTuple):
@@ -71,8 +88,9 @@ class WarmLSTM(keras.layers.LSTM):
     the layer runs Keras's own path (cuDNN). Without one, the standard configuration (tanh, sigmoid,
     no recurrent dropout, not unrolled) runs this module's loops; any other runs Keras's.
 
-    Activations are kept for the backward pass only if `training=True`. A gradient taken through a
-    call without it is right too, but runs the forward loop a second time.
+    Activations are kept for the backward pass if `training=True`, or if a gradient tape records the
+    call. Only a tape around a `tf.function` is not seen in it: a gradient through a call without
+    `training=True` is right there too, but runs the forward loop a second time, and warns.
     """
 
     def __init__(self, *args: Any, initial_state: str | None = None, **kwargs: Any):
@@ -214,24 +232,20 @@ class WarmLSTM(keras.layers.LSTM):
             mask = None if mask is None else tf.reverse(mask, [1])
 
         mask = None if mask is None else tf.cast(mask, tf.bool)
+        initial_state, mask = self._checked(sequences, initial_state, mask)
         cell = self.cell
         kernel, recurrent = self._tensor(cell.kernel), self._tensor(cell.recurrent_kernel)
         if self.recurrent_mask is not None:
             recurrent *= tf.cast(self.recurrent_mask, recurrent.dtype)
         bias = self._tensor(cell.bias) if self.use_bias else tf.zeros_like(kernel[0])
         h, c = initial_state
-        outputs, h, c = lstm(
-            sequences,
-            h,
-            c,
-            kernel,
-            recurrent,
-            bias,
-            mask=mask,
-            return_sequences=self.return_sequences,
-            keep_activations=bool(training) and not self.recompute,
-            training=bool(training),
+        recorded = record.should_record_backprop([sequences, h, c, kernel, recurrent, bias])
+        mode = Mode(
+            self.return_sequences,
+            keep_activations=(bool(training) or recorded) and not self.recompute,
+            training=bool(training) or recorded,
         )
+        outputs, h, c = lstm(sequences, h, c, (kernel, recurrent, bias), mask, mode)
         if mask is not None:
             outputs = self._mask_outputs(outputs, mask)
         return outputs[:, -1], outputs, [h, c]
@@ -255,20 +269,50 @@ class WarmLSTM(keras.layers.LSTM):
             sequences = tf.gather(words.rows, words.index)
             return self(sequences, mask=mask, initial_state=initial_state, training=False)
         cell = self.cell
+        initial_state, mask = self._checked(words.index, initial_state, mask)
+        none = tf.zeros([0], tf.bool)
         with tf.name_scope("lstm_forward"):
-            z = tf.matmul(words.rows, self._tensor(cell.kernel)) + self._tensor(cell.bias)
-            outputs, h, c = compiled.warmstate_lstm_read(
-                z,
+            rows = words.rows[tf.newaxis]
+            z = compiled.warmstate_product(
+                rows, self._tensor(cell.kernel), self._tensor(cell.bias), none, transpose=False
+            )
+            outputs, h, c, _, _ = compiled.warmstate_lstm(
+                z[0],
                 words.index,
                 self._tensor(cell.recurrent_kernel),
                 *initial_state,
-                tf.zeros([0], tf.bool) if mask is None else mask,
+                none if mask is None else mask,
+                keep=False,
                 return_sequences=True,
             )
         outputs.set_shape([*words.index.shape, self.units])
         for state in (h, c):
             state.set_shape([words.index.shape[0], self.units])
         return [outputs if mask is None else self._mask_outputs(outputs, mask), h, c]
+
+    def _checked(
+        self, sequences: tf.Tensor, states: list[tf.Tensor], mask: tf.Tensor | None
+    ) -> tuple[list[tf.Tensor], tf.Tensor | None]:
+        """Returns states and mask; an error, now or in the graph, unless they fit `sequences`."""
+        batch, steps = sequences.shape[:2]
+        running_batch, running_steps = tf.unstack(tf.shape(sequences)[:2])
+        states = [
+            _of_shape(
+                tf.convert_to_tensor(state),
+                (batch, self.units),
+                (running_batch, self.units),
+                f"{self.name}: the initial state {label} has to be of shape (batch, units)",
+            )
+            for label, state in zip("hc", states, strict=True)
+        ]
+        if mask is not None:
+            mask = _of_shape(
+                mask,
+                (batch, steps),
+                (running_batch, running_steps),
+                f"{self.name}: the mask has to be of shape (batch, time)",
+            )
+        return states, mask
 
     def _tensor(self, variable: keras.Variable) -> tf.Tensor:
         # Read here, not in the loops: a custom gradient may not capture variables.
@@ -300,141 +344,198 @@ class WarmLSTM(keras.layers.LSTM):
         return tf.where(shown[:, :, tf.newaxis], outputs, tf.zeros_like(outputs))
 
 
+def _of_shape(
+    tensor: tf.Tensor, known: tuple[int | None, ...], running: tuple[Any, ...], rule: str
+) -> tf.Tensor:
+    """Returns `tensor` if its shape is `known`, and `running` when the graph runs."""
+    if not tensor.shape.is_compatible_with(known):
+        raise ValueError(f"{rule} = {known}; got {tuple(tensor.shape)}")
+    if tensor.shape.is_fully_defined() and None not in known:
+        return tensor
+    tensor = tf.ensure_shape(tensor, [None] * len(known))
+    with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(tensor), running, rule)]):
+        return tf.identity(tensor)
+
+
 def lstm(
     inputs: tf.Tensor,
     h: tf.Tensor,
     c: tf.Tensor,
-    kernel: tf.Tensor,
-    recurrent: tf.Tensor,
-    bias: tf.Tensor,
-    *,
+    weights: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
     mask: tf.Tensor | None,
-    return_sequences: bool,
-    keep_activations: bool,
-    training: bool = True,
+    mode: Mode,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """An LSTM over whole sequences, differentiable once in all six tensors.
+    """An LSTM over whole sequences, differentiable once in inputs, states and weights.
 
     Args:
         inputs: [batch, time, inputs]; at least one step.
         h: [batch, units].
         c: [batch, units].
-        kernel: [inputs, 4 * units], gates in Keras's order: input, forget, candidate, output.
-        recurrent: [units, 4 * units].
-        bias: [4 * units].
+        weights: the kernel [inputs, 4 * units], its gates in Keras's order: input, forget,
+            candidate, output; the recurrent kernel [units, 4 * units]; the bias [4 * units].
         mask: Boolean [batch, time]; a False step leaves h and c as they are. None: all are True.
-        return_sequences: Whether the first result has all steps, or only the last.
-        keep_activations: Whether the forward loop keeps what the backward loop needs; if not, a
-            gradient runs the forward loop again.
-        training: Whether it may run the compiled loops where nothing has asked for them.
+        mode: how it runs.
 
     Returns:
         h after every step [batch, time, units] (or the last alone, [batch, 1, units]), and the
         final h and c, each [batch, units].
     """
-    width, units = kernel.shape[0], recurrent.shape[0]
-    compiled = native.operations(training)
+    width, units = weights[0].shape[0], weights[1].shape[0]
+    compiled = native.operations(mode.training)
     fits = inputs.dtype in (tf.float32, tf.bfloat16) and units % native.UNITS_MULTIPLE == 0
     if compiled and fits:
-        run = _compiled(compiled, mask, return_sequences, keep_activations)
+        run = _compiled(compiled, mask, mode)
     else:
-        run = _in_tensorflow(mask, (width, units), return_sequences, keep_activations)
-    outputs, final_h, final_c = run(inputs, h, c, kernel, recurrent, bias)
-    steps = inputs.shape[1] if return_sequences else 1
+        run = _in_tensorflow(mask, (width, units), mode)
+    outputs, final_h, final_c = run(inputs, h, c, *weights)
+    steps = inputs.shape[1] if mode.return_sequences else 1
     outputs.set_shape([inputs.shape[0], steps, units])
     final_h.set_shape([inputs.shape[0], units])
     final_c.set_shape([inputs.shape[0], units])
     return outputs, final_h, final_c
 
 
-def _compiled(
-    operations: ModuleType, mask: tf.Tensor | None, return_sequences: bool, keep_activations: bool
-) -> Callable[..., Any]:
-    """Returns the layer as a function of its tensors, by the loops of trainer/native."""
-    mask = tf.zeros([0], tf.bool) if mask is None else mask
-    none = tf.zeros([0])
-
-    def whole(tensor: tf.Tensor) -> tf.Tensor:
-        return tf.cast(tensor, tf.float32)
-
-    def flat(tensor: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(tensor, [-1, tensor.shape[-1]])  # [batch * time, ...]
-
-    def forward(*tensors: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        inputs, h, c, kernel, recurrent, bias = tensors
-        z = tf.nn.bias_add(tf.matmul(flat(inputs), kernel), bias)  # one operation, when run
-        z = whole(tf.reshape(z, [*tf.unstack(tf.shape(inputs))[:2], z.shape[1]]))
-        found = operations.warmstate_lstm(
-            z, whole(recurrent), whole(h), whole(c), mask, factors=inputs.dtype
+def _warn_of_second_run(mode: Mode) -> None:
+    if not mode.training:
+        warnings.warn(
+            "a gradient goes through a WarmLSTM that was called without training=True, in a "
+            "tf.function inside of the tape: it runs the forward pass again; pass training=True, "
+            "or take the gradient inside of the function",
+            stacklevel=2,
         )
-        for tensor in (found.outputs, found.cells, found.before):
-            tensor.set_shape([inputs.shape[0], inputs.shape[1], recurrent.shape[0]])
+
+
+class _CompiledLoops(NamedTuple):
+    """The forward and the backward pass by the loops of trainer/native."""
+
+    operations: ModuleType
+    mask: tf.Tensor  # [batch, time], or empty
+    return_sequences: bool
+
+    def forward(self, tensors: tuple[tf.Tensor, ...], keep: bool) -> Any:
+        """Returns outputs, final h and c, and, where they are kept, gates and cells."""
+        inputs, h, c, kernel, recurrent, bias = tensors
+        found = self.operations.warmstate_lstm(
+            self._of_inputs(inputs, kernel, bias),
+            tf.zeros([0], tf.int32),
+            _whole(recurrent),
+            _whole(h),
+            _whole(c),
+            self.mask,
+            factors=inputs.dtype,
+            keep=keep,
+            return_sequences=self.return_sequences,
+        )
         return found
 
+    def _of_inputs(self, inputs: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        if inputs.dtype == tf.float32:
+            return self.operations.warmstate_product(
+                inputs, kernel, bias, self.mask, transpose=False
+            )
+        z = tf.nn.bias_add(tf.matmul(_flat(inputs), kernel), bias)  # one operation, when run
+        return _whole(tf.reshape(z, [*tf.unstack(tf.shape(inputs))[:2], z.shape[1]]))
+
     def backward(
-        upstream: tuple[tf.Tensor, ...], tensors: tuple[tf.Tensor, ...], kept: tuple[tf.Tensor, ...]
+        self, upstream: tuple[tf.Tensor, ...], tensors: tuple[tf.Tensor, ...], kept: Any
     ) -> tuple[tf.Tensor, ...]:
-        inputs, _, c, kernel, recurrent, _ = tensors
-        _, cells, gates, before = kept
-        d_outputs, dh, dc = map(whole, upstream)
-        if not return_sequences:
-            dh, d_outputs = dh + d_outputs[:, 0], none
-        dz, dh, dc = operations.warmstate_lstm_grad(
-            gates, whole(recurrent), whole(c), cells, mask, d_outputs, dh, dc, factors=inputs.dtype
+        """Returns the gradients of `tensors`; each is computed only if it is asked for."""
+        inputs, h, c, kernel, recurrent, _ = tensors
+        d_outputs, dh, dc = map(_whole, upstream)
+        if not self.return_sequences:
+            dh, d_outputs = dh + d_outputs[:, 0], tf.zeros([0])
+        dz, dh, dc = self.operations.warmstate_lstm_grad(
+            kept.gates,
+            _whole(recurrent),
+            _whole(c),
+            kept.cells,
+            self.mask,
+            d_outputs,
+            dh,
+            dc,
+            factors=inputs.dtype,
         )
+        if inputs.dtype == tf.float32:
+            none, of_weights = tf.zeros([0]), self.operations.warmstate_lstm_weight_grad
+            d_inputs = self.operations.warmstate_product(
+                dz, kernel, none, self.mask, transpose=True
+            )
+            return d_inputs, dh, dc, *of_weights(inputs, kept.outputs, h, dz, self.mask)
         d_bias = tf.reduce_sum(tf.reduce_sum(dz, 1), 0)  # in turn: three times as fast
-        dh, dc, d_bias, dz = (tf.cast(t, inputs.dtype) for t in (dh, dc, d_bias, dz))
-        dz = tf.reshape(dz, [-1, kernel.shape[1]])
+        before = tf.concat([_whole(h)[:, tf.newaxis], kept.outputs[:, :-1]], 1)
+        dh, dc, d_bias, dz, before = (
+            tf.cast(t, inputs.dtype) for t in (dh, dc, d_bias, dz, before)
+        )
+        dz = _flat(dz)
         d_inputs = tf.reshape(tf.matmul(dz, kernel, transpose_b=True), tf.shape(inputs))
-        d_kernel = tf.matmul(flat(inputs), dz, transpose_a=True)
-        d_recurrent = tf.matmul(tf.cast(flat(before), dz.dtype), dz, transpose_a=True)
+        d_kernel = tf.matmul(_flat(inputs), dz, transpose_a=True)
+        d_recurrent = tf.matmul(_flat(before), dz, transpose_a=True)
         return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
+
+
+def _whole(tensor: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tensor, tf.float32)
+
+
+def _flat(tensor: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(tensor, [-1, tensor.shape[-1]])  # [batch * time, ...]
+
+
+def _compiled(operations: ModuleType, mask: tf.Tensor | None, mode: Mode) -> Callable[..., Any]:
+    """Returns the layer as a function of its tensors, by the loops of trainer/native."""
+    mask = tf.zeros([0], tf.bool) if mask is None else mask
+    loops = _CompiledLoops(operations, mask, mode.return_sequences)
 
     @tf.custom_gradient
     def run(*tensors: tf.Tensor) -> Any:
         with tf.name_scope("lstm_forward"):
-            found = forward(*tensors)
-            outputs, cells, *_ = found
-            shown = outputs if return_sequences else outputs[:, -1:]
+            found = loops.forward(tensors, mode.keep_activations)
+            shown = found.outputs if mode.return_sequences else found.final_h[:, tf.newaxis]
             dtype = tensors[0].dtype
-            results = tuple(tf.cast(t, dtype) for t in (shown, outputs[:, -1], cells[:, -1]))
+            results = tuple(tf.cast(t, dtype) for t in (shown, found.final_h, found.final_c))
 
         def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
             with tf.name_scope("lstm_backward"):
-                kept = found if keep_activations else forward(*_not_before(upstream, tensors))
-                return backward(upstream, tensors, kept)
+                kept = found
+                if not mode.keep_activations:
+                    _warn_of_second_run(mode)
+                    kept = loops.forward(_not_before(upstream, tensors), keep=True)
+                return loops.backward(upstream, tensors, kept)
 
         return results, gradient
 
     return run
 
 
-def _not_before(upstream: tuple[tf.Tensor, ...], tensors: tuple[tf.Tensor, ...]) -> list[tf.Tensor]:
+def _not_before(
+    upstream: tuple[tf.Tensor, ...], tensors: tuple[tf.Tensor, ...]
+) -> tuple[tf.Tensor, ...]:
     """Returns `tensors` as they are, for a second run of the forward loop.
 
     It then neither runs with the first one, nor is taken for the same: its activations would be
     held all the while.
     """
     with tf.control_dependencies(upstream):
-        return [tf.identity(tensor) for tensor in tensors]
+        return tuple(tf.identity(tensor) for tensor in tensors)
 
 
 def _in_tensorflow(
-    mask: tf.Tensor | None, sizes: tuple[int, int], return_sequences: bool, keep_activations: bool
+    mask: tf.Tensor | None, sizes: tuple[int, int], mode: Mode
 ) -> Callable[..., Any]:
     """Returns the layer as a function of its tensors, by this module's loops."""
     _, units = sizes
 
     @tf.custom_gradient
     def run(*tensors: tf.Tensor) -> Any:
-        results, saved = _forward(*tensors, mask, units, return_sequences, keep_activations)
+        results, saved = _forward(tensors, mask, units, mode)
 
         def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
             kept = saved
             if kept is None:
-                _, kept = _forward(*_not_before(upstream, tensors), mask, units, False, True)
-            _, _, _, kernel, recurrent, _ = tensors
-            return _backward(*upstream, kernel, recurrent, mask, kept, sizes, return_sequences)
+                _warn_of_second_run(mode)
+                again = Mode(return_sequences=False, keep_activations=True)
+                _, kept = _forward(_not_before(upstream, tensors), mask, units, again)
+            return _backward(upstream, tensors[3:5], mask, kept, sizes, mode.return_sequences)
 
         return results, gradient
 
@@ -455,18 +556,11 @@ def _always_in_graph(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_always_in_graph
 def _forward(
-    inputs: tf.Tensor,
-    h: tf.Tensor,
-    c: tf.Tensor,
-    kernel: tf.Tensor,
-    recurrent: tf.Tensor,
-    bias: tf.Tensor,
-    mask: tf.Tensor | None,
-    units: int,
-    return_sequences: bool,
-    keep: bool,
+    tensors: tuple[tf.Tensor, ...], mask: tf.Tensor | None, units: int, mode: Mode
 ) -> tuple[tuple[tf.Tensor, tf.Tensor, tf.Tensor], _Saved | None]:
     # Sizes come as integers: the shapes of tensors may be unknown in a function compiled once.
+    inputs, h, c, kernel, recurrent, bias = tensors
+    _, keep, _ = mode
     steps = tf.shape(inputs)[1]
     weights, columns = _products(inputs, kernel, recurrent, bias, mask, units)
     dtype, loop_dtype = inputs.dtype, _loop_dtype(inputs.dtype)
@@ -477,7 +571,7 @@ def _forward(
 
     # `saved` and `hs` are empty tuples where nothing is to be kept.
     saved = (array(dtype), *(array(loop_dtype) for _ in _Saved._fields[1:])) if keep else ()
-    hs = (array(dtype),) if return_sequences else ()
+    hs = (array(dtype),) if mode.return_sequences else ()
 
     def step(
         t: tf.Tensor, h: tf.Tensor, c: tf.Tensor, saved: tuple[Any, ...], hs: Any
@@ -549,16 +643,15 @@ def _products(
 
 @_always_in_graph
 def _backward(
-    d_outputs: tf.Tensor,
-    dh: tf.Tensor,
-    dc: tf.Tensor,
-    kernel: tf.Tensor,
-    recurrent: tf.Tensor,
+    upstream: tuple[tf.Tensor, ...],
+    matrices: tuple[tf.Tensor, tf.Tensor],
     mask: tf.Tensor | None,
     saved: _Saved,
     sizes: tuple[int, int],
     return_sequences: bool,
 ) -> tuple[tf.Tensor, ...]:
+    d_outputs, dh, dc = upstream
+    kernel, recurrent = matrices
     width, units = sizes
     rows = width + (1 if mask is None else 2) + units
     kept_sizes = (2 * units, units, units, units, units)
@@ -605,18 +698,11 @@ def _backward(
         parallel_iterations=1,
     )
     dz = tf.transpose(dzs.stack(), (0, 2, 1))  # [time, batch, 4 * units]
-    flat_dz = tf.reshape(dz, (-1, 4 * units))
+    d_inputs = tf.transpose(tf.tensordot(dz, kernel, [[2], [1]]), (1, 0, 2))
+    dh, dc = (tf.cast(tf.transpose(state), dtype) for state in (dh, dc))
     columns = tf.raw_ops.TensorListStack(
         input_handle=saved.columns, element_shape=(rows, -1), element_dtype=dtype
     )
     flat_columns = tf.reshape(tf.transpose(columns, (1, 0, 2)), (rows, -1))
-    d_weights = tf.matmul(flat_columns, flat_dz)
-    d_inputs = tf.transpose(tf.tensordot(dz, kernel, [[2], [1]]), (1, 0, 2))
-    return (
-        d_inputs,
-        tf.cast(tf.transpose(dh), dtype),
-        tf.cast(tf.transpose(dc), dtype),
-        d_weights[:width],
-        d_weights[-units:],
-        d_weights[width],
-    )
+    d_weights = tf.matmul(flat_columns, tf.reshape(dz, (-1, 4 * units)))
+    return d_inputs, dh, dc, d_weights[:width], d_weights[-units:], d_weights[width]

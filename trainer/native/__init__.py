@@ -1,44 +1,148 @@
-"""The compiled loops of an LSTM layer, where they have been built for this machine.
+"""The compiled loops of an LSTM layer, and whether this machine is to use them.
 
 They are optional: without them the layer runs TensorFlow's own operations, which give the same
-numbers up to rounding. A build belongs to one TensorFlow, one kind of processor and one source, and
-is not seen by another: it may use instructions that others do not have.
+numbers up to rounding. One build holds the loops of every instruction set of an architecture, and
+belongs to one TensorFlow and one source. The best set that the processor has is used, if it has
+been measured to be faster here than TensorFlow's loops.
+
+Two variables change that: WARMSTATE_NATIVE=0 leaves the compiled loops out, WARMSTATE_NATIVE=avx2
+uses those of that set, measured or not. ONEDNN_MAX_CPU_ISA holds for them as for TensorFlow.
 """
 
+import contextlib
+import ctypes
 import functools
 import hashlib
+import json
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
-import tensorflow as tf
+from data_pipelines.quiet_tensorflow import import_quietly
 
-SOURCE = Path(__file__).with_name("lstm.cc")
+import_quietly()
+
+import tensorflow as tf  # noqa: E402
+
+from data_pipelines.errors import InputError  # noqa: E402
+
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / name for name in ("lstm.cc", "loops.cc", "loops.h", "build.py")]
 UNITS_MULTIPLE = 16
-DISABLED = "WARMSTATE_NATIVE"  # set to 0, the build is not used
+CHOICE = "WARMSTATE_NATIVE"
+BUILD = "python -m trainer.native.build"
+# What ONEDNN_MAX_CPU_ISA may be, by how it begins, and the best set that each allows.
+MAX_ISA = {"AVX512_CORE_BF16": "avx512_bf16", "AVX512_CORE_FP16": "avx512_bf16",
+           "AVX10": "avx512_bf16", "AVX512": "avx512", "AVX2": "avx2", "AVX": "portable",
+           "SSE": "portable"}  # fmt: skip
+
+
+class Choice(NamedTuple):
+    """Which loops this process uses.
+
+    Attributes:
+      instruction_set: of the compiled loops; None: TensorFlow's loops.
+      why: for the eye.
+    """
+
+    instruction_set: str | None
+    why: str
 
 
 def library_path() -> Path:
-    """Returns where the build for this machine is, or would be."""
+    """Returns where the build is, or would be."""
+    digest = hashlib.sha256(f"{tf.__version__} {platform.machine()}".encode())
+    for source in SOURCES:
+        digest.update(source.read_bytes())
+    return FOLDER / "build" / f"lstm-{digest.hexdigest()[:16]}.so"
+
+
+def measured_path() -> Path:
+    """Returns the file that holds how much faster the build is, by processor and set."""
+    return library_path().with_suffix(".json")
+
+
+def processor() -> str:
+    """Returns what tells kinds of processors apart: the name, and a digest of what it can do."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
-    kind = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    made_of = "\n".join([tf.__version__, platform.machine(), *kind]).encode() + SOURCE.read_bytes()
-    return SOURCE.parent / "build" / f"lstm-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    kinds = ("flags", "Features", "model name", "CPU implementer", "CPU part")
+    kept = sorted({line for line in lines if line.startswith(kinds)})
+    names = [line.split(":", 1)[1].strip() for line in kept if line.startswith("model name")]
+    digest = hashlib.sha256("\n".join(kept or lines).encode()).hexdigest()[:16]
+    return f"{(names or [platform.machine()])[0]} {digest}"
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """Returns the sets of the build that this processor has, the best one last."""
+    names = ctypes.create_string_buffer(256)
+    _library().warmstate_instruction_sets(names, ctypes.c_int64(len(names)))
+    return tuple(names.value.decode().split(","))
+
+
+def best_instruction_set() -> str:
+    """Returns the best of `instruction_sets` that ONEDNN_MAX_CPU_ISA allows."""
+    found = instruction_sets()
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    allowed = next((best for start, best in MAX_ISA.items() if most.startswith(start)), found[-1])
+    return found[found.index(allowed)] if allowed in found else found[-1]
+
+
+@functools.cache
+def choice() -> Choice:
+    """Returns which loops this process uses, and why.
+
+    Raises:
+      InputError: WARMSTATE_NATIVE names an instruction set that is not there.
+    """
+    wanted = os.environ.get(CHOICE, "")
+    if wanted == "0":
+        return Choice(None, f"{CHOICE}=0")
+    if not library_path().exists():
+        others = any(library_path().parent.glob("lstm-*.so"))
+        stale = "the build is for another source or TensorFlow; " if others else ""
+        return Choice(None, f"{stale}{BUILD} compiles faster ones")
+    if wanted:
+        if wanted not in instruction_sets():
+            can = ", ".join(("0", *instruction_sets()))
+            raise InputError(f"{CHOICE}={wanted}: this machine can have {can}; unset it, or set it")
+        return Choice(wanted, f"{CHOICE}={wanted}")
+    best = best_instruction_set()
+    ratio = measured().get(f"{processor()} {best}")
+    if ratio is None:
+        return Choice(None, f"the build has not been measured on this processor: {BUILD}")
+    compared = f"measured {ratio:.2f} times as fast as TensorFlow's on this processor"
+    if ratio < 1:
+        return Choice(None, f"the compiled ones ({best}) were {compared}")
+    return Choice(best, compared)
+
+
+def measured() -> dict[str, float]:
+    """Returns how many times faster than TensorFlow's the loops are, by processor and set."""
+    try:
+        held = json.loads(measured_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: ratio for key, ratio in held.items() if isinstance(ratio, float)}
 
 
 def hint() -> str:
-    """Returns what to do where layers could run the compiled loops and do not, "" elsewhere."""
-    path = library_path()
-    if os.environ.get(DISABLED) == "0" or path.exists() or tf.config.list_physical_devices("GPU"):
+    """Returns which loops an LSTM layer runs here, and why; "" on a GPU, which has its own."""
+    if tf.config.list_physical_devices("GPU"):
         return ""
-    others = any(path.parent.glob("lstm-*.so"))
-    why = "a build for another source, processor or TensorFlow is there; " if others else ""
-    return f"lstm: TensorFlow's loops; {why}python -m trainer.native.build compiles faster ones"
+    found = choice()
+    if found.instruction_set is None:
+        return f"lstm: TensorFlow's loops; {found.why}"
+    return f"lstm: compiled loops ({found.instruction_set}), {found.why}"
 
 
 _in_inference = False
+_overrides: list[str | None] = []  # of `using`, the innermost last
+_used: str | None = None  # by the library
 
 
 def use_in_inference() -> None:
@@ -50,14 +154,48 @@ def use_in_inference() -> None:
     _in_inference = True
 
 
+@contextlib.contextmanager
+def using(instruction_set: str | None) -> Iterator[None]:
+    """Has layers use one set's loops, or TensorFlow's for None, while they are traced and run.
+
+    For tests and measurements: it holds for the whole process.
+    """
+    before = _used
+    _overrides.append(instruction_set)
+    try:
+        if instruction_set:
+            _use(instruction_set)
+        yield
+    finally:
+        _overrides.pop()
+        if before:
+            _use(before)
+
+
 def operations(training: bool) -> ModuleType | None:
     """Returns the module of the compiled operations, None where they are not to be used."""
-    return _load() if training or _in_inference else None
+    if not (training or _in_inference):
+        return None
+    chosen = _overrides[-1] if _overrides else choice().instruction_set
+    if chosen is None:
+        return None
+    _use(chosen)
+    return _module()
+
+
+def _use(instruction_set: str) -> None:
+    global _used
+    if not _library().warmstate_use(instruction_set.encode()):
+        raise InputError(f"this processor has no {instruction_set}: the compiled loops need it")
+    _used = instruction_set
 
 
 @functools.cache
-def _load() -> ModuleType | None:
-    path = library_path()
-    if os.environ.get(DISABLED) == "0" or not path.exists():
-        return None
-    return tf.load_op_library(str(path))
+def _module() -> ModuleType:
+    return tf.load_op_library(str(library_path()))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    _module()  # loads what the library links to
+    return ctypes.CDLL(str(library_path()))

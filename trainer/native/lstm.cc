@@ -1,414 +1,457 @@
-// The two loops of an LSTM layer in training, and the one that only reads; on a CPU. Everything is
-// float32, but for the factors of the recurrent products, which may be bfloat16.
+// TensorFlow's operations for an LSTM layer on a CPU: they check their operands, pack the matrices
+// and share the rows among threads. loops.h has the loops, for the instruction set that was chosen.
+// Everything is float32, but the recurrent products' factors may be bfloat16.
 //
 // The rows of a batch do not depend on each other, so each thread takes some of them through all
-// steps and never waits for another. A step multiplies the rows that are not masked, packed, with
-// the recurrent matrix, which is packed once a call: in panels of the four gates of 16 units, so
-// that a panel's product stays in registers until it has become the new states of those units.
-// Everything is [batch, time, ...], as Keras has it: nothing is transposed.
-//
-// A row's result does not depend on the number of threads or on the other rows, to the last bit.
+// steps and never waits for another.
 
 #include <algorithm>
-#include <cstdint>
+#include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <mutex>
+#include <string>
 #include <vector>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#elif defined(__SSE2__)
-#include <xmmintrin.h>
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
-#include "tensorflow/core/framework/common_shape_fns.h"
+#include "loops.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/platform/denormal.h"
 #include "tensorflow/core/util/work_sharder.h"
 
 namespace {
 
+using namespace warmstate;
+using absl::Status;
 using tensorflow::bfloat16;
 using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
+using tensorflow::shape_inference::DimensionHandle;
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
 
-constexpr int kWidth = 16;          // floats in a vector
-constexpr int kPanel = 4 * kWidth;  // columns of a packed panel
-constexpr int kRows = 6;            // rows of a product that fit the registers: 24 sums
+// ---- Instruction sets ----
 
-typedef float Vector __attribute__((vector_size(4 * kWidth)));
-typedef float Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+struct InstructionSet {
+  const char* name;
+  const Loops* loops;
+  bool is_there;
+};
 
-inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
-inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+// Returns those of this build, the best one last.
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> sets = {
+#if defined(__aarch64__)
+      {"neon", &neon, true},
+#else
+      {"portable", &portable, true},
+#endif
+#if defined(__x86_64__)
+      {"avx2", &avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"avx512", &avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")},
+      {"avx512_bf16", &avx512_bf16,
+       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma")},
+#endif
+  };
+  return sets;
+}
 
-// Denormal numbers cost a hundred times what others do, and gradients end in them.
-class FlushDenormals {
+std::atomic<const Loops*> chosen{instruction_sets().front().loops};
+
+// ---- Checks of operands ----
+
+template <typename... Parts>
+Status InvalidArgument(const Parts&... parts) {
+  return absl::InvalidArgumentError(absl::StrCat(parts...));
+}
+
+// Returns an error unless a tensor has the expected shape, which `names` puts in words.
+Status has_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected,
+                 const char* names) {
+  const absl::Span<const int64_t> sizes(expected.begin(), expected.size());
+  const auto found = tensor.shape().dim_sizes();
+  if (std::equal(found.begin(), found.end(), sizes.begin(), sizes.end())) return absl::OkStatus();
+  return InvalidArgument(name, " has shape ", tensor.shape().DebugString(), "; expected ", names,
+                         " = [", absl::StrJoin(sizes, ","), "]");
+}
+
+// The same for an operand that may be left out, as an empty vector.
+Status has_shape_or_none(const char* name, const Tensor& tensor,
+                         std::initializer_list<int64_t> expected, const char* names) {
+  if (tensor.dims() == 1 && tensor.dim_size(0) == 0) return absl::OkStatus();
+  return has_shape(name, tensor, expected, names);
+}
+
+Status has_rank(const char* name, const Tensor& tensor, int rank, const char* names) {
+  if (tensor.dims() == rank) return absl::OkStatus();
+  return InvalidArgument(name, " has shape ", tensor.shape().DebugString(), "; expected ", names);
+}
+
+// Returns an error unless it is a recurrent matrix, whose rows are units that the loops can take.
+Status is_recurrent(const Tensor& recurrent) {
+  TF_RETURN_IF_ERROR(has_rank("recurrent", recurrent, 2, "[units, 4 * units]"));
+  const int64_t units = recurrent.dim_size(0);
+  TF_RETURN_IF_ERROR(
+      has_shape("recurrent", recurrent, {units, 4 * units}, "[units, 4 * units]"));
+  if (units > 0 && units % kUnitsMultiple == 0) return absl::OkStatus();
+  return InvalidArgument("recurrent has ", units, " units; expected a multiple of ",
+                         kUnitsMultiple);
+}
+
+template <typename Number>
+const Number* data_or_null(const Tensor& tensor) {
+  return tensor.NumElements() ? tensor.flat<Number>().data() : nullptr;
+}
+
+Status allocate(OpKernelContext* context, int output, std::initializer_list<int64_t> sizes,
+                float** data) {
+  TensorShape shape;
+  TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &shape));
+  Tensor* tensor = nullptr;
+  TF_RETURN_IF_ERROR(context->allocate_output(output, shape, &tensor));
+  *data = tensor->flat<float>().data();
+  return absl::OkStatus();
+}
+
+Status allocate_scratch(OpKernelContext* context, int64_t size, Tensor* tensor, float** data) {
+  TF_RETURN_IF_ERROR(
+      context->allocate_temp(tensorflow::DT_FLOAT, TensorShape({size}), tensor));
+  *data = tensor->flat<float>().data();
+  return absl::OkStatus();
+}
+
+// ---- Threads ----
+
+// Runs work(first, last) on parts of 0..total; `cost` is one's in cycles, about.
+void in_threads(OpKernelContext* context, int64_t total, int64_t cost,
+                const std::function<void(int64_t, int64_t)>& work) {
+  const auto& workers = *context->device()->tensorflow_cpu_worker_threads();
+  tensorflow::Shard(workers.num_threads, workers.workers, total, cost,
+                    [&](int64_t first, int64_t last) {
+                      // Denormal numbers cost a hundred times what others do, and gradients end
+                      // in them.
+                      const tensorflow::port::ScopedFlushDenormal flush;
+                      work(first, last);
+                    });
+}
+
+// Runs work(rows, count, scratch) on all rows of a batch, each thread with its own; of all lengths,
+// where they are sorted. A row needs so many floats of scratch, and costs so many cycles.
+Status on_rows(OpKernelContext* context, int64_t batch, int64_t scratch_of_row, int64_t cost,
+               const std::function<void(const int64_t*, int64_t, float*)>& work) {
+  const int64_t threads =
+      std::min<int64_t>(context->device()->tensorflow_cpu_worker_threads()->num_threads, batch);
+  if (!threads) return absl::OkStatus();
+  const int64_t most = std::min(kMostRows, (batch + threads - 1) / threads);
+  Tensor tensor;
+  float* scratch = nullptr;
+  TF_RETURN_IF_ERROR(
+      allocate_scratch(context, threads * most * scratch_of_row, &tensor, &scratch));
+  in_threads(context, threads, cost * batch / threads, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      int64_t rows[kMostRows], count = 0;
+      for (int64_t row = thread; row < batch; row += threads) {
+        rows[count++] = row;
+        if (count < most && row + threads < batch) continue;
+        work(rows, count, scratch + thread * most * scratch_of_row);
+        count = 0;
+      }
+    }
+  });
+  return absl::OkStatus();
+}
+
+// ---- Packed matrices ----
+
+// Memory for packed matrices, in huge pages, kept from call to call: a matrix that streams through
+// the caches at each step is read twice as fast where the processor need not look up small pages.
+class Memory {
  public:
-#if defined(__SSE2__)
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(before_); }
+  void* take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it) {
+      if (it->bytes >= bytes && (best == free_.end() || it->bytes < best->bytes)) best = it;
+    }
+    if (best == free_.end()) {  // those that are free are too small: larger ones take their place
+      for (const Block& block : free_) std::free(block.address);
+      free_.clear();
+      return allocated(bytes);
+    }
+    const Block found = *best;
+    free_.erase(best);
+    taken_.push_back(found);
+    return found.address;
+  }
+
+  void give_back(void* address) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto it = std::find_if(taken_.begin(), taken_.end(),
+                                 [=](const Block& block) { return block.address == address; });
+    free_.push_back(*it);
+    taken_.erase(it);
+  }
 
  private:
-  unsigned before_;
+  struct Block {
+    void* address;
+    size_t bytes;
+  };
+
+  void* allocated(size_t bytes) {
+    bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* address = nullptr;
+    if (posix_memalign(&address, kHugePage, bytes)) return nullptr;
+#if defined(__linux__)
+    madvise(address, bytes, MADV_HUGEPAGE);  // if it cannot, pages are small
 #endif
+    taken_.push_back({address, bytes});
+    return address;
+  }
+
+  static constexpr size_t kHugePage = 2 << 20;
+  std::mutex mutex_;
+  std::vector<Block> free_, taken_;
 };
 
-// exp(x) for x <= 0, within 2 units in the last place; 0 where it would be denormal.
-inline Vector exp_of_negative(Vector x) {
-  const Vector smallest = Vector{} - 87.0f;
-  x = smallest > x ? smallest : x;  // not a number stays so: a run must see it
-  const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vector shifted = x * 1.44269504088896341f + rounder;
-  const Vector n = shifted - rounder;
-  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector y = Vector{} + 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const Integers exponent = reinterpret_cast<const Integers&>(shifted) << 23;
-  const Integers bits = reinterpret_cast<const Integers&>(y) + exponent;
-  return reinterpret_cast<const Vector&>(bits);
+Memory* memory() {
+  static auto* const made = new Memory;  // never freed: threads may run until the process is gone
+  return made;
 }
 
-inline Vector sigmoid(Vector x) {
-  const Vector e = exp_of_negative(x < 0.0f ? x : -x);
-  return (x < 0.0f ? e : Vector{} + 1.0f) / (1.0f + e);
-}
-
-inline Vector tanh_of(Vector x) {
-  const Vector e = exp_of_negative(2.0f * (x < 0.0f ? x : -x));
-  const Vector large = (1.0f - e) / (1.0f + e);
-  // Near 0 the difference above has lost its digits.
-  const Vector x2 = x * x;
-  const Vector small = x + x * x2 * (-0.333333333f + x2 * (0.133333333f - x2 * 0.0539682540f));
-  return x2 < 0.01f ? small : (x < 0.0f ? -large : large);
-}
-
-// Two bfloat16 numbers, the first in the lower half: the factors of two steps of a product.
-typedef uint32_t Pair;
-typedef Pair Pairs __attribute__((vector_size(4 * kWidth)));
-
-// The nearest bfloat16, as the upper half of a float; a tie goes to the even one.
-inline uint32_t nearest_half(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffff) > 0x7f800000) return bits | 0x00400000;  // not a number stays so
-  return bits + 0x7fff + (bits >> 16 & 1);
-}
-
-// How products are made of a kind of factors, each of which holds kSteps numbers along the depth.
-struct Whole {
-  typedef float Factor;
-  typedef Vector Factors;
-  static constexpr int64_t kSteps = 1;
-
-  static Factors load(const Factor* p) { return ::load(p); }
-  static void add(Vector& sum, Factors b, Factor a) { sum += b * a; }
-  static Factor factor(const float* from, int64_t) { return *from; }
-  static void pack(const float* from, int64_t depth, Factor* to) {
-    std::memcpy(to, from, sizeof(Factor) * depth);
+// A matrix [depth, columns] in tiles, as loops.h says.
+class Packed {
+ public:
+  Packed(const Loops& loops, Factor factor, const float* matrix, int64_t depth, int64_t columns)
+      : loops_(loops), factor_(factor), matrix_(matrix), depth_(depth), columns_(columns) {}
+  ~Packed() {
+    if (numbers_) memory()->give_back(numbers_);
   }
-};
+  Packed(const Packed&) = delete;
+  Packed& operator=(const Packed&) = delete;
 
-struct Half {
-  typedef Pair Factor;
-  typedef Pairs Factors;
-  static constexpr int64_t kSteps = 2;
+  // `matrix` is [columns, depth].
+  Status transposed(OpKernelContext* context) {
+    along_ = 1, across_ = depth_;
+    return pack(context);
+  }
+  // The columns are units of four gates.
+  Status of_gates(OpKernelContext* context) {
+    units_ = columns_ / 4;
+    return plain(context);
+  }
+  Status plain(OpKernelContext* context) {
+    along_ = columns_, across_ = 1;
+    return pack(context);
+  }
+  const void* numbers() const { return numbers_; }
 
-  static Factors load(const Factor* p) {
-    typedef Pair Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-    return *reinterpret_cast<const Unaligned*>(p);
-  }
-  static void add(Vector& sum, Factors b, Factor a) {
-    const Factors all = Factors{} + a;
-#if defined(__AVX512BF16__)
-    sum = reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-        reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(all)));
-#else
-    const Factors upper = Factors{} + 0xffff0000u;
-    sum += reinterpret_cast<Vector>(b << 16) * reinterpret_cast<Vector>(all << 16);
-    sum += reinterpret_cast<Vector>(b & upper) * reinterpret_cast<Vector>(all & upper);
-#endif
-  }
-  static Factor factor(const float* from, int64_t stride) {
-    return nearest_half(from[0]) >> 16 | (nearest_half(from[stride]) & 0xffff0000);
-  }
-  static void pack(const float* from, int64_t depth, Factor* to) {
-#if defined(__AVX512BF16__)
-    for (int64_t k = 0; k < depth; k += kWidth) {
-      const __m256bh halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + k));
-      std::memcpy(to + k / 2, &halves, sizeof halves);
-    }
-#else
-    for (int64_t k = 0; k < depth; k += 2) *to++ = factor(from + k, 1);
-#endif
-  }
-};
+ private:
+  int64_t steps() const { return factor_ == Factor::kPair ? 2 : 1; }
 
-// sums[m] += rows[m][0..depth) * panel, for kMany rows.
-template <typename Kind, int kMany>
-inline void multiply(const typename Kind::Factor* panel, int64_t depth,
-                     const typename Kind::Factor* const* rows, Vector (&sums)[kRows][4]) {
-  Vector local[kMany][4];  // in registers
-  const typename Kind::Factor* row[kMany];
-#pragma GCC unroll 6
-  for (int m = 0; m < kMany; ++m) {
-    row[m] = rows[m];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) local[m][v] = sums[m][v];
-  }
-  for (int64_t k = 0; k < depth / Kind::kSteps; ++k, panel += kPanel) {
-    const auto b0 = Kind::load(panel), b1 = Kind::load(panel + 16), b2 = Kind::load(panel + 32),
-               b3 = Kind::load(panel + 48);
-#pragma GCC unroll 6
-    for (int m = 0; m < kMany; ++m) {
-      const auto a = row[m][k];
-      Kind::add(local[m][0], b0, a);
-      Kind::add(local[m][1], b1, a);
-      Kind::add(local[m][2], b2, a);
-      Kind::add(local[m][3], b3, a);
-    }
-  }
-#pragma GCC unroll 6
-  for (int m = 0; m < kMany; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) sums[m][v] = local[m][v];
-  }
-}
-
-// Returns how many of `left` rows are multiplied next: as many as fit, but no small rest at the end.
-inline int rows_of_group(int64_t left) {
-  const int64_t groups = (left + kRows - 1) / kRows;
-  return (left + groups - 1) / groups;
-}
-
-template <typename Kind>
-void multiply(int many, const typename Kind::Factor* panel, int64_t depth,
-              const typename Kind::Factor* const* rows, Vector (&sums)[kRows][4]) {
-  switch (many) {
-    case 1: return multiply<Kind, 1>(panel, depth, rows, sums);
-    case 2: return multiply<Kind, 2>(panel, depth, rows, sums);
-    case 3: return multiply<Kind, 3>(panel, depth, rows, sums);
-    case 4: return multiply<Kind, 4>(panel, depth, rows, sums);
-    case 5: return multiply<Kind, 5>(panel, depth, rows, sums);
-    default: return multiply<Kind, 6>(panel, depth, rows, sums);
-  }
-}
-
-// The sizes and the mask of a call.
-struct Call {
-  int64_t batch, steps, units;
-  const bool* mask;  // [batch, time], or none
-
-  bool shows(int64_t row, int64_t t) const { return !mask || mask[row * steps + t]; }
-
-  // Runs work(rows), each thread with rows of its own: of all lengths, where they are sorted.
-  template <typename Work>
-  void run(OpKernelContext* context, const Work& work) const {
-    const auto& workers = *context->device()->tensorflow_cpu_worker_threads();
-    const int64_t threads = std::min<int64_t>(workers.num_threads, batch);
-    const int64_t cost = 8 * units * units * steps * batch / std::max<int64_t>(threads, 1);
-    tensorflow::Shard(threads, workers.workers, threads, cost, [&](int64_t first, int64_t last) {
-      FlushDenormals flush;
-      for (int64_t thread = first; thread < last; ++thread) {
-        std::vector<int64_t> rows;
-        for (int64_t row = thread; row < batch; row += threads) rows.push_back(row);
-        work(rows);
-      }
+  Status pack(OpKernelContext* context) {
+    const int64_t group = 4 * loops_.width, tiles = (columns_ + group - 1) / group * group / loops_.tile;
+    const int64_t factors = (depth_ + steps() - 1) / steps();
+    numbers_ = static_cast<uint32_t*>(memory()->take(4 * tiles * loops_.tile * factors));
+    if (!numbers_) return absl::ResourceExhaustedError("no memory for a packed matrix");
+    in_threads(context, tiles, 2 * loops_.tile * depth_, [&](int64_t first, int64_t last) {
+      for (int64_t tile = first; tile < last; ++tile) pack_tile(tile, factors);
     });
+    return absl::OkStatus();
   }
-};
 
-// Returns the recurrent matrix [units, 4 * units] in panels of the four gates of 16 units.
-template <typename Kind>
-std::vector<typename Kind::Factor> in_panels(const float* matrix, int64_t units) {
-  std::vector<typename Kind::Factor> packed(units / Kind::kSteps * 4 * units);
-  auto* to = packed.data();
-  for (int64_t u = 0; u < units; u += kWidth) {
-    for (int64_t k = 0; k < units; k += Kind::kSteps) {
-      for (int gate = 0; gate < 4; ++gate) {
-        const float* from = matrix + k * 4 * units + gate * units + u;
-        for (int v = 0; v < kWidth; ++v) *to++ = Kind::factor(from + v, 4 * units);
+  void pack_tile(int64_t tile, int64_t factors) {
+    uint32_t* to = numbers_ + tile * loops_.tile * factors;
+    for (int64_t v = 0; v < loops_.tile; ++v) {
+      const int64_t column = tile * loops_.tile + v;
+      const float* from = matrix_ + place_of(column) * across_;
+      for (int64_t k = 0; k < factors; ++k) {
+        to[k * loops_.tile + v] = column < columns_ ? packed(from + k * steps() * along_, k) : 0;
       }
     }
   }
-  return packed;
+
+  // Returns which column of the matrix a column of the packed one is.
+  int64_t place_of(int64_t column) const {
+    if (!units_) return column;
+    const int64_t width = loops_.width, gate = column / width % 4;
+    return gate * units_ + column / (4 * width) * width + column % width;
+  }
+
+  uint32_t packed(const float* from, int64_t k) const {
+    if (factor_ == Factor::kRounded) return nearest_half(*from);
+    if (factor_ == Factor::kPair) {
+      const bool is_last = 2 * k + 1 == depth_;
+      return nearest_half(from[0]) >> 16 | (is_last ? 0 : nearest_half(from[along_]));
+    }
+    uint32_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return bits;
+  }
+
+  const Loops& loops_;
+  const Factor factor_;
+  const float* const matrix_;
+  const int64_t depth_, columns_;
+  int64_t along_ = 0, across_ = 0, units_ = 0;
+  uint32_t* numbers_ = nullptr;
+};
+
+// ---- Operations ----
+
+template <typename Kind>
+const Factors& factors_of(const Loops& loops);
+template <>
+const Factors& factors_of<float>(const Loops& loops) {
+  return loops.whole;
 }
+template <>
+const Factors& factors_of<bfloat16>(const Loops& loops) {
+  return loops.half;
+}
+
+class ProductOp : public OpKernel {
+ public:
+  explicit ProductOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("transpose", &transpose_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor &left = context->input(0), &right = context->input(1), &bias = context->input(2),
+                 &mask = context->input(3);
+    OP_REQUIRES_OK(context, has_rank("left", left, 3, "[batch, time, depth]"));
+    OP_REQUIRES_OK(context, has_rank("right", right, 2, "[depth, columns], or transposed"));
+    const int64_t batch = left.dim_size(0), steps = left.dim_size(1), depth = left.dim_size(2),
+                  columns = right.dim_size(transpose_ ? 0 : 1);
+    OP_REQUIRES(context, right.dim_size(transpose_ ? 1 : 0) == depth,
+                InvalidArgument("right has shape ", right.shape().DebugString(), "; expected ",
+                                transpose_ ? "[columns, " : "[", depth,
+                                transpose_ ? "]" : ", columns]"));
+    OP_REQUIRES_OK(context, has_shape_or_none("bias", bias, {columns}, "[columns]"));
+    OP_REQUIRES_OK(context, has_shape_or_none("mask", mask, {batch, steps}, "[batch, time]"));
+    Product call = {depth, columns, data_or_null<bool>(mask), left.flat<float>().data(), nullptr,
+                    data_or_null<float>(bias), nullptr};
+    OP_REQUIRES_OK(context, allocate(context, 0, {batch, steps, columns}, &call.out));
+    if (!(batch && steps && columns)) return;
+
+    const Loops& loops = *chosen.load();
+    Packed packed(loops, Factor::kFloat, right.flat<float>().data(), depth, columns);
+    OP_REQUIRES_OK(context, transpose_ ? packed.transposed(context) : packed.plain(context));
+    call.right = packed.numbers();
+    const int64_t rows = batch * steps, blocks = (rows + kProductRows - 1) / kProductRows;
+    in_threads(context, blocks, kProductRows * columns * (depth / 16 + 1),
+               [&](int64_t first, int64_t last) {
+                 loops.product(call, first * kProductRows, std::min(rows, last * kProductRows));
+               });
+  }
+
+ private:
+  bool transpose_;
+};
 
 template <typename Kind>
 class ForwardOp : public OpKernel {
  public:
-  explicit ForwardOp(OpKernelConstruction* context) : OpKernel(context) {}
-
-  void Compute(OpKernelContext* context) override {
-    const Tensor& recurrent = context->input(1);
-    const TensorShape& shape = context->input(0).shape();
-    const int64_t units = recurrent.dim_size(0);
-    const bool masked = context->input(4).NumElements() > 0;
-    const Call call{shape.dim_size(0), shape.dim_size(1), units,
-                    masked ? context->input(4).flat<bool>().data() : nullptr};
-    OP_REQUIRES(context, units % kWidth == 0 && shape.dim_size(2) == 4 * units,
-                tensorflow::errors::InvalidArgument("units must be a multiple of 16"));
-    Tensor *gates = nullptr, *outputs = nullptr, *cells = nullptr, *before = nullptr;
-    const TensorShape of_units({call.batch, call.steps, units});
-    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 2, shape, &gates));
-    OP_REQUIRES_OK(context, context->allocate_output(0, of_units, &outputs));
-    OP_REQUIRES_OK(context, context->allocate_output(1, of_units, &cells));
-    OP_REQUIRES_OK(context, context->allocate_output(3, of_units, &before));
-
-    const auto packed = in_panels<Kind>(recurrent.flat<float>().data(), units);
-    const int64_t factors = units / Kind::kSteps;  // of a state
-    const float* z = context->input(0).flat<float>().data();
-    const float* h0 = context->input(2).flat<float>().data();
-    const float* c0 = context->input(3).flat<float>().data();
-    float *g = gates->flat<float>().data(), *h = outputs->flat<float>().data(),
-          *c = cells->flat<float>().data(), *b = before->flat<float>().data();
-
-    call.run(context, [&](const std::vector<int64_t>& rows) {
-      std::vector<int64_t> shown;
-      std::vector<typename Kind::Factor> last(rows.size() * factors);  // h before the step
-      for (int64_t t = 0; t < call.steps; ++t) {
-        shown.clear();
-        for (int64_t row : rows) {
-          const int64_t now = row * call.steps + t;
-          const float* last_h = t ? h + (now - 1) * units : h0 + row * units;
-          std::memcpy(b + now * units, last_h, 4 * units);
-          if (call.shows(row, t)) {
-            Kind::pack(last_h, units, last.data() + shown.size() * factors);
-            shown.push_back(row);
-          } else {
-            const float* last_c = t ? c + (now - 1) * units : c0 + row * units;
-            std::memcpy(h + now * units, last_h, 4 * units);
-            std::memcpy(c + now * units, last_c, 4 * units);
-          }
-        }
-        for (int64_t u = 0; u < units; u += kWidth) {
-          const auto* panel = packed.data() + u * 4 * factors;
-          for (size_t first = 0, many; first < shown.size(); first += many) {
-            many = rows_of_group(shown.size() - first);
-            Vector sums[kRows][4];
-            const typename Kind::Factor* states[kRows];
-            for (int m = 0; m < many; ++m) {
-              const int64_t now = shown[first + m] * call.steps + t;
-              states[m] = last.data() + (first + m) * factors;
-              for (int gate = 0; gate < 4; ++gate) {
-                const float* from = z + now * 4 * units + gate * units + u;
-                sums[m][gate] = load(from);
-                __builtin_prefetch(from + kWidth);  // for the next panel
-              }
-              __builtin_prefetch(c + now * units + u, 1);
-              __builtin_prefetch(h + now * units + u, 1);
-            }
-            multiply<Kind>(many, panel, units, states, sums);
-            for (int m = 0; m < many; ++m) {
-              const int64_t row = shown[first + m], now = row * call.steps + t;
-              const float* last_c = (t ? c + (now - 1) * units : c0 + row * units) + u;
-              const Vector in = sigmoid(sums[m][0]), forget = sigmoid(sums[m][1]),
-                           candidate = tanh_of(sums[m][2]), out = sigmoid(sums[m][3]);
-              const Vector cell = forget * load(last_c) + in * candidate;
-              float* gate = g + now * 4 * units + u;
-              store(gate, in);
-              store(gate + units, forget);
-              store(gate + 2 * units, candidate);
-              store(gate + 3 * units, out);
-              store(c + now * units + u, cell);
-              store(h + now * units + u, out * tanh_of(cell));
-            }
-          }
-        }
-      }
-    });
-  }
-};
-
-// Reads without keeping anything but the states. What the inputs give the gates is looked up: words
-// repeat, and each different one was multiplied once.
-class ReadOp : public OpKernel {
- public:
-  explicit ReadOp(OpKernelConstruction* context) : OpKernel(context) {
+  explicit ForwardOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("keep", &keep_));
     OP_REQUIRES_OK(context, context->GetAttr("return_sequences", &sequences_));
   }
 
   void Compute(OpKernelContext* context) override {
-    const Tensor &words = context->input(0), &index = context->input(1);
-    const int64_t units = context->input(2).dim_size(0), depth = 4 * units;
-    const bool masked = context->input(5).NumElements() > 0;
-    const Call call{index.dim_size(0), index.dim_size(1), units,
-                    masked ? context->input(5).flat<bool>().data() : nullptr};
-    OP_REQUIRES(context, units % kWidth == 0 && words.dim_size(1) == depth,
-                tensorflow::errors::InvalidArgument("units must be a multiple of 16"));
-    const int32_t* word = index.flat<int32_t>().data();
-    for (int64_t i = 0; i < index.NumElements(); ++i) {
-      OP_REQUIRES(context, 0 <= word[i] && word[i] < words.dim_size(0),
-                  tensorflow::errors::InvalidArgument("there is no word ", word[i]));
-    }
-    Tensor *outputs = nullptr, *final_h = nullptr, *final_c = nullptr;
-    const TensorShape of_outputs({call.batch, sequences_ ? call.steps : 1, units});
-    const TensorShape state({call.batch, units});
-    OP_REQUIRES_OK(context, context->allocate_output(0, of_outputs, &outputs));
-    OP_REQUIRES_OK(context, context->allocate_output(1, state, &final_h));
-    OP_REQUIRES_OK(context, context->allocate_output(2, state, &final_c));
-
-    const auto packed = in_panels<Whole>(context->input(2).flat<float>().data(), units);
-    const float* z = words.flat<float>().data();
-    float *out = outputs->flat<float>().data(), *h = final_h->flat<float>().data(),
-          *c = final_c->flat<float>().data();
-    std::memcpy(h, context->input(3).flat<float>().data(), 4 * call.batch * units);
-    std::memcpy(c, context->input(4).flat<float>().data(), 4 * call.batch * units);
-
-    call.run(context, [&](const std::vector<int64_t>& rows) {
-      std::vector<int64_t> shown;
-      std::vector<float> last(rows.size() * units);  // h before the step
-      for (int64_t t = 0; t < call.steps; ++t) {
-        shown.clear();
-        for (int64_t row : rows) {
-          if (!call.shows(row, t)) continue;
-          std::memcpy(last.data() + shown.size() * units, h + row * units, 4 * units);
-          shown.push_back(row);
-        }
-        for (int64_t u = 0; u < units; u += kWidth) {
-          const float* panel = packed.data() + u * depth;
-          for (size_t first = 0, many; first < shown.size(); first += many) {
-            many = rows_of_group(shown.size() - first);
-            Vector sums[kRows][4];
-            const float* states[kRows];
-            for (int m = 0; m < many; ++m) {
-              const float* of_word = z + word[shown[first + m] * call.steps + t] * depth + u;
-              states[m] = last.data() + (first + m) * units;
-              for (int gate = 0; gate < 4; ++gate) sums[m][gate] = load(of_word + gate * units);
-            }
-            multiply<Whole>(many, panel, units, states, sums);
-            for (int m = 0; m < many; ++m) {
-              const int64_t place = shown[first + m] * units + u;
-              const Vector cell = sigmoid(sums[m][1]) * load(c + place) +
-                                  sigmoid(sums[m][0]) * tanh_of(sums[m][2]);
-              store(c + place, cell);
-              store(h + place, sigmoid(sums[m][3]) * tanh_of(cell));
-            }
-          }
-        }
-        for (int64_t row : rows) {
-          if (!sequences_) break;
-          std::memcpy(out + (row * call.steps + t) * units, h + row * units, 4 * units);
-        }
-      }
-      for (int64_t row : rows) {
-        if (sequences_) break;
-        std::memcpy(out + row * units, h + row * units, 4 * units);
-      }
-    });
+    Forward call = {};
+    int64_t batch = 0;
+    OP_REQUIRES_OK(context, check(context, &batch, &call));
+    OP_REQUIRES_OK(context, allocate_results(context, batch, &call));
+    const Loops& loops = *chosen.load();
+    const Factors& factors = factors_of<Kind>(loops);
+    Packed packed(loops, factors.factor, context->input(2).template flat<float>().data(),
+                  call.units, 4 * call.units);
+    if (!batch) return;
+    OP_REQUIRES_OK(context, packed.of_gates(context));
+    call.recurrent = packed.numbers();
+    OP_REQUIRES_OK(
+        context, on_rows(context, batch, forward_scratch(1, call.units),
+                         call.units * call.units * call.steps / 4,
+                         [&](const int64_t* rows, int64_t count, float* scratch) {
+                           factors.forward(call, rows, count, scratch);
+                         }));
   }
 
  private:
-  bool sequences_;
+  // Checks the operands, and fills in sizes and inputs.
+  Status check(OpKernelContext* context, int64_t* batch, Forward* call) const {
+    const Tensor &z = context->input(0), &index = context->input(1), &h = context->input(3),
+                 &c = context->input(4), &mask = context->input(5);
+    TF_RETURN_IF_ERROR(is_recurrent(context->input(2)));
+    const int64_t units = context->input(2).dim_size(0), depth = 4 * units;
+    const bool by_index = index.dims() == 2;
+    if (by_index) {
+      TF_RETURN_IF_ERROR(has_rank("z", z, 2, "[words, 4 * units], as there is an index"));
+      TF_RETURN_IF_ERROR(has_shape("z", z, {z.dim_size(0), depth}, "[words, 4 * units]"));
+    } else {
+      TF_RETURN_IF_ERROR(has_shape("index", index, {0}, "[batch, time], or none"));
+      TF_RETURN_IF_ERROR(has_rank("z", z, 3, "[batch, time, 4 * units], as there is no index"));
+      TF_RETURN_IF_ERROR(has_shape("z", z, {z.dim_size(0), z.dim_size(1), depth},
+                                   "[batch, time, 4 * units]"));
+    }
+    const Tensor& sizes = by_index ? index : z;
+    *batch = sizes.dim_size(0);
+    const int64_t steps = sizes.dim_size(1);
+    TF_RETURN_IF_ERROR(has_shape("h", h, {*batch, units}, "[batch, units]"));
+    TF_RETURN_IF_ERROR(has_shape("c", c, {*batch, units}, "[batch, units]"));
+    TF_RETURN_IF_ERROR(has_shape_or_none("mask", mask, {*batch, steps}, "[batch, time]"));
+    const auto words = index.flat<int32_t>();
+    for (int64_t i = 0; i < words.size(); ++i) {
+      if (words(i) < 0 || words(i) >= z.dim_size(0)) {
+        return InvalidArgument("there is no word ", words(i));
+      }
+    }
+    call->steps = steps;
+    call->units = units;
+    call->mask = data_or_null<bool>(mask);
+    call->z = z.flat<float>().data();
+    call->index = data_or_null<int32_t>(index);
+    return absl::OkStatus();
+  }
+
+  Status allocate_results(OpKernelContext* context, int64_t batch, Forward* call) const {
+    const int64_t units = call->units, steps = call->steps;
+    TF_RETURN_IF_ERROR(allocate(context, 1, {batch, units}, &call->h));
+    TF_RETURN_IF_ERROR(allocate(context, 2, {batch, units}, &call->c));
+    std::memcpy(call->h, context->input(3).flat<float>().data(), 4 * batch * units);
+    std::memcpy(call->c, context->input(4).flat<float>().data(), 4 * batch * units);
+    float* none = nullptr;
+    if (keep_ || sequences_) {
+      TF_RETURN_IF_ERROR(allocate(context, 0, {batch, steps, units}, &call->outputs));
+    } else {
+      TF_RETURN_IF_ERROR(allocate(context, 0, {batch, 0, units}, &none));
+    }
+    if (!keep_) {
+      TF_RETURN_IF_ERROR(allocate(context, 3, {batch, 0, 4 * units}, &none));
+      return allocate(context, 4, {batch, 0, units}, &none);
+    }
+    TF_RETURN_IF_ERROR(allocate(context, 4, {batch, steps, units}, &call->cells));
+    if (context->input(1).dims() == 2) {
+      return allocate(context, 3, {batch, steps, 4 * units}, &call->gates);
+    }
+    Tensor* gates = nullptr;
+    TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output(
+        {0}, 3, context->input(0).shape(), &gates));
+    call->gates = gates->flat<float>().data();
+    return absl::OkStatus();
+  }
+
+  bool keep_, sequences_;
 };
 
 template <typename Kind>
@@ -417,124 +460,269 @@ class BackwardOp : public OpKernel {
   explicit BackwardOp(OpKernelConstruction* context) : OpKernel(context) {}
 
   void Compute(OpKernelContext* context) override {
-    const Tensor& recurrent = context->input(1);
-    const TensorShape& shape = context->input(0).shape();
-    const int64_t units = recurrent.dim_size(0);
-    const bool masked = context->input(4).NumElements() > 0;
-    const Call call{shape.dim_size(0), shape.dim_size(1), units,
-                    masked ? context->input(4).flat<bool>().data() : nullptr};
-    const bool sequences = context->input(5).NumElements() > 0;
-    Tensor *d_gates = nullptr, *d_h = nullptr, *d_c = nullptr;
-    const TensorShape state({call.batch, units});
-    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, shape, &d_gates));
-    OP_REQUIRES_OK(context, context->allocate_output(1, state, &d_h));
-    OP_REQUIRES_OK(context, context->allocate_output(2, state, &d_c));
+    Backward call = {};
+    int64_t batch = 0;
+    OP_REQUIRES_OK(context, check(context, &batch, &call));
+    Tensor* d_z = nullptr;
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
+                                {0}, 0, context->input(0).shape(), &d_z));
+    call.d_z = d_z->template flat<float>().data();
+    OP_REQUIRES_OK(context, allocate(context, 1, {batch, call.units}, &call.d_h));
+    OP_REQUIRES_OK(context, allocate(context, 2, {batch, call.units}, &call.d_c));
+    if (!batch) return;
+    const int64_t bytes = 4 * batch * call.units;
+    std::memcpy(call.d_h, context->input(6).template flat<float>().data(), bytes);
+    std::memcpy(call.d_c, context->input(7).template flat<float>().data(), bytes);
 
-    const float* matrix = recurrent.flat<float>().data();
-    const int64_t panels = (units + kPanel - 1) / kPanel, depth = 4 * units;
-    const int64_t factors = depth / Kind::kSteps;  // of a row's gradients
-    std::vector<typename Kind::Factor> packed(panels * factors * kPanel, 0);
-    for (int64_t u = 0; u < units; ++u) {
-      auto* to = packed.data() + u / kPanel * factors * kPanel + u % kPanel;
-      for (int64_t k = 0; k < factors; ++k) {
-        to[k * kPanel] = Kind::factor(matrix + u * depth + k * Kind::kSteps, 1);
-      }
-    }
-    const float* g = context->input(0).flat<float>().data();
-    const float* c0 = context->input(2).flat<float>().data();
-    const float* c = context->input(3).flat<float>().data();
-    const float* d_out = context->input(5).flat<float>().data();
-    float *dz = d_gates->flat<float>().data(), *dh = d_h->flat<float>().data(),
-          *dc = d_c->flat<float>().data();
-    std::memcpy(dh, context->input(6).flat<float>().data(), 4 * call.batch * units);
-    std::memcpy(dc, context->input(7).flat<float>().data(), 4 * call.batch * units);
+    const Loops& loops = *chosen.load();
+    const Factors& factors = factors_of<Kind>(loops);
+    Packed packed(loops, factors.factor, context->input(1).template flat<float>().data(),
+                  4 * call.units, call.units);
+    OP_REQUIRES_OK(context, packed.transposed(context));
+    call.recurrent = packed.numbers();
+    OP_REQUIRES_OK(
+        context, on_rows(context, batch, backward_scratch(1, call.units),
+                         call.units * call.units * call.steps / 4,
+                         [&](const int64_t* rows, int64_t count, float* scratch) {
+                           factors.backward(call, rows, count, scratch);
+                         }));
+  }
 
-    call.run(context, [&](const std::vector<int64_t>& rows) {
-      std::vector<int64_t> shown;
-      std::vector<typename Kind::Factor> of_gates(rows.size() * factors);
-      for (int64_t t = call.steps - 1; t >= 0; --t) {
-        shown.clear();
-        for (int64_t row : rows) {
-          const int64_t now = row * call.steps + t;
-          float *row_dh = dh + row * units, *row_dc = dc + row * units,
-                *row_dz = dz + now * depth;
-          if (sequences) {
-            for (int64_t u = 0; u < units; ++u) row_dh[u] += d_out[now * units + u];
-          }
-          if (!call.shows(row, t)) {
-            std::memset(row_dz, 0, 4 * depth);
-            continue;
-          }
-          const float* gate = g + now * depth;
-          const float* last_c = t ? c + (now - 1) * units : c0 + row * units;
-          for (int64_t u = 0; u < units; u += kWidth) {
-            const Vector in = load(gate + u), forget = load(gate + units + u),
-                         candidate = load(gate + 2 * units + u),
-                         out = load(gate + 3 * units + u);
-            const Vector squashed = tanh_of(load(c + now * units + u));
-            const Vector of_h = load(row_dh + u);
-            const Vector of_c = load(row_dc + u) + of_h * out * (1.0f - squashed * squashed);
-            const Vector of_in = of_c * candidate * in * (1.0f - in);
-            const Vector of_forget = of_c * load(last_c + u) * forget * (1.0f - forget);
-            const Vector of_candidate = of_c * in * (1.0f - candidate * candidate);
-            const Vector of_out = of_h * squashed * out * (1.0f - out);
-            store(row_dz + u, of_in);
-            store(row_dz + units + u, of_forget);
-            store(row_dz + 2 * units + u, of_candidate);
-            store(row_dz + 3 * units + u, of_out);
-            store(row_dc + u, of_c * forget);
-          }
-          Kind::pack(row_dz, depth, of_gates.data() + shown.size() * factors);
-          shown.push_back(row);
-        }
-        for (int64_t p = 0; p < panels; ++p) {
-          const int64_t vectors = std::min<int64_t>(4, (units - p * kPanel) / kWidth);
-          for (size_t first = 0, many; first < shown.size(); first += many) {
-            many = rows_of_group(shown.size() - first);
-            Vector sums[kRows][4] = {};
-            const typename Kind::Factor* gradients[kRows];
-            for (int m = 0; m < many; ++m) {
-              gradients[m] = of_gates.data() + (first + m) * factors;
-            }
-            multiply<Kind>(many, packed.data() + p * factors * kPanel, depth, gradients, sums);
-            for (int m = 0; m < many; ++m) {
-              float* to = dh + shown[first + m] * units + p * kPanel;
-              for (int64_t v = 0; v < vectors; ++v) store(to + v * kWidth, sums[m][v]);
-            }
-          }
-        }
-      }
-    });
+ private:
+  Status check(OpKernelContext* context, int64_t* batch, Backward* call) const {
+    const Tensor &gates = context->input(0), &c = context->input(2), &cells = context->input(3),
+                 &mask = context->input(4), &d_outputs = context->input(5),
+                 &d_h = context->input(6), &d_c = context->input(7);
+    TF_RETURN_IF_ERROR(is_recurrent(context->input(1)));
+    TF_RETURN_IF_ERROR(has_rank("gates", gates, 3, "[batch, time, 4 * units]"));
+    *batch = gates.dim_size(0);
+    const int64_t units = context->input(1).dim_size(0), steps = gates.dim_size(1);
+    TF_RETURN_IF_ERROR(has_shape("gates", gates, {*batch, steps, 4 * units},
+                                 "[batch, time, 4 * units]"));
+    TF_RETURN_IF_ERROR(has_shape("c", c, {*batch, units}, "[batch, units]"));
+    TF_RETURN_IF_ERROR(has_shape("cells", cells, {*batch, steps, units}, "[batch, time, units]"));
+    TF_RETURN_IF_ERROR(has_shape_or_none("mask", mask, {*batch, steps}, "[batch, time]"));
+    TF_RETURN_IF_ERROR(has_shape_or_none("d_outputs", d_outputs, {*batch, steps, units},
+                                         "[batch, time, units]"));
+    TF_RETURN_IF_ERROR(has_shape("d_h", d_h, {*batch, units}, "[batch, units]"));
+    TF_RETURN_IF_ERROR(has_shape("d_c", d_c, {*batch, units}, "[batch, units]"));
+    call->steps = steps;
+    call->units = units;
+    call->mask = data_or_null<bool>(mask);
+    call->gates = gates.flat<float>().data();
+    call->cells = cells.flat<float>().data();
+    call->c = c.flat<float>().data();
+    call->d_outputs = data_or_null<float>(d_outputs);
+    return absl::OkStatus();
   }
 };
 
+class WeightGradientOp : public OpKernel {
+ public:
+  explicit WeightGradientOp(OpKernelConstruction* context) : OpKernel(context) {}
+
+  void Compute(OpKernelContext* context) override {
+    WeightGradient call = {};
+    OP_REQUIRES_OK(context, check(context, &call));
+    const int64_t units = call.units, columns = 4 * units;
+    OP_REQUIRES_OK(context, allocate(context, 0, {call.width, columns}, &call.d_kernel));
+    OP_REQUIRES_OK(context, allocate(context, 1, {units, columns}, &call.d_recurrent));
+    OP_REQUIRES_OK(context, allocate(context, 2, {columns}, &call.d_bias));
+
+    const Loops& loops = *chosen.load();
+    const int64_t tiles = columns / loops.tile;
+    const int64_t threads = std::min<int64_t>(
+        context->device()->tensorflow_cpu_worker_threads()->num_threads, tiles);
+    const int64_t of_thread = (tiles + threads - 1) / threads * loops.tile;
+    const int64_t size = loops.weight_gradient_scratch(call, of_thread);
+    Tensor tensor;
+    float* scratch = nullptr;
+    OP_REQUIRES_OK(context, allocate_scratch(context, threads * size, &tensor, &scratch));
+    const int64_t cost = call.batch * call.steps * (call.width + units) * of_thread / 16;
+    in_threads(context, threads, cost, [&](int64_t first, int64_t last) {
+      for (int64_t thread = first; thread < last; ++thread) {
+        const int64_t begin = thread * of_thread, end = std::min(columns, begin + of_thread);
+        if (begin < end) loops.weight_gradient(call, begin, end, scratch + thread * size);
+      }
+    });
+  }
+
+ private:
+  Status check(OpKernelContext* context, WeightGradient* call) const {
+    const Tensor &inputs = context->input(0), &outputs = context->input(1),
+                 &h = context->input(2), &d_z = context->input(3), &mask = context->input(4);
+    TF_RETURN_IF_ERROR(has_rank("inputs", inputs, 3, "[batch, time, inputs]"));
+    TF_RETURN_IF_ERROR(has_rank("h", h, 2, "[batch, units]"));
+    const int64_t batch = inputs.dim_size(0), steps = inputs.dim_size(1), units = h.dim_size(1);
+    TF_RETURN_IF_ERROR(has_shape("h", h, {batch, units}, "[batch, units]"));
+    TF_RETURN_IF_ERROR(
+        has_shape("outputs", outputs, {batch, steps, units}, "[batch, time, units]"));
+    TF_RETURN_IF_ERROR(
+        has_shape("d_z", d_z, {batch, steps, 4 * units}, "[batch, time, 4 * units]"));
+    TF_RETURN_IF_ERROR(has_shape_or_none("mask", mask, {batch, steps}, "[batch, time]"));
+    if (units <= 0 || units % kUnitsMultiple) {
+      return InvalidArgument("h has ", units, " units; expected a multiple of ", kUnitsMultiple);
+    }
+    *call = {batch,  steps, inputs.dim_size(2), units, data_or_null<bool>(mask),
+             inputs.flat<float>().data(), outputs.flat<float>().data(), h.flat<float>().data(),
+             d_z.flat<float>().data(), nullptr, nullptr, nullptr};
+    return absl::OkStatus();
+  }
+};
+
+// ---- Shapes, as far as they are known before a call ----
+
+// Merges an operand that may be left out, as an empty vector, with [first, second] or more.
+Status merge_or_none(InferenceContext* c, int input, const std::vector<DimensionHandle>& sizes) {
+  const ShapeHandle shape = c->input(input);
+  if (!c->RankKnown(shape) || (c->Rank(shape) == 1 && sizes.size() != 1)) return absl::OkStatus();
+  if (sizes.size() == 1 && c->Rank(shape) == 1 && c->Value(c->Dim(shape, 0)) <= 0) {
+    return absl::OkStatus();
+  }
+  ShapeHandle merged;
+  return c->Merge(shape, c->MakeShape(sizes), &merged);
+}
+
+Status merge(InferenceContext* c, int input, const std::vector<DimensionHandle>& sizes) {
+  ShapeHandle merged;
+  return c->Merge(c->input(input), c->MakeShape(sizes), &merged);
+}
+
+// Finds the units of a recurrent matrix, and four times as many.
+Status units_of(InferenceContext* c, int input, DimensionHandle* units, DimensionHandle* gates) {
+  ShapeHandle matrix;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(input), 2, &matrix));
+  *units = c->Dim(matrix, 0);
+  TF_RETURN_IF_ERROR(c->Multiply(*units, 4, gates));
+  return c->Merge(c->Dim(matrix, 1), *gates, gates);
+}
+
+Status product_shape(InferenceContext* c) {
+  bool transpose;
+  TF_RETURN_IF_ERROR(c->GetAttr("transpose", &transpose));
+  ShapeHandle left, right;
+  DimensionHandle depth;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &left));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 2, &right));
+  TF_RETURN_IF_ERROR(c->Merge(c->Dim(left, 2), c->Dim(right, transpose ? 1 : 0), &depth));
+  const DimensionHandle batch = c->Dim(left, 0), steps = c->Dim(left, 1),
+                        columns = c->Dim(right, transpose ? 0 : 1);
+  TF_RETURN_IF_ERROR(merge_or_none(c, 2, {columns}));
+  TF_RETURN_IF_ERROR(merge_or_none(c, 3, {batch, steps}));
+  c->set_output(0, c->MakeShape({batch, steps, columns}));
+  return absl::OkStatus();
+}
+
+Status forward_shape(InferenceContext* c) {
+  bool keep, sequences;
+  TF_RETURN_IF_ERROR(c->GetAttr("keep", &keep));
+  TF_RETURN_IF_ERROR(c->GetAttr("return_sequences", &sequences));
+  DimensionHandle units, gates, batch = c->UnknownDim(), steps = c->UnknownDim();
+  TF_RETURN_IF_ERROR(units_of(c, 2, &units, &gates));
+  const ShapeHandle index = c->input(1);
+  if (c->RankKnown(index) && c->Rank(index) == 2) {
+    batch = c->Dim(index, 0), steps = c->Dim(index, 1);
+    TF_RETURN_IF_ERROR(merge(c, 0, {c->UnknownDim(), gates}));
+  } else if (c->RankKnown(index)) {
+    ShapeHandle z;
+    TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &z));
+    TF_RETURN_IF_ERROR(merge(c, 0, {c->UnknownDim(), c->UnknownDim(), gates}));
+    batch = c->Dim(z, 0), steps = c->Dim(z, 1);
+  }
+  for (const int state : {3, 4}) {
+    TF_RETURN_IF_ERROR(merge(c, state, {batch, units}));
+    ShapeHandle known;
+    TF_RETURN_IF_ERROR(c->WithRank(c->input(state), 2, &known));
+    TF_RETURN_IF_ERROR(c->Merge(batch, c->Dim(known, 0), &batch));
+  }
+  TF_RETURN_IF_ERROR(merge_or_none(c, 5, {batch, steps}));
+  const DimensionHandle none = c->MakeDim(0), kept = keep ? steps : none;
+  c->set_output(0, c->MakeShape({batch, keep || sequences ? steps : none, units}));
+  c->set_output(1, c->MakeShape({batch, units}));
+  c->set_output(2, c->MakeShape({batch, units}));
+  c->set_output(3, c->MakeShape({batch, kept, gates}));
+  c->set_output(4, c->MakeShape({batch, kept, units}));
+  return absl::OkStatus();
+}
+
+Status backward_shape(InferenceContext* c) {
+  DimensionHandle units, gates;
+  ShapeHandle all;
+  TF_RETURN_IF_ERROR(units_of(c, 1, &units, &gates));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &all));
+  const DimensionHandle batch = c->Dim(all, 0), steps = c->Dim(all, 1);
+  TF_RETURN_IF_ERROR(merge(c, 0, {batch, steps, gates}));
+  TF_RETURN_IF_ERROR(merge(c, 3, {batch, steps, units}));
+  TF_RETURN_IF_ERROR(merge_or_none(c, 4, {batch, steps}));
+  TF_RETURN_IF_ERROR(merge_or_none(c, 5, {batch, steps, units}));
+  for (const int state : {2, 6, 7}) TF_RETURN_IF_ERROR(merge(c, state, {batch, units}));
+  c->set_output(0, c->MakeShape({batch, steps, gates}));
+  c->set_output(1, c->MakeShape({batch, units}));
+  c->set_output(2, c->MakeShape({batch, units}));
+  return absl::OkStatus();
+}
+
+Status weight_gradient_shape(InferenceContext* c) {
+  ShapeHandle inputs, h;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &inputs));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 2, &h));
+  const DimensionHandle batch = c->Dim(inputs, 0), steps = c->Dim(inputs, 1),
+                        width = c->Dim(inputs, 2), units = c->Dim(h, 1);
+  DimensionHandle gates;
+  TF_RETURN_IF_ERROR(c->Multiply(units, 4, &gates));
+  TF_RETURN_IF_ERROR(merge(c, 1, {batch, steps, units}));
+  TF_RETURN_IF_ERROR(merge(c, 2, {batch, units}));
+  TF_RETURN_IF_ERROR(merge(c, 3, {batch, steps, gates}));
+  TF_RETURN_IF_ERROR(merge_or_none(c, 4, {batch, steps}));
+  c->set_output(0, c->MakeShape({width, gates}));
+  c->set_output(1, c->MakeShape({units, gates}));
+  c->set_output(2, c->MakeShape({gates}));
+  return absl::OkStatus();
+}
+
 }  // namespace
 
-// z: [batch, time, 4 * units], what the inputs and the bias give the gates, which are input,
-// forget, candidate and output. mask: bool [batch, time], or empty. factors: of the
-// recurrent products.
+// ---- What Python calls directly ----
+
+// Writes the names of the instruction sets that this processor has, the best one last, with commas.
+extern "C" void warmstate_instruction_sets(char* to, int64_t size) {
+  std::string names;
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.is_there) names += (names.empty() ? "" : ",") + std::string(set.name);
+  }
+  std::strncpy(to, names.c_str(), size - 1);
+  to[size - 1] = 0;
+}
+
+// Makes all loops of this process use an instruction set; returns whether the processor has it.
+extern "C" int warmstate_use(const char* name) {
+  for (const InstructionSet& set : instruction_sets()) {
+    if (!set.is_there || std::strcmp(set.name, name)) continue;
+    chosen = set.loops;
+    return 1;
+  }
+  return 0;
+}
+
+// left * right + bias of the rows that the mask shows, 0 elsewhere. left: [batch, time, depth].
+// right: [depth, columns], or transposed. bias: [columns], or empty. mask: [batch, time], or empty.
+REGISTER_OP("WarmstateProduct")
+    .Attr("transpose: bool")
+    .Input("left: float")
+    .Input("right: float")
+    .Input("bias: float")
+    .Input("mask: bool")
+    .Output("product: float")
+    .SetShapeFn(product_shape);
+REGISTER_KERNEL_BUILDER(Name("WarmstateProduct").Device(tensorflow::DEVICE_CPU), ProductOp);
+
+// z: [batch, time, 4 * units], what the inputs and the bias give the gates, which are input, forget,
+// candidate and output. Or, with an index [batch, time], [words, 4 * units]: what each different
+// word gives. mask: [batch, time], or empty. factors: of the recurrent products. keep: what the
+// gradient needs, which are all outputs, gates and cells; they have no steps otherwise.
 REGISTER_OP("WarmstateLstm")
     .Attr("factors: {float, bfloat16} = DT_FLOAT")
-    .Input("z: float")
-    .Input("recurrent: float")
-    .Input("h: float")
-    .Input("c: float")
-    .Input("mask: bool")
-    .Output("outputs: float")
-    .Output("cells: float")
-    .Output("gates: float")
-    .Output("before: float")
-    .SetShapeFn(tensorflow::shape_inference::UnknownShape);
-REGISTER_KERNEL_BUILDER(
-    Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU).TypeConstraint<float>("factors"),
-    ForwardOp<Whole>);
-REGISTER_KERNEL_BUILDER(
-    Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU).TypeConstraint<bfloat16>("factors"),
-    ForwardOp<Half>);
-
-// z: [words, 4 * units], what each different word and the bias give the gates. index: int32
-// [batch, time], rows of z. mask: bool [batch, time], or empty.
-REGISTER_OP("WarmstateLstmRead")
+    .Attr("keep: bool")
     .Attr("return_sequences: bool")
     .Input("z: float")
     .Input("index: int32")
@@ -545,8 +733,15 @@ REGISTER_OP("WarmstateLstmRead")
     .Output("outputs: float")
     .Output("final_h: float")
     .Output("final_c: float")
-    .SetShapeFn(tensorflow::shape_inference::UnknownShape);
-REGISTER_KERNEL_BUILDER(Name("WarmstateLstmRead").Device(tensorflow::DEVICE_CPU), ReadOp);
+    .Output("gates: float")
+    .Output("cells: float")
+    .SetShapeFn(forward_shape);
+REGISTER_KERNEL_BUILDER(
+    Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU).TypeConstraint<float>("factors"),
+    ForwardOp<float>);
+REGISTER_KERNEL_BUILDER(
+    Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU).TypeConstraint<bfloat16>("factors"),
+    ForwardOp<bfloat16>);
 
 // d_outputs: [batch, time, units], or empty where only the final states have a gradient.
 REGISTER_OP("WarmstateLstmGrad")
@@ -562,10 +757,23 @@ REGISTER_OP("WarmstateLstmGrad")
     .Output("d_z: float")
     .Output("d_first_h: float")
     .Output("d_first_c: float")
-    .SetShapeFn(tensorflow::shape_inference::UnknownShape);
+    .SetShapeFn(backward_shape);
 REGISTER_KERNEL_BUILDER(
     Name("WarmstateLstmGrad").Device(tensorflow::DEVICE_CPU).TypeConstraint<float>("factors"),
-    BackwardOp<Whole>);
+    BackwardOp<float>);
 REGISTER_KERNEL_BUILDER(
     Name("WarmstateLstmGrad").Device(tensorflow::DEVICE_CPU).TypeConstraint<bfloat16>("factors"),
-    BackwardOp<Half>);
+    BackwardOp<bfloat16>);
+
+REGISTER_OP("WarmstateLstmWeightGrad")
+    .Input("inputs: float")
+    .Input("outputs: float")
+    .Input("h: float")
+    .Input("d_z: float")
+    .Input("mask: bool")
+    .Output("d_kernel: float")
+    .Output("d_recurrent: float")
+    .Output("d_bias: float")
+    .SetShapeFn(weight_gradient_shape);
+REGISTER_KERNEL_BUILDER(Name("WarmstateLstmWeightGrad").Device(tensorflow::DEVICE_CPU),
+                        WeightGradientOp);
