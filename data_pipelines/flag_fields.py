@@ -185,6 +185,9 @@ def value_faults(options: Any) -> list[str]:
 
 
 def _written(value: Any) -> str:
+    """Returns a value as it is written on a command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -232,7 +235,7 @@ def help_text(fields: Iterable[Field]) -> str:
 
 def _help_of(item: Field) -> str:
     values = "|".join(choices_of(item)) or kind_of(item).__name__
-    default = "" if item.default in (None, "") else f"  (default: {item.default})"
+    default = "" if item.default in (None, "") else f"  (default: {_written(item.default)})"
     return "\n".join(
         [
             f"  --{item.name}={values}{default}",

@@ -35,7 +35,7 @@ def test_values_have_their_types_and_what_was_given_is_known() -> None:
     options, faults, words, given = parse(*WORDS)
     assert options == Options(workers=3, rate=0.001)
     assert (faults, words) == ([], ["a", "-b"])
-    assert given == {"workers": "--workers=3", "rate": "--rate=0.001", "quiet": "--quiet=False"}
+    assert given == {"workers": "--workers=3", "rate": "--rate=0.001", "quiet": "--quiet=false"}
     assert parse("--port=7", "--quiet")[0] == Options(port=7, quiet=True)
 
 

@@ -72,7 +72,7 @@ def test_a_killed_pod_costs_one_restart(small_store: Path, tmp_path: Path) -> No
         condition = running.wait()
     assert condition[0] == "Complete", running.log()
     assert victim.exit_code == 137
-    assert running.pods[0].exit_code == 75  # it lost a peer
+    assert running.pods[0].exit_code == 75, running.log()  # it lost a peer
     assert len(running.pods) == 4 and running.counted == 2
 
 

@@ -80,8 +80,9 @@ def gathered(distributor, rows_by_rank: tuple[int, ...]) -> dict:
 
 def trained(distributor, name: str, rows: slice) -> list[list[float]]:
     """Returns the kernel after some steps on `rows` in each process."""
-    layer = keras.layers.Dense(2, use_bias=False, kernel_initializer="ones")
-    layer.build((None, 4))
+    with distributor.scope():
+        layer = keras.layers.Dense(2, use_bias=False, kernel_initializer="ones")
+        layer.build((None, 4))
     stage = StageConfig(steps=5, learning_rate=0.05)
     optimizer = Optimizer(name, stage, {"kernel": layer.kernel}, distributor)
     inputs, targets = tf.constant(INPUTS[rows]), tf.constant(TARGETS[rows])

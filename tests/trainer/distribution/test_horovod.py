@@ -182,7 +182,7 @@ def test_each_process_takes_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tf.config, "set_visible_devices", lambda *gpu: taken.append(gpu))
     horovod.use_gpu_of(1)
     assert taken == [("second", "GPU")]
-    with pytest.raises(InputError, match="process 2 on this machine has none, there are 2"):
+    with pytest.raises(InputError, match="process 2 on this machine has none of the 2:"):
         horovod.use_gpu_of(2)
     gpus.clear()
     horovod.use_gpu_of(2)

@@ -99,7 +99,7 @@ from benchmarks.processes import peak_megabytes
 from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
 import tensorflow as tf
-from trainer.objectives import softmax
+from trainer.losses import softmax
 from tests.trainer.losses.test_softmax import plain_cross_entropy
 
 def step(loss, tokens):
