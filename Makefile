@@ -39,7 +39,7 @@ demo: $(INSTALLED) ## the main job on this machine: two workers, real IMDB text,
 PYTEST := HOROVOD=$(HOROVOD) $(if $(filter avx2,$(ISA)),ONEDNN_MAX_CPU_ISA=AVX2) $(BIN)/python -m pytest -n logical --maxprocesses=4
 QUICK := not slow$(if $(filter avx2,$(ISA)), and not bfloat16)
 
-test: $(TESTED) lint ## lint, and the tests but those that are marked slow: five minutes (HOROVOD=0: and but Horovod's)
+test: $(TESTED) lint ## lint, and the tests but those that are marked slow: some minutes (HOROVOD=0: and but Horovod's)
 	$(PYTEST) -m "$(QUICK)"
 
 test-all: $(TESTED) lint ## every test, each process started anew
@@ -95,8 +95,8 @@ bench: native ## speed, measured beside Keras and PyTorch: docs/performance.md
 bench-gpu: $(INSTALLED) ## the same on a GPU
 	$(BIN)/python -m benchmarks.all --gpu
 
-sanitize: $(INSTALLED) ## 100,000 sets of operands for the compiled loops, under AddressSanitizer and UBSan
-	$(BIN)/python -m tests.trainer.fuzz_native --sanitize --sets=100000
+sanitize: $(INSTALLED) ## 1,000 sets of operands for the compiled loops, under AddressSanitizer and UBSan
+	$(BIN)/python -m tests.trainer.fuzz_native --sanitize --sets=1000
 
 fuzz: $(INSTALLED) ## each fuzz test for MINUTES=10, with new seeds
 	$(BIN)/python -m tests.fuzzing --minutes=$(or $(MINUTES),10)

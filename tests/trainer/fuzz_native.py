@@ -1,6 +1,6 @@
 """Random operands for the compiled operations: right ones against NumPy, wrong ones to be refused.
 
-    python -m tests.trainer.fuzz_native --sanitize --sets=100000     (make sanitize)
+    python -m tests.trainer.fuzz_native --sanitize --sets=1000     (make sanitize)
 
 With --sanitize the loops are built anew, so that they watch over memory and what C++ leaves
 undefined (AddressSanitizer, UndefinedBehaviorSanitizer), and the first fault ends the program.
