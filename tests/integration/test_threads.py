@@ -9,6 +9,7 @@ from tests.integration.jobs import job
 from tests.integration.soak import GROWTH, MOST_THREADS, Samples
 
 
+@pytest.mark.timeout(1500)  # a busy machine switches between the workers in every step
 @pytest.mark.parametrize(
     "distributor", ["multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
@@ -18,7 +19,7 @@ def test_600_quick_steps_leave_nothing_behind(
     monkeypatch.setenv("EXEC", "1")  # forked processes share memory, which hides what they use
     flags = ("--stage=pretrain", f"--store={small_store}", f"--run_dir={tmp_path}/run")
     flags += ("--pretrain_steps=100000", "--log_every_steps=50", "--checkpoint_every_steps=50")
-    with job(distributor, tmp_path, *flags) as running:
+    with job(distributor, tmp_path, *flags, seconds=1400) as running:
         running.wait_for("pretrain step 200/")
         workers = [psutil.Process(pid) for _, pid in sorted(running.worker_pids().items())]
         early, late = ([Samples() for _ in workers] for _ in range(2))
