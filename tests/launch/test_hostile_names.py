@@ -1,6 +1,6 @@
 """Names that a shell or Kubernetes would expand, through everything that the launcher writes.
 
-What is written is executed, in a folder of its own: nothing of a name may run, and every program
+What is written is executed, in a separate folder: nothing of a name may run, and every program
 must get the words that were given.
 """
 

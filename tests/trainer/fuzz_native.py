@@ -5,7 +5,7 @@
 With --sanitize the loops are built anew, so that they watch over memory and what C++ leaves
 undefined (AddressSanitizer, UndefinedBehaviorSanitizer), and the first fault ends the program.
 
-Shapes are checked here by a rule of their own, written as text: B is the batch, T time, W inputs, U
+Shapes are checked here by a separate rule, written as text: B is the batch, T time, W inputs, U
 units, N words, D and C the sides of a matrix; an operand that ends in ? may be left out, as [0].
 """
 

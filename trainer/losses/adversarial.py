@@ -89,7 +89,7 @@ def adversarial_perturbation(
     """Returns the perturbations in whose direction a loss grows fastest, shaped as `embedded`.
 
     Only the direction of a document's gradient counts. The backward pass through the LSTMs has a
-    scale of its own: at the loss's scale a sure document's gradient could underflow in float16.
+    separate scale: at the loss's scale a sure document's gradient could underflow in float16.
 
     Args:
         loss_of: Maps logits to the sum of the documents' losses.
