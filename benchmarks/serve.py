@@ -25,6 +25,10 @@ from benchmarks.machine import facts
 from data_pipelines.sources import open_source
 
 STARTED = "at http://"
+HEAD = (
+    "POST /predict HTTP/1.1\r\nHost: localhost\r\n"
+    "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+)
 
 
 def sentences(count: int) -> list[str]:
@@ -41,8 +45,7 @@ async def client(port: int, bodies: Iterator[bytes], seconds: list[float]) -> in
     errors = 0
     for body in bodies:
         began = time.perf_counter()
-        head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
+        writer.write(HEAD.format(len(body)).encode() + body)
         reply = await reader.readuntil(b"\r\n\r\n")
         length = next(
             int(line.split(b":")[1])

@@ -6,9 +6,9 @@
   GET  /healthz  200 while it serves
 
 Requests that arrive while the model computes form the next batch, so none waits for a timer. An
-error is {"error": "..."}: 400 for invalid JSON, 413 for too many or too large texts, 421 for the
-Host of another machine while it listens on loopback, 422 for invalid texts, 503 for an overfull
-queue.
+error is {"error": "..."}: 400 for invalid JSON, 403 for the Origin of another site, 413 for too
+many or too large texts, 415 for another Content-Type, 421 for the Host of another machine while it
+listens on loopback, 422 for invalid texts, 503 for an overfull queue.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import ipaddress
 import json
 import signal
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -36,10 +36,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from data_pipelines.errors import InputError
 from data_pipelines.sources.text import text_fault
 from trainer.config import Config
+from trainer.inference.http_connection import LIMIT_CONCURRENCY, HttpConnection
 from trainer.inference.text_classifier import TextClassifier, load_classifier
 
 BATCH_TEXTS = 256
+BATCH_CHARACTERS = 1 << 20  # the model takes over 20 bytes for each
 PENDING_TEXTS = 4096
+PENDING_BYTES = 16 << 20  # of bodies, from their arrival to their answer
 READ_AND_DROPPED = 64  # times --max_body_bytes are read of an oversized body before the answer
 GRACE_SECONDS = 20
 PAGE_HEADERS = {
@@ -64,8 +67,30 @@ class Batcher:
         self._model = model
         self._waiting: list[tuple[Sequence[str], asyncio.Future[Any]]] = []
         self._pending_texts = 0
+        self._pending_bytes = 0
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "model")
+
+    @contextlib.contextmanager
+    def counted_bytes(self) -> Iterator[Callable[[int], None]]:
+        """Yields a function that adds bytes to those of one pending body.
+
+        It raises Refusal if all pending bodies are too large together.
+        """
+        mine = 0
+
+        def add(size: int) -> None:
+            nonlocal mine
+            others = self._pending_bytes - mine  # a single body is limited by --max_body_bytes
+            if others and self._pending_bytes + size > PENDING_BYTES:
+                raise Refusal(503, f"{self._pending_bytes} bytes are waiting: try again later")
+            mine += size
+            self._pending_bytes += size
+
+        try:
+            yield add
+        finally:
+            self._pending_bytes -= mine
 
     async def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Returns float32 [texts, classes].
@@ -107,11 +132,12 @@ class Batcher:
 
     def _next_batch(self) -> list[tuple[Sequence[str], asyncio.Future[Any]]]:
         """Returns the requests that came first: at least one, and as many as make one batch."""
-        count, texts = 0, 0
+        count, texts, characters = 0, 0, 0
         for part, _ in self._waiting:
-            if count and texts + len(part) > BATCH_TEXTS:
+            texts, characters = texts + len(part), characters + sum(map(len, part))
+            if count and (texts > BATCH_TEXTS or characters > BATCH_CHARACTERS):
                 break
-            count, texts = count + 1, texts + len(part)
+            count += 1
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         if not self._waiting:
             self._arrived.clear()
@@ -171,9 +197,12 @@ def application(
         return JSONResponse({"status": "ok", "classes": list(model.class_names)})
 
     async def predict(request: Request) -> Response:
+        batcher = request.app.state.batcher
         try:
-            texts = texts_of(await body_of(request, max_body_bytes), max_texts)
-            found = await request.app.state.batcher.probabilities(texts)
+            refuse_foreign(request)
+            with batcher.counted_bytes() as add_bytes:
+                texts = texts_of(await body_of(request, max_body_bytes, add_bytes), max_texts)
+                found = await batcher.probabilities(texts)
         except Refusal as refusal:
             return JSONResponse({"error": str(refusal)}, refusal.status)
         except ClientDisconnect:
@@ -190,12 +219,31 @@ def application(
     return Starlette(routes=routes, lifespan=lifespan, middleware=middleware)
 
 
-async def body_of(request: Request, max_bytes: int) -> bytes:
+def refuse_foreign(request: Request) -> None:
+    """Raises Refusal for a request that a web page of another site may have sent.
+
+    Browsers let any page post forms and plain text to any address. They ask the server before
+    they post JSON, and always send the page's Origin.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, f"Content-Type is {kind!r:.99}; it must be application/json")
+    origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    if origin is not None and origin.partition("://")[2].lower() != host.lower():
+        raise Refusal(403, f"Origin {origin!r:.99} is not this server's Host, {host!r:.99}")
+
+
+async def body_of(request: Request, max_bytes: int, add_bytes: Callable[[int], None]) -> bytes:
     """Returns the body of a request.
 
+    Args:
+        request: The request.
+        max_bytes: Up to READ_AND_DROPPED times as many are read before a larger body is refused:
+            a client that is still sending would not see the answer.
+        add_bytes: Called with the size of each part that is kept; may raise Refusal.
+
     Raises:
-        Refusal: It is larger than `max_bytes`, declared or not. Up to READ_AND_DROPPED times
-            `max_bytes` are read first: a client that is still sending would not see the answer.
+        Refusal: It is larger than `max_bytes`, declared or not.
     """
     declared = request.headers.get("content-length", "")
     size = int(declared) if declared.isdecimal() else 0
@@ -205,6 +253,7 @@ async def body_of(request: Request, max_bytes: int) -> bytes:
         async for part in request.stream():
             size += len(part)
             if size <= max_bytes:
+                add_bytes(len(part))
                 parts.append(part)
             elif size > READ_AND_DROPPED * max_bytes:
                 break
@@ -252,6 +301,21 @@ def listening(host: str, port: int) -> socket.socket:
         ) from None
 
 
+def server_of(app: Starlette) -> uvicorn.Server:
+    """Returns the server of an application."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=HttpConnection,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=LIMIT_CONCURRENCY,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+
+
 def serve(config: Config) -> None:
     """Serves until TERM or INT, and then finishes the open requests.
 
@@ -264,15 +328,7 @@ def serve(config: Config) -> None:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     app = application(model, config.max_body_bytes, config.max_texts, is_loopback(host))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
-    )
+    server = server_of(app)
     # The server restores these handlers and raises the signal again when it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

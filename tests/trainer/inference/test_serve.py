@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,14 +25,22 @@ pytest.importorskip("uvicorn")
 REPOSITORY = Path(__file__).resolve().parents[3]
 TEXTS = ["A fine film.", "bad, bad, bad", "So long " * 40, "café crème"]
 MAX_BODY_BYTES = 200_000
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
 def server(classifier_bundle: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """Yields a server's process and its port."""
-    flags = [f"--classifier={classifier_bundle}", "--port=0", f"--max_body_bytes={MAX_BODY_BYTES}"]
+    with served(classifier_bundle, f"--max_body_bytes={MAX_BODY_BYTES}", "--max_texts=50") as it:
+        yield it
+
+
+@contextlib.contextmanager
+def served(bundle: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """Yields the process and the port of a server with these flags."""
+    flags = (f"--classifier={bundle}", "--port=0", *flags)
     process = forked.Popen(
-        [sys.executable, "-u", "-m", "trainer.main", "--stage=serve", "--max_texts=50", *flags],
+        [sys.executable, "-u", "-m", "trainer.main", "--stage=serve", *flags],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -47,7 +57,7 @@ def ask(port: int, body: object, path: str = "/predict") -> tuple[int, dict]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", path, data)
+        connection.request("POST", path, data, JSON)
         reply = connection.getresponse()
         return reply.status, json.loads(reply.read())
     finally:
@@ -126,7 +136,10 @@ def raw(port: int, *parts: bytes) -> bytes:
         return answer
 
 
-HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+HEAD = (
+    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    b"Content-Type: application/json\r\n"
+)
 
 
 def test_the_bound_of_a_body_does_not_trust_what_is_said_of_its_length(server: tuple) -> None:
@@ -165,9 +178,149 @@ def test_on_loopback_only_its_names_are_answered(server: tuple, host: bytes, sta
     _, port = server
     for line in (b"GET /healthz", b"GET /", b"POST /predict"):
         body = b'{"text": "good"}'
-        head = b"%s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        head = (
+            b"%s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Length: %d\r\n"
+            b"Content-Type: application/json\r\n\r\n"
+        )
         answer = raw(port, head % (line, host, len(body)) + body)
         assert b" %d " % status in answer.partition(b"\r\n")[0], (line, answer)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "says"),
+    [
+        ({}, 415, "must be application/json"),
+        ({"Content-Type": "text/plain"}, 415, "'text/plain'"),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415, "'application/x-www-form"),
+        ({"Content-Type": "Application/JSON; charset=utf-8"}, 200, ""),
+        (JSON | {"Origin": "http://HERE"}, 200, ""),
+        (JSON | {"Origin": "https://HERE"}, 200, ""),  # behind a proxy with TLS
+        (JSON | {"Origin": "http://evil.example"}, 403, "Origin 'http://evil.example'"),
+        (JSON | {"Origin": "http://localhost:1"}, 403, "Origin 'http://localhost:1'"),
+        (JSON | {"Origin": "null"}, 403, "Origin 'null'"),
+    ],
+)
+def test_pages_of_other_sites_are_refused(
+    server: tuple, headers: dict, status: int, says: str
+) -> None:
+    here = f"127.0.0.1:{server[1]}"
+    headers = {name: value.replace("HERE", here) for name, value in headers.items()}
+    connection = http.client.HTTPConnection(here, timeout=60)
+    connection.request("POST", "/predict", b'{"text": "good"}', headers)
+    reply = connection.getresponse()
+    answer = json.loads(reply.read())
+    connection.close()
+    assert reply.status == status
+    assert says in answer.get("error", ""), answer
+
+
+@pytest.fixture
+def quick_server(classifier_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Yields the port of a server in a thread, with a deadline of a second and 8 connections."""
+    from trainer.inference import http_connection, serve
+
+    monkeypatch.setattr(http_connection, "REQUEST_SECONDS", 1)
+    monkeypatch.setattr(http_connection, "LIMIT_CONCURRENCY", 8)
+    monkeypatch.setattr(serve, "LIMIT_CONCURRENCY", 8)
+    app = serve.application(load_classifier(classifier_bundle), 1 << 20, 256, True)
+    listener = serve.listening("127.0.0.1", 0)
+    server = serve.server_of(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield listener.getsockname()[1]
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+ANSWERED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: local",
+        HEAD + b"Content-Length: 99\r\n\r\n{",
+        ANSWERED + b"GET /healthz HT",
+        ANSWERED + HEAD + b"Content-Length: 99\r\n\r\n{",
+    ],
+)
+def test_slow_requests_are_closed(quick_server: int, sent: bytes) -> None:
+    """Also those that send a byte now and then."""
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", quick_server), timeout=0.1) as connection:
+        connection.sendall(sent)
+        while time.monotonic() < began + 30:
+            with contextlib.suppress(TimeoutError):
+                try:
+                    if not connection.recv(1 << 16):
+                        break
+                    continue
+                except ConnectionError:
+                    break
+            with contextlib.suppress(ConnectionError):
+                if sent:
+                    connection.sendall(b"x")
+        assert time.monotonic() < began + 10
+
+
+def test_a_computation_longer_than_the_deadline_is_answered(quick_server: int) -> None:
+    texts = {"texts": ["a long text " * 2000] * 40}
+    began = time.monotonic()
+    while time.monotonic() < began + 2.5:  # on one connection each, and on kept ones
+        status, answer = ask(quick_server, texts)
+        assert (status, len(answer["predictions"])) == (200, 40)
+
+
+def test_connections_are_limited(quick_server: int) -> None:
+    with contextlib.ExitStack() as opened:
+        held = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", quick_server), 30))
+            for _ in range(7)
+        ]
+        assert get(quick_server, "/healthz")[0] == 503
+        for _ in range(20):
+            connection = socket.create_connection(("127.0.0.1", quick_server), 30)
+            held.append(opened.enter_context(connection))
+        with contextlib.suppress(ConnectionResetError):
+            assert held[-1].recv(1) == b""  # closed at once
+    until = time.monotonic() + 30
+    while get(quick_server, "/healthz")[0] != 200:
+        assert time.monotonic() < until
+
+
+def test_pending_bodies_are_bounded_in_bytes(classifier_bundle: Path) -> None:
+    from trainer.inference.serve import PENDING_BYTES, Batcher, Refusal
+
+    batcher = Batcher(load_classifier(classifier_bundle))
+    with batcher.counted_bytes() as add:
+        add(2 * PENDING_BYTES)  # alone, it is accepted
+    with batcher.counted_bytes() as first, batcher.counted_bytes() as second:
+        first(PENDING_BYTES // 2)
+        second(PENDING_BYTES // 2)
+        with pytest.raises(Refusal, match=f"{PENDING_BYTES} bytes are waiting"):
+            second(1)
+    with batcher.counted_bytes() as add:
+        add(PENDING_BYTES)
+
+
+def memory_mib(pid: int, name: str) -> int:
+    """Returns VmRSS, or VmHWM, the largest since it was reset."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) >> 10
+
+
+def test_large_bodies_at_once_take_bounded_memory(classifier_bundle: Path) -> None:
+    """Sixteen of 1 MiB took 540 MiB while a batch was bounded in texts only."""
+    body = {"text": "word " * 200_000}
+    with served(classifier_bundle) as (process, port), ThreadPoolExecutor(16) as clients:
+        ask(port, body)
+        before = memory_mib(process.pid, "VmRSS")
+        found = list(clients.map(lambda _: ask(port, body)[0], range(32)))
+        grown = memory_mib(process.pid, "VmHWM") - before
+    assert set(found) <= {200, 503} and 200 in found
+    assert grown < 150
 
 
 def test_health_page_and_what_is_not_there(server: tuple) -> None:
@@ -223,7 +376,7 @@ def test_term_answers_what_was_asked_and_stops(server: tuple) -> None:
     process, port = server
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     texts = {"texts": ["a long text " * 300] * 50}
-    connection.request("POST", "/predict", json.dumps(texts).encode())
+    connection.request("POST", "/predict", json.dumps(texts).encode(), JSON)
     assert get(port, "/healthz")[0] == 200  # what was sent before is read by now
     process.send_signal(signal.SIGTERM)
     reply = connection.getresponse()
