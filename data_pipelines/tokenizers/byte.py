@@ -26,6 +26,10 @@ class ByteTokenizer(Tokenizer):
         ids = tf.cast(values, tf.int32) + FIRST_ID
         return tf.RaggedTensor.from_row_lengths(ids, tf.cast(lengths, tf.int64))
 
+    def settled(self, text: bytes) -> int:
+        """Returns the length: each byte is a token; see `Tokenizer.settled`."""
+        return len(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of one document [bytes]; U+FFFD stands for unknown ids.
 

@@ -8,6 +8,7 @@ An e with a combining accent is two pieces: nothing is composed or decomposed. D
 section 4.5, read DBpedia by characters.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -22,6 +23,9 @@ from data_pipelines.tokenizers.vocabulary import (
     line_character,
     piece_lines,
 )
+
+# A character at the end of a text of which bytes are missing.
+_INCOMPLETE = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
 
 
 class CharacterTokenizer(Tokenizer):
@@ -71,6 +75,13 @@ class CharacterTokenizer(Tokenizer):
         ids = tf.constant(self._ids_of_code_points)
         places = tf.minimum(code_points.flat_values, len(self._ids_of_code_points) - 1)
         return code_points.with_flat_values(tf.gather(ids, places))
+
+    def settled(self, text: bytes) -> int:
+        """Returns how many leading bytes are whole characters; see `Tokenizer.settled`."""
+        if self.lowercase:  # which depends on the letters around
+            return super().settled(text)
+        found = _INCOMPLETE.search(text)
+        return found.start() if found else len(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of one document [characters]; U+FFFD stands for unknown characters.

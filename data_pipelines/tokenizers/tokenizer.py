@@ -1,6 +1,7 @@
 """The base class of the tokenizers, and the TensorFlow operations that they share."""
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,6 +9,14 @@ import tensorflow as tf
 
 from data_pipelines.reserved_ids import END_ID, RESERVED, UNKNOWN_ID
 from data_pipelines.tokenizers.vocabulary import check_lines, digest, lines_bytes
+
+# A text may be cut after white space, and after symbols that change no letter's lower case. A full
+# stop may: a sigma before "." and a letter is not final.
+_LAST_BREAK = re.compile(
+    rb".*(?:[ \t\n\f\r,;!?()\"/]|\xe3\x80[\x80-\x82]|\xef\xbc[\x81\x8c\x9f])", re.DOTALL
+)
+# The start of an HTML line break, which later text may complete.
+_OPEN_TAG = re.compile(rb"(?i)<\s*(?:/\s*)?(?:b(?:r\s*(?:/\s*)?)?)?")
 
 
 class Tokenizer(tf.Module):
@@ -46,6 +55,16 @@ class Tokenizer(tf.Module):
         ids = self._ids(texts)
         ends = tf.fill([ids.nrows(), 1], tf.constant(END_ID, tf.int32))
         return tf.concat([ids, tf.RaggedTensor.from_tensor(ends)], axis=1)
+
+    def settled(self, text: bytes) -> int:
+        """Returns how many leading bytes of a text can be encoded now, whatever text follows.
+
+        Their ids and the ids of all later bytes, encoded apart, are those of the whole.
+        """
+        if not (found := _LAST_BREAK.match(text)):
+            return 0
+        tag = max(text.rfind(b"<", 0, found.end()), 0)
+        return tag if _OPEN_TAG.fullmatch(text, tag, found.end()) else found.end()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of one document's ids, or a similar one: see each kind.

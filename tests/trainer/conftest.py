@@ -13,7 +13,7 @@ from data_pipelines.store.token_store import TokenStore
 def make_classifier_bundle(
     small_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Returns make(class_names, reads_first, max_tokens): the folder of a new classifier bundle."""
+    """Returns make(...), which returns the folder of a new classifier bundle."""
     from trainer.distribution.variables import values_of
     from trainer.models import bundle
     from trainer.models.classifier import Classifier
@@ -25,11 +25,11 @@ def make_classifier_bundle(
         class_names: tuple[str, ...] = ("neg", "pos"),
         reads_first: bool = False,
         max_tokens: int = 60,
+        **settings: object,
     ) -> Path:
         encoders = [Encoder(store.vocab_size, 8, 12, seed=seed) for seed in range(1 + reads_first)]
-        classifier = Classifier(
-            encoders[0], len(class_names), reader=encoders[1] if reads_first else None
-        )
+        reader = encoders[1] if reads_first else None
+        classifier = Classifier(encoders[0], len(class_names), reader=reader, **settings)
         classifier.build()
         random = np.random.default_rng(7)
         variables = bundle.classifier_variables(classifier)

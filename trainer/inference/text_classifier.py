@@ -1,5 +1,6 @@
 """A classifier bundle, ready to use: raw text in, probabilities out."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.distribution.variables import assign
+from trainer.inference.sessions import Session, SessionReader
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
 
@@ -106,6 +108,23 @@ class TextClassifier(tf.Module):
                 tokens[place, : lengths[row]] = flat[splits[row] : splits[row + 1]]
             found[rows] = tf.nn.softmax(self.logits(tokens, lengths[rows])).numpy()
         return found
+
+    @functools.cached_property
+    def session_reader(self) -> SessionReader:
+        """What reads sessions.
+
+        Raises:
+            InputError: The classifier cannot read a text in pieces.
+        """
+        return SessionReader(self.classifier, self.tokenizer)
+
+    def session(self) -> Session:
+        """Returns a new session: a text that arrives in pieces, none of which is read twice.
+
+        Raises:
+            InputError: The classifier cannot read a text in pieces.
+        """
+        return Session(self.session_reader)
 
 
 def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClassifier:

@@ -16,6 +16,8 @@ from trainer.models.lstm import Words
 
 # Kind of pooling -> number of vectors of the LSTM's size that the head reads.
 POOLED_VECTORS = {"last": 1, "mean": 1, "concat": 3}
+# Kind of pooling -> number of vectors of outputs that reading in pieces carries on: sum, maximum.
+_CARRIED_VECTORS = {"last": 0, "mean": 1, "concat": 2}
 
 
 class Classifier(keras.layers.Layer):
@@ -179,8 +181,7 @@ class Classifier(keras.layers.Layer):
         )
         last_h, _ = states[-1]
         read = outputs if every_step else pooled(self.pooling, outputs, last_h, mask)
-        read = dropout(read, dropout_rate, output_seed)
-        logits = self.output_layer(read if self.hidden is None else self.hidden(read))
+        logits = self._head(dropout(read, dropout_rate, output_seed))
         if self.backward is None:
             return logits
         others = self.backward.read(
@@ -193,6 +194,56 @@ class Classifier(keras.layers.Layer):
             every_step,
         )
         return (logits + others) / 2
+
+    def _head(self, read: tf.Tensor) -> tf.Tensor:
+        return self.output_layer(read if self.hidden is None else self.hidden(read))
+
+    def unread(self) -> tf.Tensor:
+        """Returns what `read_on` carries on before the first token: float32 [vectors, units]."""
+        state = [part for pair in self.encoder.start(1) for part in pair]
+        outputs = [tf.zeros_like(state[0]), tf.fill(state[0].shape, state[0].dtype.min)]
+        return tf.concat([*state, *outputs[: _CARRIED_VECTORS[self.pooling]]], axis=0)
+
+    def read_on(self, carried: tf.Tensor, tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+        """Returns what is carried on after more tokens of each document; see `inference.sessions`.
+
+        Args:
+            carried: float32 [batch, vectors, units]: h and c of each layer, and of the outputs so
+                far the sum (pooling "mean" and "concat") and the maximum ("concat").
+            tokens, lengths: As for `logits`; a length may be 0.
+        """
+        vectors = tf.unstack(carried, axis=1)
+        layers = 2 * len(self.encoder.lstms)
+        states = [vectors[i : i + 2] for i in range(0, layers, 2)]
+        mask = tf.sequence_mask(lengths, tf.shape(tokens)[1])
+        words = self.encoder.words(tokens)
+        outputs, final = self.encoder.read(words, mask, states, training=False)
+        new = [part for pair in final for part in pair]
+        read = mask[:, :, None]
+        if self.pooling != "last":
+            shown = tf.where(read, outputs, tf.zeros_like(outputs))
+            new.append(vectors[layers] + tf.reduce_sum(shown, axis=1))
+        if self.pooling == "concat":
+            shown = tf.where(read, outputs, outputs.dtype.min)
+            new.append(tf.maximum(vectors[layers + 1], tf.reduce_max(shown, axis=1)))
+        return tf.stack(new, axis=1)
+
+    def logits_of_carried(self, carried: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
+        """Returns the logits after what `read_on` has read; the end token must be part of it.
+
+        Args:
+            carried: From `read_on`.
+            counts: float32 [batch], the number of tokens read.
+        """
+        vectors = tf.unstack(carried, axis=1)
+        layers = 2 * len(self.encoder.lstms)
+        last = vectors[layers - 2]
+        if self.pooling == "last":
+            return self._head(last)
+        mean = vectors[layers] / counts[:, None]
+        if self.pooling == "mean":
+            return self._head(mean)
+        return self._head(tf.concat([last, mean, vectors[layers + 1]], axis=1))
 
 
 def reversed_words(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:

@@ -104,3 +104,64 @@ def test_wrong_options_are_refused(kind: str, options: dict, tmp_path: Path) -> 
     path.write_bytes(make_tokenizer(VOCABULARIES[kind], config_of(kind, True)).vocab_bytes)
     with pytest.raises(InputError, match="config"):
         load_tokenizer(path, {"type": kind, **options})
+
+
+TOKENS = [
+    "film",
+    "don't",
+    "br",
+    "ΑΣ",
+    "Σ",
+    "İ",
+    "ª",
+    "ʰ",
+    "é",
+    "中",
+    "。",
+    "，",
+    "’",
+    "😀",
+    *"Z9<>/!.:',",
+]
+SPACES = [" ", "\t", "\n", "\x0b", "\0", "\xad", "\u3000", "\u0301", "\ufeff", "<br />", "< / BR >"]
+NO_UTF8 = [b"\xe4", b"\xb8", b"\xff", b"\xf0\x9f", b"\xed\xa0\x80"]
+FRAGMENTS = [*(piece.encode() for piece in [*TOKENS, *SPACES]), *NO_UTF8]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.lists(st.sampled_from(FRAGMENTS), max_size=25).map(b"".join),
+    lowercase=st.booleans(),
+    data=st.data(),
+)
+def test_what_is_settled_can_be_encoded_apart(
+    kind: str, text: bytes, lowercase: bool, data: st.DataObject
+) -> None:
+    tokenizer = prepared(kind, lowercase)[0]
+    parts, pending, done = [], b"", 0
+    while done < len(text):
+        size = data.draw(st.integers(1, 6))
+        pending += text[done : done + size]
+        done += size
+        cut = tokenizer.settled(pending)
+        parts.append(pending[:cut])
+        pending = pending[cut:]
+    found = tokenizer.split(tf.constant([*parts, pending])).flat_values.numpy().tolist()
+    assert found == tokenizer.split(tf.constant([text])).flat_values.numpy().tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "settled"),
+    [
+        ("byte", b"caf\xc3", b"caf\xc3"),
+        ("character", b"a caf\xc3", b"a "),
+        ("word", b"a fine fil", b"a fine "),
+        ("word", b"fine.<br /", b"fine."),
+        ("word", b"fine, <br /", b"fine, "),
+        ("word", b"fine, < 9 ", b"fine, < 9 "),
+        ("subword", "好。不".encode(), "好。".encode()),
+    ],
+)
+def test_as_much_is_settled_as_can_be(kind: str, text: bytes, settled: bytes) -> None:
+    assert text[: make_tokenizer([], config_of(kind, True)).settled(text)] == settled

@@ -1,0 +1,215 @@
+"""Sessions: texts that arrive in pieces, and are never read twice.
+
+An LSTM that reads forward needs only its state to continue: h and c of each layer, the sum and the
+maximum of its outputs as far as the pooling needs them, and the number of tokens. Beside it a
+session holds the bytes whose tokens later text may still change, such as half a word. An answer
+reads these, and the end token, from a copy of the state.
+
+A session reads from its first token. It has no limit of tokens, whereas a classifier reads only the
+last `max_tokens` of a whole text: up to that number the answers are equal.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from data_pipelines.errors import InputError
+from data_pipelines.tokenizers.tokenizer import Tokenizer
+from trainer.distribution.variables import digest, values_of
+from trainer.models import bundle
+from trainer.models.classifier import Classifier
+
+MAX_PENDING_BYTES = 1 << 14
+TOKENS_PER_CALL = 1024
+MAGIC, FORMAT_VERSION = b"warmsess", 1
+# Magic, format version, classifier's SHA-256, number of tokens, number of pending bytes.
+HEADER = struct.Struct("<8sI32sQI")
+CHECKSUM_BYTES = hashlib.sha256().digest_size
+
+
+class ForeignSessionError(InputError):
+    """A saved session belongs to another classifier or another version of the format."""
+
+
+class SessionReader:
+    """Reads the pieces of any number of sessions of one classifier, as a batch.
+
+    Attributes:
+        sha256: Digest of the classifier and its tokenizer, 32 bytes: equal digests read alike.
+
+    Raises:
+        InputError: The classifier cannot read a text in pieces.
+    """
+
+    def __init__(self, classifier: Classifier, tokenizer: Tokenizer):
+        if fault := stream_fault(classifier):
+            raise InputError(fault)
+        self._classifier = classifier
+        self.tokenizer = tokenizer
+        held = digest(values_of(bundle.classifier_variables(classifier)))
+        facts = [held, tokenizer.sha256, str(sorted(bundle.classifier_model(classifier).items()))]
+        self.sha256 = hashlib.sha256("\n".join(facts).encode()).digest()
+        self.unread = classifier.unread().numpy()
+        vectors, ids = (
+            tf.TensorSpec([None, *self.unread.shape]),
+            tf.TensorSpec([None, None], "int32"),
+        )
+        lengths = tf.TensorSpec([None], tf.int32)
+        self._read = tf.function(
+            classifier.read_on, input_signature=[vectors, ids, lengths], autograph=False
+        )
+        self._answer = tf.function(
+            self._answers,
+            input_signature=[vectors, ids, lengths, ids, lengths, tf.TensorSpec([None])],
+            autograph=False,
+        )
+
+    def _answers(
+        self,
+        carried: tf.Tensor,
+        tokens: tf.Tensor,
+        lengths: tf.Tensor,
+        ends: tf.Tensor,
+        end_lengths: tf.Tensor,
+        counts: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns what is carried on after `tokens`, and the probabilities after `ends` as well."""
+        carried = self._classifier.read_on(carried, tokens, lengths)
+        at_end = self._classifier.read_on(carried, ends, end_lengths)
+        logits = self._classifier.logits_of_carried(at_end, counts)
+        if self._classifier.num_classes == 2:  # their softmax is the sigmoid of the logit
+            logits = tf.concat([-logits / 2, logits / 2], axis=1)
+        return carried, tf.nn.softmax(logits)
+
+    def probabilities(self, sessions: "Sequence[Session]") -> np.ndarray:
+        """Returns the probability of each class for each session: float32 [sessions, classes].
+
+        Reads what is new of each session, which must be different ones.
+        """
+        cuts = [self.tokenizer.settled(session.pending) for session in sessions]
+        texts = [s.pending[:cut] for s, cut in zip(sessions, cuts, strict=True)]
+        texts += [s.pending[cut:] for s, cut in zip(sessions, cuts, strict=True)]
+        ids = self.tokenizer.encode(tf.constant(texts, tf.string))
+        rows = np.split(ids.flat_values.numpy(), ids.row_splits.numpy()[1:-1])
+        new = [row[:-1] for row in rows[: len(sessions)]]  # without the end token
+        ends = rows[len(sessions) :]
+        counts = np.array([s.tokens + len(n) for s, n in zip(sessions, new, strict=True)])
+        totals = counts + [len(end) for end in ends]
+        carried: Any = np.stack([session.carried for session in sessions])
+        while max(map(len, new)) > TOKENS_PER_CALL:
+            carried = self._read(carried, *_padded([n[:TOKENS_PER_CALL] for n in new]))
+            new = [n[TOKENS_PER_CALL:] for n in new]
+        carried, found = self._answer(
+            carried, *_padded(new), *_padded(ends), totals.astype(np.float32)
+        )
+        # All at once: a session that fails to be read is as it was.
+        for session, vectors, count, cut in zip(
+            sessions, carried.numpy(), counts, cuts, strict=True
+        ):
+            session.carried, session.tokens = vectors.copy(), int(count)
+            session.pending = session.pending[cut:]
+        return found.numpy()
+
+
+class Session:
+    """A text that arrives in pieces; see this module.
+
+    Attributes:
+        tokens: Number of tokens that were read.
+        pending: Bytes that were not read: new ones, and those that later text may change.
+        carried: From what reading continues: float32 [vectors, units]; see `Classifier.read_on`.
+    """
+
+    def __init__(self, reader: SessionReader):
+        self._reader = reader
+        self.tokens, self.pending, self.carried = 0, b"", reader.unread
+
+    def feed(self, text: str | bytes) -> None:
+        """Adds a piece of text, which may end anywhere; as bytes of UTF-8, also inside a character.
+
+        Raises:
+            InputError: More than MAX_PENDING_BYTES have no place to be cut, such as a space. The
+                session is as it was.
+        """
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+        pending = self.pending + data
+        held = len(pending) - self._reader.tokenizer.settled(pending)
+        if held > MAX_PENDING_BYTES:
+            raise InputError(
+                f"{held:,} bytes without a space or another place to be cut are more than "
+                f"{MAX_PENDING_BYTES:,}: this is no text that the tokenizer has words for"
+            )
+        self.pending = pending
+        if len(pending) > MAX_PENDING_BYTES:
+            self._reader.probabilities([self])
+
+    def probabilities(self) -> np.ndarray:
+        """Returns the probability of each class after the text so far: float32 [classes]."""
+        return self._reader.probabilities([self])[0]
+
+    def save(self) -> bytes:
+        """Returns the session, for `load`: a header, what is carried, pending bytes, a checksum."""
+        fields = (self._reader.sha256, self.tokens, len(self.pending))
+        body = HEADER.pack(MAGIC, FORMAT_VERSION, *fields)
+        body += self.carried.astype("<f4").tobytes() + self.pending
+        return body + hashlib.sha256(body).digest()
+
+    def load(self, saved: bytes) -> None:
+        """Continues a saved session of the same classifier in place of this one.
+
+        Raises:
+            ForeignSessionError: It is a session of another classifier or format version.
+            InputError: It is damaged or no saved session.
+        """
+        body = saved[:-CHECKSUM_BYTES]
+        if len(body) < HEADER.size or saved[len(body) :] != hashlib.sha256(body).digest():
+            raise InputError("the saved session is damaged: its checksum does not match")
+        magic, version, sha256, tokens, pending_bytes = HEADER.unpack_from(body)
+        if magic != MAGIC:
+            raise InputError(f"this is no saved session: it begins with {magic!r}")
+        if version != FORMAT_VERSION:
+            raise ForeignSessionError(
+                f"the saved session has format version {version}; this program reads version "
+                f"{FORMAT_VERSION}"
+            )
+        if sha256 != self._reader.sha256:
+            raise ForeignSessionError(
+                f"the saved session belongs to the classifier {sha256.hex()[:12]}, not to this "
+                f"one, {self._reader.sha256.hex()[:12]}"
+            )
+        shape = self._reader.unread.shape
+        start = HEADER.size + 4 * shape[0] * shape[1]
+        if pending_bytes > MAX_PENDING_BYTES or len(body) != start + pending_bytes:
+            raise InputError(f"the saved session is damaged: its size is {len(saved):,} bytes")
+        carried = np.frombuffer(body[HEADER.size : start], "<f4").reshape(shape)
+        if not np.isfinite(carried).all():
+            raise InputError("the saved session is damaged: it has non-finite values")
+        self.tokens, self.pending, self.carried = tokens, body[start:], carried
+
+
+def stream_fault(classifier: Classifier) -> str:
+    """Returns why a classifier cannot read a text in pieces, or ""."""
+    if classifier.backward is not None:
+        return (
+            "a classifier of two directions cannot read a text in pieces: the second direction "
+            "starts at the end; fine-tune one without --backward_encoder"
+        )
+    if classifier.reader is not None:
+        return (
+            "a classifier of --initial_state=encode cannot read a text in pieces: it starts from a "
+            "state of the whole text; fine-tune one with --initial_state=learned, mean or zero"
+        )
+    return ""
+
+
+def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int32 tokens [rows, time], with at least one step, and lengths [rows]."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), max(lengths.max(), 1)), np.int32)
+    for place, row in zip(tokens, rows, strict=True):
+        place[: len(row)] = row
+    return tokens, lengths
