@@ -273,6 +273,8 @@ class PredictionConfig:
     text_key: str = _prediction("", "Column or key of the text in --input. Default: text.")
     explain: bool = _prediction(False, "Show how much each word contributes to the prediction. "
         "Reads a text once for every word, leaving that word out.")
+    stream: bool = _prediction(False, "Read all texts as one that arrives in pieces: each line is "
+        "answered with the prediction for the text so far. No line is read twice.")
     reconstruct: bool = _prediction(False, "Show how the autoencoder of --encoder reproduces each "
         "text, in place of predicting.")
 

@@ -237,6 +237,9 @@ def _using_faults(config: Config, cluster: Cluster) -> Iterator[str]:
         yield "--reconstruct needs --stage=predict and --encoder, an encoder bundle"
     if config.reconstruct and config.explain:
         yield "--reconstruct and --explain: choose one"
+    for other in ("explain", "reconstruct"):
+        if config.stream and getattr(config, other):
+            yield f"--stream and --{other}: choose one"
     if not config.classifier and not config.reconstruct:
         yield f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote"
     if stage == "export" and not config.output:

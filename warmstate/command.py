@@ -90,6 +90,7 @@ COMMANDS = {
         (
             "predict --classifier=runs/b/classifier 'A fine film.' --explain",
             "predict --classifier=runs/b/classifier --input=in.csv --output=out.jsonl",
+            "predict --classifier=runs/b/classifier --stream < chat.txt",
             "predict --reconstruct --encoder=runs/a/encoder 'A fine film.'",
         ),
     ),

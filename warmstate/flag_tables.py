@@ -19,7 +19,7 @@ STAGE_GROUPS = {
 # Flags of those groups that a stage does not read.
 STAGE_NOT = {
     "predict": ("evaluate_split",),
-    "export": ("evaluate_split", "input", "text_key", "explain", "reconstruct"),
+    "export": ("evaluate_split", "input", "text_key", "explain", "stream", "reconstruct"),
     "serve": ("evaluate_split",),
 }
 # Flags of other groups that a stage reads.

@@ -229,5 +229,8 @@ def test_faults_of_stages_that_use_a_model() -> None:
     (found,) = faults("--stage=predict", "--reconstruct")
     assert "--reconstruct needs --stage=predict and --encoder" in found
     assert faults("--stage=predict", "--reconstruct", "--encoder=a") == []
+    assert faults("--stage=predict", model, "--stream") == []
+    (found,) = faults("--stage=predict", model, "--stream", "--explain")
+    assert found == "--stream and --explain: choose one"
     (found,) = faults("--stage=predict", model, cluster=Cluster(0, 2))
     assert "is for one process; the environment names 2" in found

@@ -5,7 +5,7 @@ Rows are written in the order in which they are read.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.errors import InputError
@@ -16,7 +16,7 @@ from trainer.config import Config
 from trainer.inference.explanation import contributions, marked
 from trainer.inference.prediction_files import opened, writer
 from trainer.inference.reconstruct import reconstructor
-from trainer.inference.text_classifier import load_classifier
+from trainer.inference.text_classifier import Prediction, TextClassifier, load_classifier
 from trainer.models import bundle
 
 # Rows are read, sorted by length, classified and written one window after the other.
@@ -33,6 +33,7 @@ def predict(config: Config, texts: Sequence[str]) -> None:
             and the unusable ones are listed on standard error.
     """
     model = load_classifier(Path(config.classifier))
+    answers = _stream(model) if config.stream else _classify(model)
     tokenizer_kind = model.tokenizer.config()["type"]
     rows = Rows(config, texts)
     output = config.output or "-"
@@ -40,12 +41,26 @@ def predict(config: Config, texts: Sequence[str]) -> None:
         in_colour = file.isatty()
         write = writer(output, file, lambda found: marked(found, tokenizer_kind, in_colour))
         for window in rows.usable():
-            for row, prediction in zip(
-                window, model.predict([r.text for r in window]), strict=True
-            ):
+            for row, prediction in zip(window, answers(window), strict=True):
                 write(row, prediction, contributions(model, row.text) if config.explain else None)
             file.flush()
     rows.raise_if_bad()
+
+
+def _classify(model: TextClassifier) -> Callable[[list[Row]], list[Prediction]]:
+    """Returns a function that classifies rows, each as a text."""
+    return lambda rows: model.predict([row.text for row in rows])
+
+
+def _stream(model: TextClassifier) -> Callable[[list[Row]], list[Prediction]]:
+    """Returns a function that classifies rows, each as the end of all rows so far."""
+    session = model.session()
+
+    def after(row: Row) -> Prediction:
+        session.feed(row.text + "\n")
+        return model.prediction(session.probabilities())
+
+    return lambda rows: [after(row) for row in rows]
 
 
 def reconstruct(config: Config, texts: Sequence[str]) -> None:
@@ -80,9 +95,9 @@ class Rows:
     def __init__(self, config: Config, texts: Sequence[str]):
         source = config.input or "-"
         self._rows = _rows_of(texts) if texts else read_rows(source, config.text_key or "text")
-        # Typed lines are answered one by one.
+        # Lines that are typed, or may arrive any time, are answered one by one.
         typed = not texts and source == "-" and sys.stdin.isatty()
-        self._most_rows = 1 if typed else WINDOW_ROWS
+        self._most_rows = 1 if typed or config.stream else WINDOW_ROWS
         self._total = self._bad = 0
 
     def usable(self) -> Iterator[list[Row]]:

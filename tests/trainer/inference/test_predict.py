@@ -2,6 +2,7 @@ import csv
 import io
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 from data_pipelines.errors import InputError
 from data_pipelines.sources.rows import Row
+from tests import forked
+from tests.conftest import REPOSITORY
+from tests.processes import ended
 from trainer.config import Config
 from trainer.inference import predict as stage
 from trainer.inference.prediction_files import writer
@@ -128,6 +132,32 @@ def test_words_are_explained(classifier_bundle: Path, capsys: pytest.CaptureFixt
     assert [piece for piece, _ in found] == ["a", "fine", "film"]
 
 
+def test_a_stream_is_answered_line_by_line_as_the_text_so_far(classifier_bundle: Path) -> None:
+    command = [sys.executable, "-m", "trainer.main", "--stage=predict", "--stream"]
+    process = forked.Popen(
+        [*command, f"--classifier={classifier_bundle}", "--output=jsonl:-"],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = ["A fine film.", "It is bad,", "bad to the end."]
+    with ended(process, seconds=280):
+        found = []
+        for line in lines:  # each is answered before the next is written
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+            found.append(json.loads(process.stdout.readline()))
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+    assert [row["text"] for row in found] == lines
+    so_far = ["\n".join(lines[:count]) for count in (1, 2, 3)]
+    for row, expected in zip(
+        found, load_classifier(classifier_bundle).predict(so_far), strict=True
+    ):
+        assert row["probabilities"] == pytest.approx(expected.probabilities, abs=2e-6)
+
+
 def test_a_window_is_bounded_and_rows_are_read_one_window_at_a_time() -> None:
     read = itertools.count()
     rows = (Row("", "x", {}, "") for _ in iter(lambda: next(read), -1))
@@ -141,8 +171,6 @@ def test_a_window_is_bounded_and_rows_are_read_one_window_at_a_time() -> None:
 def test_a_million_lines_in_bounded_memory_and_in_order(
     classifier_bundle: Path, tmp_path: Path
 ) -> None:
-    import subprocess
-
     program = (
         "import resource, subprocess, sys;"
         "code = subprocess.call(sys.argv[1:]);"
