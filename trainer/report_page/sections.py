@@ -12,13 +12,21 @@ from trainer.report_page import charts
 from trainer.report_page.charts import LEVELS, Series
 from trainer.report_page.markup import Markup, join, tag
 from trainer.report_page.run_folder import Part, RunFolder
-from trainer.report_page.statistics import Interval, calibration, confusion, principal_plane
+from trainer.report_page.statistics import (
+    Calibration,
+    Interval,
+    calibration,
+    confusion,
+    principal_plane,
+)
 from trainer.report_page.verdict import TITLES, Outcome, aligned, differing_flags
 from trainer.reporting.metrics_file import format_seconds
-from trainer.reporting.predictions import Predictions
+from trainer.reporting.predictions import EXAMPLE_TOKENS, Predictions
 
 LINES = ("", "dashed", "dotted")
 CLASSIFIERS = ("scratch", "warm", "classifier")
+LARGEST_CLASSES = 30  # are drawn, and the others summed
+MAX_NAME = 80  # characters
 
 
 def status(runs: Sequence[RunFolder]) -> Markup:
@@ -247,7 +255,8 @@ def final_states(runs: Sequence[RunFolder]) -> Markup:
         labels = found.tensors["state/label"]
         if len(labels) < 3:
             continue
-        names = class_names(found)
+        names, group = grouped_classes(found)
+        labels = group[labels]
         pictures, rows = [], []
         for part, word in (("h", "hidden state h"), ("c", "cell state c")):
             states = found.tensors[f"state/{part}"]
@@ -294,16 +303,38 @@ def class_names(found: Predictions) -> list[str]:
     """Returns the names of the classes, or numbers if the classifier has none."""
     classes, names = found.info["classes"], found.info.get("class_names")
     if isinstance(names, list) and len(names) == classes:
-        return [str(name) for name in names]
+        names = [str(name) for name in names]
+        return [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in names]
     return [f"label {i}" for i in range(classes)]
+
+
+def grouped_classes(found: Predictions) -> tuple[list[str], np.ndarray]:
+    """Returns the names of groups and each class's group, int64 [classes].
+
+    A group is a class. With many classes, it is one with the most documents, or the others.
+    """
+    names = class_names(found)
+    if len(names) <= LARGEST_CLASSES + 1:
+        return names, np.arange(len(names))
+    documents = np.bincount(found.label, minlength=len(names))
+    largest = np.sort(np.argsort(-documents, kind="stable")[:LARGEST_CLASSES])
+    group = np.full(len(names), LARGEST_CLASSES)
+    group[largest] = np.arange(LARGEST_CLASSES)
+    return [*(names[i] for i in largest), f"{len(names) - LARGEST_CLASSES:,} others"], group
 
 
 def mistakes(runs: Sequence[RunFolder]) -> Markup:
     """Returns the confusion matrices, and how many mistakes two classifiers share."""
     tables = []
     for title, _, found, _ in _predictions(runs):
-        counts = confusion(found.label, found.predicted, found.info["classes"])
-        tables.append(_confusion_table(title, counts, class_names(found)))
+        names, group = grouped_classes(found)
+        counts = confusion(group[found.label], group[found.predicted], len(names))
+        if len(names) < len(group):
+            title += (
+                f". The {LARGEST_CLASSES} largest of {len(group):,} labels; a label and a "
+                "prediction that are both among the others may differ"
+            )
+        tables.append(_confusion_table(title, counts, names))
     if not tables:
         return Markup("")
     words = []
@@ -344,8 +375,7 @@ def _confusion_table(title: str, counts: np.ndarray, names: Sequence[str]) -> Ma
 def calibrations(runs: Sequence[RunFolder]) -> Markup:
     """Returns how often classifiers are right, by their confidence."""
     found = [
-        (title, calibration(each.probability, each.label), name, look)
-        for title, name, each, look in _predictions(runs)
+        (title, _calibration(each), name, look) for title, name, each, look in _predictions(runs)
     ]
     if not found or len({len(each.edges) for _, each, *_ in found}) > 1:
         return Markup("")
@@ -355,6 +385,11 @@ def calibrations(runs: Sequence[RunFolder]) -> Markup:
     ]
     chart = charts.reliability_chart("Accuracy by confidence", found)
     return join([tag("dl", tiles, class_="tiles"), chart])
+
+
+def _calibration(found: Predictions) -> Calibration:
+    confidence = found.probability_of(found.predicted)
+    return calibration(confidence, ~found.is_wrong, found.info["classes"])
 
 
 def documents(runs: Sequence[RunFolder]) -> Markup:
@@ -371,24 +406,26 @@ def documents(runs: Sequence[RunFolder]) -> Markup:
         "correct ones of each label. A word's shade is its contribution to the predicted class: "
         "the gradient of the class's logit times the word's embedding, which holds for small "
         "changes only. Words for the class are underlined, words against it have a dotted line. "
-        "The text is as the classifier reads it: lower case, rare words unknown."
+        "The text is as the classifier reads it: lower case, rare words unknown. Of long "
+        f"documents, the last {EXAMPLE_TOKENS:,} tokens are shown."
     )
     return join([tag("p", text), _scale("against", "for the predicted class"), blocks])
 
 
 def _document(example: dict[str, Any], names: Sequence[str], is_open: bool) -> Markup:
-    added = np.array(example["contributions"], np.float64)
+    pieces = example["pieces"][-EXAMPLE_TOKENS:]
+    added = np.array(example["contributions"][-EXAMPLE_TOKENS:], np.float64)
     largest = float(np.abs(added).max(initial=0.0)) or 1.0
     levels = np.rint(added / largest * LEVELS).astype(int).tolist()
     label, predicted = names[example["label"]], names[example["predicted"]]
     is_right = example["label"] == example["predicted"]
     words: list[Any] = []
-    for piece, level in zip(example["pieces"], levels, strict=True):
+    for piece, level in zip(pieces, levels, strict=True):
         word = piece.lstrip(" ")
         shaded = tag("span", word, class_=charts.level_class(level)) if abs(level) > 1 else word
         words += [piece[: len(piece) - len(word)], shaded]
     strongest = np.argsort(-np.abs(added), kind="stable")[:6].tolist()
-    listed = ", ".join(f"{example['pieces'][i].strip()} {added[i]:+.2f}" for i in strongest)
+    listed = ", ".join(f"{pieces[i].strip()} {added[i]:+.2f}" for i in strongest)
     summary = tag(
         "summary",
         tag("span", "right" if is_right else "wrong", class_=f"badge {is_right}".lower()),

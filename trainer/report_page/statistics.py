@@ -88,24 +88,26 @@ class Calibration(NamedTuple):
     error: float
 
 
-def calibration(probability: np.ndarray, labels: np.ndarray, bins: int = 10) -> Calibration:
+def calibration(
+    confidence: np.ndarray, is_right: np.ndarray, classes: int, bins: int = 10
+) -> Calibration:
     """Returns the calibration of the predicted class, in bins of equal width (Guo et al. 2017).
 
     Args:
-        probability: Of each class, [n, classes]; rows add up to 1.
-        labels: Integers [n].
+        confidence: Probability of the predicted class, [n].
+        is_right: Bool [n].
+        classes: Their number; no confidence is below 1 / classes.
+        bins: Their number.
     """
-    confidence = probability.max(axis=1)
-    right = probability.argmax(axis=1) == labels
-    edges = np.linspace(1 / probability.shape[1], 1, bins + 1)
+    edges = np.linspace(1 / classes, 1, bins + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
     count = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):
         mean = np.bincount(place, confidence, bins) / count
-        accuracy = np.bincount(place, right, bins) / count
+        accuracy = np.bincount(place, is_right, bins) / count
     filled = count > 0
     gap = np.abs(accuracy - mean)[filled] * count[filled]
-    return Calibration(edges, mean, accuracy, count, float(gap.sum() / len(labels)))
+    return Calibration(edges, mean, accuracy, count, float(gap.sum() / len(is_right)))
 
 
 class Projection(NamedTuple):

@@ -25,6 +25,9 @@ from trainer.safe_files import (
     write_folder,
 )
 
+EXAMPLE_TOKENS = 1000  # of a document are kept and shown, the last ones
+CHUNK_LOGITS = 1 << 22  # are computed at once: 30,000 classes of all documents exceed the memory
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -45,15 +48,31 @@ class Predictions:
         """The right classes: int32 [n]."""
         return self.tensors["label"]
 
-    @property
-    def probability(self) -> np.ndarray:
-        """Of each class: float64 [n, classes]."""
-        return probabilities(self.tensors["logits"])
+    def probability_of(self, classes: np.ndarray) -> np.ndarray:
+        """Returns the probability of a class for each document: float64 [n].
+
+        Args:
+            classes: Integers [n].
+        """
+        logits = self.tensors["logits"]
+        rows = max(1, CHUNK_LOGITS // logits.shape[1])
+        chunks = [
+            np.take_along_axis(
+                probabilities(logits[start : start + rows]),
+                classes[start : start + rows, None],
+                axis=1,
+            )[:, 0]
+            for start in range(0, len(logits), rows)
+        ]
+        return np.concatenate(chunks)
 
     @property
     def predicted(self) -> np.ndarray:
         """The most probable classes: int64 [n]."""
-        return _of_each_class(self.tensors["logits"]).argmax(axis=1)
+        logits = self.tensors["logits"]
+        if logits.shape[1] == 1:
+            return (logits[:, 0] > 0).astype(np.int64)
+        return logits.argmax(axis=1)
 
     @property
     def is_wrong(self) -> np.ndarray:
@@ -75,17 +94,11 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     Args:
         logits: [n, 1] for two classes, else [n, classes].
     """
-    logits = _of_each_class(logits)
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
-
-
-def _of_each_class(logits: np.ndarray) -> np.ndarray:
-    """Returns a logit for each class, of two classes too: float64 [n, classes]."""
     logits = np.asarray(logits, np.float64)
     if logits.shape[1] == 1:
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
-    return logits
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return raised / raised.sum(axis=1, keepdims=True)
 
 
 def start_of(values: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.distribution.steps import gather_rows
 from trainer.models.classifier import Classifier, losses_and_errors, reversed_words
 from trainer.models.encoder import token_mask
-from trainer.reporting.predictions import Predictions, write
+from trainer.reporting.predictions import EXAMPLE_TOKENS, Predictions, write
 from trainer.training.run import Run
 
 STATE_DOCUMENTS = 512
@@ -88,14 +88,14 @@ def telling_documents(predictions: Predictions) -> np.ndarray:
     Ties go to the row that comes first, so the choice depends on nothing else.
     """
     labels, is_wrong = predictions.label, predictions.is_wrong
-    of_label = predictions.probability[np.arange(len(labels)), labels]
-    order = np.argsort(of_label, kind="stable")
-    wrong = [row for row in order if is_wrong[row]][:WRONG_EXAMPLES]
-    right: list[int] = []
-    for label in np.unique(labels):
-        surest = [row for row in order[::-1] if labels[row] == label and not is_wrong[row]]
-        right += surest[:RIGHT_EXAMPLES_BY_CLASS]
-    return np.array(wrong + right[:MAX_RIGHT_EXAMPLES], np.int64)
+    order = np.argsort(predictions.probability_of(labels), kind="stable")
+    wrong = order[is_wrong[order]][:WRONG_EXAMPLES]
+    surest = order[::-1][~is_wrong[order[::-1]]]
+    surest = surest[np.argsort(labels[surest], kind="stable")]
+    _, starts, counts = np.unique(labels[surest], return_index=True, return_counts=True)
+    place = np.arange(len(surest)) - np.repeat(starts, counts)  # in its class
+    right = surest[place < RIGHT_EXAMPLES_BY_CLASS][:MAX_RIGHT_EXAMPLES]
+    return np.concatenate([wrong, right])
 
 
 def first_order_contributions(
@@ -164,19 +164,20 @@ def save(
     rows = telling_documents(predictions)
     documents = predictions.tensors["document"][rows]
     tokens, lengths = run.store.split(split).gather(documents, info["max_tokens"])
-    probability = predictions.probability[rows]
+    probability = predictions.probability_of(predictions.predicted)[rows]
     predicted = predictions.predicted[rows].astype(np.int32)
     added = first_order_contributions(classifier, tokens, lengths, predicted)
     tokenizer = load_tokenizer(run.store.vocab_path, run.store.tokenizer_config)
     kind = run.store.tokenizer_config["type"]
+    shown = [slice(max(0, length - EXAMPLE_TOKENS), length) for length in lengths]
     examples = [
         {
             "document": int(documents[i]),
             "label": int(predictions.label[row]),
             "predicted": int(predicted[i]),
-            "probability": float(probability[i, predicted[i]]),
-            "pieces": pieces(tokenizer, kind, tokens[i, : lengths[i]].tolist()),
-            "contributions": [round(float(x), 5) for x in added[i, : lengths[i]]],
+            "probability": float(probability[i]),
+            "pieces": pieces(tokenizer, kind, tokens[i, shown[i]].tolist()),
+            "contributions": [round(float(x), 5) for x in added[i, shown[i]]],
         }
         for i, row in enumerate(rows)
     ]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,3 +228,41 @@ def test_a_screen_reader_finds_names_on_all_that_it_can_reach(browser_page: Page
     assert not unnamed
     roles = {node.get("role", {}).get("value") for node in nodes}
     assert {"main", "navigation", "heading", "table", "button"} <= roles
+
+
+@pytest.mark.parametrize(("classes", "documents"), [(1_000, 3_000), (30_000, 400)])
+def test_many_classes_are_the_largest_thirty_and_the_rest(
+    tmp_path: Path, classes: int, documents: int
+) -> None:
+    """A page of 1,000 classes had 71 MB and took 79 s; 30,000 classes ran out of memory."""
+    folder = write_run(tmp_path / "run")
+    random = np.random.default_rng(1)
+    label = np.minimum(random.geometric(0.02, documents) + 5, classes - 1).astype(np.int32)
+    logits = random.normal(size=(documents, classes)).astype(np.float32)
+    logits[np.arange(documents), label] += 4
+    write_predictions(
+        folder / "warm" / "predictions",
+        {"classes": classes, "class_names": [f"{i} <topic>" for i in range(classes)]},
+        document=np.arange(documents),
+        label=label,
+        logits=logits,
+        **{"state/label": label[:400]},
+        **{f"state/{part}": random.normal(size=(400, 40)).astype(np.float32) for part in "hc"},
+    )
+    began = time.process_time()
+    page = page_of(folder)
+    assert time.process_time() - began < 10
+    assert len(page) < 5_000_000
+    for largest in np.argsort(-np.bincount(label), kind="stable")[:30]:
+        assert f">predicted as {largest} &lt;topic&gt;<" in page
+    assert f">predicted as {classes - 30:,} others<" in page
+    assert f"The 30 largest of {classes:,} labels" in page
+
+
+def test_long_documents_are_cut(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    long = {"pieces": [" first", *[" word"] * 9_000], "contributions": [0.5] * 9_001}
+    write_predictions(folder / "warm" / "predictions", {"examples": [EXAMPLE | long] * 9})
+    page = page_of(folder)
+    assert ">word<" in page and ">first<" not in page
+    assert len(page) < 5_000_000

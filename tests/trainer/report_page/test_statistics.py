@@ -52,12 +52,11 @@ def test_confusion_counts_labels_by_row() -> None:
 def test_calibration_of_a_classifier_that_is_right_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     share = random.uniform(0, 1, 100_000)
-    probability = np.stack([1 - share, share], axis=1)
-    honest = (random.random(100_000) < share).astype(int)
-    assert statistics.calibration(probability, honest).error < 0.01
+    is_right = random.random(100_000) < share
+    honest = np.where(share < 0.5, ~is_right, is_right)
+    assert statistics.calibration(np.maximum(share, 1 - share), honest, 2).error < 0.01
     # One that says 0.9 and is right half of the time is off by 0.4.
-    sure = np.tile([0.1, 0.9], (1000, 1))
-    found = statistics.calibration(sure, np.arange(1000) % 2)
+    found = statistics.calibration(np.full(1000, 0.9), np.arange(1000) % 2 == 0, 2)
     assert found.error == pytest.approx(0.4)
     assert found.documents.sum() == found.documents.max() == 1000
     assert np.isnan(found.accuracy[0])
