@@ -8,7 +8,8 @@ There are four kinds (`--initial_state`):
   encode   the encoder's final state for the document to classify
 
 They work with any Keras model: `from_encoder` makes them, `load` and `load_encoder` read them from
-a bundle, `apply` makes layers start from them. docs/initialising-lstm-state.md has more.
+a bundle, `apply` makes layers start from them, `ContextState` computes one for each row of a batch.
+docs/initialising-lstm-state.md has more.
 
 Example:
     state = states.from_encoder(autoencoder, x, layers="encoder")  # the mean over x
@@ -28,12 +29,22 @@ from trainer.distribution.distributor import Distributor
 from trainer.distribution.preemption import StopRequest
 from trainer.distribution.steps import sum_over_batches
 from trainer.models import bundle, keras_states
+from trainer.models.context_state import ContextState
 from trainer.models.encoder import Encoder, LearnedState
 
 if TYPE_CHECKING:
     from trainer.inference.text_encoder import TextEncoder
 
-__all__ = ["LearnedState", "apply", "from_encoder", "learned", "load", "load_encoder", "mean"]
+__all__ = [
+    "ContextState",
+    "LearnedState",
+    "apply",
+    "from_encoder",
+    "learned",
+    "load",
+    "load_encoder",
+    "mean",
+]
 
 
 def learned(encoder: Encoder) -> list[LearnedState]:
