@@ -27,6 +27,8 @@ PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adam", "adamw", "nadam", "sgd")
 INITIAL_STATES = ("zero", "mean", "learned", "encode")
 STARTS = ("both", "warm", "scratch")
+# What --train trains besides the head; see `finetune.trained_variables`.
+TRAINED = ("all", "head", "state", "bias", "state+bias")
 POOLINGS = ("last", "mean", "concat")
 SCHEDULES = ("constant", "exponential", "cosine", "triangular")
 
@@ -190,6 +192,9 @@ class FineTuningConfig:
         "the encoder, or random.", choices=("encoder", "random"))
     initial_state: str = _finetune("learned", "Initial state of the LSTM. All but zero need an "
         "encoder.", choices=INITIAL_STATES)
+    train: str = _finetune("all", "What fine-tuning trains: all; or the head alone, or with it the "
+        "LSTMs' initial state, their biases, or both. The rest of the encoder then stays frozen, "
+        "and RUN/task is written: a task of a few KB for this encoder.", choices=TRAINED)
     pooling: str = _finetune("last", "LSTM outputs that the classifier head reads: the last one, "
         "their mean, or the last, the mean and the maximum. Use concat when the evidence may be "
         "anywhere in the document.", choices=POOLINGS)
@@ -354,6 +359,11 @@ class Config(  # the last base has the first fields
         return self.stage == "all"
 
     @property
+    def trains_lstm(self) -> bool:
+        """Whether a gradient goes through the LSTMs: to their weights, states or inputs."""
+        return self.train != "head" or self.normalises_embeddings
+
+    @property
     def uses_softmax(self) -> bool:
         """Whether words are predicted: in pretraining, and in joint training."""
         return self.stage in ("all", "pretrain") or self.joint_weight > 0
@@ -377,7 +387,9 @@ class Config(  # the last base has the first fields
         return {
             "pretrain": self,
             "warm": dataclasses.replace(self, encoder=encoder),
-            "scratch": dataclasses.replace(self, init_weights="random", initial_state="zero"),
+            "scratch": dataclasses.replace(
+                self, init_weights="random", initial_state="zero", train="all"
+            ),
         }
 
 

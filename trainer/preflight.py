@@ -39,6 +39,7 @@ def _faults(config: Config, cluster: Cluster) -> list[str]:
         *_bag_faults(config),
         *_step_faults(config),
         *_finetuning_faults(config),
+        *_frozen_faults(config),
         *_stage_faults(config),
     ]
 
@@ -184,6 +185,28 @@ def _finetuning_faults(config: Config) -> Iterator[str]:
         yield (
             f"--unlabelled_batch_size={config.unlabelled_batch_size} needs "
             "--virtual_adversarial_weight: no other loss reads documents without labels"
+        )
+
+
+def _frozen_faults(config: Config) -> Iterator[str]:
+    """Yields flags of fine-tuning that do not go with a frozen encoder."""
+    if config.train == "all" or config.stage not in ("all", "finetune"):
+        return
+    for name, value, why in (
+        ("init_weights", "random", "random weights would stay random; use --init_weights=encoder"),
+        ("initial_state", "encode", "a task has one state; use zero, mean or learned"),
+    ):
+        if getattr(config, name) == value:
+            yield f"--train={config.train} with --{name}={value}: {why}"
+    if config.joint_weight:
+        yield (
+            f"--train={config.train} with --joint_weight={config.joint_weight}: joint training "
+            "trains the encoder; use --train=all"
+        )
+    if config.backward_encoder:
+        yield (
+            f"--train={config.train} with --backward_encoder={config.backward_encoder}: a task "
+            "belongs to one encoder; leave it out, or use --train=all"
         )
 
 

@@ -214,6 +214,35 @@ def test_words_that_repeat_are_read_as_all_others(
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradients_through_words_are_those_through_their_rows(
+    mask: str, instruction_set: str
+) -> None:
+    random = np.random.default_rng(1)
+    layer = WarmLSTM(48, return_sequences=True, return_state=True)
+    layer.build((None, 9, 5))
+    rows = tf.constant(random.normal(size=(4, 5)), tf.float32)
+    index = tf.constant(random.integers(0, 4, (7, 9)), tf.int32)
+    state = [tf.constant(random.normal(size=(7, 48)), tf.float32) for _ in range(2)]
+    sources = [rows, *state, *(variable.value for variable in layer.trainable_variables)]
+
+    def gradients(by_word: bool) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(sources)
+            words, given = Words(rows, index), mask_of(mask)
+            if by_word:
+                found = layer.read_words(words, given, state, training=True)
+            else:
+                inputs = tf.gather(rows, index)
+                found = layer(inputs, mask=given, initial_state=state, training=True)
+            loss = sum(tf.reduce_sum(tf.sin(tensor * (i + 1))) for i, tensor in enumerate(found))
+        return tape.gradient(loss, sources)
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        expected = tf.convert_to_tensor(expected)
+        np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
+
+
 def test_a_word_that_is_not_there_is_refused(operations: Any) -> None:
     zeros = tf.zeros((1, 16))
     for wrong in (-1, 2):
@@ -441,6 +470,27 @@ def test_a_frozen_layer_computes_no_gradients_of_weights(either: None) -> None:
     np.testing.assert_array_equal(found, expected)
     # Of all weights in one.
     assert sum((trained - frozen).values()) == 1 and not frozen - trained, (trained, frozen)
+
+
+def test_a_bias_alone_is_trained_without_the_products_of_the_other_weights(either: None) -> None:
+    layer = WarmLSTM(16, return_sequences=True)
+    layer.build((4, 3, 5))
+    inputs, bias = tf.random.stateless_normal((4, 3, 5), (0, 0)), layer.cell.bias.value
+
+    def gradient_of_bias(x: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(x, training=True) ** 2)
+        return tape.gradient(loss, bias)
+
+    function = tf.function(gradient_of_bias)
+    trained = products_before(function.get_concrete_function(inputs).outputs)
+    expected = gradient_of_bias(inputs)
+    for variable in (layer.cell.kernel, layer.cell.recurrent_kernel):
+        variable.trainable = False
+    function = tf.function(gradient_of_bias)
+    alone = products_before(function.get_concrete_function(inputs).outputs)
+    np.testing.assert_allclose(function(inputs), expected, rtol=1e-5, atol=1e-6)
+    assert sum((trained - alone).values()) == 1 and not alone - trained, (trained, alone)
 
 
 def test_a_frozen_weight_that_a_tape_watches_has_its_gradient(either: None) -> None:

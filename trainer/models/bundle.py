@@ -5,9 +5,11 @@
   vocab.txt          the vocabulary, a token on each line
 
 NAME is `encoder` or `decoder` (from pretraining; a decoder is the softmax of a sequence
-autoencoder, for use with its encoder) or `classifier` (from fine-tuning). Loading executes no code
-(no pickle) and does not need the run's other files. Bundles may be untrusted: loading reads nothing
-outside of the folder, and checks every size before it allocates memory.
+autoencoder, for use with its encoder), `classifier` (from fine-tuning) or `task` (from fine-tuning
+with a frozen encoder). A task is an initial state, a head, and biases if they were trained, for use
+with its encoder; it has no vocab.txt. Loading executes no code (no pickle) and does not need the
+run's other files. Bundles may be untrusted: loading reads nothing outside of the folder, and checks
+every size before it allocates memory.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ import keras
 import numpy as np
 
 from data_pipelines.errors import InputError
-from trainer.distribution.variables import assign, digest
+from trainer.distribution.variables import assign, digest, values_of
 from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.classifier import POOLED_VECTORS, Classifier
 from trainer.models.encoder import Encoder, LearnedState
@@ -52,7 +54,9 @@ MODEL_SIZES = {
         "hidden_units",
         "num_classes",
     ),
+    "task": ("units", "num_layers", "hidden_units", "num_classes"),
 }
+HEADED = ("classifier", "task")  # bundles with a head
 
 
 @dataclass(frozen=True)
@@ -191,32 +195,51 @@ def classifier_variables(classifier: Classifier) -> dict[str, keras.Variable]:
     return variables
 
 
+def task_tensors(classifier: Classifier, train: str) -> dict[str, np.ndarray]:
+    """Returns what a task is besides its encoder, under its names in a bundle.
+
+    Args:
+        classifier: Of one direction, without a reader.
+        train: What was trained, as --train says.
+    """
+    variables = classifier_variables(classifier)
+    tensors = values_of(
+        {
+            name: variable
+            for name, variable in variables.items()
+            if name.startswith(("initial_state/", "hidden/", "output/"))
+        }
+    )
+    if "bias" in train.split("+"):
+        biases = classifier.encoder.biases()
+        tensors |= {f"lstm/{layer}/bias": bias for layer, bias in enumerate(biases)}
+    return tensors
+
+
 def save(
     folder: Path,
     name: str,
     tensors: Mapping[str, np.ndarray],
     info: Mapping[str, Any],
-    vocab_path: Path,
+    vocab_path: Path | None,
 ) -> None:
-    """Writes a bundle to `folder` atomically, replacing an older one.
+    """Writes a bundle to `folder` atomically, replacing an older one; a task has no vocabulary.
 
     Raises:
         InputError: The disk is full, or the folder cannot be written.
     """
-    vocab = vocab_path.read_bytes()
     info = {
         "format": f"warmstate-{name}",
         "format_version": FORMAT_VERSION,
         **info,
         "tensors": specs(tensors),
         "tensors_sha256": digest(tensors),
-        "vocab_file_sha256": hashlib.sha256(vocab).hexdigest(),
     }
-    files: dict[str, bytes | Sequence[Buffer]] = {
-        f"{name}.safetensors": tensor_parts(tensors),
-        f"{name}.json": sealed(info),
-        "vocab.txt": vocab,
-    }
+    files: dict[str, bytes | Sequence[Buffer]] = {f"{name}.safetensors": tensor_parts(tensors)}
+    if vocab_path is not None:
+        vocab = files["vocab.txt"] = vocab_path.read_bytes()
+        info["vocab_file_sha256"] = hashlib.sha256(vocab).hexdigest()
+    files[f"{name}.json"] = sealed(info)
     try:
         write_folder(folder.with_name(folder.name + ".new"), folder, files)
     except OSError as error:
@@ -261,8 +284,9 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
         "tensors_sha256": str,
         "vocab_sha256": str,
     }
-    kinds |= {"vocab_file_sha256": str} | ({"max_tokens": int} if name == "classifier" else {})
-    kinds |= {"encoder_sha256": str} if name == "decoder" else {}
+    kinds |= {"max_tokens": int} if name in HEADED else {}
+    kinds |= {} if name == "task" else {"vocab_file_sha256": str}
+    kinds |= {"encoder_sha256": str} if name in ("decoder", "task") else {}
     for field, kind in kinds.items():
         if type(info.get(field)) is not kind:
             return f"{field!r} is {info.get(field)!r:.99}, not of type {kind.__name__}"
@@ -276,9 +300,9 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
     for fact in ("reads_first", "normalised", "bidirectional") if name == "classifier" else ():
         if type(model.get(fact)) is not bool:
             return f"the model's {fact!r} is {model.get(fact)!r:.99}"
-    if name == "classifier" and model.get("pooling") not in (*POOLED_VECTORS,):
+    if name in HEADED and model.get("pooling") not in (*POOLED_VECTORS,):
         return f"the model's 'pooling' is {model.get('pooling')!r:.99}"
-    if name == "classifier" and not 0 < info["max_tokens"] < 2**31:
+    if name in HEADED and not 0 < info["max_tokens"] < 2**31:
         return f"'max_tokens' is {info['max_tokens']}"
     return None
 
@@ -292,13 +316,13 @@ def load(folder: Path, name: str, flag: str) -> Bundle:
     info = read_info(folder, name, flag)
     try:
         tensors = read_tensors(folder / f"{name}.safetensors", info["tensors"])
-        vocab_sha256 = file_sha256(folder / "vocab.txt", MAX_VOCAB_BYTES)
+        checked = [(f"{name}.safetensors", digest(tensors), "tensors_sha256")]
+        if name != "task":
+            vocab_sha256 = file_sha256(folder / "vocab.txt", MAX_VOCAB_BYTES)
+            checked.append(("vocab.txt", vocab_sha256, "vocab_file_sha256"))
     except DamagedError as error:
         raise InputError(f"{flag}={folder}: {error}") from None
-    for path, found, field in (
-        (f"{name}.safetensors", digest(tensors), "tensors_sha256"),
-        ("vocab.txt", vocab_sha256, "vocab_file_sha256"),
-    ):
+    for path, found, field in checked:
         if found != info[field]:
             raise InputError(
                 f"{flag}={folder}: {folder / path} is damaged: its SHA-256 is not {name}.json's"
@@ -344,14 +368,24 @@ def _of_decoder(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     yield "softmax/kernel", rows * width
 
 
-def _of_classifier(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _of_head(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
-    hidden_units, units = model["hidden_units"], model["units"]
+    width, hidden_units = POOLED_VECTORS[model["pooling"]] * model["units"], model["hidden_units"]
+    if hidden_units:
+        yield "hidden/kernel", width * hidden_units
+    yield "output/kernel", (hidden_units or width) * outputs
+
+
+def _of_task(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    yield from _of_head(model)
+    for layer in range(model["num_layers"]):
+        yield f"initial_state/{layer}/h", model["units"]
+
+
+def _of_classifier(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for direction in ("", "backward/") if model["bidirectional"] else ("",):
-        width = POOLED_VECTORS[model["pooling"]] * units
-        if hidden_units:
-            yield f"{direction}hidden/kernel", width * hidden_units
-        yield f"{direction}output/kernel", (hidden_units or width) * outputs
+        for name, size in _of_head(model):
+            yield f"{direction}{name}", size
         if model["normalised"]:
             yield f"{direction}frequencies", model["vocab_size"]
         for encoder in ("", "reader/") if model["reads_first"] else ("",):
@@ -359,4 +393,9 @@ def _of_classifier(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
                 yield f"{direction}{encoder}{name}", size
 
 
-LARGE_TENSORS = {"encoder": _of_encoder, "decoder": _of_decoder, "classifier": _of_classifier}
+LARGE_TENSORS = {
+    "encoder": _of_encoder,
+    "decoder": _of_decoder,
+    "classifier": _of_classifier,
+    "task": _of_task,
+}

@@ -135,7 +135,7 @@ class Classifier(keras.layers.Layer):
         return found
 
     def words(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[Words]:
-        """Returns each direction's words for reading without training: this, then `backward`."""
+        """Returns each direction's words, none dropped: this, then `backward`."""
         words = [self.encoder.words(tokens)]
         if self.backward is None:
             return words
@@ -165,7 +165,7 @@ class Classifier(keras.layers.Layer):
         """Returns the logits of embedded documents.
 
         Args:
-            embedded: From `embed` or, without training, from `words`.
+            embedded: From `embed` or `words`.
             start: From `start`.
             lengths, training: As for `logits`.
             dropout_rate: For outputs between layers and inputs of the head.

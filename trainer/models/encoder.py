@@ -177,7 +177,7 @@ class Encoder(keras.layers.Layer):
         return (tf.gather(self.embeddings.value, tokens) - mean) / deviation
 
     def words(self, tokens: tf.Tensor) -> Words:
-        """Returns the tokens, each distinct one embedded once, for reading without training."""
+        """Returns the tokens, each distinct one embedded once."""
         distinct, index = tf.unique(tf.reshape(tokens, [-1]))
         return Words(self.embed(distinct), tf.reshape(index, tf.shape(tokens)))
 
@@ -200,6 +200,14 @@ class Encoder(keras.layers.Layer):
         kernel = cell.kernel.numpy()
         cell.bias.assign(cell.bias.numpy() + mean @ kernel)
         cell.kernel.assign(deviation[:, None] * kernel)
+
+    def biases(self) -> list[np.ndarray]:
+        """Returns each LSTM's bias [4 * units], as it is without normalised embeddings."""
+        biases = [lstm.cell.bias.numpy() for lstm in self.lstms]
+        if self.normalised:  # see `absorb_normalisation`
+            mean, deviation = (value.numpy() for value in self.moments())
+            biases[0] = biases[0] - (mean / deviation) @ self.lstms[0].cell.kernel.numpy()
+        return biases
 
     @property
     def initial_states(self) -> list[tuple[keras.Variable, keras.Variable]]:
@@ -226,7 +234,7 @@ class Encoder(keras.layers.Layer):
         """Runs the LSTMs from `states` over `embedded`.
 
         Args:
-            embedded: [batch, time, embedding_dim] or, without training, from `words`.
+            embedded: [batch, time, embedding_dim], or from `words`.
             mask: bool [batch, time], False at padding.
             states: For each layer [h, c], each [batch, units].
             training: Whether a gradient will be taken: the LSTMs then keep their activations.
@@ -243,7 +251,7 @@ class Encoder(keras.layers.Layer):
                 seed = tf.random.experimental.stateless_fold_in(dropout_seed, layer)
                 outputs = dropout(outputs, dropout_rate, seed)
             if isinstance(outputs, Words):
-                outputs, *state = lstm.read_words(outputs, mask, state)
+                outputs, *state = lstm.read_words(outputs, mask, state, training)
             else:
                 outputs, *state = lstm(outputs, mask=mask, initial_state=state, training=training)
             final.append([tf.cast(part, self.embeddings.dtype) for part in state])

@@ -53,11 +53,14 @@ class Mode(NamedTuple):
       keep_activations: whether the forward loop keeps what the backward loop needs; if not, a
         gradient runs the forward loop again.
       training: whether the compiled loops may run, also where no program has asked for them.
+      frozen: whether of the weights at most the bias is trained: its gradient is then computed
+        without the products that give the others, which a graph leaves out where nobody asks.
     """
 
     return_sequences: bool
     keep_activations: bool
     training: bool = True
+    frozen: bool = False
 
 
 class Words(NamedTuple):
@@ -232,62 +235,57 @@ class WarmLSTM(keras.layers.LSTM):
             mask = None if mask is None else tf.reverse(mask, [1])
 
         mask = None if mask is None else tf.cast(mask, tf.bool)
-        initial_state, mask = self._checked(sequences, initial_state, mask)
+        outputs, h, c = self._run(sequences, None, initial_state, mask, bool(training))
+        return outputs[:, -1], outputs, [h, c]
+
+    def read_words(
+        self,
+        words: Words,
+        mask: tf.Tensor | None,
+        initial_state: list[tf.Tensor],
+        training: bool = False,
+    ) -> list[tf.Tensor]:
+        """Returns what a call on the words' rows returns where sequences and state are asked for.
+
+        Each different word is multiplied with the kernel once, where the compiled loops run.
+
+        Args:
+            words: what is read.
+            mask: Boolean [batch, time] or None.
+            initial_state: `[h, c]`, each [batch, units].
+            training: Whether to keep activations.
+        """
+        compiled = native.operations(training)
+        fits = words.rows.dtype == tf.float32 and self.units % native.UNITS_MULTIPLE == 0
+        if compiled and fits and self.compute_dtype == "float32" and self._runs_own_loop():
+            return self._run(words.rows, words.index, initial_state, mask, training)
+        sequences = tf.gather(words.rows, words.index)
+        return self(sequences, mask=mask, initial_state=initial_state, training=training)
+
+    def _run(
+        self,
+        inputs: tf.Tensor,
+        index: tf.Tensor | None,
+        initial_state: list[tf.Tensor],
+        mask: tf.Tensor | None,
+        training: bool,
+    ) -> list[tf.Tensor]:
+        """Returns outputs, final h and c of the loops on `inputs`, or on its rows at `index`."""
+        initial_state, mask = self._checked(inputs if index is None else index, initial_state, mask)
         cell = self.cell
         kernel, recurrent = self._tensor(cell.kernel), self._tensor(cell.recurrent_kernel)
         if self.recurrent_mask is not None:
             recurrent *= tf.cast(self.recurrent_mask, recurrent.dtype)
         bias = self._tensor(cell.bias) if self.use_bias else tf.zeros_like(kernel[0])
         h, c = initial_state
-        recorded = record.should_record_backprop([sequences, h, c, kernel, recurrent, bias])
+        recorded = record.should_record_backprop([inputs, h, c, kernel, recurrent, bias])
         mode = Mode(
             self.return_sequences,
-            keep_activations=(bool(training) or recorded) and not self.recompute,
-            training=bool(training) or recorded,
+            keep_activations=(training or recorded) and not self.recompute,
+            training=training or recorded,
+            frozen=not (cell.kernel.trainable or cell.recurrent_kernel.trainable),
         )
-        outputs, h, c = lstm(sequences, h, c, (kernel, recurrent, bias), mask, mode)
-        if mask is not None:
-            outputs = self._mask_outputs(outputs, mask)
-        return outputs[:, -1], outputs, [h, c]
-
-    def read_words(
-        self, words: Words, mask: tf.Tensor | None, initial_state: list[tf.Tensor]
-    ) -> list[tf.Tensor]:
-        """Returns what the layer makes of `words`, without training; no gradient goes through it.
-
-        Args:
-            words: what is read.
-            mask: Boolean [batch, time] or None.
-            initial_state: `[h, c]`, each [batch, units].
-
-        Returns:
-            What a call returns where sequences and state are asked for.
-        """
-        compiled = native.operations(training=False)
-        fits = words.rows.dtype == tf.float32 and self.units % native.UNITS_MULTIPLE == 0
-        if not (compiled and fits and self.compute_dtype == "float32" and self._runs_own_loop()):
-            sequences = tf.gather(words.rows, words.index)
-            return self(sequences, mask=mask, initial_state=initial_state, training=False)
-        cell = self.cell
-        initial_state, mask = self._checked(words.index, initial_state, mask)
-        none = tf.zeros([0], tf.bool)
-        with tf.name_scope("lstm_forward"):
-            rows = words.rows[tf.newaxis]
-            z = compiled.warmstate_product(
-                rows, self._tensor(cell.kernel), self._tensor(cell.bias), none, transpose=False
-            )
-            outputs, h, c, _, _ = compiled.warmstate_lstm(
-                z[0],
-                words.index,
-                self._tensor(cell.recurrent_kernel),
-                *initial_state,
-                none if mask is None else mask,
-                keep=False,
-                return_sequences=True,
-            )
-        outputs.set_shape([*words.index.shape, self.units])
-        for state in (h, c):
-            state.set_shape([words.index.shape[0], self.units])
+        outputs, h, c = lstm(inputs, h, c, (kernel, recurrent, bias), mask, mode, index)
         return [outputs if mask is None else self._mask_outputs(outputs, mask), h, c]
 
     def _checked(
@@ -364,17 +362,19 @@ def lstm(
     weights: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
     mask: tf.Tensor | None,
     mode: Mode,
+    index: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """An LSTM over whole sequences, differentiable once in inputs, states and weights.
 
     Args:
-        inputs: [batch, time, inputs]; at least one step.
+        inputs: [batch, time, inputs], at least one step; or rows [words, inputs], for `index`.
         h: [batch, units].
         c: [batch, units].
         weights: the kernel [inputs, 4 * units], its gates in Keras's order: input, forget,
             candidate, output; the recurrent kernel [units, 4 * units]; the bias [4 * units].
         mask: Boolean [batch, time]; a False step leaves h and c as they are. None: all are True.
         mode: how it runs.
+        index: int32 [batch, time], each step's row of `inputs`; for the compiled loops in float32.
 
     Returns:
         h after every step [batch, time, units] (or the last alone, [batch, 1, units]), and the
@@ -384,14 +384,14 @@ def lstm(
     compiled = native.operations(mode.training)
     fits = inputs.dtype in (tf.float32, tf.bfloat16) and units % native.UNITS_MULTIPLE == 0
     if compiled and fits:
-        run = _compiled(compiled, mask, mode)
+        run = _compiled(compiled, mask, mode, index)
     else:
         run = _in_tensorflow(mask, (width, units), mode)
     outputs, final_h, final_c = run(inputs, h, c, *weights)
-    steps = inputs.shape[1] if mode.return_sequences else 1
-    outputs.set_shape([inputs.shape[0], steps, units])
-    final_h.set_shape([inputs.shape[0], units])
-    final_c.set_shape([inputs.shape[0], units])
+    batch, steps = (inputs if index is None else index).shape[:2]
+    outputs.set_shape([batch, steps if mode.return_sequences else 1, units])
+    final_h.set_shape([batch, units])
+    final_c.set_shape([batch, units])
     return outputs, final_h, final_c
 
 
@@ -410,29 +410,30 @@ class _CompiledLoops(NamedTuple):
 
     operations: ModuleType
     mask: tf.Tensor  # [batch, time], or empty
-    return_sequences: bool
+    index: tf.Tensor  # [batch, time], rows of the inputs, or empty
+    mode: Mode
 
     def forward(self, tensors: tuple[tf.Tensor, ...], keep: bool) -> Any:
         """Returns outputs, final h and c, and, where they are kept, gates and cells."""
         inputs, h, c, kernel, recurrent, bias = tensors
         found = self.operations.warmstate_lstm(
             self._of_inputs(inputs, kernel, bias),
-            tf.zeros([0], tf.int32),
+            self.index,
             _whole(recurrent),
             _whole(h),
             _whole(c),
             self.mask,
             factors=inputs.dtype,
             keep=keep,
-            return_sequences=self.return_sequences,
+            return_sequences=self.mode.return_sequences,
         )
         return found
 
     def _of_inputs(self, inputs: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        if self._by_index:
+            return self._product(inputs[tf.newaxis], kernel, bias, tf.zeros([0], tf.bool))[0]
         if inputs.dtype == tf.float32:
-            return self.operations.warmstate_product(
-                inputs, kernel, bias, self.mask, transpose=False
-            )
+            return self._product(inputs, kernel, bias, self.mask)
         z = tf.nn.bias_add(tf.matmul(_flat(inputs), kernel), bias)  # one operation, when run
         return _whole(tf.reshape(z, [*tf.unstack(tf.shape(inputs))[:2], z.shape[1]]))
 
@@ -442,7 +443,7 @@ class _CompiledLoops(NamedTuple):
         """Returns the gradients of `tensors`; each is computed only if it is asked for."""
         inputs, h, c, kernel, recurrent, _ = tensors
         d_outputs, dh, dc = map(_whole, upstream)
-        if not self.return_sequences:
+        if not self.mode.return_sequences:
             dh, d_outputs = dh + d_outputs[:, 0], tf.zeros([0])
         dz, dh, dc = self.operations.warmstate_lstm_grad(
             kept.gates,
@@ -456,12 +457,8 @@ class _CompiledLoops(NamedTuple):
             factors=inputs.dtype,
         )
         if inputs.dtype == tf.float32:
-            none, of_weights = tf.zeros([0]), self.operations.warmstate_lstm_weight_grad
-            d_inputs = self.operations.warmstate_product(
-                dz, kernel, none, self.mask, transpose=True
-            )
-            return d_inputs, dh, dc, *of_weights(inputs, kept.outputs, h, dz, self.mask)
-        d_bias = tf.reduce_sum(tf.reduce_sum(dz, 1), 0)  # in turn: three times as fast
+            return self._of_dz(dz, tensors, kept.outputs, dh, dc)
+        d_bias = _of_bias(dz)
         before = tf.concat([_whole(h)[:, tf.newaxis], kept.outputs[:, :-1]], 1)
         dh, dc, d_bias, dz, before = (
             tf.cast(t, inputs.dtype) for t in (dh, dc, d_bias, dz, before)
@@ -472,6 +469,47 @@ class _CompiledLoops(NamedTuple):
         d_recurrent = tf.matmul(_flat(before), dz, transpose_a=True)
         return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
 
+    def _of_dz(
+        self,
+        dz: tf.Tensor,
+        tensors: tuple[tf.Tensor, ...],
+        outputs: tf.Tensor,
+        dh: tf.Tensor,
+        dc: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns the gradients of float32 tensors from those of the gates."""
+        inputs, h, _, kernel, _, _ = tensors
+        none, of_weights = tf.zeros([0]), self.operations.warmstate_lstm_weight_grad
+        if self._by_index:
+            of_words = tf.math.unsorted_segment_sum(dz, self.index, tf.shape(inputs)[0])
+            d_inputs = tf.matmul(of_words, kernel, transpose_b=True)
+            d_kernel = tf.matmul(inputs, of_words, transpose_a=True)
+            _, d_recurrent, d_bias = of_weights(outputs[:, :, :0], outputs, h, dz, self.mask)
+        else:
+            d_inputs = self._product(dz, kernel, none, self.mask, transpose=True)
+            d_kernel, d_recurrent, d_bias = of_weights(inputs, outputs, h, dz, self.mask)
+        if self.mode.frozen:
+            d_bias = _of_bias(dz)
+        return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
+
+    def _product(
+        self,
+        left: tf.Tensor,
+        right: tf.Tensor,
+        bias: tf.Tensor,
+        mask: tf.Tensor,
+        transpose: bool = False,
+    ) -> tf.Tensor:
+        return self.operations.warmstate_product(left, right, bias, mask, transpose=transpose)
+
+    @property
+    def _by_index(self) -> bool:
+        return self.index.shape.rank == 2
+
+
+def _of_bias(dz: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(tf.reduce_sum(dz, 1), 0)  # in turn: three times as fast
+
 
 def _whole(tensor: tf.Tensor) -> tf.Tensor:
     return tf.cast(tensor, tf.float32)
@@ -481,10 +519,13 @@ def _flat(tensor: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tensor, [-1, tensor.shape[-1]])  # [batch * time, ...]
 
 
-def _compiled(operations: ModuleType, mask: tf.Tensor | None, mode: Mode) -> Callable[..., Any]:
+def _compiled(
+    operations: ModuleType, mask: tf.Tensor | None, mode: Mode, index: tf.Tensor | None
+) -> Callable[..., Any]:
     """Returns the layer as a function of its tensors, by the loops of trainer/native."""
     mask = tf.zeros([0], tf.bool) if mask is None else mask
-    loops = _CompiledLoops(operations, mask, mode.return_sequences)
+    index = tf.zeros([0], tf.int32) if index is None else index
+    loops = _CompiledLoops(operations, mask, index, mode)
 
     @tf.custom_gradient
     def run(*tensors: tf.Tensor) -> Any:
@@ -533,9 +574,9 @@ def _in_tensorflow(
             kept = saved
             if kept is None:
                 _warn_of_second_run(mode)
-                again = Mode(return_sequences=False, keep_activations=True)
+                again = mode._replace(return_sequences=False, keep_activations=True)
                 _, kept = _forward(_not_before(upstream, tensors), mask, units, again)
-            return _backward(upstream, tensors[3:5], mask, kept, sizes, mode.return_sequences)
+            return _backward(upstream, tensors[3:5], mask, kept, sizes, mode)
 
         return results, gradient
 
@@ -560,7 +601,7 @@ def _forward(
 ) -> tuple[tuple[tf.Tensor, tf.Tensor, tf.Tensor], _Saved | None]:
     # Sizes come as integers: the shapes of tensors may be unknown in a function compiled once.
     inputs, h, c, kernel, recurrent, bias = tensors
-    _, keep, _ = mode
+    keep = mode.keep_activations
     steps = tf.shape(inputs)[1]
     weights, columns = _products(inputs, kernel, recurrent, bias, mask, units)
     dtype, loop_dtype = inputs.dtype, _loop_dtype(inputs.dtype)
@@ -648,7 +689,7 @@ def _backward(
     mask: tf.Tensor | None,
     saved: _Saved,
     sizes: tuple[int, int],
-    return_sequences: bool,
+    mode: Mode,
 ) -> tuple[tf.Tensor, ...]:
     d_outputs, dh, dc = upstream
     kernel, recurrent = matrices
@@ -659,12 +700,12 @@ def _backward(
     dtype, loop_dtype = dh.dtype, _loop_dtype(dh.dtype)
     d_outputs = tf.transpose(d_outputs, (1, 2, 0))  # [time or 1, units, batch]
     dh, dc = (tf.cast(tf.transpose(state), loop_dtype) for state in (dh, dc))
-    if not return_sequences:
+    if not mode.return_sequences:
         dh += tf.cast(d_outputs[0], loop_dtype)
     masked = None if mask is None else tf.cast(~tf.transpose(mask), loop_dtype)[:, tf.newaxis]
 
     def step(t: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor, dzs: tf.TensorArray) -> tuple[Any, ...]:
-        if return_sequences:
+        if mode.return_sequences:
             dh += tf.cast(d_outputs[t], loop_dtype)
         input_forget, candidate, output, previous_c, squashed = (
             tf.raw_ops.TensorListGetItem(
@@ -705,4 +746,7 @@ def _backward(
     )
     flat_columns = tf.reshape(tf.transpose(columns, (1, 0, 2)), (rows, -1))
     d_weights = tf.matmul(flat_columns, tf.reshape(dz, (-1, 4 * units)))
-    return d_inputs, dh, dc, d_weights[:width], d_weights[-units:], d_weights[width]
+    d_bias = d_weights[width]
+    if mode.frozen:
+        d_bias = tf.cast(tf.reduce_sum(tf.cast(dz, loop_dtype), (0, 1)), dtype)
+    return d_inputs, dh, dc, d_weights[:width], d_weights[-units:], d_bias

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.errors import InputError
 from data_pipelines.store.split_view import SplitView
 from trainer import states
 from trainer.config import Config
@@ -35,6 +37,8 @@ BACKWARD_SEED = 500
 def finetune(run: Run, folder: Path) -> dict[str, Any]:
     """Trains a classifier in `folder` and writes the bundle `folder`/classifier.
 
+    With a frozen encoder, it writes `folder`/task as well.
+
     Returns:
         For the report: steps, seconds, tokens_per_second, validation metrics, and for a warm start
         the broadcast: digests by worker, bytes, seconds.
@@ -51,6 +55,8 @@ def finetune(run: Run, folder: Path) -> dict[str, Any]:
     }
     if run.is_chief:
         save_classifier(run, folder / "classifier", classifier, report)
+        if run.config.train != "all":
+            save_task(run, folder / "task", classifier, report)
     return report
 
 
@@ -67,13 +73,16 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
     report: dict[str, Any] = {
         "init_weights": config.init_weights,
         "initial_state": config.initial_state,
+        "train": config.train,
     }
     if config.init_embeddings and config.init_weights == "random":
         for direction in classifier.directions:
             report["init_embeddings"] = init_embeddings(run, direction.encoder)
     encoders: dict[str, str] = {}
+    trained = trained_variables(config, classifier)
     if config.reads_encoder:
-        report["broadcast"], encoders = warm_start(run, classifier)
+        report["broadcast"], encoders = warm_start(run, classifier, trained)
+        report["encoder_sha256"] = encoders["--encoder"]
     if config.init_weights == "encoder" and classifier.hidden is None:
         fit_head(run, classifier, view)
     validation = run.all_documents(
@@ -89,8 +98,7 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         name="finetune",
         folder=folder,
         stage=config.of_stage("finetune"),
-        variables=trained_variables(classifier, config.initial_state)
-        | softmax_variables(objective),
+        variables=trained | softmax_variables(objective),
         loss_sum=FinetuneLoss(config, classifier, objective),
         evaluate=error_and_loss(run, classifier, validation),
         rates=encoder_rates(config, classifier),
@@ -157,10 +165,14 @@ def make_classifier(run: Run) -> Classifier:
     return classifier
 
 
-def warm_start(run: Run, classifier: Classifier) -> tuple[dict[str, Any], dict[str, str]]:
-    """Gives every worker the weights and states of --encoder; only the chief reads the bundle.
+def warm_start(
+    run: Run, classifier: Classifier, trained: Mapping[str, keras.Variable]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Gives every worker the weights and states of --encoder.
 
-    A second direction gets those of --backward_encoder.
+    Only the chief reads the bundle, and broadcasts it. Where --train freezes the encoder, every
+    worker reads the bundle, and the chief broadcasts the `trained` variables. A second direction
+    gets the weights and states of --backward_encoder.
 
     Returns:
         For the report: digests (SHA-256 of each worker's variables afterwards, by rank), bytes,
@@ -172,33 +184,56 @@ def warm_start(run: Run, classifier: Classifier) -> tuple[dict[str, Any], dict[s
     """
     began = time.perf_counter()
     config = run.config
-    received, size = _received(run, Path(config.encoder), "--encoder")
+    read = _received if config.train == "all" else _read_by_all
+    received, size = read(run, Path(config.encoder), "--encoder")
     encoders = {"--encoder": received.info["tensors_sha256"]}
     held = _take_over(config, classifier, received)
     if classifier.backward is not None:
-        received, more = _received(run, Path(config.backward_encoder), "--backward_encoder")
+        received, more = read(run, Path(config.backward_encoder), "--backward_encoder")
         size += more
         encoders["--backward_encoder"] = received.info["tensors_sha256"]
         theirs = _take_over(config, classifier.backward, received)
         held |= {f"backward/{name}": value for name, value in theirs.items()}
+    if config.train != "all":
+        of_chief = run.distributor.broadcast_arrays(values_of(trained))
+        assign(trained, of_chief)
+        size += sum(array.nbytes for array in of_chief.values())
+        held |= of_chief
     digests = run.distributor.gather_objects(digest(held))
     if len(set(digests)) > 1:
         check_equal(run.distributor, held, "after the broadcast")  # raises, and names what differs
     seconds = time.perf_counter() - began
     run.log(
-        f"finetune: broadcast {size / 1e6:.1f} MB to {len(digests)} workers in "
+        f"finetune: broadcast {size / 1e6:.3g} MB to {len(digests)} workers in "
         f"{seconds:.2f} s; all hold {digests[0][:16]}"
     )
     return {"digests": digests, "bytes": size, "seconds": round(seconds, 3)}, encoders
 
 
 def _received(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:
-    """Returns the encoder bundle that the chief reads, in every process, and its size in bytes."""
+    """Returns the encoder bundle that the chief reads, in every process, and the bytes sent."""
     loaded = bundle.load(folder, "encoder", flag) if run.is_chief else None
     keys = ("model", "tensors_sha256")
     info = run.distributor.gather_objects({k: loaded.info[k] for k in keys} if loaded else None)[0]
     tensors = run.distributor.broadcast_arrays(loaded.tensors if loaded else None)
     return bundle.Bundle(tensors, info), sum(array.nbytes for array in tensors.values())
+
+
+def _read_by_all(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:
+    """Returns the encoder bundle that each process reads, and the bytes sent: none.
+
+    Raises:
+        InputError: A worker has no such bundle, or another one than the chief's.
+    """
+    loaded = bundle.load(folder, "encoder", flag)
+    found = run.distributor.gather_objects(loaded.info["tensors_sha256"])
+    if others := [rank for rank, sha256 in enumerate(found) if sha256 != found[0]]:
+        raise InputError(
+            f"{flag}={folder} is another bundle for workers {others} (SHA-256 "
+            f"{found[others[0]][:12]}) than for the chief ({found[0][:12]}): copy the chief's to "
+            "all workers"
+        )
+    return loaded, 0
 
 
 def _take_over(
@@ -226,14 +261,27 @@ def _take_over(
     return held
 
 
-def trained_variables(classifier: Classifier, initial_state: str) -> dict[str, keras.Variable]:
-    """Returns the trained variables: all but the reader's, and the state only if it is learned."""
-    fixed = () if initial_state == "learned" else ("initial_state/",)
-    return {
-        name: variable
-        for name, variable in bundle.classifier_variables(classifier).items()
-        if not name.removeprefix("backward/").startswith(("reader/", "frequencies", *fixed))
+def trained_variables(config: Config, classifier: Classifier) -> dict[str, keras.Variable]:
+    """Returns the variables that --train names, and freezes the others.
+
+    The reader's are always frozen. With "all", so is a state that is not learned.
+    """
+    parts = config.train.split("+")
+    weights = "all" in parts
+    trains = {
+        "reader": False,
+        "frequencies": False,
+        "initial_state": "state" in parts or (weights and config.initial_state == "learned"),
+        "bias": weights or "bias" in parts,
+        "hidden": True,
+        "output": True,
     }
+    variables = bundle.classifier_variables(classifier)
+    for name, variable in variables.items():
+        kind = name.removeprefix("backward/").split("/")
+        part = kind[-1] if kind[0] == "lstm" else kind[0]
+        variable.trainable = trains.get(part, weights)
+    return {name: variable for name, variable in variables.items() if variable.trainable}
 
 
 def joint_objective(run: Run, classifier: Classifier) -> TextModel:
@@ -278,15 +326,36 @@ def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:
 def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict[str, Any]) -> None:
     """Writes the classifier bundle."""
     info = {
+        **_read_and_told(run),
         "model": bundle.classifier_model(classifier),
-        "max_tokens": run.config.finetune_max_tokens,
         "tokenizer": run.store.tokenizer_config,
-        "vocab_sha256": run.store.vocab_sha256,
-        "class_names": list(run.store.class_names),
         "report": report,
         "config": dataclasses.asdict(run.config),
-        "tensorflow_version": tf.__version__,
     }
     tensors = values_of(bundle.classifier_variables(classifier))
     bundle.save(folder, "classifier", tensors, info, run.store.vocab_path)
     run.log(f"finetune: wrote {folder}")
+
+
+def save_task(run: Run, folder: Path, classifier: Classifier, report: dict[str, Any]) -> None:
+    """Writes the task bundle: what was trained on top of the frozen encoder."""
+    model = bundle.classifier_model(classifier)
+    info = {
+        **_read_and_told(run),
+        "model": {size: model[size] for size in (*bundle.MODEL_SIZES["task"], "pooling")},
+        "encoder_sha256": report["encoder_sha256"],
+        "train": run.config.train,
+        "validation": report["validation"],
+    }
+    bundle.save(folder, "task", bundle.task_tensors(classifier, run.config.train), info, None)
+    run.log(f"finetune: wrote {folder}")
+
+
+def _read_and_told(run: Run) -> dict[str, Any]:
+    """Returns what a classifier and a task say of what they read and tell apart."""
+    return {
+        "max_tokens": run.config.finetune_max_tokens,
+        "vocab_sha256": run.store.vocab_sha256,
+        "class_names": list(run.store.class_names),
+        "tensorflow_version": tf.__version__,
+    }

@@ -60,7 +60,7 @@ class FinetuneLoss:
             classifier.read,
             lengths=lengths,
             start=classifier.start(tokens, lengths),
-            training=True,
+            training=config.trains_lstm,
             dropout_rate=config.finetune_dropout,
             output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
             every_step=config.label_gain == "linear",
@@ -70,10 +70,14 @@ class FinetuneLoss:
             losses = label_losses(logits, labels, lengths, config.label_smoothing)
             return tf.reduce_sum(losses * labelled)
 
-        embedding_seed = seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard)
-        embedded = classifier.embed(tokens, lengths, config.finetune_dropout, embedding_seed)
+        if config.train == "all" or config.normalises_embeddings:
+            embedding_seed = seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard)
+            embedded = classifier.embed(tokens, lengths, config.finetune_dropout, embedding_seed)
+        else:  # frozen embeddings: their products with the kernel are shared by equal words
+            embedded = classifier.words(tokens, lengths)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(embedded)
+            if config.adversarial_weight:
+                tape.watch(embedded)
             logits = read(embedded)
         total = label_loss(logits)
         if config.adversarial_weight:

@@ -32,7 +32,9 @@ def loss_and_gradients(
     """
     if parts > 1:
         return _in_parts(loss_sum, variables, rows, shard, parts)
-    with tf.GradientTape() as tape:
+    # What is frozen is not watched, so that layers keep no activations for it.
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(variables)
         loss, weight, *carried = loss_sum(rows, shard)
     return loss, weight, tape.gradient(loss, variables), carried
 

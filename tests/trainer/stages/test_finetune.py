@@ -13,7 +13,7 @@ def test_the_state_is_trained_only_if_it_is_learned(state: str) -> None:
     reader = Encoder(9, 2, 3, seed=1) if state == "encode" else None
     classifier = Classifier(Encoder(9, 2, 3, seed=0), 2, reader=reader)
     classifier.build()
-    names = set(trained_variables(classifier, state))
+    names = set(trained_variables(Config(initial_state=state), classifier))
     assert ("initial_state/0/h" in names) == (state == "learned")
     assert {"embeddings", "lstm/0/kernel", "output/bias"} <= names
     assert not any(name.startswith("reader/") for name in names)
@@ -38,6 +38,31 @@ def test_lower_layers_learn_slower_and_later() -> None:
         assert rates[prefix + "lstm/1/kernel"] == Rate(pytest.approx(0.05), 30)
         assert rates[prefix + "lstm/0/bias"] == Rate(pytest.approx(0.005), 50)
         assert rates[prefix + "embeddings"] == Rate(pytest.approx(0.0005), 70)
-    names = trained_variables(classifier, "learned")
+    names = trained_variables(Config(), classifier)
     assert set(rates) < set(names) and "backward/initial_state/0/h" in names
-    assert "backward/initial_state/0/h" not in trained_variables(classifier, "mean")
+    mean = Config(initial_state="mean")
+    assert "backward/initial_state/0/h" not in trained_variables(mean, classifier)
+
+
+HEAD = {f"{layer}/{kind}" for layer in ("hidden", "output") for kind in ("kernel", "bias")}
+STATES = {f"initial_state/{layer}/{part}" for layer in (0, 1) for part in "hc"}
+BIASES = {"lstm/0/bias", "lstm/1/bias"}
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("head", HEAD),
+        ("state", HEAD | STATES),
+        ("bias", HEAD | BIASES),
+        ("state+bias", HEAD | STATES | BIASES),
+    ],
+)
+@pytest.mark.parametrize("state", ["zero", "mean", "learned"])
+def test_all_but_what_train_names_is_frozen(train: str, expected: set[str], state: str) -> None:
+    classifier = Classifier(Encoder(9, 2, 3, seed=0, num_layers=2, normalised=True), 3)
+    classifier.build()
+    config = Config(train=train, initial_state=state)
+    assert trained_variables(config, classifier).keys() == expected
+    variables = bundle.classifier_variables(classifier)
+    assert {name for name, variable in variables.items() if variable.trainable} == expected
