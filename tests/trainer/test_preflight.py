@@ -118,6 +118,19 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert "--classifier" in found
 
 
+@pytest.mark.parametrize(
+    "other", ["--init_weights=random", "--initial_state=encode", "--joint_weight=1.0"]
+)
+def test_what_does_not_go_with_a_frozen_encoder(tmp_path: Path, other: str) -> None:
+    tuned = (f"--run_dir={tmp_path}", "--stage=finetune", "--encoder=a", "--train=state")
+    assert faults(*tuned) == []
+    (found,) = faults(*tuned, other)
+    assert found.startswith(f"--train=state with {other}: ")
+    assert faults(*tuned[:-1], other) == []
+    (found,) = faults(*tuned, "--backward_encoder=b")
+    assert found.startswith("--train=state with --backward_encoder=b: ")
+
+
 @pytest.mark.parametrize("state", ["mean", "learned", "encode"])
 def test_a_state_from_an_encoder_needs_an_encoder(tmp_path: Path, state: str) -> None:
     scratch = [f"--run_dir={tmp_path}", "--stage=finetune", "--init_weights=random"]
