@@ -48,12 +48,12 @@ setup(
         "pyarrow",
         "PyYAML",
         "safetensors",
+        "scikit-learn",  # --label_counts: linear models beside the classifiers
         "tensorflow",
         "tensorflow-datasets",
     ],
     extras_require={
         "azure": ["adlfs"],  # reads az://
-        "baselines": ["scikit-learn"],  # benchmarks/baselines.py
         # Needs protobuf < 7 and pyarrow < 26, so an environment of its own: docs/data-preparing.md.
         "beam": ["apache-beam>=2.77,<3"],
         "docs": ["mkdocs-material", "mkdocstrings", "mkdocstrings-python"],  # make docs

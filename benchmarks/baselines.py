@@ -2,7 +2,7 @@
 
   python -m benchmarks.baselines --source=tfds:imdb_reviews --data_dir=DIR --out=results
 
-Needs scikit-learn (the extra `baselines`). Two models:
+Two models:
 
   nbsvm_bi   naive Bayes log-count ratios of words and pairs of words, into a linear SVM
              (Wang & Manning 2012, section 2.3)

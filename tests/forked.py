@@ -251,11 +251,21 @@ class Popen(subprocess.Popen):
         return self.returncode
 
 
+def _tensorflow_runs() -> bool:
+    """Returns whether TensorFlow has started its threads in this process."""
+    context = sys.modules.get("tensorflow.python.eager.context")
+    return context is not None and context.context()._initialized
+
+
 class _ForkingPopen(Popen):
-    """The `Popen` of a forked program: it forks from the program itself."""
+    """The `Popen` of a forked program: that forks itself, unless it has threads."""
+
+    def _execute_child(self, args, executable, *more):
+        if threading.active_count() > 1 or _tensorflow_runs():
+            return super(Popen, self)._execute_child(args, executable, *more)  # by exec
+        return super()._execute_child(args, executable, *more)
 
     def _fork(self, request, streams, preexec_fn, pass_fds) -> None:
-        assert threading.active_count() == 1, "a process with threads cannot fork"
         self.pid = os.fork()
         if self.pid:
             return

@@ -48,6 +48,10 @@ class RunConfig:
         "random weights, and compare.", choices=STAGES)
     starts: str = _run("both", "Which classifiers --stage=all trains and tests: from the "
         "pretrained encoder (warm), from random weights (scratch), or both.", choices=STARTS)
+    label_counts: str = _run("", "Also compare both starts and linear models with fewer labels: "
+        "numbers of labelled documents, separated by commas. The warm start is then a linear head "
+        "on the frozen encoder.")
+    label_draws: int = _run(3, "Number of samples of each number in --label_counts.", at_least=1)
     run_dir: str = _run("", "Folder for the run's checkpoints, metrics, bundles and report.")
     step: int = _run(0, "Step that --stage=replay runs again, counted from 1.", at_least=0)
     resume: str = _run("auto", "auto: resume from the newest checkpoint in --run_dir. never: start "
@@ -202,7 +206,8 @@ class FineTuningConfig:
         "token with linearly rising weight.", choices=("last", "linear"))
     finetune_documents: int = _finetune(0, "Number of labelled documents to train on, chosen by "
         "the seed. 0: all of the train split.", at_least=0)
-    finetune_steps: int = _finetune(1_000, "Number of fine-tuning steps.", at_least=1)
+    finetune_steps: int = _finetune(1_000, "Number of fine-tuning steps. 0: only the linear "
+        "head's start, see --hidden_units.", at_least=0)
     finetune_batch_size: int = _finetune(64, "Number of documents in a global batch.", at_least=1)
     finetune_max_tokens: int = _finetune(400, "Number of tokens read of each document, counted "
         "from its end.", at_least=2)
@@ -342,6 +347,20 @@ class Config(  # the last base has the first fields
     RunConfig,
 ):
     """Every flag of the trainer, all groups in one; each field's help is its flag's."""
+
+    @property
+    def counts_of_labels(self) -> list[int]:
+        """The numbers in --label_counts.
+
+        Raises:
+            ValueError: It holds something else.
+        """
+        return [int(count) for count in self.label_counts.split(",") if count]
+
+    @property
+    def compared_starts(self) -> tuple[str, ...]:
+        """The classifiers of --stage=all."""
+        return ("scratch", "warm") if self.starts == "both" else (self.starts,)
 
     @property
     def needs_encoder(self) -> bool:

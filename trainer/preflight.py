@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -173,6 +174,14 @@ def _finetuning_faults(config: Config) -> Iterator[str]:
             f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
             "predicted from that word's output; use --pooling=last"
         )
+    is_head_alone = config.hidden_units == 0 and config.init_weights == "encoder"
+    if not config.finetune_steps and not is_head_alone:
+        yield (
+            "--finetune_steps=0 keeps a linear head as logistic regression leaves it: set "
+            "--hidden_units=0 and --init_weights=encoder, or take some steps"
+        )
+    if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", config.label_counts, re.ASCII):
+        yield f"--label_counts={config.label_counts} must be numbers above 0, such as 200,1000"
     vectors = config.init_embeddings
     if vectors and "://" not in vectors and not Path(vectors).is_file():
         yield f"--init_embeddings={vectors} is not a file"
@@ -362,6 +371,12 @@ def store_faults(config: Config, store: TokenStore) -> list[str]:
                 f"--finetune_documents={wanted} is more than the {there} labelled documents that "
                 "the store has for training; 0 takes all"
             )
+        for count in config.counts_of_labels:
+            if count >= there:
+                faults.append(
+                    f"--label_counts has {count}, but the store has {there} labelled documents for "
+                    "training; all of them are compared anyway"
+                )
         if config.unlabelled_batch_size and "unsupervised" not in store.splits:
             faults.append(
                 f"--unlabelled_batch_size={config.unlabelled_batch_size}, but the store has no "

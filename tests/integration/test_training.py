@@ -288,6 +288,7 @@ def test_two_directions(small_store: Path, tmp_path: Path, encoder: Path, state:
 
 def test_the_whole_job_on_two_workers(small_store: Path, tmp_path: Path) -> None:
     flags = (f"--store={small_store}", f"--run_dir={tmp_path}", "--num_layers=2", *STEPS)
+    flags = (*flags, "--label_counts=20", "--label_draws=2")
     printed = train(2, *flags)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["world_size"] == 2
@@ -306,7 +307,16 @@ def test_the_whole_job_on_two_workers(small_store: Path, tmp_path: Path) -> None
     for name, start in (("warm", ("encoder", "learned")), ("scratch", ("random", "zero"))):
         info = json.loads((tmp_path / name / "classifier" / "classifier.json").read_text())
         assert (info["config"]["init_weights"], info["config"]["initial_state"]) == start
+    # With fewer labels too, two samples each, beside linear models.
+    models = {"scratch", "tfidf", "nbsvm", "lsa", "warm"}
+    for labels, samples in ((20, 2), (200, 1)):
+        rows = [row for row in report["labels"] if row["labels"] == labels]
+        assert sorted(row["model"] for row in rows) == sorted([*models] * samples)
+    few = json.loads((tmp_path / "warm-20-1" / "classifier" / "classifier.json").read_text())
+    assert (few["config"]["finetune_documents"], few["config"]["hidden_units"]) == (20, 0)
+    assert "labels  from scratch  TF-IDF   NBSVM     LSA  warm start" in printed
     page = (tmp_path / "report.html").read_text()
+    assert "20 labels" in page and "200 labels" in page
     assert "<h2>Calibration</h2>" in page and "<h2>Missing</h2>" not in page
     for digest in report["broadcast"]["digests"]:
         assert digest in printed

@@ -69,6 +69,11 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert "--distributor=multi_worker" in found
     (found,) = faults(folder, "--optimizer=adamw", "--encoder_frozen_steps=5")
     assert "would move the frozen weights" in found
+    (found,) = faults(folder, "--finetune_steps=0")
+    assert "set --hidden_units=0 and --init_weights=encoder" in found
+    assert faults(folder, "--finetune_steps=0", "--hidden_units=0") == []
+    (found,) = faults(folder, "--label_counts=200,0")
+    assert found == "--label_counts=200,0 must be numbers above 0, such as 200,1000"
     (found,) = faults(folder, "--source=movie_reviews", "--unlabelled=text:a", "--labelled=csv:b")
     assert "give either --source, or both" in found
     (found,) = faults(folder, "--labelled=csv:b")

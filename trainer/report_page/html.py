@@ -33,6 +33,7 @@ def page(runs: Sequence[RunFolder], made_at: float) -> str:
     said = verdict(runs, outcomes)
     parts = [
         ("Runs", sections.runs_table(runs, outcomes)),
+        ("Labels", sections.labels(runs)),
         ("Learning", sections.learning(runs)),
         ("Throughput", sections.throughput(runs)),
         ("Learned states", sections.learned_states(runs)),

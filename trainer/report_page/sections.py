@@ -17,11 +17,14 @@ from trainer.report_page.statistics import (
     Interval,
     calibration,
     confusion,
+    mean_of_runs,
     principal_plane,
+    proportion,
 )
-from trainer.report_page.verdict import TITLES, Outcome, aligned, differing_flags
+from trainer.report_page.verdict import TITLES, Outcome, aligned, differing_flags, percent
 from trainer.reporting.metrics_file import format_seconds
 from trainer.reporting.predictions import EXAMPLE_TOKENS, Predictions
+from trainer.reporting.report_file import MODELS, errors_by_labels
 
 LINES = ("", "dashed", "dotted")
 CLASSIFIERS = ("scratch", "warm", "classifier")
@@ -111,6 +114,43 @@ def runs_table(runs: Sequence[RunFolder], outcomes: Sequence[Outcome]) -> Markup
     head = ["Run", "Seed", "From scratch", "Warm start", "Difference, points", "Perplexity"]
     head += [f"--{name}" for name in differing]
     return charts.plain_table(head, rows, "Errors with 95 % intervals")
+
+
+def labels(runs: Sequence[RunFolder]) -> Markup:
+    """Returns a figure of test errors for each number of labels, of runs with --label_counts."""
+    figures = []
+    for run in runs:
+        for count, models in _errors_by_labels(run).items():
+            rows = [(MODELS[name], _mean(run, errors), name) for name, errors in models.items()]
+            name = f", {run.name}" if len(runs) > 1 else ""
+            figures.append(
+                charts.interval_chart(
+                    f"{count:,} labels{name}", rows, "% of test documents wrong, 95 % intervals"
+                )
+            )
+    if not figures:
+        return Markup("")
+    text = (
+        "The same test documents for every model. With several samples of the labels the interval "
+        "is Student's over them; with all labels it covers the choice of test documents. TF-IDF "
+        "and LSA are logistic regressions on words and pairs of words."
+    )
+    return join([tag("p", text), figures])
+
+
+def _errors_by_labels(run: RunFolder) -> dict[int, dict[str, list[float]]]:
+    """Returns test errors in percent by number of labels and model; {} if there are none."""
+    try:
+        return errors_by_labels(run.report.get("labels") or [])
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def _mean(run: RunFolder, errors: Sequence[float]) -> Interval:
+    if len(errors) > 1:
+        return mean_of_runs(list(errors))
+    documents = max(int(each["documents"]) for each in run.report["test"].values())
+    return percent(proportion(errors[0] / 100 * documents, documents))
 
 
 def learning(runs: Sequence[RunFolder]) -> Markup:

@@ -1,6 +1,8 @@
-"""Writes report.json, and formats the table at the end of a run."""
+"""Writes report.json, and formats the tables at the end of a run."""
 
 import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,52 @@ from trainer.safe_files import replace_text
 def write(folder: Path, report: dict[str, Any]) -> None:
     """Writes `folder`/report.json atomically."""
     replace_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+
+
+# Of the models in the table by number of labels, in its order.
+MODELS = {
+    "scratch": "from scratch",
+    "tfidf": "TF-IDF",
+    "nbsvm": "NBSVM",
+    "lsa": "LSA",
+    "warm": "warm start",
+}
+
+
+def errors_by_labels(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, list[float]]]:
+    """Returns the test errors of the samples, in percent, by number of labels and model.
+
+    Args:
+        rows: `labels` of report.json.
+    """
+    found: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[int(row["labels"])][str(row["model"])].append(float(row["test_error_percent"]))
+    return {
+        labels: {model: models[model] for model in MODELS if model in models}
+        for labels, models in sorted(found.items())
+    }
+
+
+def label_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the lines of the table of test errors by number of labels."""
+    by_labels = errors_by_labels(rows)
+    models = [name for name in MODELS if any(name in each for each in by_labels.values())]
+    cells = [["labels", *(MODELS[name] for name in models)]]
+    for labels, errors in by_labels.items():
+        means = [f"{sum(errors[m]) / len(errors[m]):.1f} %" if m in errors else "" for m in models]
+        cells.append([f"{labels:,}", *means])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
+    draws = max(len(values) for errors in by_labels.values() for values in errors.values())
+    return [
+        "Test error by number of labels",
+        lines[0],
+        "-" * len(lines[0]),
+        *lines[1:],
+        f"Means of {draws} samples below all labels. TF-IDF and LSA: words and pairs of words, "
+        "into logistic regression.",
+    ]
 
 
 def comparison_table(report: dict[str, Any]) -> str:
@@ -36,6 +84,8 @@ def comparison_table(report: dict[str, Any]) -> str:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
+    if report.get("labels"):
+        lines += ["", *label_table(report["labels"])]
     lines.append("")
     if "warm" in report:
         warm = report["warm"]

@@ -28,7 +28,7 @@ from trainer.stages.pretrain import make_encoder, make_objective, pretraining_sp
 from trainer.training import loop
 from trainer.training.optimizer import Rate
 from trainer.training.run import Run, StoreBatches
-from trainer.training.task import Task
+from trainer.training.task import Result, Task
 
 # Added to the run's seed for the second direction; initializers add less than this.
 BACKWARD_SEED = 500
@@ -44,7 +44,10 @@ def finetune(run: Run, folder: Path) -> dict[str, Any]:
         the broadcast: digests by worker, bytes, seconds.
     """
     classifier, task, batches, report = set_up(run, folder)
-    result = loop.train(run, task, batches)
+    if run.config.finetune_steps:
+        result = loop.train(run, task, batches)
+    else:
+        result = Result(task.evaluate(), step=0, seconds=0.0, tokens_per_second=0.0)
     report |= {
         "labelled_documents": len(batches.labelled.view),
         "steps": run.config.finetune_steps,

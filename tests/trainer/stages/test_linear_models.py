@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.store.token_store import TokenStore
+from trainer.stages import linear_models
+from trainer.stages.linear_models import LinearModels
+
+
+@pytest.fixture(scope="module")
+def store(small_store: Path) -> TokenStore:
+    return TokenStore(small_store)
+
+
+@pytest.fixture(scope="module")
+def models(store: TokenStore) -> LinearModels:
+    return LinearModels(store)
+
+
+def test_words_and_pairs_are_counted_as_one_would_by_hand(
+    store: TokenStore, models: LinearModels
+) -> None:
+    view = store.split("train")
+    documents = [view.gather(np.array([i]), 10_000)[0][0].tolist() for i in range(len(view))]
+    pairs = [{p for p in zip(d, d[1:], strict=False) if min(p) > 2} for d in documents]
+    frequent = sorted({p for d in pairs for p in d if sum(p in other for other in pairs) >= 2})
+    counts = models._counts(view).toarray()
+    assert counts.shape == (len(view), store.vocab_size + len(frequent))
+    for number in (0, 1, len(view) - 1):
+        words = np.bincount(documents[number], minlength=store.vocab_size)
+        words[:3] = 0
+        np.testing.assert_array_equal(counts[number, : store.vocab_size], words)
+        each = list(zip(documents[number], documents[number][1:], strict=False))
+        assert counts[number, store.vocab_size :].tolist() == [each.count(p) for p in frequent]
+
+
+def test_models_learn_and_test_labels_choose_nothing(
+    store: TokenStore, models: LinearModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert models.names == ("tfidf", "nbsvm", "lsa")
+    train = store.split("train")
+    found = {name: models.errors(name, train) for name in models.names}
+    for errors in found.values():
+        assert 0 < errors.validation < 45 and 0 < errors.test < 45
+    counts, labels = models._held_out["test"]
+    turned = models._held_out | {"test": (counts, 1 - labels)}
+    monkeypatch.setattr(models, "_held_out", turned)
+    again = models.errors("tfidf", train)
+    assert again.choice == found["tfidf"].choice
+    assert again.test == pytest.approx(100 - found["tfidf"].test)
+
+
+def test_the_table_has_each_sample_of_few_labels_and_all_labels_once(store: TokenStore) -> None:
+    rows = linear_models.table(store, [20, 0], draws=2, seed=3)
+    kinds = [(row["labels"], row["draw"]) for row in rows if row["model"] == "lsa"]
+    assert kinds == [(20, 0), (20, 1), (200, 0)]
+    few = [r["test_error_percent"] for r in rows if r["labels"] == 20 and r["model"] == "tfidf"]
+    assert few[0] != few[1]
+
+
+def test_labels_of_one_class_predict_that_class(store: TokenStore, models: LinearModels) -> None:
+    train = store.split("train")
+    seed = next(s for s in range(50) if np.ptp(train.sample(2, s).labels_of(np.arange(2))) == 0)
+    same = train.sample(2, seed)
+    share = 100 * np.mean(models._held_out["test"][1] != same.labels_of(np.arange(1))[0])
+    assert [models.errors(name, same).test for name in models.names] == [pytest.approx(share)] * 3
