@@ -22,8 +22,8 @@ from benchmarks.processes import write_results
 
 STEPS, OBSERVED, SYSTEMS = 50, 10, 64
 SECONDS_PER_STEP, SUBSTEPS = 0.25, 10
-TRAINING, TEST = 6_400, 1_280
-UNITS, EPOCHS, BATCH, LEARNING_RATE = 64, 8, 64, 3e-3
+TRAINING, TEST = 3_200, 1_280
+UNITS, EPOCHS, BATCH, LEARNING_RATE = 64, 12, 64, 3e-3
 NOISE = 0.05
 STARTS = ("zeros", "constant", "context_state", "context_state_noise", "appended", "both")
 CONTEXTS = ("vector", "id", "observations")

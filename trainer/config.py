@@ -298,6 +298,10 @@ class ServingConfig:
     max_body_bytes: int = _serving(1 << 20, "Size of the largest request that is accepted.",
         at_least=1)
     max_texts: int = _serving(256, "Number of texts that a request may hold.", at_least=1)
+    max_sessions: int = _serving(10_000, "Number of sessions, texts that arrive in pieces, that "
+        "the server holds.", at_least=1)
+    session_seconds: float = _serving(3600.0, "Time without a request after which a session "
+        "expires.", above=0)
 
 
 @dataclass(frozen=True)

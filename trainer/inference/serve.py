@@ -4,6 +4,7 @@
   POST /predict  {"text": "..."} or {"texts": ["...", ...]}
                  -> {"predictions": [{"label": "pos", "probabilities": {"neg": 0.1, "pos": 0.9}}]}
   GET  /healthz  200 while it serves
+  /sessions      see `serve_sessions`
 
 Requests that arrive while the model computes form the next batch, so none waits for a timer. An
 error is {"error": "..."}: 400 for invalid JSON, 403 for the Origin of another site, 413 for too
@@ -14,10 +15,9 @@ listens on loopback, 422 for invalid texts, 503 for an overfull queue.
 import asyncio
 import contextlib
 import ipaddress
-import json
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -37,13 +37,14 @@ from data_pipelines.errors import InputError
 from data_pipelines.sources.text import text_fault
 from trainer.config import Config
 from trainer.inference.http_connection import LIMIT_CONCURRENCY, HttpConnection
+from trainer.inference.http_requests import Refusal, answered, body_of, object_of
+from trainer.inference.serve_sessions import SessionTable, session_routes
 from trainer.inference.text_classifier import TextClassifier, load_classifier
 
 BATCH_TEXTS = 256
 BATCH_CHARACTERS = 1 << 20  # the model takes over 20 bytes for each
 PENDING_TEXTS = 4096
 PENDING_BYTES = 16 << 20  # of bodies, from their arrival to their answer
-READ_AND_DROPPED = 64  # times --max_body_bytes are read of an oversized body before the answer
 GRACE_SECONDS = 20
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
@@ -52,20 +53,16 @@ PAGE_HEADERS = {
 }
 
 
-class Refusal(Exception):
-    """A refused request: the HTTP status and the reason."""
-
-    def __init__(self, status: int, why: str):
-        super().__init__(why)
-        self.status = status
-
-
 class Batcher:
-    """Batches requests: one batch is computed while the next one gathers."""
+    """Batches requests: one batch is computed while the next one gathers.
 
-    def __init__(self, model: TextClassifier):
-        self._model = model
-        self._waiting: list[tuple[Sequence[str], asyncio.Future[Any]]] = []
+    Args:
+        compute: Returns the probabilities of texts or sessions, float32 [items, classes].
+    """
+
+    def __init__(self, compute: Callable[[list[Any]], np.ndarray]):
+        self._compute = compute
+        self._waiting: list[tuple[Sequence[Sized], asyncio.Future[Any]]] = []
         self._pending_texts = 0
         self._pending_bytes = 0
         self._arrived = asyncio.Event()
@@ -92,7 +89,7 @@ class Batcher:
         finally:
             self._pending_bytes -= mine
 
-    async def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+    async def probabilities(self, texts: Sequence[Sized]) -> np.ndarray:
         """Returns float32 [texts, classes].
 
         Raises:
@@ -118,7 +115,7 @@ class Batcher:
             batch = self._next_batch()
             texts = [text for part, _ in batch for text in part]
             try:
-                found = await loop.run_in_executor(self._thread, self._model.probabilities, texts)
+                found = await loop.run_in_executor(self._thread, self._compute, texts)
             except Exception as error:
                 for _, answer in batch:
                     if not answer.done():
@@ -130,7 +127,7 @@ class Batcher:
                     answer.set_result(found[start : start + len(part)])
                 start += len(part)
 
-    def _next_batch(self) -> list[tuple[Sequence[str], asyncio.Future[Any]]]:
+    def _next_batch(self) -> list[tuple[Sequence[Sized], asyncio.Future[Any]]]:
         """Returns the requests that came first: at least one, and as many as make one batch."""
         count, texts, characters = 0, 0, 0
         for part, _ in self._waiting:
@@ -173,22 +170,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def application(
-    model: TextClassifier, max_body_bytes: int, max_texts: int, only_loopback: bool
-) -> Starlette:
+def application(model: TextClassifier, config: Config, only_loopback: bool) -> Starlette:
     """Returns the ASGI application.
 
     Args:
+        model: The classifier.
+        config: Has the limits of requests and sessions.
         only_loopback: Whether to answer only requests to loopback names.
     """
     page = (resources.files("trainer.inference") / "serve.html").read_text(encoding="utf-8")
+    batcher = Batcher(model.probabilities)
+    readers = Batcher(lambda sessions: model.session_reader.probabilities(sessions))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.batcher = Batcher(model)
-        worker = asyncio.create_task(app.state.batcher.work())
+        workers = [asyncio.create_task(each.work()) for each in (batcher, readers)]
         yield
-        worker.cancel()
+        for worker in workers:
+            worker.cancel()
 
     async def index(request: Request) -> Response:
         return HTMLResponse(page, headers=PAGE_HEADERS)
@@ -197,69 +196,23 @@ def application(
         return JSONResponse({"status": "ok", "classes": list(model.class_names)})
 
     async def predict(request: Request) -> Response:
-        batcher = request.app.state.batcher
-        try:
-            refuse_foreign(request)
-            with batcher.counted_bytes() as add_bytes:
-                texts = texts_of(await body_of(request, max_body_bytes, add_bytes), max_texts)
-                found = await batcher.probabilities(texts)
-        except Refusal as refusal:
-            return JSONResponse({"error": str(refusal)}, refusal.status)
-        except ClientDisconnect:
-            return Response(status_code=400)
+        with batcher.counted_bytes() as add_bytes:
+            body = await body_of(request, config.max_body_bytes, add_bytes)
+            found = await batcher.probabilities(texts_of(body, config.max_texts))
         answers = [model.prediction(row)._asdict() for row in found]
         return JSONResponse({"predictions": answers})
 
+    table = SessionTable(config.max_sessions, config.session_seconds)
     routes = [
         Route("/", index),
         Route("/healthz", health),
-        Route("/predict", predict, methods=["POST"]),
+        Route("/predict", answered(predict), methods=["POST"]),
+        *session_routes(
+            model, table, readers.probabilities, config.max_body_bytes, batcher.counted_bytes
+        ),
     ]
     middleware = [Middleware(OnlyLoopback)] if only_loopback else []
     return Starlette(routes=routes, lifespan=lifespan, middleware=middleware)
-
-
-def refuse_foreign(request: Request) -> None:
-    """Raises Refusal for a request that a web page of another site may have sent.
-
-    Browsers let any page post forms and plain text to any address. They ask the server before
-    they post JSON, and always send the page's Origin.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refusal(415, f"Content-Type is {kind!r:.99}; it must be application/json")
-    origin, host = request.headers.get("origin"), request.headers.get("host", "")
-    if origin is not None and origin.partition("://")[2].lower() != host.lower():
-        raise Refusal(403, f"Origin {origin!r:.99} is not this server's Host, {host!r:.99}")
-
-
-async def body_of(request: Request, max_bytes: int, add_bytes: Callable[[int], None]) -> bytes:
-    """Returns the body of a request.
-
-    Args:
-        request: The request.
-        max_bytes: Up to READ_AND_DROPPED times as many are read before a larger body is refused:
-            a client that is still sending would not see the answer.
-        add_bytes: Called with the size of each part that is kept; may raise Refusal.
-
-    Raises:
-        Refusal: It is larger than `max_bytes`, declared or not.
-    """
-    declared = request.headers.get("content-length", "")
-    size = int(declared) if declared.isdecimal() else 0
-    parts = []
-    if size <= READ_AND_DROPPED * max_bytes:
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size <= max_bytes:
-                add_bytes(len(part))
-                parts.append(part)
-            elif size > READ_AND_DROPPED * max_bytes:
-                break
-    if size > max_bytes:
-        raise Refusal(413, f"the body is larger than {max_bytes} bytes (--max_body_bytes)")
-    return b"".join(parts)
 
 
 def texts_of(body: bytes, max_texts: int) -> list[str]:
@@ -268,11 +221,8 @@ def texts_of(body: bytes, max_texts: int) -> list[str]:
     Raises:
         Refusal: It is not a JSON object, or has no texts, or more than `max_texts`.
     """
-    try:
-        values: Any = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}") from None
-    if not isinstance(values, dict) or len(values.keys() & {"text", "texts"}) != 1:
+    values = object_of(body)
+    if len(values.keys() & {"text", "texts"}) != 1:
         raise Refusal(422, 'the body must be {"text": "..."} or {"texts": ["...", ...]}')
     texts = [values["text"]] if "text" in values else values["texts"]
     if not isinstance(texts, list):
@@ -327,7 +277,7 @@ def serve(config: Config) -> None:
     listener = listening(config.host, config.port)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    app = application(model, config.max_body_bytes, config.max_texts, is_loopback(host))
+    app = application(model, config, is_loopback(host))
     server = server_of(app)
     # The server restores these handlers and raises the signal again when it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -128,8 +128,25 @@ class Session:
         self._reader = reader
         self.tokens, self.pending, self.carried = 0, b"", reader.unread
 
+    def __len__(self) -> int:
+        """Returns the number of bytes that were not read."""
+        return len(self.pending)
+
     def feed(self, text: str | bytes) -> None:
-        """Adds a piece of text, which may end anywhere; as bytes of UTF-8, also inside a character.
+        """Adds a piece of text, and reads what is there if it is long.
+
+        Args:
+            text: May end anywhere; as bytes of UTF-8, also inside a character.
+
+        Raises:
+            InputError: See `append`.
+        """
+        self.append(text)
+        if len(self) > MAX_PENDING_BYTES:
+            self._reader.probabilities([self])
+
+    def append(self, text: str | bytes) -> None:
+        """Adds a piece of text without reading it; see `feed`.
 
         Raises:
             InputError: More than MAX_PENDING_BYTES have no place to be cut, such as a space. The
@@ -144,8 +161,6 @@ class Session:
                 f"{MAX_PENDING_BYTES:,}: this is no text that the tokenizer has words for"
             )
         self.pending = pending
-        if len(pending) > MAX_PENDING_BYTES:
-            self._reader.probabilities([self])
 
     def probabilities(self) -> np.ndarray:
         """Returns the probability of each class after the text so far: float32 [classes]."""

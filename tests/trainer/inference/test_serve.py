@@ -17,6 +17,7 @@ import pytest
 from data_pipelines.errors import InputError
 from tests import forked
 from tests.processes import ended
+from trainer.config import Config
 from trainer.inference.text_classifier import load_classifier
 
 pytest.importorskip("starlette")
@@ -222,7 +223,7 @@ def quick_server(classifier_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(http_connection, "REQUEST_SECONDS", 1)
     monkeypatch.setattr(http_connection, "LIMIT_CONCURRENCY", 8)
     monkeypatch.setattr(serve, "LIMIT_CONCURRENCY", 8)
-    app = serve.application(load_classifier(classifier_bundle), 1 << 20, 256, True)
+    app = serve.application(load_classifier(classifier_bundle), Config(), True)
     listener = serve.listening("127.0.0.1", 0)
     server = serve.server_of(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -293,7 +294,7 @@ def test_connections_are_limited(quick_server: int) -> None:
 def test_pending_bodies_are_bounded_in_bytes(classifier_bundle: Path) -> None:
     from trainer.inference.serve import PENDING_BYTES, Batcher, Refusal
 
-    batcher = Batcher(load_classifier(classifier_bundle))
+    batcher = Batcher(load_classifier(classifier_bundle).probabilities)
     with batcher.counted_bytes() as add:
         add(2 * PENDING_BYTES)  # alone, it is accepted
     with batcher.counted_bytes() as first, batcher.counted_bytes() as second:
@@ -351,7 +352,7 @@ def test_a_request_alone_is_answered_however_large(classifier_bundle: Path) -> N
     from trainer.inference.serve import PENDING_TEXTS, Batcher
 
     async def ask_all() -> int:
-        batcher = Batcher(load_classifier(classifier_bundle))
+        batcher = Batcher(load_classifier(classifier_bundle).probabilities)
         worker = asyncio.create_task(batcher.work())
         found = await batcher.probabilities(["film"] * (PENDING_TEXTS + 1))
         worker.cancel()
