@@ -39,6 +39,7 @@ DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 Buffer = bytes | np.ndarray
 MAX_HEADER_BYTES = 1 << 20  # about 10,000 tensors
 MAX_JSON_BYTES = 1 << 22
+MAX_DIMENSIONS = 32  # of a tensor; NumPy's own limit was 32, and is 64
 
 
 class DamagedError(Exception):
@@ -125,14 +126,23 @@ def read_sealed(path: Path) -> dict[str, Any]:
         DamagedError: The file is missing, a link, larger than 4 MiB, not a JSON object, or its
             checksum is wrong.
     """
-    with _opened(path) as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise DamagedError(f"{path} has more than {MAX_JSON_BYTES} bytes")
-    values = _json_object(path, data)
+    values = read_json(path)
     if fault := seal_fault(values):
         raise DamagedError(f"{path} {fault}")
     return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises:
+        DamagedError: The file is missing, a link, larger than 4 MiB, or not a JSON object.
+    """
+    with opened(path) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise DamagedError(f"{path} has more than {MAX_JSON_BYTES} bytes")
+    return _json_object(path, data)
 
 
 def tensor_parts(tensors: Mapping[str, np.ndarray]) -> list[Buffer]:
@@ -176,7 +186,7 @@ def read_tensors(path: Path, expected: Any) -> dict[str, np.ndarray]:
             names other tensors than expected; or the file's length does not match the header. All
             is checked before memory is allocated for the tensors.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         total = os.fstat(file.fileno()).st_size
         size = int.from_bytes(file.read(8), "little")
         if total < 8 or size > min(total - 8, MAX_HEADER_BYTES):
@@ -213,6 +223,9 @@ def _layout(
                 raise ValueError(f"shape {shape} or offsets {start}, {stop}")
             if stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{stop - start} bytes for a shape of {shape}")
+            # An empty tensor too: NumPy computes its strides.
+            if len(shape) > MAX_DIMENSIONS or math.prod(n for n in shape if n) >= 1 << 59:
+                raise ValueError(f"a shape of {shape!r:.99}")
             layout[name] = (dtype, shape, start)
             spans.append((start, stop))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -246,15 +259,15 @@ def file_sha256(path: Path, max_bytes: int) -> str:
     Raises:
         DamagedError: It is missing, a link, or larger.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         if os.fstat(file.fileno()).st_size > max_bytes:
             raise DamagedError(f"{path} has more than {max_bytes} bytes")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
-    """Opens a regular file; errors of reading become DamagedError."""
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """Opens a regular file for reading, not through a link; OSErrors become DamagedError."""
     try:
         # Without blocking: opening a pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

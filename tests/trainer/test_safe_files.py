@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -88,6 +89,17 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header, data: bytes, says
         safe_files.read_tensors(path, {"a": ["float32", [2]]})
     assert says in str(error.value) and str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "shape", [[0, 2**62], [2**62, 0], [0, 2**63], [0, 10**30], [1] * 65, [0] * 33]
+)
+def test_absurd_shapes_are_damage(tmp_path: Path, shape: list[int]) -> None:
+    """Also where the caller expects them: encoder.json comes from the same stranger."""
+    size = 4 * math.prod(shape)
+    path = write(tmp_path / "x", {"a": entry(shape=shape, offsets=(0, size))}, bytes(size))
+    with pytest.raises(DamagedError, match="'a': ValueError: a shape of"):
+        safe_files.read_tensors(path, {"a": ["float32", shape]})
 
 
 @pytest.mark.parametrize("size", [0, 7])

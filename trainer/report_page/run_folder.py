@@ -5,6 +5,7 @@ No file is trusted: missing and damaged ones are left out, damaged ones are name
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,12 @@ import numpy as np
 
 from trainer.reporting import predictions
 from trainer.reporting.predictions import Predictions, start_of
-from trainer.safe_files import DamagedError, read_sealed, read_tensors
+from trainer.safe_files import DamagedError, opened, read_json, read_sealed, read_tensors
 
 # The folders of the parts of --stage=all; a run of one stage is its own only part.
 PARTS = ("pretrain", "scratch", "warm")
 MAX_METRICS_BYTES = 1 << 30
+YEAR_10000 = 253402300800.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def read(folder: Path) -> RunFolder:
         raise FileNotFoundError(
             f"{folder} holds no run: no config.json, metrics.jsonl, report.json"
         )
-    times = [_number(line.get("unix_time")) for part in parts.values() for line in part.metrics]
+    times = [line.get("unix_time", 0.0) for part in parts.values() for line in part.metrics]
     return RunFolder(
         name=folder.resolve().name,
         report=report,
@@ -88,7 +90,7 @@ def read(folder: Path) -> RunFolder:
         environment=environment,
         parts=parts,
         faults=faults,
-        last_written=max((time for time in times if time is not None), default=0.0),
+        last_written=max((time for time in times if 0 <= time < YEAR_10000), default=0.0),
     )
 
 
@@ -112,13 +114,20 @@ def _read_json(path: Path, faults: list[str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("it holds no JSON object")
-        return values
-    except (OSError, ValueError, RecursionError) as error:
-        faults.append(f"{path}: {error}")
+        return {name: _finite(value) for name, value in read_json(path).items()}
+    except DamagedError as error:
+        faults.append(str(error))
         return {}
+
+
+def _finite(value: Any) -> Any:
+    """Returns a JSON value with None instead of the numbers that charts cannot show."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return None if is_number and _number(value) is None else value
 
 
 def _read_metrics(path: Path, faults: list[str]) -> list[dict[str, Any]]:
@@ -127,17 +136,17 @@ def _read_metrics(path: Path, faults: list[str]) -> list[dict[str, Any]]:
         return []
     lines, damaged = [], 0
     try:
-        if path.stat().st_size > MAX_METRICS_BYTES:
-            raise OSError(f"larger than {MAX_METRICS_BYTES} bytes")
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with opened(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_METRICS_BYTES:
+                raise DamagedError(f"{path} has more than {MAX_METRICS_BYTES} bytes")
             for line in file:
                 try:
-                    values = json.loads(line)
+                    values = json.loads(line.decode("utf-8", "replace"))
                     lines.append({"stage": str(values["stage"]), **_numbers(values)})
                 except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
-                    damaged += line.endswith("\n")
-    except OSError as error:
-        faults.append(f"{path}: {error}")
+                    damaged += line.endswith(b"\n")
+    except DamagedError as error:
+        faults.append(str(error))
     if damaged:
         faults.append(f"{path}: {damaged} damaged lines are left out")
     return [line for line in lines if "step" in line]
@@ -178,5 +187,8 @@ def _read_states(folder: Path, faults: list[str]) -> dict[str, np.ndarray]:
     return {
         name.removeprefix("states/"): array
         for name, array in tensors.items()
-        if name.startswith("states/") and array.ndim == 1 and np.isfinite(array).all()
+        if name.startswith("states/")
+        and array.ndim == 1
+        and array.size
+        and np.isfinite(array).all()
     }

@@ -158,13 +158,14 @@ def _fault(info: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str | 
         labels = tensors.get(name, np.zeros(0, np.int32))
         if (
             labels.dtype.kind != "i"
+            or labels.ndim != 1
             or labels.size
             and not 0 <= labels.min() <= labels.max() < classes
         ):
             return f"{name!r} holds what is no class"
     rows = len(tensors.get("state/label", ()))
     for name in ("state/h", "state/c"):
-        if len(shapes.get(name, ())) != 2 or shapes[name][0] != rows:
+        if len(shapes.get(name, ())) != 2 or shapes[name][0] != rows or not shapes[name][1]:
             return f"{name!r} is of shape {shapes.get(name)} for {rows} labels"
     if not all(np.isfinite(array).all() for array in tensors.values()):
         return "numbers that are not finite"

@@ -212,9 +212,10 @@ def _write_page(folder: Path, log: Callable[[str], None]) -> str:
     page = folder / "report.html"
     try:
         html.write([folder], page)
-    except OSError as error:
+    except Exception as error:  # everything else of the run is done
+        why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         log(
-            f"warning: {page} cannot be written: {error.strerror or error}; once it can, "
+            f"warning: {page} cannot be written: {why}; once it can, "
             f"`python -m trainer.report_page.html {folder}` draws it"
         )
         return ""

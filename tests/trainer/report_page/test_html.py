@@ -1,7 +1,11 @@
 """The page: what it says of runs that are whole, dead, damaged and hostile; then in a browser."""
 
+import contextlib
 import json
+import os
 import re
+import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,3 +270,73 @@ def test_long_documents_are_cut(tmp_path: Path) -> None:
     page = page_of(folder)
     assert ">word<" in page and ">first<" not in page
     assert len(page) < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("report.json", {"wall_seconds": float("nan")}, ""),
+        ("report.json", {"wall_seconds": float("inf")}, ""),
+        ("report.json", {"pretrain": {"perplexity": 10**400}}, ""),
+        ("report.json", {"test": {"scratch": {"error_percent": 3.0, "documents": 10**400}}}, ""),
+        ("report.json", "{" * 100_000, "no JSON"),
+        ("report.json", [], "no JSON object"),
+        ("config.json", '{"seed": ' + "1" * 5000 + "}", "no JSON"),
+        ("config.json", '{"store": "' + "x" * (5 << 20) + '"}', "has more than 4194304 bytes"),
+        ("metrics.jsonl", {"stage": "pretrain", "step": 1, "unix_time": 2**62}, ""),
+        ("metrics.jsonl", {"stage": "pretrain", "step": 1, "unix_time": 1e299}, ""),
+        ("metrics.jsonl", {"stage": "\ud800", "step": 1e299, "loss": -1e299}, ""),
+        ("metrics.jsonl", b"\xff\xfe\n", "1 damaged lines"),
+    ],
+)
+def test_odd_files_of_a_run_are_faults_not_errors(
+    tmp_path: Path, name: str, content: object, says: str
+) -> None:
+    folder = write_run(tmp_path / "run")
+    for part in ("scratch", "warm"):
+        shutil.rmtree(folder / part / "predictions")
+    if name == "metrics.jsonl":
+        (folder / "report.json").unlink()  # the page of a run without it has the time
+    data = content if isinstance(content, str | bytes) else json.dumps(content) + "\n"
+    (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    faults = run_folder.read(folder).faults
+    assert all(says in fault for fault in faults) and bool(faults) == bool(says)
+    assert page_of(folder).endswith("</html>\n")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "socket"])
+@pytest.mark.parametrize("name", ["config.json", "warm/metrics.jsonl", "report.json"])
+def test_what_is_no_file_of_a_run_is_a_fault(tmp_path: Path, name: str, kind: str) -> None:
+    folder = write_run(tmp_path / "run")
+    path = folder / name
+    path.unlink()
+    with contextlib.ExitStack() as stack:
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "link":
+            path.symlink_to("/dev/zero")
+        else:
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+        (fault,) = run_folder.read(folder).faults
+    assert str(path) in fault
+    assert path.name in page_of(folder)
+
+
+@pytest.mark.parametrize("units", [0, 1])
+def test_odd_tensors_of_a_run_are_faults_or_left_out(tmp_path: Path, units: int) -> None:
+    folder = write_run(tmp_path / "run")
+    states = {"states/learned/h": np.ones(units, np.float32)}
+    encoder = folder / "pretrain" / "encoder"
+    (encoder / "encoder.json").write_bytes(sealed({"tensors": specs(states)}))
+    (encoder / "encoder.safetensors").write_bytes(b"".join(map(bytes, tensor_parts(states))))
+    for part, odd in (
+        ("scratch", {"state/h": np.zeros((3, units), np.float32)}),
+        ("warm", {"state/label": np.zeros((3, 2 - units), np.int32)}),
+    ):
+        shutil.rmtree(folder / part / "predictions")
+        write_predictions(folder / part / "predictions", **odd)
+    faults = run_folder.read(folder).faults
+    assert len(faults) == 2 - units, faults
+    assert page_of(folder).endswith("</html>\n")

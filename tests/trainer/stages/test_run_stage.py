@@ -47,6 +47,19 @@ def test_a_page_that_cannot_be_written_is_a_warning(make_run: Any, tmp_path: Pat
     assert [told[0] for told in notes.told] == ["finished"]
 
 
+def test_a_page_that_cannot_be_drawn_is_a_warning(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise MemoryError("30,000 classes")
+
+    run, lines, notes = make_run()
+    monkeypatch.setattr(run_stage.html, "page", fail)
+    run_stage.write_report(run, RESULT, 1.0)
+    assert "report.html cannot be written: MemoryError: 30,000 classes; once" in lines[0]
+    assert [told[0] for told in notes.told] == ["finished"]
+
+
 def test_a_report_that_cannot_be_written_is_an_error_once_all_is_said(
     make_run: Any, tmp_path: Path
 ) -> None:
