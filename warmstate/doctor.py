@@ -33,6 +33,7 @@ import horovod, horovod.tensorflow as hvd
 built = [n for n in ("gloo", "mpi", "nccl") if getattr(hvd, n + "_built")()]
 print(horovod.__version__, "with", ", ".join(built))
 """
+LOOPS = "from trainer import native; print(native.hint() or 'cuDNN')"
 
 
 class Finding(NamedTuple):
@@ -97,6 +98,13 @@ def horovod() -> Finding:
     lines, error = _ask(HOROVOD)
     fault = f"{error}; `make horovod` builds it anew" if error else ""
     return Finding("Horovod", "broken" if error else lines[-1], fault)
+
+
+def lstm_loops() -> Finding:
+    """Returns which loops an LSTM layer runs here, and why."""
+    lines, error = _ask(LOOPS)
+    value = "unknown" if error else lines[-1].removeprefix("lstm: ")
+    return Finding("LSTM", value, error)
 
 
 def cores() -> Finding:
@@ -209,7 +217,7 @@ def _cgroup_number(*names: str) -> int | None:
 
 
 CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
-    *(python, tensorflow, nccl, horovod, cores, memory),
+    *(python, tensorflow, nccl, horovod, lstm_loops, cores, memory),
     *(shared_memory, disk, open_files, data_sets),
 )
 

@@ -159,7 +159,8 @@ def shown_by(mask: np.ndarray, batch: int, steps: int) -> np.ndarray:
 def product(x: Arrays, transposed: bool) -> list[np.ndarray]:
     """Returns left @ right + bias where the mask shows it."""
     right = x["right"].T if transposed else x["right"]
-    found = x["left"] @ right + (x["bias"] if x["bias"].size else 0)
+    # Not `@`: it visits each matrix of the batch, and there may be 2^40 without rows.
+    found = np.tensordot(x["left"], right, 1) + (x["bias"] if x["bias"].size else 0)
     return [found * shown_by(x["mask"], *found.shape[:2])[:, :, None]]
 
 
@@ -170,7 +171,7 @@ def lstm(x: Arrays) -> list[np.ndarray]:
     shown = shown_by(x["mask"], batch, steps)
     outputs, cells = (np.zeros((batch, steps, units)) for _ in range(2))
     gates = np.zeros((batch, steps, 4 * units))
-    for t in range(steps):
+    for t in range(steps if batch else 0):
         i, f, g, o = np.split(z[:, t] + h @ x["recurrent"], 4, 1)
         i, f, g, o = sigmoid(i), sigmoid(f), np.tanh(g), sigmoid(o)
         now = shown[:, t, None]
@@ -186,7 +187,7 @@ def lstm_grad(x: Arrays) -> list[np.ndarray]:
     batch, steps, units = x["cells"].shape
     d_h, d_c, shown = x["d_h"], x["d_c"], shown_by(x["mask"], batch, steps)
     d_z = np.zeros((batch, steps, 4 * units))
-    for t in reversed(range(steps)):
+    for t in reversed(range(steps if batch else 0)):
         if x["d_outputs"].ndim == 3:
             d_h = d_h + x["d_outputs"][:, t]
         i, f, g, o = np.split(x["gates"][:, t], 4, 1)

@@ -1,7 +1,6 @@
 """The compiled loops give what Keras's LSTM gives, and a row does not depend on the others."""
 
 import collections
-import json
 import re
 import shutil
 import subprocess
@@ -581,20 +580,16 @@ def test_a_build_that_is_not_there_is_said(anew: Path) -> None:
 @pytest.mark.parametrize(
     "measured, expected",
     [
-        (None, "lstm: TensorFlow's loops; the build has not been measured on this processor"),
-        ("{", "lstm: TensorFlow's loops; the build has not been measured on this processor"),
         (0.52, "lstm: TensorFlow's loops; the compiled ones (SET) were measured 0.52 times"),
         (1.5, "lstm: compiled loops (SET), measured 1.50 times as fast as TensorFlow's"),
     ],
 )
-def test_loops_that_lose_are_not_used(anew: Path, measured: Any, expected: str) -> None:
+def test_loops_that_lose_are_not_used(anew: Path, measured: float, expected: str) -> None:
     best = native.best_instruction_set()
     (anew / "lstm-1.so").touch()
-    if isinstance(measured, float):
-        held = json.dumps({f"{native.processor()} {best}": measured, "another processor": 3.0})
-        native.measured_path().write_text(held)
-    elif measured:
-        native.measured_path().write_text(measured)
+    native.measured_path().write_text('{"another processor": 3.0}')
+    native._keep(f"{native.processor()} {best}", measured)
+    assert native.measured()["another processor"] == 3.0
     assert native.hint().startswith(expected.replace("SET", best))
     assert (native.choice().instruction_set is not None) == (measured == 1.5)
 
@@ -640,16 +635,23 @@ def test_the_variable_of_onednn_holds_for_the_loops(
     assert native.best_instruction_set() == min(expected, "avx2", key=sets.index)
 
 
-def test_a_measurement_is_kept_with_the_others(
-    anew: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_kept_is_measured_at_each_start(
+    library: Path, anew: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if library.parent != native.FOLDER / "build":
+        pytest.skip("this checkout has no build: make native")
+    monkeypatch.setattr(native, "measured_path", lambda: anew / "no such folder" / "lstm-1.json")
     (anew / "lstm-1.so").touch()
-    native.measured_path().write_text('{"another processor": 2.0}')
-    monkeypatch.setattr(native_speed, "ratio", lambda instruction_set: 1.25)
-    native_speed.main()
-    key = f"{native.processor()} {native.best_instruction_set()}"
-    assert native.measured() == {"another processor": 2.0, key: 1.25}
-    assert "measured 1.25 times" in capsys.readouterr().out
+    assert re.search(r"measured \d\.\d\d times as fast as TensorFlow's on this", native.hint())
+    assert native.measured() == {}
+
+
+def test_a_measurement_that_fails_is_said(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (anew / "lstm-1.so").touch()
+    native.measured_path().write_text("{")
+    monkeypatch.setattr(native, "MEASURE", "no.such.module")
+    assert "lstm: TensorFlow's loops; the compiled ones could not be measured: " in native.hint()
+    assert native.choice().instruction_set is None
 
 
 def test_the_loops_are_timed_against_tensorflows(monkeypatch: pytest.MonkeyPatch) -> None:

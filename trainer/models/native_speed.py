@@ -1,16 +1,14 @@
 """Measures the compiled loops of an LSTM layer against TensorFlow's, on this processor.
 
-python -m trainer.models.native_speed     (part of python -m trainer.native.build)
+python -m trainer.models.native_speed SET     (as trainer.native does where it has no figure)
 
-What it finds is kept beside the build; `trainer.native` does not use loops that lose.
+It counts the processor time of one thread: on a busy machine the wall time of several has called
+loops slower that were faster.
 """
 
-import json
-import os
-import tempfile
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from data_pipelines.quiet_tensorflow import import_quietly
 
@@ -21,12 +19,12 @@ import tensorflow as tf  # noqa: E402
 from trainer import native  # noqa: E402
 from trainer.models.lstm import WarmLSTM  # noqa: E402
 
-SIZES = [(32, 40, 128, 256), (64, 20, 256, 512)]  # batch, steps, inputs, units
-TURNS = 11
+SIZES = [(32, 40, 128, 256), (64, 10, 256, 512)]  # batch, steps, inputs, units
+TURNS = 9
 
 
 def step(sizes: tuple[int, int, int, int], instruction_set: str | None) -> Callable[[], float]:
-    """Returns what runs a forward and a backward pass, and returns the seconds that they took."""
+    """Returns what runs a forward and a backward pass, and returns its processor seconds."""
     batch, steps, inputs, units = sizes
     layer = WarmLSTM(units, return_sequences=True)
     layer.build((batch, steps, inputs))
@@ -42,9 +40,9 @@ def step(sizes: tuple[int, int, int, int], instruction_set: str | None) -> Calla
 
     def timed() -> float:
         with native.using(instruction_set):
-            began = time.perf_counter()
+            began = time.process_time()
             run().numpy()
-            return time.perf_counter() - began
+            return time.process_time() - began
 
     timed()  # traces
     return timed
@@ -65,16 +63,10 @@ def ratio(instruction_set: str) -> float:
 
 
 def main() -> None:
-    """Measures the best instruction set, and keeps the ratio."""
-    best = native.best_instruction_set()
-    found = round(ratio(best), 3)
-    path = native.measured_path()
-    held = native.measured() | {f"{native.processor()} {best}": found}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(held, file, indent=1)
-    os.replace(file.name, path)
-    Path(path).chmod(0o644)
-    print(native.hint())
+    """Prints the ratio of the instruction set that the command line names."""
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    print(round(ratio(sys.argv[1]), 3))
 
 
 if __name__ == "__main__":

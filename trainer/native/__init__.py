@@ -2,8 +2,9 @@
 
 They are optional: without them the layer runs TensorFlow's own operations, which give the same
 numbers up to rounding. One build holds the loops of every instruction set of an architecture, and
-belongs to one TensorFlow and one source. The best set that the processor has is used, if it has
-been measured to be faster here than TensorFlow's loops.
+belongs to one TensorFlow and one source. The best set that the processor has is used if it is
+faster here than TensorFlow's loops. That is measured once for each kind of processor, at build time
+or at first use, and kept beside the build.
 
 Two variables change that: WARMSTATE_NATIVE=0 leaves the compiled loops out, WARMSTATE_NATIVE=avx2
 uses those of that set, measured or not. ONEDNN_MAX_CPU_ISA holds for them as for TensorFlow.
@@ -16,6 +17,9 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +38,8 @@ SOURCES = [FOLDER / name for name in ("lstm.cc", "loops.cc", "loops.h", "build.p
 UNITS_MULTIPLE = 16
 CHOICE = "WARMSTATE_NATIVE"
 BUILD = "python -m trainer.native.build"
+MEASURE = "trainer.models.native_speed"
+MEASURE_SECONDS = 100  # at most; it takes about 10 on an idle machine
 # What ONEDNN_MAX_CPU_ISA may be, by how it begins, and the best set that each allows.
 MAX_ISA = {"AVX512_CORE_BF16": "avx512_bf16", "AVX512_CORE_FP16": "avx512_bf16",
            "AVX10": "avx512_bf16", "AVX512": "avx512", "AVX2": "avx2", "AVX": "portable",
@@ -102,6 +108,8 @@ def choice() -> Choice:
     wanted = os.environ.get(CHOICE, "")
     if wanted == "0":
         return Choice(None, f"{CHOICE}=0")
+    if tf.config.list_physical_devices("GPU"):
+        return Choice(None, "the compiled ones are for CPUs")
     if not library_path().exists():
         others = any(library_path().parent.glob("lstm-*.so"))
         stale = "the build is for another source or TensorFlow; " if others else ""
@@ -112,13 +120,40 @@ def choice() -> Choice:
             raise InputError(f"{CHOICE}={wanted}: this machine can have {can}; unset it, or set it")
         return Choice(wanted, f"{CHOICE}={wanted}")
     best = best_instruction_set()
-    ratio = measured().get(f"{processor()} {best}")
-    if ratio is None:
-        return Choice(None, f"the build has not been measured on this processor: {BUILD}")
+    try:
+        ratio = measured().get(f"{processor()} {best}") or _measure(best)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return Choice(None, f"the compiled ones could not be measured: {error}")
     compared = f"measured {ratio:.2f} times as fast as TensorFlow's on this processor"
     if ratio < 1:
         return Choice(None, f"the compiled ones ({best}) were {compared}")
     return Choice(best, compared)
+
+
+def _measure(instruction_set: str) -> float:
+    """Returns how many times faster than TensorFlow's the loops are, and keeps it."""
+    done = subprocess.run(
+        [sys.executable, "-m", MEASURE, instruction_set],
+        cwd=FOLDER.parents[1],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        timeout=MEASURE_SECONDS,
+        check=True,
+    )
+    ratio = float(done.stdout.splitlines()[-1])
+    _keep(f"{processor()} {instruction_set}", ratio)
+    return ratio
+
+
+def _keep(key: str, ratio: float) -> None:
+    """Writes a ratio beside the build; does nothing where that is read-only, as in a container."""
+    path = measured_path()
+    with contextlib.suppress(OSError):
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(measured() | {key: ratio}, file, indent=1)
+        os.replace(file.name, path)
+        path.chmod(0o644)
 
 
 def measured() -> dict[str, float]:
@@ -131,7 +166,7 @@ def measured() -> dict[str, float]:
 
 
 def hint() -> str:
-    """Returns which loops an LSTM layer runs here, and why; "" on a GPU, which has its own."""
+    """Returns which loops an LSTM layer runs here, and why; "" on a GPU, which has cuDNN's."""
     if tf.config.list_physical_devices("GPU"):
         return ""
     found = choice()

@@ -1,9 +1,8 @@
-"""Builds the compiled loops, and measures them against TensorFlow's.
+"""Builds the compiled loops; `trainer.native` then measures them against TensorFlow's.
 
 python -m trainer.native.build      (make native)
 """
 
-import os
 import platform
 import shutil
 import subprocess
@@ -79,19 +78,14 @@ def _run(commands: list[list[str]]) -> None:
 
 
 def main() -> None:
-    """Builds and measures what has not been; exits with 1, and says why, where it cannot."""
+    """Builds and measures, unless that is done; exits with 1, and says why, if it cannot."""
     library = native.library_path()
     try:
         if not library.exists():
             build(library)
     except (RuntimeError, OSError) as error:
         sys.exit(f"the faster LSTM for CPUs cannot be built: {error}")
-    key = f"{native.processor()} {native.best_instruction_set()}"
-    if key not in native.measured():
-        # Another process, since this one may not know what an LSTM layer is.
-        command = [sys.executable, "-m", "trainer.models.native_speed"]
-        sys.exit(subprocess.run(command, env=os.environ | {native.CHOICE: ""}).returncode)
-    print(native.hint())
+    print(native.hint() or "lstm: built; a GPU does not need it")
 
 
 if __name__ == "__main__":
