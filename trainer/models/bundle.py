@@ -40,6 +40,8 @@ from trainer.safe_files import (
 )
 
 FORMAT_VERSION = 4
+# Of a bag autoencoder's encoder bundle, [units, embedding_dim]; see BagAutoencoder.code_kernel.
+CODE_KERNEL = "code/kernel"
 STATES = ("learned", "mean")
 MAX_VOCAB_BYTES = 1 << 30
 # The sizes in a bundle's "model", by the bundle's name.

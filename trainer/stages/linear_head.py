@@ -1,14 +1,20 @@
 """Where a linear head starts from: a logistic regression on what the frozen encoder's outputs say.
 
+The mean output of a bag autoencoder is first mapped to the code that it reconstructs from.
+
 Training everything at once from a random head distorts what pretraining learned before the head is
 of use (Kumar et al. 2022). With few labels this start is most of the classifier.
 """
+
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
 from data_pipelines.store.split_view import SplitView
+from trainer.config import Config
 from trainer.distribution.steps import gather_rows
+from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.training import logistic_regression
 from trainer.training.run import Run
@@ -39,8 +45,9 @@ def fit_head(run: Run, classifier: Classifier, labelled: SplitView) -> None:
     if run.is_chief:
         parts = np.split(features, len(classifier.directions), axis=1)
         heads = {}
+        codes = code_kernels(config)
         for number, part in enumerate(parts):
-            kernel, bias = fitted(part, label, classifier.num_classes)
+            kernel, bias = fitted(part, label, classifier.num_classes, codes[number])
             heads |= {f"{number}/kernel": kernel, f"{number}/bias": bias}
     received = run.distributor.broadcast_arrays(heads)
     for number, direction in enumerate(classifier.directions):
@@ -49,20 +56,39 @@ def fit_head(run: Run, classifier: Classifier, labelled: SplitView) -> None:
     run.log(f"finetune: the linear head starts from a logistic regression of {len(view):,} labels")
 
 
+def code_kernels(config: Config) -> list[np.ndarray | None]:
+    """Returns the kernel of a bag autoencoder's code for each direction, None without one.
+
+    The code is that of the mean output, so other poolings have none.
+    """
+    found = []
+    for flag in ("encoder", "backward_encoder"):
+        folder = getattr(config, flag)
+        if folder and config.pooling == "mean":
+            tensors = bundle.load(Path(folder), "encoder", f"--{flag}").tensors
+            found.append(tensors.get(bundle.CODE_KERNEL))
+        else:
+            found.append(None)
+    return found
+
+
 def fitted(
-    features: np.ndarray, labels: np.ndarray, num_classes: int
+    features: np.ndarray, labels: np.ndarray, num_classes: int, code: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns kernel and bias, float32, of the head that reads `features` as they are.
 
-    They are centred and scaled before the regression, and the head's weights take that over.
+    They are centred, mapped by `code` and scaled before the regression, and the head's weights take
+    that over.
 
     Args:
         features: [documents, width].
         labels: int32 [documents].
+        code: [width, dim]; None leaves features as they are.
     """
+    code = np.eye(features.shape[1]) if code is None else code.astype(np.float64)
     mean = features.mean(axis=0, dtype=np.float64)
-    centred = features - mean
+    centred = (features - mean) @ code
     scale = max(np.sqrt(np.square(centred).sum(axis=1).mean()), 1e-12)
     kernel, bias = logistic_regression.fit(centred / scale, labels, num_classes, PENALTY)
-    kernel = kernel / scale
+    kernel = code @ kernel / scale
     return kernel.astype(np.float32), (bias - mean @ kernel).astype(np.float32)

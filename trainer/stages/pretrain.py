@@ -68,7 +68,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     if config.reconstruct_documents:
         report["exact_match_percent"] = exact_match_percent(run, model)
     if run.is_chief:
-        encoder_sha256 = save_encoder(run, folder / "encoder", model.encoder, mean, report)
+        encoder_sha256 = save_encoder(run, folder / "encoder", model, mean, report)
         if isinstance(model, SequenceAutoencoder):
             save_decoder(run, folder / "decoder", model, encoder_sha256)
     return report
@@ -298,16 +298,19 @@ def exact_match_percent(run: Run, model: SequenceAutoencoder) -> float:
 def save_encoder(
     run: Run,
     folder: Path,
-    encoder: Encoder,
+    model: TextModel,
     mean: list[LearnedState],
     metrics: dict[str, Any],
 ) -> str:
-    """Writes the encoder bundle: weights, both states, and their provenance.
+    """Writes the encoder bundle: weights, both states, a code's kernel, and their provenance.
 
     Returns:
         The digest of its tensors.
     """
+    encoder = model.encoder
     tensors = values_of(bundle.encoder_variables(encoder))
+    if isinstance(model, BagAutoencoder):
+        tensors[bundle.CODE_KERNEL] = model.code_kernel()
     tensors |= bundle.state_tensors("learned", states.learned(encoder))
     tensors |= bundle.state_tensors("mean", mean)
     info = {

@@ -69,3 +69,11 @@ def test_every_weight_and_the_initial_state_get_a_gradient(model: BagAutoencoder
     variables = [variable.value for variable in model.trainable_variables]
     for variable, gradient in zip(variables, tape.gradient(total, variables), strict=True):
         assert np.abs(tf.convert_to_tensor(gradient)).max() > 0, variable.name
+
+
+def test_codes_are_as_far_apart_as_the_bags_reconstructed_from_them(model: BagAutoencoder) -> None:
+    means = np.random.default_rng(3).normal(size=(2, UNITS))
+    codes = means @ model.code_kernel()
+    bags = means @ model.bag_kernel.numpy() @ model.encoder.embeddings.numpy().T
+    distance = np.linalg.norm(codes[0] - codes[1])
+    assert distance == pytest.approx(np.linalg.norm(bags[0] - bags[1]), rel=1e-4)

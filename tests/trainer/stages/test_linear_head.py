@@ -25,3 +25,17 @@ def test_features_that_say_nothing_leave_the_head_at_the_share_of_each_class() -
     assert np.isfinite(kernel).all()
     logits = np.ones((1, 3)) @ kernel + bias
     assert 0.7 < 1 / (1 + np.exp(-logits[0, 0])) < 0.76
+
+
+def test_a_head_on_the_code_reads_outputs_and_answers_as_the_regression_of_codes() -> None:
+    random = np.random.default_rng(1)
+    labels = random.integers(0, 2, 60).astype(np.int32)
+    code = random.normal(size=(4, 2))
+    code[0] = 0  # what the code leaves out
+    features = random.normal(size=(60, 4)) + np.outer(labels, [9, 1, 1, 1])
+    kernel, bias = fitted(features, labels, 2, code)
+    assert kernel[0] == 0
+    alone = fitted(features @ code, labels, 2)
+    np.testing.assert_allclose(
+        features @ kernel + bias, features @ code @ alone[0] + alone[1], atol=1e-3
+    )
