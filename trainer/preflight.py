@@ -6,7 +6,6 @@
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from data_pipelines.store.token_store import TokenStore
 from trainer.config import FREE_ON_RESUME, USING_STAGES, Config, step_range
 from trainer.distribution.cluster import Cluster, distributor_faults
 from trainer.reporting import trackers
+from trainer.safe_files import DamagedError, read_json
 
 
 def faults_of(config: Config, cluster: Cluster) -> list[str]:
@@ -346,13 +346,11 @@ def resume_faults(config: Config, folder: Path) -> list[str]:
     if config.resume != "auto" or not path.exists():
         return []
     try:
-        saved = json.loads(path.read_text())
-        if not isinstance(saved, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        saved = read_json(path)
+    except DamagedError as error:
         return [
-            f"--run_dir={folder}: {path}, the record of the run's flags, is damaged: {error}; "
-            "remove it if the flags are the same, or start again with --resume=never"
+            f"--run_dir={folder}: {error}. The file records the run's flags: remove it if they are "
+            "the same, or start again with --resume=never"
         ]
     return [
         f"--run_dir={folder} holds a run of other settings: {line}; name another --run_dir, or "

@@ -18,10 +18,10 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -99,11 +99,34 @@ def refuse_to_replace(folder: Path, flag: str) -> None:
         raise InputError(f"{flag}={folder} is there already: name a new folder, or remove it")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a text file atomically, without flushing it: for files that a run can do without."""
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """Yields a new text file, which becomes `path`, durably, if the block ends without an error."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    beside.replace(path)
+    remove(beside)  # left by a killed writer, or a link to a file of somebody else
+    try:
+        with beside.open("x", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        flush_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file atomically and durably, unless it holds the text already."""
+    with suppress(DamagedError), opened(path) as file:
+        if file.read() == text.encode():
+            return
+    with replacing(path) as new:
+        new.write(text)
+
+
+def without_links(path: str, flags: int) -> int:
+    """Opens a file that is not a link, for the argument `opener` of `open`."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def remove(path: Path) -> None:

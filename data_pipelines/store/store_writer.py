@@ -1,5 +1,6 @@
 """Writes a token store: first the shards, which processes may write in parallel, then the rest."""
 
+import errno
 import hashlib
 import json
 import os
@@ -138,9 +139,15 @@ def finish_store(
 
 
 def flush_folder(folder: Path) -> None:
-    """Flushes the names in `folder` to the disk, without which a rename is not safe."""
+    """Flushes the names in `folder` to the disk, without which a rename is not safe.
+
+    Some file systems (FUSE, CIFS) refuse it; there is no other way to flush names on them.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)

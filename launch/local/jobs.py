@@ -167,7 +167,9 @@ def _read(name: str) -> Job | None:
 
 def _write(folder: Path, job: Job) -> None:
     beside = folder / "job.json.new"
-    beside.write_text(json.dumps(asdict(job), indent=2) + "\n")
+    beside.unlink(missing_ok=True)  # it may be a link to a file of somebody else
+    with beside.open("x") as file:
+        file.write(json.dumps(asdict(job), indent=2) + "\n")
     beside.replace(folder / "job.json")
 
 

@@ -6,6 +6,7 @@ therefore preload a small C library that changes where their cluster port is bou
 """
 
 import contextlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -35,11 +36,15 @@ def library() -> Iterator[tuple[Path | None, str]]:
         path = Path(folder) / "loopback.so"
         command = [compiler, "-O1", "-shared", "-fPIC", str(_SOURCE), "-o", str(path), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
-            yield None, WARNING.format(reason=f"which failed: {last}")
-        else:
-            yield path, ""
+        built = b"" if done.returncode else path.read_bytes()
+    if not built:
+        last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        yield None, WARNING.format(reason=f"which failed: {last}")
+        return
+    # In memory: a launcher that is killed leaves no file, and /tmp may forbid executables.
+    with open(os.memfd_create("loopback.so"), "wb", buffering=0) as file:
+        file.write(built)
+        yield Path(f"/proc/{os.getpid()}/fd/{file.fileno()}"), ""
 
 
 def variables(path: Path, port: int, inherited: Mapping[str, str]) -> dict[str, str]:

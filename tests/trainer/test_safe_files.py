@@ -109,6 +109,24 @@ def test_a_file_without_a_header_is_refused(tmp_path: Path, size: int) -> None:
         safe_files.read_tensors(tmp_path / "x", {})
 
 
+def test_text_replaces_a_planted_link_and_leaves_equal_files_alone(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "config.json"
+    victim.write_text("of somebody else")
+    for text in ("one", "two"):
+        (tmp_path / "config.json.new").symlink_to(victim)
+        safe_files.replace_text(path, text)
+        assert (path.read_text(), path.is_symlink()) == (text, False)
+    before = path.stat()
+    safe_files.replace_text(path, "two")
+    assert path.stat() == before
+    path.unlink()
+    path.symlink_to(victim)
+    safe_files.replace_text(path, "of somebody else")
+    assert not path.is_symlink()
+    assert victim.read_text() == "of somebody else"
+    assert {each.name for each in tmp_path.iterdir()} == {"victim", "config.json"}
+
+
 LARGE = """
 import sys
 from pathlib import Path

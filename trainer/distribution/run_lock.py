@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_pipelines.errors import InputError
+from trainer.safe_files import without_links
 
 FILE = "run.lock"
 WAIT_SECONDS = 10.0  # for a predecessor that is just ending
@@ -37,12 +38,12 @@ def held(
     path = folder / FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8", errors="replace")
+        descriptor = without_links(str(path), os.O_RDWR | os.O_CREAT | os.O_APPEND)
     except OSError as error:
         raise InputError(
             f"--run_dir={folder} cannot be written: {error.strerror}: make room or make it writable"
         ) from None
-    with file:
+    with os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace") as file:
         if _locked(file, folder, _job(environ), log):
             _write_holder(file, _job(environ))
         yield
@@ -85,11 +86,10 @@ def _job(environ: Mapping[str, str]) -> str:
 def _write_holder(file: IO[str], job: str) -> None:
     """Says in the file who holds it; for people and for `_described`, not for the lock itself."""
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
+    text = json.dumps(holder | {"since": time.strftime("%Y-%m-%d %H:%M:%S %z")}) + "\n"
     with contextlib.suppress(OSError):  # a full disk: the lock holds without it
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps(holder | {"since": time.strftime("%Y-%m-%d %H:%M:%S %z")}) + "\n")
-        file.flush()
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), text.encode())  # not through a buffer, which `close` would flush
 
 
 def _holder(file: IO[str]) -> dict[str, Any]:

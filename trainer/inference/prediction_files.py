@@ -13,6 +13,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.printable import write_to
 from data_pipelines.sources.rows import Row, kind_and_path
 from trainer.inference.text_classifier import Prediction
+from trainer.safe_files import replacing
 
 PREDICTED = "predicted"
 PROBABILITIES = "probabilities"
@@ -35,15 +36,11 @@ def opened(spec: str) -> Iterator[IO[str]]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    beside = Path(path + ".new")
     try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
+        with replacing(Path(path)) as file:
             yield file
-        beside.replace(path)
     except OSError as error:
         raise InputError(f"--output={spec} cannot be written: {error.strerror}") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def writer(spec: str, file: IO[str], mark: Callable[[list[Any]], str]) -> Write:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.reporting.trackers import Tracker, tell
-from trainer.safe_files import replace_text
+from trainer.safe_files import replace_text, without_links
 
 
 def format_seconds(seconds: float) -> str:
@@ -56,7 +56,7 @@ class Metrics:
     def write(self, step: int, **values: Any) -> None:
         """Appends one line."""
         line = {"stage": self._stage, "step": step, "unix_time": round(time.time(), 3), **values}
-        with self._path.open("a") as file:
+        with open(self._path, "a", opener=without_links) as file:
             file.write(json.dumps(line) + "\n")
         tell(self._trackers, self._path.parent, self._stage, line)
 

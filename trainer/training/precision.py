@@ -11,7 +11,7 @@ from data_pipelines.errors import InputError
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor
 from trainer.models.lstm import WarmLSTM
-from trainer.safe_files import replace_text
+from trainer.safe_files import DamagedError, opened, replace_text
 
 CHOICES = ("float32", "mixed_bfloat16")
 STEPS = 60
@@ -47,6 +47,8 @@ def resolved(
                 f"--precision=auto: the choice is kept in {path}: {error.strerror}: make room or "
                 f"make it writable, or set --precision to one of {', '.join(CHOICES)}"
             )
+        except DamagedError as error:
+            fault = f"--precision=auto: {error}; put it right, or start again with --resume=never"
     choice, fault = distributor.gather_objects([choice, fault])[0]
     if fault:
         raise InputError(fault)
@@ -54,9 +56,18 @@ def resolved(
 
 
 def _remembered(path: Path) -> str:
-    """Returns the choice that the run began with, or ""."""
-    said = path.read_bytes().strip() if path.exists() else b""
-    return next((choice for choice in CHOICES if choice.encode() == said), "")
+    """Returns the choice that the run began with, or "" if it has none yet.
+
+    Raises:
+        DamagedError: The file holds something else.
+    """
+    if not path.exists():
+        return ""
+    with opened(path) as file:
+        said = file.read(99).decode(errors="replace").strip()
+    if said not in CHOICES:
+        raise DamagedError(f"{path} holds {said!r}, none of {', '.join(CHOICES)}")
+    return said
 
 
 def _faster(sizes: tuple[int, int, int], log: Callable[[str], None]) -> str:

@@ -1,6 +1,8 @@
 """Servers of a local job's workers listen on loopback."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 from launch.local import loopback
 from launch.local.workers import run_local, worker_environments
+from tests.processes import ended
 
 # Binds the wildcard address of both families at the port of the cluster, then at another one.
 BINDS = """
@@ -73,3 +76,20 @@ def test_what_is_preloaded_already_stays() -> None:
     inherited = {"LD_PRELOAD": "/lib/other.so"}
     first, _ = worker_environments(2, inherited, preloaded=Path("/tmp/loopback.so"))
     assert first["LD_PRELOAD"] == "/tmp/loopback.so /lib/other.so"
+
+
+def test_a_killed_launcher_leaves_no_file(tmp_path: Path) -> None:
+    program = "from launch.local import loopback\nwith loopback.library() as (path, _):\n"
+    program += "    print(path, flush=True); input()"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        text=True,
+    )
+    with ended(launcher, seconds=60):
+        path = launcher.stdout.readline().strip()
+        assert Path(path).read_bytes().startswith(b"\x7fELF")
+        launcher.kill()
+    assert not any(tmp_path.iterdir())

@@ -101,6 +101,17 @@ def test_a_file_system_without_locks_is_a_warning(
         assert "has no locks (No locks available)" in lines[0]
 
 
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("of somebody else")
+    (tmp_path / run_lock.FILE).symlink_to(tmp_path / "victim")
+    with (
+        pytest.raises(InputError, match="cannot be written: Too many levels of symbolic links"),
+        run_lock.held(tmp_path, print, {}),
+    ):
+        pass
+    assert (tmp_path / "victim").read_text() == "of somebody else"
+
+
 def test_a_folder_that_cannot_be_made_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (

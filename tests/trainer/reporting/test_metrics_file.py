@@ -35,6 +35,20 @@ def test_a_resumed_run_writes_its_lines_once(tmp_path: Path) -> None:
     assert all(line["stage"] == "pretrain" and line["unix_time"] > 0 for line in lines)
 
 
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text('{"stage": "finetune", "step": 1}\n')
+    (tmp_path / "metrics.jsonl").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        Metrics(tmp_path / "metrics.jsonl", "finetune").write(1, loss=0.5)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl.new").symlink_to(victim)
+    metrics = Metrics(tmp_path / "metrics.jsonl", "finetune")
+    metrics.write(3, loss=0.5)
+    metrics.forget_after(2)
+    assert victim.read_text() == '{"stage": "finetune", "step": 1}\n'
+
+
 def test_an_evaluation_that_is_to_be_done_again_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path, "pretrain")

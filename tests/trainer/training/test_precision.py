@@ -28,13 +28,18 @@ def test_it_must_be_clearly_faster_and_is_remembered(
     assert len(lines) == 2
 
 
-@pytest.mark.parametrize("name", ["precision.txt", "precision.txt.new"])
-def test_what_cannot_be_remembered_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_what_cannot_be_remembered_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "measure", lambda *sizes: dict.fromkeys(precision.CHOICES, 1.0))
-    (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match="precision.txt: Is a directory: .* or set --precision"):
+    folder = tmp_path / "none"
+    with pytest.raises(InputError, match="precision.txt: No such file .* or set --precision"):
+        precision.resolved(Config(precision="auto"), one_device(), folder, print)
+
+
+@pytest.mark.parametrize("content", [b"", b"float3", b"float32\nfloat32", b"\xff"])
+def test_a_damaged_choice_is_not_made_again(tmp_path: Path, content: bytes) -> None:
+    """A resumed run would continue in another precision."""
+    (tmp_path / "precision.txt").write_bytes(content)
+    with pytest.raises(InputError, match="precision.txt holds .*, none of float32, mixed"):
         precision.resolved(Config(precision="auto"), one_device(), tmp_path, print)
 
 
