@@ -285,6 +285,8 @@ class PredictionConfig:
         "Reads a text once for every word, leaving that word out.")
     stream: bool = _prediction(False, "Read all texts as one that arrives in pieces: each line is "
         "answered with the prediction for the text so far. No line is read twice.")
+    task: str = _prediction("", "Folder of the task bundle to predict with, on the frozen encoder "
+        "--encoder. Replaces --classifier.")
     reconstruct: bool = _prediction(False, "Show how the autoencoder of --encoder reproduces each "
         "text, in place of predicting.")
 
@@ -295,6 +297,8 @@ class ServingConfig:
 
     host: str = _serving("127.0.0.1", "Address to serve on. 0.0.0.0: every local address.")
     port: int = _serving(8000, "Port to serve on. 0: any free port.", at_least=0, below=2**16)
+    tasks: str = _serving("", "Folder of task bundles, each in a folder of the task's name, to "
+        "serve on the frozen encoder --encoder. Replaces --classifier; a request names its task.")
     max_body_bytes: int = _serving(1 << 20, "Size of the largest request that is accepted.",
         at_least=1)
     max_texts: int = _serving(256, "Number of texts that a request may hold.", at_least=1)

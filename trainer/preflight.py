@@ -51,7 +51,9 @@ def _address_faults(config: Config) -> list[str]:
         f"--{name}={getattr(config, name)} is an address: it must be a folder of a file system, on "
         "which files are flushed and renamed; train in a local one or a volume, and copy bundles "
         "and checkpoints with the store's own tool"
-        for name in ("run_dir", "store", "encoder", "backward_encoder", "classifier")
+        for name in (
+            *("run_dir", "store", "encoder", "backward_encoder", "classifier", "task", "tasks"),
+        )
         if "://" in getattr(config, name)
     ]
 
@@ -272,8 +274,18 @@ def _using_faults(config: Config, cluster: Cluster) -> Iterator[str]:
     for other in ("explain", "reconstruct"):
         if config.stream and getattr(config, other):
             yield f"--stream and --{other}: choose one"
-    if not config.classifier and not config.reconstruct:
-        yield f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote"
+    flag = "tasks" if stage == "serve" else "task"
+    tasks = getattr(config, flag) if stage != "export" else ""
+    if tasks and not config.encoder:
+        yield f"--{flag}={tasks} needs --encoder, the encoder bundle that it was trained on"
+    if tasks and (config.classifier or config.reconstruct):
+        other = "--reconstruct" if config.reconstruct else f"--classifier={config.classifier}"
+        yield f"--{flag}={tasks} and {other}: choose one"
+    if not (config.classifier or config.reconstruct or tasks):
+        yield (
+            f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote"
+            + ("" if stage == "export" else f"; or --encoder and --{flag}")
+        )
     if stage == "export" and not config.output:
         yield "--stage=export needs --output: the folder that the model is written to"
     missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]

@@ -12,6 +12,7 @@ faults in one message; nothing exits the process. Call the stages from the main 
 that is not part of a larger job; `warmstate launch` starts several workers.
 
 `warmstate.states` makes, reads and applies learned states of any Keras model.
+`warmstate.TaskBank` reads texts of many tasks in one batch, all on one frozen encoder.
 
 Importing this package imports no TensorFlow; the first call does.
 """
@@ -23,7 +24,6 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipelines.errors import InputError
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from data_pipelines.store.token_store import TokenStore
     from trainer import states as states
     from trainer.config import Config
+    from trainer.inference.task_bank import TaskBank as TaskBank
     from trainer.inference.text_classifier import Prediction, TextClassifier
     from trainer.inference.text_encoder import TextEncoder
 
 __all__ = [
     *("InputError", "Trained"),
     *("prepare", "pretrain", "finetune", "evaluate"),
-    *("load_encoder", "load_classifier", "predict", "states"),
+    *("load_encoder", "load_classifier", "predict", "states", "TaskBank"),
 ]
 
 Setting = int | float | bool | str
@@ -221,10 +222,13 @@ def predict(classifier: "TextClassifier | str | Path", texts: Sequence[str]) -> 
     return model.predict(texts)
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name == "states":
         _import_quietly()
         return importlib.import_module("trainer.states")
+    if name == "TaskBank":
+        _import_quietly()
+        return importlib.import_module("trainer.inference.task_bank").TaskBank
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

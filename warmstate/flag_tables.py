@@ -19,7 +19,7 @@ STAGE_GROUPS = {
 # Flags of those groups that a stage does not read.
 STAGE_NOT = {
     "predict": ("evaluate_split",),
-    "export": ("evaluate_split", "input", "text_key", "explain", "stream", "reconstruct"),
+    "export": ("evaluate_split", "input", "text_key", "explain", "stream", "task", "reconstruct"),
     "serve": ("evaluate_split",),
 }
 # Flags of other groups that a stage reads.
@@ -34,6 +34,7 @@ STAGE_ALSO = {
     ),
     "replay": ("encoder", "backward_encoder"),
     "predict": ("encoder", "pretrain_max_tokens"),
+    "serve": ("encoder",),
 }
 
 

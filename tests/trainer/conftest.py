@@ -56,3 +56,64 @@ def make_classifier_bundle(
 def classifier_bundle(make_classifier_bundle: Callable[..., Path]) -> Path:
     """Returns the folder of a classifier bundle of the classes neg and pos."""
     return make_classifier_bundle()
+
+
+@pytest.fixture(scope="session")
+def tuned_encoder(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of an encoder bundle of two layers of 16 units, for `make_task`."""
+    from trainer.distribution.variables import values_of
+    from trainer.models import bundle
+    from trainer.models.encoder import Encoder, Initial
+
+    store = TokenStore(small_store)
+    encoder = Encoder(store.vocab_size, 8, 16, seed=5, num_layers=2, initial=Initial(100, 2.0))
+    encoder.build()
+    tensors = values_of(
+        bundle.encoder_variables(encoder)
+        | bundle.initial_state_variables(encoder, "states/learned")
+    )
+    info = {
+        "model": bundle.encoder_model(encoder),
+        "tokenizer": store.tokenizer_config,
+        "vocab_sha256": store.vocab_sha256,
+    }
+    folder = tmp_path_factory.mktemp("bundles") / "encoder"
+    bundle.save(folder, "encoder", tensors, info, store.vocab_path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_task(tuned_encoder: Path) -> Callable[..., Path]:
+    """Returns make(folder, ...), which writes a task of random values for `tuned_encoder`."""
+    from trainer.distribution.variables import assign
+    from trainer.models import bundle
+
+    encoder = bundle.load(tuned_encoder, "encoder", "--encoder")
+
+    def make(
+        folder: Path,
+        class_names: tuple[str, ...] = ("neg", "pos"),
+        train: str = "state",
+        max_tokens: int = 60,
+        **sizes: object,
+    ) -> Path:
+        facts = {"reads_first": False, "normalised": False, "bidirectional": False}
+        head = {"hidden_units": 0, "pooling": "concat", "num_classes": len(class_names), **sizes}
+        classifier = bundle.new_classifier({**encoder.info["model"], **facts, **head})
+        variables = bundle.classifier_variables(classifier)
+        assign(bundle.encoder_variables(classifier.encoder), encoder.tensors)
+        names = bundle.task_tensors(classifier, train)
+        random = np.random.default_rng(sum(map(ord, folder.name)))
+        for name in names:  # large, so that tasks differ clearly
+            variables[name].assign(random.normal(0, 0.7, variables[name].shape))
+        info = {
+            "model": {"units": 16, "num_layers": 2, **head},
+            "max_tokens": max_tokens,
+            "vocab_sha256": encoder.info["vocab_sha256"],
+            "class_names": list(class_names),
+            "encoder_sha256": encoder.info["tensors_sha256"],
+        }
+        bundle.save(folder, "task", bundle.task_tensors(classifier, train), info, None)
+        return folder
+
+    return make

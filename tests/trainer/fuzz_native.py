@@ -32,11 +32,12 @@ from trainer.native.build import build  # noqa: E402
 
 Arrays = dict[str, np.ndarray]
 STATES = {"h": "B U", "c": "B U"}
+STEPS = {"recurrent": "U 4U", **STATES, "mask": "B T?", "bias": "B 4U?"}
 SHAPES: dict[str, dict[str, str]] = {
     "product": {"left": "B T D", "right": "D C", "bias": "C?", "mask": "B T?"},
     "product_transposed": {"left": "B T D", "right": "C D", "bias": "C?", "mask": "B T?"},
-    "lstm": {"z": "B T 4U", "index": "0", "recurrent": "U 4U", **STATES, "mask": "B T?"},
-    "lstm_words": {"z": "N 4U", "index": "B T", "recurrent": "U 4U", **STATES, "mask": "B T?"},
+    "lstm": {"z": "B T 4U", "index": "0", **STEPS},
+    "lstm_words": {"z": "N 4U", "index": "B T", **STEPS},
     "lstm_grad": {
         "gates": "B T 4U",
         "recurrent": "U 4U",
@@ -167,6 +168,8 @@ def product(x: Arrays, transposed: bool) -> list[np.ndarray]:
 def lstm(x: Arrays) -> list[np.ndarray]:
     """Returns outputs, the final states, gates and cells, by the textbook equations."""
     z = x["z"][x["index"]] if x["index"].ndim == 2 else x["z"]
+    if x["bias"].ndim == 2:
+        z = z + x["bias"][:, None]
     (batch, steps), units, h, c = z.shape[:2], len(x["recurrent"]), x["h"], x["c"]
     shown = shown_by(x["mask"], batch, steps)
     outputs, cells = (np.zeros((batch, steps, units)) for _ in range(2))

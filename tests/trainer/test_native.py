@@ -64,8 +64,9 @@ NO_MASK, NO_INDEX, NO_NUMBERS = tf.zeros([0], tf.bool), tf.zeros([0], tf.int32),
 def forward(operations: Any, z: Any, recurrent: Any, h: Any, c: Any, **given: Any) -> Any:
     """Returns what the forward loop gives, with everything that it can keep."""
     mask = given.pop("mask", NO_MASK)
+    bias = given.pop("bias", NO_NUMBERS)
     options = {"keep": True, "return_sequences": True} | given
-    return operations.warmstate_lstm(z, NO_INDEX, recurrent, h, c, mask, **options)
+    return operations.warmstate_lstm(z, NO_INDEX, recurrent, h, c, mask, bias, **options)
 
 
 # Right-padded with an empty row; and what a mask may be too.
@@ -253,6 +254,7 @@ def test_a_word_that_is_not_there_is_refused(operations: Any) -> None:
                 zeros,
                 zeros,
                 NO_MASK,
+                NO_NUMBERS,
                 keep=False,
                 return_sequences=False,
             )
@@ -318,6 +320,40 @@ def test_a_row_alone_has_the_same_bits(factors: tf.DType, instruction_set: str) 
     for rows in (slice(0, 1), slice(3, 5), slice(9, 12), slice(2, 13)):
         for part, whole in zip(all_of(x[rows]), together, strict=True):
             assert part.tobytes() == whole[rows].tobytes()
+
+
+@pytest.mark.parametrize("by_word", [False, True])
+def test_a_row_with_a_bias_has_the_bits_of_a_layer_with_that_bias(
+    by_word: bool, instruction_set: str
+) -> None:
+    random = np.random.default_rng(1)
+    layer = WarmLSTM(48, return_sequences=True, return_state=True)
+    layer.build((None, 9, 5))
+    rows = tf.constant(random.normal(size=(4, 5)), tf.float32)
+    index = tf.constant(random.integers(0, 4, (7, 9)), tf.int32)
+    state = [tf.constant(random.normal(size=(7, 48)), tf.float32) for _ in range(2)]
+    biases = tf.Variable(random.normal(size=(7, 192)), dtype=tf.float32)
+    mask = mask_of("padded")
+
+    def read(source: tf.Variable) -> tuple[list[tf.Tensor], tf.Tensor]:
+        with tf.GradientTape() as tape:
+            layer.row_bias = source.value() if source is biases else None
+            if by_word:
+                found = layer.read_words(Words(rows, index), mask, state, training=True)
+            else:
+                inputs = tf.gather(rows, index)
+                found = layer(inputs, mask=mask, initial_state=state, training=True)
+            loss = tf.reduce_sum(found[0][row] if source is not biases else found[0])
+        return found, tape.gradient(loss, source)
+
+    together, gradients = read(biases)
+    assert gradients.shape == biases.shape
+    for row in range(7):
+        layer.cell.bias.assign(biases[row])
+        alone, gradient = read(layer.cell.bias.value)
+        for one, all_ in zip(alone, together, strict=True):
+            assert one[row].numpy().tobytes() == all_[row].numpy().tobytes()
+        np.testing.assert_allclose(gradients[row], gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("return_sequences", [False, True])

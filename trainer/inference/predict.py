@@ -16,6 +16,7 @@ from trainer.config import Config
 from trainer.inference.explanation import contributions, marked
 from trainer.inference.prediction_files import opened, writer
 from trainer.inference.reconstruct import reconstructor
+from trainer.inference.task_bank import load_task
 from trainer.inference.text_classifier import Prediction, TextClassifier, load_classifier
 from trainer.models import bundle
 
@@ -32,7 +33,10 @@ def predict(config: Config, texts: Sequence[str]) -> None:
         InputError: A file is malformed, or rows have no usable text. The other rows are written,
             and the unusable ones are listed on standard error.
     """
-    model = load_classifier(Path(config.classifier))
+    if config.task:
+        model = load_task(config.encoder, config.task)
+    else:
+        model = load_classifier(Path(config.classifier))
     answers = _stream(model) if config.stream else _classify(model)
     tokenizer_kind = model.tokenizer.config()["type"]
     rows = Rows(config, texts)

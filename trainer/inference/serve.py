@@ -3,6 +3,7 @@
   GET  /         a page to try sentences
   POST /predict  {"text": "..."} or {"texts": ["...", ...]}
                  -> {"predictions": [{"label": "pos", "probabilities": {"neg": 0.1, "pos": 0.9}}]}
+                 With --tasks also {"task": "..."}; texts of all tasks are read together.
   GET  /healthz  200 while it serves
   /sessions      see `serve_sessions`
 
@@ -19,6 +20,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ from trainer.config import Config
 from trainer.inference.http_connection import LIMIT_CONCURRENCY, HttpConnection
 from trainer.inference.http_requests import Refusal, answered, body_of, object_of
 from trainer.inference.serve_sessions import SessionTable, session_routes
-from trainer.inference.text_classifier import TextClassifier, load_classifier
+from trainer.inference.task_bank import TaskBank
+from trainer.inference.text_classifier import TextClassifier, load_classifier, prediction_of
 
 BATCH_TEXTS = 256
 BATCH_CHARACTERS = 1 << 20  # the model takes over 20 bytes for each
@@ -51,6 +54,17 @@ PAGE_HEADERS = {
     "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+@dataclass(frozen=True)
+class TextOfTask:
+    """A text, and the task of a TaskBank that it is read for, "" for a classifier."""
+
+    text: str
+    task: str
+
+    def __len__(self) -> int:
+        return len(self.text)
 
 
 class Batcher:
@@ -170,21 +184,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def application(model: TextClassifier, config: Config, only_loopback: bool) -> Starlette:
+def application(model: TextClassifier | TaskBank, config: Config, only_loopback: bool) -> Starlette:
     """Returns the ASGI application.
 
     Args:
-        model: The classifier.
+        model: The classifier, or the tasks; only a classifier has sessions.
         config: Has the limits of requests and sessions.
         only_loopback: Whether to answer only requests to loopback names.
     """
     page = (resources.files("trainer.inference") / "serve.html").read_text(encoding="utf-8")
-    batcher = Batcher(model.probabilities)
-    readers = Batcher(lambda sessions: model.session_reader.probabilities(sessions))
+    batcher = Batcher(_reader(model))
+    batchers, names = [batcher], model.class_names
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        workers = [asyncio.create_task(each.work()) for each in (batcher, readers)]
+        workers = [asyncio.create_task(each.work()) for each in batchers]
         yield
         for worker in workers:
             worker.cancel()
@@ -193,35 +207,47 @@ def application(model: TextClassifier, config: Config, only_loopback: bool) -> S
         return HTMLResponse(page, headers=PAGE_HEADERS)
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "classes": list(model.class_names)})
+        kind = "tasks" if isinstance(names, dict) else "classes"
+        return JSONResponse({"status": "ok", kind: names})
 
     async def predict(request: Request) -> Response:
         with batcher.counted_bytes() as add_bytes:
-            body = await body_of(request, config.max_body_bytes, add_bytes)
-            found = await batcher.probabilities(texts_of(body, config.max_texts))
-        answers = [model.prediction(row)._asdict() for row in found]
+            values = object_of(await body_of(request, config.max_body_bytes, add_bytes))
+            texts = texts_of(values, config.max_texts)
+            task, classes = task_and_classes(values, names)
+            found = await batcher.probabilities([TextOfTask(text, task) for text in texts])
+        answers = [prediction_of(row, classes)._asdict() for row in found]
         return JSONResponse({"predictions": answers})
 
-    table = SessionTable(config.max_sessions, config.session_seconds)
     routes = [
         Route("/", index),
         Route("/healthz", health),
         Route("/predict", answered(predict), methods=["POST"]),
-        *session_routes(
-            model, table, readers.probabilities, config.max_body_bytes, batcher.counted_bytes
-        ),
     ]
+    if isinstance(model, TextClassifier):
+        readers = Batcher(lambda sessions: model.session_reader.probabilities(sessions))
+        batchers.append(readers)
+        table = SessionTable(config.max_sessions, config.session_seconds)
+        routes += session_routes(
+            model, table, readers.probabilities, config.max_body_bytes, batcher.counted_bytes
+        )
     middleware = [Middleware(OnlyLoopback)] if only_loopback else []
     return Starlette(routes=routes, lifespan=lifespan, middleware=middleware)
 
 
-def texts_of(body: bytes, max_texts: int) -> list[str]:
-    """Returns the texts of a request's body.
+def _reader(model: TextClassifier | TaskBank) -> Callable[[list[TextOfTask]], Any]:
+    """Returns a function from texts to the probabilities of their task's classes."""
+    if isinstance(model, TaskBank):
+        return lambda rows: model.probabilities([r.text for r in rows], [r.task for r in rows])
+    return lambda rows: model.probabilities([row.text for row in rows])
+
+
+def texts_of(values: dict[str, Any], max_texts: int) -> list[str]:
+    """Returns the texts of a request's object.
 
     Raises:
-        Refusal: It is not a JSON object, or has no texts, or more than `max_texts`.
+        Refusal: It has no texts, or more than `max_texts`.
     """
-    values = object_of(body)
     if len(values.keys() & {"text", "texts"}) != 1:
         raise Refusal(422, 'the body must be {"text": "..."} or {"texts": ["...", ...]}')
     texts = [values["text"]] if "text" in values else values["texts"]
@@ -234,6 +260,21 @@ def texts_of(body: bytes, max_texts: int) -> list[str]:
         if fault:
             raise Refusal(422, f"text {number}: {fault}")
     return texts
+
+
+def task_and_classes(
+    values: dict[str, Any], names: Sequence[str] | dict[str, tuple[str, ...]]
+) -> tuple[str, Sequence[str]]:
+    """Returns the task of a request's object, "" for a classifier, and the names of its classes.
+
+    Raises:
+        Refusal: There is no such task.
+    """
+    by_task = names if isinstance(names, dict) else {"": names}
+    task = values.get("task", "")
+    if not (isinstance(task, str) and task in by_task):
+        raise Refusal(422, f"there is no task {task!r:.99}: GET /healthz lists the tasks")
+    return task, by_task[task]
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -272,8 +313,13 @@ def serve(config: Config) -> None:
     Raises:
         InputError: The classifier is not usable, or the address is not available.
     """
-    model = load_classifier(Path(config.classifier))
-    model.probabilities(["the first text traces the graphs"])
+    model: TextClassifier | TaskBank
+    if config.tasks:
+        model = TaskBank(config.encoder, config.tasks)
+    else:
+        model = load_classifier(Path(config.classifier))
+    first = next(iter(model.class_names)) if config.tasks else ""
+    _reader(model)([TextOfTask("the first text traces the graphs", first)])
     listener = listening(config.host, config.port)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
@@ -282,6 +328,6 @@ def serve(config: Config) -> None:
     # The server restores these handlers and raises the signal again when it has stopped.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    print(f"serving {config.classifier} at http://{host}:{port}", flush=True)
+    print(f"serving {config.tasks or config.classifier} at http://{host}:{port}", flush=True)
     server.run(sockets=[listener])
     print("stopped", flush=True)

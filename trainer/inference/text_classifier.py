@@ -1,7 +1,7 @@
 """A classifier bundle, ready to use: raw text in, probabilities out."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,9 +85,7 @@ class TextClassifier(tf.Module):
 
     def prediction(self, probabilities: np.ndarray) -> Prediction:
         """Returns the prediction of a text with these probabilities [classes]."""
-        values = [round(float(p), 6) for p in probabilities]
-        label = self.class_names[int(np.argmax(probabilities))]
-        return Prediction(label, dict(zip(self.class_names, values, strict=True)))
+        return prediction_of(probabilities, self.class_names)
 
     def probabilities(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """Returns the probability of each class: float32 [texts, classes], in order.
@@ -98,15 +96,8 @@ class TextClassifier(tf.Module):
         if not len(texts):
             return found
         ids = self.token_ids(tf.constant(list(texts), tf.string))
-        flat, splits = ids.flat_values.numpy(), ids.row_splits.numpy()
-        lengths = np.diff(splits).astype(np.int32)
-        order = np.argsort(lengths, kind="stable")
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            tokens = np.zeros((len(rows), lengths[rows[-1]]), np.int32)
-            for place, row in enumerate(rows):
-                tokens[place, : lengths[row]] = flat[splits[row] : splits[row + 1]]
-            found[rows] = tf.nn.softmax(self.logits(tokens, lengths[rows])).numpy()
+        for rows, tokens, lengths in batches_by_length(ids, self.max_tokens, batch_size):
+            found[rows] = tf.nn.softmax(self.logits(tokens, lengths)).numpy()
         return found
 
     @functools.cached_property
@@ -142,10 +133,39 @@ def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClass
     classifier = bundle.new_classifier(loaded.info["model"])
     assign(bundle.classifier_variables(classifier), loaded.tensors)
     tokenizer = bundle_tokenizer(folder, loaded.info, flag)
-    names = class_names(loaded.info)
-    if len(set(names)) < len(names) or any(not is_unicode(name) for name in names):
-        raise InputError(f"{flag}={folder}: its class names are not distinct texts: {names!r:.200}")
+    names = distinct_class_names(loaded.info, f"{flag}={folder}")
     return TextClassifier(classifier, tokenizer, names, loaded.info["max_tokens"])
+
+
+def prediction_of(probabilities: np.ndarray, class_names: Sequence[str]) -> Prediction:
+    """Returns the prediction of a text with these probabilities [classes]."""
+    values = [round(float(p), 6) for p in probabilities]
+    label = class_names[int(np.argmax(probabilities))]
+    return Prediction(label, dict(zip(class_names, values, strict=True)))
+
+
+def batches_by_length(
+    ids: tf.RaggedTensor, most_tokens: int | np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields batches of texts of similar length: their rows, tokens and lengths.
+
+    Rows are [batch]. Tokens are int32 [batch, time], right-padded; lengths int32 [batch].
+
+    Args:
+        ids: int32 [texts, (tokens)].
+        most_tokens: How many last tokens are read, of each text or of all.
+        batch_size: Of texts.
+    """
+    flat, splits = ids.flat_values.numpy(), ids.row_splits.numpy()
+    lengths = np.minimum(np.diff(splits), most_tokens).astype(np.int32)
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        tokens = np.zeros((len(rows), lengths[rows[-1]]), np.int32)
+        for place, row in enumerate(rows):
+            end = splits[row + 1]
+            tokens[place, : lengths[row]] = flat[end - lengths[row] : end]
+        yield rows, tokens, lengths[rows]
 
 
 def bundle_tokenizer(folder: Path, info: dict[str, Any], flag: str) -> Tokenizer:
@@ -179,6 +199,14 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def distinct_class_names(info: dict[str, Any], where: str) -> tuple[str, ...]:
+    """Returns `class_names`; raises InputError unless they are distinct texts."""
+    names = class_names(info)
+    if len(set(names)) < len(names) or any(not is_unicode(name) for name in names):
+        raise InputError(f"{where}: its class names are not distinct texts: {names!r:.200}")
+    return names
 
 
 def class_names(info: dict[str, Any]) -> tuple[str, ...]:

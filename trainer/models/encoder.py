@@ -59,6 +59,24 @@ def dropped_weights(
             lstm.recurrent_mask = mask
 
 
+@contextlib.contextmanager
+def row_biases(encoder: "Encoder", biases: Sequence[tf.Tensor]) -> Iterator[None]:
+    """Returns a context in which each row of a batch has its own LSTM biases.
+
+    Args:
+        encoder: Its own biases are not used meanwhile, unless `biases` is empty.
+        biases: For each layer, [batch, 4 * units].
+    """
+    pairs = list(zip(encoder.lstms, biases, strict=True)) if biases else []
+    for lstm, of_rows in pairs:
+        lstm.row_bias = of_rows
+    try:
+        yield
+    finally:
+        for lstm, _ in pairs:
+            lstm.row_bias = None
+
+
 @keras.saving.register_keras_serializable(package="warmstate")
 class ChronoBias(keras.initializers.Initializer):
     """LSTM biases with which cells initially remember 1 to `longest` steps.

@@ -55,12 +55,14 @@ class Mode(NamedTuple):
       training: whether the compiled loops may run, also where no program has asked for them.
       frozen: whether of the weights at most the bias is trained: its gradient is then computed
         without the products that give the others, which a graph leaves out where nobody asks.
+      row_biases: whether each row of the batch has its own bias.
     """
 
     return_sequences: bool
     keep_activations: bool
     training: bool = True
     frozen: bool = False
+    row_biases: bool = False
 
 
 class Words(NamedTuple):
@@ -154,6 +156,9 @@ class WarmLSTM(keras.layers.LSTM):
 
     # What the recurrent kernel is multiplied by, [units, 4 * units]; see `encoder.dropped_weights`.
     recurrent_mask: tf.Tensor | None = None
+    # Biases of the rows of a batch, [batch, 4 * units], in place of the bias; see
+    # `encoder.row_biases`.
+    row_bias: tf.Tensor | None = None
     # Whether training keeps no activations, and the backward pass runs the forward loop again.
     recompute: bool = False
 
@@ -277,6 +282,8 @@ class WarmLSTM(keras.layers.LSTM):
         if self.recurrent_mask is not None:
             recurrent *= tf.cast(self.recurrent_mask, recurrent.dtype)
         bias = self._tensor(cell.bias) if self.use_bias else tf.zeros_like(kernel[0])
+        if self.row_bias is not None:
+            bias = tf.cast(self.row_bias, bias.dtype)
         h, c = initial_state
         recorded = record.should_record_backprop([inputs, h, c, kernel, recurrent, bias])
         mode = Mode(
@@ -284,6 +291,7 @@ class WarmLSTM(keras.layers.LSTM):
             keep_activations=(training or recorded) and not self.recompute,
             training=training or recorded,
             frozen=not (cell.kernel.trainable or cell.recurrent_kernel.trainable),
+            row_biases=self.row_bias is not None,
         )
         outputs, h, c = lstm(inputs, h, c, (kernel, recurrent, bias), mask, mode, index)
         return [outputs if mask is None else self._mask_outputs(outputs, mask), h, c]
@@ -326,9 +334,9 @@ class WarmLSTM(keras.layers.LSTM):
             and not (self.dropout and self.cell.implementation == 1)
         )
         has_gpu = bool(tf.config.list_logical_devices("GPU"))
-        # Keras's path knows no mask of the recurrent kernel.
-        masked = self.recurrent_mask is not None
-        return standard and (masked or (not has_gpu and self.use_cudnn is not True))
+        # Keras's path knows no mask of the recurrent kernel, and no biases of rows.
+        needed = self.recurrent_mask is not None or self.row_bias is not None
+        return standard and (needed or (not has_gpu and self.use_cudnn is not True))
 
     def _mask_outputs(self, outputs: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         # A masked step repeats the output before it, and that is zero, not the initial state,
@@ -371,7 +379,8 @@ def lstm(
         h: [batch, units].
         c: [batch, units].
         weights: the kernel [inputs, 4 * units], its gates in Keras's order: input, forget,
-            candidate, output; the recurrent kernel [units, 4 * units]; the bias [4 * units].
+            candidate, output; the recurrent kernel [units, 4 * units]; the bias [4 * units], or
+            that of each row [batch, 4 * units].
         mask: Boolean [batch, time]; a False step leaves h and c as they are. None: all are True.
         mode: how it runs.
         index: int32 [batch, time], each step's row of `inputs`; for the compiled loops in float32.
@@ -416,13 +425,15 @@ class _CompiledLoops(NamedTuple):
     def forward(self, tensors: tuple[tf.Tensor, ...], keep: bool) -> Any:
         """Returns outputs, final h and c, and, where they are kept, gates and cells."""
         inputs, h, c, kernel, recurrent, bias = tensors
+        none, by_row = tf.zeros([0]), self.mode.row_biases
         found = self.operations.warmstate_lstm(
-            self._of_inputs(inputs, kernel, bias),
+            self._of_inputs(inputs, kernel, none if by_row else bias),
             self.index,
             _whole(recurrent),
             _whole(h),
             _whole(c),
             self.mask,
+            _whole(bias) if by_row else none,
             factors=inputs.dtype,
             keep=keep,
             return_sequences=self.mode.return_sequences,
@@ -434,7 +445,9 @@ class _CompiledLoops(NamedTuple):
             return self._product(inputs[tf.newaxis], kernel, bias, tf.zeros([0], tf.bool))[0]
         if inputs.dtype == tf.float32:
             return self._product(inputs, kernel, bias, self.mask)
-        z = tf.nn.bias_add(tf.matmul(_flat(inputs), kernel), bias)  # one operation, when run
+        z = tf.matmul(_flat(inputs), kernel)
+        if bias.shape != [0]:
+            z = tf.nn.bias_add(z, bias)  # one operation with the product, when run
         return _whole(tf.reshape(z, [*tf.unstack(tf.shape(inputs))[:2], z.shape[1]]))
 
     def backward(
@@ -458,7 +471,7 @@ class _CompiledLoops(NamedTuple):
         )
         if inputs.dtype == tf.float32:
             return self._of_dz(dz, tensors, kept.outputs, dh, dc)
-        d_bias = _of_bias(dz)
+        d_bias = _of_bias(dz, self.mode)
         before = tf.concat([_whole(h)[:, tf.newaxis], kept.outputs[:, :-1]], 1)
         dh, dc, d_bias, dz, before = (
             tf.cast(t, inputs.dtype) for t in (dh, dc, d_bias, dz, before)
@@ -488,8 +501,8 @@ class _CompiledLoops(NamedTuple):
         else:
             d_inputs = self._product(dz, kernel, none, self.mask, transpose=True)
             d_kernel, d_recurrent, d_bias = of_weights(inputs, outputs, h, dz, self.mask)
-        if self.mode.frozen:
-            d_bias = _of_bias(dz)
+        if self.mode.frozen or self.mode.row_biases:
+            d_bias = _of_bias(dz, self.mode)
         return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
 
     def _product(
@@ -507,8 +520,9 @@ class _CompiledLoops(NamedTuple):
         return self.index.shape.rank == 2
 
 
-def _of_bias(dz: tf.Tensor) -> tf.Tensor:
-    return tf.reduce_sum(tf.reduce_sum(dz, 1), 0)  # in turn: three times as fast
+def _of_bias(dz: tf.Tensor, mode: Mode) -> tf.Tensor:
+    of_rows = tf.reduce_sum(dz, 1)  # time and batch in turn: three times as fast
+    return of_rows if mode.row_biases else tf.reduce_sum(of_rows, 0)
 
 
 def _whole(tensor: tf.Tensor) -> tf.Tensor:
@@ -603,6 +617,8 @@ def _forward(
     inputs, h, c, kernel, recurrent, bias = tensors
     keep = mode.keep_activations
     steps = tf.shape(inputs)[1]
+    of_rows = tf.transpose(bias) if mode.row_biases else None
+    bias = tf.zeros_like(kernel[0]) if mode.row_biases else bias
     weights, columns = _products(inputs, kernel, recurrent, bias, mask, units)
     dtype, loop_dtype = inputs.dtype, _loop_dtype(inputs.dtype)
     masked = None if mask is None else columns[:, -1:, :]  # [time, 1, batch]
@@ -619,6 +635,8 @@ def _forward(
     ) -> tuple[Any, ...]:
         product = tf.concat([columns[t], tf.cast(h, dtype)], 0)
         z = tf.cast(tf.matmul(weights, product), loop_dtype)  # [4 * units, batch]
+        if of_rows is not None:
+            z += tf.cast(of_rows, loop_dtype)
         input_forget = tf.sigmoid(z[: 2 * units])
         candidate = tf.tanh(z[2 * units : 3 * units])
         output = tf.sigmoid(z[3 * units :])
@@ -747,6 +765,6 @@ def _backward(
     flat_columns = tf.reshape(tf.transpose(columns, (1, 0, 2)), (rows, -1))
     d_weights = tf.matmul(flat_columns, tf.reshape(dz, (-1, 4 * units)))
     d_bias = d_weights[width]
-    if mode.frozen:
-        d_bias = tf.cast(tf.reduce_sum(tf.cast(dz, loop_dtype), (0, 1)), dtype)
+    if mode.frozen or mode.row_biases:
+        d_bias = tf.cast(_of_bias(tf.cast(tf.transpose(dz, (1, 0, 2)), loop_dtype), mode), dtype)
     return d_inputs, dh, dc, d_weights[:width], d_weights[-units:], d_bias

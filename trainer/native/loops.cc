@@ -246,11 +246,13 @@ struct States {
     if (call.gates) std::memset(call.gates + 4 * to, 0, 4 * 4 * call.units);
   }
   // Begins the sums of the units from u on with z, and fetches what is next.
-  void start(int64_t u, int64_t place, Vector (&sums)[4]) {
+  void start(int64_t i, int64_t u, int64_t place, Vector (&sums)[4]) {
     const int64_t units = call.units, row = call.index ? call.index[place] : place;
     const float* z = call.z + row * 4 * units + u;
+    const float* bias = call.bias ? call.bias + rows[i] * 4 * units + u : nullptr;
     for (int gate = 0; gate < 4; ++gate) {
       sums[gate] = load(z + gate * units);
+      if (bias) sums[gate] += load(bias + gate * units);
       __builtin_prefetch(z + gate * units + kWidth);
     }
     if (call.outputs) __builtin_prefetch(call.outputs + place * units + u, 1);
@@ -301,7 +303,7 @@ void forward(const Forward& call, const int64_t* rows, int64_t count, float* scr
         for (int64_t m = 0; m < many; ++m) {
           const int64_t i = shown[first + m];
           before[m] = states.state(i, states.newer[i]);
-          states.start(u, rows[i] * call.steps + t, sums[m]);
+          states.start(i, u, rows[i] * call.steps + t, sums[m]);
         }
         multiply_group<Kind>(many, recurrent + 4 * u * states.factors, states.factors, before, sums);
         for (int64_t m = 0; m < many; ++m) {
@@ -395,20 +397,22 @@ inline void store_some(float* to, int64_t many, const Vector (&from)[4]) {
 void product_of_group(const Product& call, const int64_t* rows, int64_t count, int64_t column) {
   const auto* group = static_cast<const float*>(call.right) + column * call.depth;
   const int64_t columns = call.columns - column < kGroup ? call.columns - column : kGroup;
-  Vector start[4] = {};
-  if (call.bias) load_some(call.bias + column, columns, start);
+  // The bias comes last, as in the forward loop, whose rows may have different ones.
+  Vector bias[4] = {};
+  if (call.bias) load_some(call.bias + column, columns, bias);
   for (int64_t first = 0, many; first < count; first += many) {
     many = rows_together(count - first);
     Vector sums[kRows][4];
     const float* left[kRows];
     for (int64_t m = 0; m < many; ++m) {
       left[m] = call.left + rows[first + m] * call.depth;
-      for (int v = 0; v < 4; ++v) sums[m][v] = start[v];
+      for (int v = 0; v < 4; ++v) sums[m][v] = Vector{};
       const float* to = call.out + rows[first + m] * call.columns + column;
       for (int64_t at = 0; at < columns; at += kLine) __builtin_prefetch(to + at, 1);
     }
     multiply_group<Whole>(many, group, call.depth, left, sums);
     for (int64_t m = 0; m < many; ++m) {
+      for (int v = 0; v < 4 && call.bias; ++v) sums[m][v] += bias[v];
       store_some(call.out + rows[first + m] * call.columns + column, columns, sums[m]);
     }
   }

@@ -20,6 +20,7 @@ struct Forward {
   const bool* mask;       // [batch, time]
   const float* z;         // [batch, time, 4 * units], what inputs and bias give the gates
   const int32_t* index;   // [batch, time], rows of z [words, 4 * units]; null: z is as above
+  const float* bias;      // [batch, 4 * units], of the rows of the batch, added to z; null: 0
   const void* recurrent;  // packed, [units, 4 * units]
   float *h, *c;           // [batch, units]: before the first step; on return, after the last
   float* outputs;         // [batch, time, units]; null: not kept

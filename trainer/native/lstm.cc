@@ -391,7 +391,7 @@ class ForwardOp : public OpKernel {
   // Checks the operands, and fills in sizes and inputs.
   Status check(OpKernelContext* context, int64_t* batch, Forward* call) const {
     const Tensor &z = context->input(0), &index = context->input(1), &h = context->input(3),
-                 &c = context->input(4), &mask = context->input(5);
+                 &c = context->input(4), &mask = context->input(5), &bias = context->input(6);
     TF_RETURN_IF_ERROR(is_recurrent(context->input(2)));
     const int64_t units = context->input(2).dim_size(0), depth = 4 * units;
     const bool by_index = index.dims() == 2;
@@ -410,6 +410,7 @@ class ForwardOp : public OpKernel {
     TF_RETURN_IF_ERROR(has_shape("h", h, {*batch, units}, "[batch, units]"));
     TF_RETURN_IF_ERROR(has_shape("c", c, {*batch, units}, "[batch, units]"));
     TF_RETURN_IF_ERROR(has_shape_or_none("mask", mask, {*batch, steps}, "[batch, time]"));
+    TF_RETURN_IF_ERROR(has_shape_or_none("bias", bias, {*batch, depth}, "[batch, 4 * units]"));
     const auto words = index.flat<int32_t>();
     for (int64_t i = 0; i < words.size(); ++i) {
       if (words(i) < 0 || words(i) >= z.dim_size(0)) {
@@ -421,6 +422,7 @@ class ForwardOp : public OpKernel {
     call->mask = data_or_null<bool>(mask);
     call->z = z.flat<float>().data();
     call->index = data_or_null<int32_t>(index);
+    call->bias = data_or_null<float>(bias);
     return absl::OkStatus();
   }
 
@@ -636,6 +638,7 @@ Status forward_shape(InferenceContext* c) {
     TF_RETURN_IF_ERROR(c->Merge(batch, c->Dim(known, 0), &batch));
   }
   TF_RETURN_IF_ERROR(merge_or_none(c, 5, {batch, steps}));
+  TF_RETURN_IF_ERROR(merge_or_none(c, 6, {batch, gates}));
   const DimensionHandle none = c->MakeDim(0), kept = keep ? steps : none;
   c->set_output(0, c->MakeShape({batch, keep || sequences ? steps : none, units}));
   c->set_output(1, c->MakeShape({batch, units}));
@@ -718,7 +721,8 @@ REGISTER_KERNEL_BUILDER(Name("WarmstateProduct").Device(tensorflow::DEVICE_CPU),
 
 // z: [batch, time, 4 * units], what the inputs and the bias give the gates, which are input, forget,
 // candidate and output. Or, with an index [batch, time], [words, 4 * units]: what each different
-// word gives. mask: [batch, time], or empty. factors: of the recurrent products. keep: what the
+// word gives. mask: [batch, time], or empty. bias: [batch, 4 * units], added to the z of each row's
+// steps, or empty. factors: of the recurrent products. keep: what the
 // gradient needs, which are all outputs, gates and cells; they have no steps otherwise.
 REGISTER_OP("WarmstateLstm")
     .Attr("factors: {float, bfloat16} = DT_FLOAT")
@@ -730,6 +734,7 @@ REGISTER_OP("WarmstateLstm")
     .Input("h: float")
     .Input("c: float")
     .Input("mask: bool")
+    .Input("bias: float")
     .Output("outputs: float")
     .Output("final_h: float")
     .Output("final_c: float")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from data_pipelines.errors import InputError
 from tests import forked
 from tests.processes import ended
 from trainer.config import Config
+from trainer.inference.task_bank import load_task
 from trainer.inference.text_classifier import load_classifier
 
 pytest.importorskip("starlette")
@@ -39,7 +40,8 @@ def server(classifier_bundle: Path) -> Iterator[tuple[subprocess.Popen, int]]:
 @contextlib.contextmanager
 def served(bundle: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, int]]:
     """Yields the process and the port of a server with these flags."""
-    flags = (f"--classifier={bundle}", "--port=0", *flags)
+    named = (f"--classifier={bundle}",) if (bundle / "classifier.json").exists() else ()
+    flags = (*named, "--port=0", *flags)
     process = forked.Popen(
         [sys.executable, "-u", "-m", "trainer.main", "--stage=serve", *flags],
         cwd=REPOSITORY,
@@ -114,6 +116,7 @@ def test_many_clients_at_once_each_get_their_own_answer(server: tuple) -> None:
         ({"texts": ["a", 3]}, 422, "text 2: it is not a string"),
         ({"text": "\ud800"}, 422, "lone surrogate"),
         ({"text": "a\0b"}, 422, "NUL"),
+        ({"text": "a", "task": "b"}, 422, "there is no task 'b'"),
         ({"texts": ["a"] * 51}, 413, "51 texts are more than 50"),
         ({"text": "x" * MAX_BODY_BYTES}, 413, "--max_body_bytes"),
         ({"text": "x" * 10_000_000}, 413, "--max_body_bytes"),
@@ -334,6 +337,29 @@ def test_health_page_and_what_is_not_there(server: tuple) -> None:
     assert b"http://" not in body and b"https://" not in body  # nothing of elsewhere
     assert get(port, "/predict")[0] == 405
     assert get(port, "/nothing")[0] == 404
+
+
+def test_tasks_are_served_together(
+    tuned_encoder: Path, make_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    tasks = {"mood": ("sad", "merry"), "topic": ("sport", "art", "war")}
+    expected = {
+        name: load_task(tuned_encoder, make_task(tmp_path / name, classes)).predict(TEXTS)
+        for name, classes in tasks.items()
+    }
+    flags = (f"--encoder={tuned_encoder}", f"--tasks={tmp_path}")
+    with served(tmp_path, *flags) as (_, port), ThreadPoolExecutor(8) as clients:
+        _, _, body = get(port, "/healthz")
+        assert json.loads(body) == json.loads(json.dumps({"status": "ok", "tasks": tasks}))
+        for wrong in ("art", "", ["mood"], None):
+            status, answer = ask(port, {"text": "a", "task": wrong})
+            assert (status, "there is no task" in answer["error"]) == (422, True)
+        asked = [(name, row) for row in range(len(TEXTS)) for name in tasks]
+        found = clients.map(lambda a: ask(port, {"text": TEXTS[a[1]], "task": a[0]}), asked)
+        for (name, row), (status, answer) in zip(asked, found, strict=True):
+            assert status == 200
+            wanted = expected[name][row].probabilities
+            assert answer["predictions"][0]["probabilities"] == pytest.approx(wanted, abs=2e-6)
 
 
 def test_a_port_that_is_taken_is_said(server: tuple, classifier_bundle: Path) -> None:
