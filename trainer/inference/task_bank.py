@@ -54,7 +54,7 @@ def load_task(encoder: Folder, task: Folder) -> TextClassifier:
     )
 
 
-class TaskBank(tf.Module):
+class TaskBank:
     """One encoder and many tasks: rows of different tasks are read in one batch.
 
     Each row starts from its task's state, has its task's biases, and goes to its task's head, all
@@ -76,7 +76,6 @@ class TaskBank(tf.Module):
             InputError: A bundle is missing or damaged, a task belongs to another encoder, or the
                 heads of two tasks read different things.
         """
-        super().__init__(name="task_bank")
         loaded = bundle.load(Path(encoder), "encoder", "--encoder")
         self.tokenizer = bundle_tokenizer(Path(encoder), loaded.info, "--encoder")
         folders = _folders_in(Path(tasks)) if isinstance(tasks, str | Path) else tasks
