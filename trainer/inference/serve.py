@@ -225,7 +225,8 @@ def application(model: TextClassifier | TaskBank, config: Config, only_loopback:
         Route("/predict", answered(predict), methods=["POST"]),
     ]
     if isinstance(model, TextClassifier):
-        readers = Batcher(lambda sessions: model.session_reader.probabilities(sessions))
+        classifier = model
+        readers = Batcher(lambda sessions: classifier.session_reader.probabilities(sessions))
         batchers.append(readers)
         table = SessionTable(config.max_sessions, config.session_seconds)
         routes += session_routes(
@@ -237,9 +238,14 @@ def application(model: TextClassifier | TaskBank, config: Config, only_loopback:
 
 def _reader(model: TextClassifier | TaskBank) -> Callable[[list[TextOfTask]], Any]:
     """Returns a function from texts to the probabilities of their task's classes."""
-    if isinstance(model, TaskBank):
-        return lambda rows: model.probabilities([r.text for r in rows], [r.task for r in rows])
-    return lambda rows: model.probabilities([row.text for row in rows])
+
+    def read(rows: list[TextOfTask]) -> Any:
+        texts = [row.text for row in rows]
+        if isinstance(model, TaskBank):
+            return model.probabilities(texts, [row.task for row in rows])
+        return model.probabilities(texts)
+
+    return read
 
 
 def texts_of(values: dict[str, Any], max_texts: int) -> list[str]:
