@@ -241,9 +241,9 @@ def _reader(model: TextClassifier | TaskBank) -> Callable[[list[TextOfTask]], An
 
     def read(rows: list[TextOfTask]) -> Any:
         texts = [row.text for row in rows]
-        if isinstance(model, TaskBank):
-            return model.probabilities(texts, [row.task for row in rows])
-        return model.probabilities(texts)
+        if isinstance(model, TextClassifier):
+            return model.probabilities(texts)
+        return model.probabilities(texts, [row.task for row in rows])
 
     return read
 
