@@ -241,9 +241,10 @@ def _reader(model: TextClassifier | TaskBank) -> Callable[[list[TextOfTask]], An
 
     def read(rows: list[TextOfTask]) -> Any:
         texts = [row.text for row in rows]
-        if isinstance(model, TextClassifier):
-            return model.probabilities(texts)
-        return model.probabilities(texts, [row.task for row in rows])
+        if isinstance(model, TaskBank):
+            bank: TaskBank = model
+            return bank.probabilities(texts, [row.task for row in rows])
+        return model.probabilities(texts)
 
     return read
 
