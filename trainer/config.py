@@ -49,8 +49,8 @@ class RunConfig:
     starts: str = _run("both", "Which classifiers --stage=all trains and tests: from the "
         "pretrained encoder (warm), from random weights (scratch), or both.", choices=STARTS)
     label_counts: str = _run("", "Also compare both starts and linear models with fewer labels: "
-        "numbers of labelled documents, separated by commas. The warm start is then a linear head "
-        "on the frozen encoder.")
+        "numbers of labelled documents, separated by commas. Up to 500 the warm start is a linear "
+        "head on the frozen encoder.")
     label_draws: int = _run(3, "Number of samples of each number in --label_counts.", at_least=1)
     run_dir: str = _run("", "Folder for the run's checkpoints, metrics, bundles and report.")
     step: int = _run(0, "Step that --stage=replay runs again, counted from 1.", at_least=0)
@@ -438,7 +438,7 @@ FREE_ON_RESUME = {
     "collective_timeout_seconds",
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",
     "max_skipped_steps", "stall_seconds", "preemption_signal", "grace_seconds",
-    "keep_best", "status_port", "status_host", "track",
+    "keep_best", "status_port", "status_host", "track", "label_counts", "label_draws",
     *(
         item.name
         for item in dataclasses.fields(Config)

@@ -1,8 +1,8 @@
 """--label_counts: both starts and linear models with fewer labels, several samples of each number.
 
-With few labels the warm start is a linear head on the frozen encoder, fitted by logistic
-regression: fine-tuning the encoder on 200 labels gained nothing (docs/decisions.md). From scratch
-everything is trained, for at most SCRATCH_PASSES passes over the labelled documents.
+Up to FEW_LABELS the warm start is a linear head on the frozen encoder, fitted by logistic
+regression: fine-tuning the encoder on 200 labels gained nothing (docs/decisions.md). Otherwise
+everything is trained as with all labels, for at most PASSES passes over the labelled documents.
 """
 
 import dataclasses
@@ -16,28 +16,35 @@ from trainer.stages.evaluate import evaluate
 from trainer.stages.finetune import finetune
 from trainer.training.run import Run
 
-SCRATCH_PASSES = 20
+FEW_LABELS = 500
+PASSES = 20
+EVALUATIONS = 3
 
 Row = dict[str, Any]
 
 
 def part_config(config: Config, start: str, count: int, draw: int) -> Config:
-    """Returns the configuration of a classifier of few labels.
+    """Returns the configuration of a classifier of `count` labels.
 
     Args:
         config: Of the same start with all labels.
     """
-    steps = 0
-    if start == "scratch":
-        steps = -(-SCRATCH_PASSES * count // config.finetune_batch_size)
-    return dataclasses.replace(
+    passes = -(-PASSES * count // config.finetune_batch_size)
+    steps = min(config.finetune_steps, passes)
+    found = dataclasses.replace(
         config,
         finetune_documents=count,
         seed=config.seed + draw,
+        finetune_steps=steps,
+        finetune_evaluate_every_steps=max(1, steps // EVALUATIONS),
+    )
+    if count > FEW_LABELS:
+        return found
+    return dataclasses.replace(
+        found,
         pooling="mean",
         hidden_units=0,
-        finetune_steps=steps,
-        finetune_evaluate_every_steps=max(1, steps // 3),
+        finetune_steps=0 if start == "warm" else steps,
         adversarial_weight=0.0,
         virtual_adversarial_weight=0.0,
         unlabelled_batch_size=0,

@@ -72,22 +72,34 @@ def code_kernels(config: Config) -> list[np.ndarray | None]:
     return found
 
 
+def _root(symmetric: np.ndarray) -> np.ndarray:
+    """Returns the square root of a positive semidefinite matrix."""
+    values, vectors = np.linalg.eigh(np.atleast_2d(symmetric))
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
 def fitted(
     features: np.ndarray, labels: np.ndarray, num_classes: int, code: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns kernel and bias, float32, of the head that reads `features` as they are.
 
     They are centred, mapped by `code` and scaled before the regression, and the head's weights take
-    that over.
+    that over. Codes are multiplied by the root of their covariance: what varies most between
+    documents is what a few labels can tell apart.
 
     Args:
         features: [documents, width].
         labels: int32 [documents].
         code: [width, dim]; None leaves features as they are.
     """
-    code = np.eye(features.shape[1]) if code is None else code.astype(np.float64)
     mean = features.mean(axis=0, dtype=np.float64)
-    centred = (features - mean) @ code
+    centred = features - mean
+    if code is None:
+        code = np.eye(features.shape[1])
+    else:
+        code = code.astype(np.float64)
+        code = code @ _root(np.cov((centred @ code).T, bias=True))
+        centred = centred @ code
     scale = max(np.sqrt(np.square(centred).sum(axis=1).mean()), 1e-12)
     kernel, bias = logistic_regression.fit(centred / scale, labels, num_classes, PENALTY)
     kernel = code @ kernel / scale

@@ -35,7 +35,12 @@ def test_a_head_on_the_code_reads_outputs_and_answers_as_the_regression_of_codes
     features = random.normal(size=(60, 4)) + np.outer(labels, [9, 1, 1, 1])
     kernel, bias = fitted(features, labels, 2, code)
     assert kernel[0] == 0
-    alone = fitted(features @ code, labels, 2)
+    codes = features @ code
+    centred = codes - codes.mean(axis=0)
+    values, vectors = np.linalg.eigh(centred.T @ centred / 60)
+    centred = centred @ vectors * np.sqrt(values)  # its axes may be turned
+    scaled = centred / np.sqrt(np.square(centred).sum(axis=1).mean())
+    expected = logistic_regression.fit(scaled, labels, 2, PENALTY)
     np.testing.assert_allclose(
-        features @ kernel + bias, features @ code @ alone[0] + alone[1], atol=1e-3
+        features @ kernel + bias, scaled @ expected[0] + expected[1], atol=1e-3
     )
