@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from data_pipelines.batches.batch_plan import BatchPlan, PackedPlan, shard_rows
 from data_pipelines.reserved_ids import END_ID, PADDING_ID
-from data_pipelines.store.manifest import NO_LABEL
+from data_pipelines.store.manifest import NO_CONTEXT, NO_LABEL
 from data_pipelines.store.split_view import SplitView
 
 # Batches pad to a multiple of this, so that compiled kernels see few different shapes.
@@ -55,6 +55,8 @@ def make_dataset(
         `tokens` int32 [rows, time], right-padded with 0;
         `lengths` int32 [rows];
         `labels` int32 [rows], -1 for unlabelled examples and packed rows;
+        `contexts` int32 [rows], -1 for unknown ones, if the view has contexts and rows are
+        examples;
         `weights` float32 [rows], 1 for an example and 0 for padding;
         `row_starts` int32 [num_local_shards + 1]: shard i's rows are row_starts[i:i + 2];
         `step` int64 [];
@@ -74,6 +76,8 @@ def make_dataset(
     shards = range(first_shard, first_shard + num_local_shards)
     carried = isinstance(plan, PackedPlan) and plan.carried
     types = TYPES | ({"carries": tf.float32} if carried else {})
+    if view.has_contexts and isinstance(plan, BatchPlan):
+        types |= {"contexts": tf.int32}
 
     def read(step: np.int64) -> list[np.ndarray]:
         if isinstance(plan, PackedPlan):
@@ -126,6 +130,9 @@ def read_bucketed(
     arrays["tokens"][real], arrays["lengths"][real] = view.gather(own, plan.max_tokens, time)
     arrays["labels"][real] = view.labels_of(own)
     arrays["weights"][real] = 1
+    if view.has_contexts:
+        arrays["contexts"] = np.full(len(rows), NO_CONTEXT, np.int32)
+        arrays["contexts"][real] = view.contexts_of(own)
     return arrays
 
 

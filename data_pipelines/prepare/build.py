@@ -21,17 +21,18 @@ from data_pipelines.errors import InputError
 from data_pipelines.prepare.bad_examples import BadExamples
 from data_pipelines.prepare.beam import BeamRunner
 from data_pipelines.prepare.config import PrepareConfig
+from data_pipelines.prepare.contexts import context_names
 from data_pipelines.prepare.drafts import Draft, draft_part, find_duplicates, parts_of
 from data_pipelines.prepare.fingerprint import digest, fingerprint, keyed_folder
 from data_pipelines.prepare.runners import Progress, runner_for
-from data_pipelines.prepare.shards import ShardTask, shard_part, shard_tasks
+from data_pipelines.prepare.shards import CONTEXTS_FILE, ShardTask, shard_part, shard_tasks
 from data_pipelines.prepare.vocabulary import choose_pieces, vocabulary_facts
 from data_pipelines.sources import Source
 from data_pipelines.store.manifest import token_dtype
 from data_pipelines.store.store_writer import finish_store, write_file
 from data_pipelines.store.token_store import TokenStore
 
-DRAFT_VERSION = 1  # of the drafts' format and of the rules by which text becomes words
+DRAFT_VERSION = 2  # of the drafts' format and of the rules by which text becomes words
 
 
 def ensure_store(
@@ -159,6 +160,10 @@ class _Build:
         key = digest(key.encode(), repr(tasks).encode(), vocab)
         shards_folder = keyed_folder(self._building, "shards", key)
         write_file(shards_folder / "vocab.txt", [vocab])
+        if self._config.context_key:
+            facts |= {"context_names": context_names(drafts, self._config.context_key)}
+            names = json.dumps(facts["context_names"]).encode()
+            write_file(shards_folder / CONTEXTS_FILE, [names])
         entries = self._write_shards(drafts_folder, shards_folder, tasks)
         self._finish(folder, shards_folder, vocab, facts, entries, bad_examples)
 

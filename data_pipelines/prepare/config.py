@@ -17,7 +17,7 @@ MOST_IDS = 20_000
 # What decides the documents' ids, besides the data.
 CONTENT = (
     *("source", "unlabelled", "labelled"),
-    *("text_key", "label_key", "id_key", "unlabelled_text_key"),
+    *("text_key", "label_key", "id_key", "context_key", "unlabelled_text_key"),
     *("tokenizer", "vocab_size", "min_count", "lowercase"),
 )
 _source, _tokens = functools.partial(flag, "Source"), functools.partial(flag, "Tokens")
@@ -42,6 +42,8 @@ class PrepareConfig:
     text_key: str = _source("", "Column or key of the text. Default: text.")
     label_key: str = _source("", "Column or key of the label. Default: label.")
     id_key: str = _source("", "Column or key of the id. Default: file name and position.")
+    context_key: str = _source("", "Column or key of what a labelled document belongs to, such as "
+        "its author, product or domain. The trainer's --context_key uses it.")
     unlabelled_text_key: str = _source("", "Column or key of the text of --unlabelled. "
         "Default: text.")
     tokenizer: str = _tokens("word", "Unit of text that becomes a token.", choices=TOKENIZERS)
@@ -113,7 +115,8 @@ class PrepareConfig:
         Raises:
             InputError: a spec or a key is wrong, or data is missing.
         """
-        keys = {"text_key": self.text_key, "label_key": self.label_key, "id_key": self.id_key}
+        names = ("text_key", "label_key", "id_key", "context_key")
+        keys = {name: getattr(self, name) for name in names}
         if self.source:
             return open_source(self.source, self.data_dir, **keys)
         return open_combined(

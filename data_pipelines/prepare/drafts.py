@@ -94,6 +94,7 @@ class _DraftWriter:
         self._lengths, self._labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
         self._hashes = [np.zeros(0, np.uint64)]
         self._ids: list[bytes] = []
+        self._contexts: list[bytes] = []
 
     def good(self, examples: Iterable[Example | BadExample]) -> Iterator[Example]:
         """Yields the usable examples and counts the others."""
@@ -114,6 +115,7 @@ class _DraftWriter:
         self._labels.append(np.array(labels, np.int32))
         self._hashes.append(id_hashes([e.id for e in examples]))
         self._ids += [e.id.encode("utf-8", "surrogatepass") for e in examples]
+        self._contexts += [e.context.encode() for e in examples]
         return ids
 
     def finish(self) -> None:
@@ -133,6 +135,7 @@ class _DraftWriter:
             "labels": np.concatenate(self._labels),
             "id_hashes": np.concatenate(self._hashes),
             "ids": joined(self._ids),
+            "contexts": joined(self._contexts),
             "bad_examples": np.frombuffer(json.dumps(bad).encode(), np.uint8),
         }
         buffer = io.BytesIO()
@@ -185,6 +188,11 @@ class Draft:
         """Returns the documents' ids [documents]."""
         ids = self.array("ids").tobytes().split(SEPARATOR)
         return [i.decode("utf-8", "surrogatepass") for i in ids]
+
+    def contexts(self) -> list[str]:
+        """Returns the documents' contexts [documents]."""
+        found = self.array("contexts").tobytes().split(SEPARATOR)
+        return [context.decode() for context in found]
 
     def bad_examples(self) -> dict[str, Any]:
         """Returns the arguments of `BadExamples.merge`."""

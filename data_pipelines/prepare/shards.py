@@ -16,9 +16,11 @@ from data_pipelines.prepare.drafts import Count, Draft, Part
 from data_pipelines.prepare.piece_numbers import compiled
 from data_pipelines.quiet_tensorflow import import_quietly
 from data_pipelines.reserved_ids import END_ID
+from data_pipelines.store.manifest import NO_CONTEXT
 from data_pipelines.store.store_writer import write_file, write_shard
 from data_pipelines.tokenizers.vocabulary import piece_ids, read_pieces
 
+CONTEXTS_FILE = "contexts.json"
 CUT_WORDS = 1 << 15  # words that are cut into subwords at a time
 
 
@@ -66,7 +68,8 @@ def shard_part(
 
     Args:
         drafts: folder of the draft.
-        folder: an existing folder for the shard, with vocab.txt.
+        folder: an existing folder for the shard, with vocab.txt, and CONTEXTS_FILE if documents
+            have contexts.
         tokenizer: its config.
         task: the shard.
         count: as in `draft_part`.
@@ -75,6 +78,11 @@ def shard_part(
     lengths, labels = draft.array("lengths"), draft.array("labels")
     ids_of, id_lengths = _renumbering(draft, folder / "vocab.txt", tokenizer)
     kept = np.delete(np.arange(len(lengths)), task.dropped)
+    numbers = _context_numbers(folder / CONTEXTS_FILE)
+    contexts = None
+    if numbers is not None:
+        found = [numbers.get(name, NO_CONTEXT) for name in draft.contexts()]
+        contexts = np.array(found, np.int32)[kept]
     entry = write_shard(
         folder,
         task.name,
@@ -82,6 +90,7 @@ def shard_part(
         id_lengths[kept],
         labels[kept],
         np.dtype(task.dtype),
+        contexts,
     )
     write_file(folder / f"{task.name}.json", [json.dumps(entry).encode()])
     count(len(kept))
@@ -154,6 +163,14 @@ def _kept_blocks(
     for number in (*dropped, len(lengths)):
         yield from draft.token_blocks(offsets[first], offsets[number])
         first = number + 1
+
+
+@functools.lru_cache(maxsize=1)
+def _context_numbers(path: Path) -> dict[str, int] | None:
+    """Returns the number of each context; None if documents have none."""
+    if not path.exists():
+        return None
+    return {name: number for number, name in enumerate(json.loads(path.read_bytes()))}
 
 
 @functools.lru_cache(maxsize=1)

@@ -33,7 +33,7 @@ class RecordFiles:
     Args:
         kind: "text", "csv", "tsv", "jsonl" or "parquet".
         pattern: see `splits.find_origins`.
-        options: `text_key`, `label_key`, `id_key`, `with_labels`.
+        options: `text_key`, `label_key`, `id_key`, `context_key`, `with_labels`.
         part_bytes: approximate size of a part; of Parquet, each row group is a part.
 
     Raises:
@@ -46,7 +46,7 @@ class RecordFiles:
         self.name = f"{kind}:{pattern}"
         self._kind = kind
         self._text_key = options.text_key or "text"
-        self._id_key = options.id_key
+        self._id_key, self._context_key = options.id_key, options.context_key
         origins = find_origins(pattern)
         self._columns = {} if kind == "text" else self._read_columns(origins)
         self._label_key = self._find_label_key(origins, options)
@@ -77,13 +77,14 @@ class RecordFiles:
             try:
                 id_, text, label = self._document(record, origin)
                 number = None if label is None else self._class_of(label)
+                context = _word(record, self._context_key, "") if self._context_key else ""
             except _Unusable as error:
                 # It may have no text to hash: the first of the splits that share a file reports it.
                 if not percents or split == next(iter(percents)):
                     yield BadExample(place.where(record.line_index), str(error))
                 continue
             if not percents or hash_split(text, percents) == split:
-                yield Example(id_ or f"{short}@{record.offset}", text, number)
+                yield Example(id_ or f"{short}@{record.offset}", text, number, context)
 
     def _document(self, record: Record, origin: str) -> tuple[str, str, str | None]:
         """Returns id ("" without an id key), text and label (None if it is not used)."""
@@ -162,7 +163,7 @@ class RecordFiles:
 
     def _records(self, part: Range) -> Iterator[Record]:
         if self._kind == "parquet":
-            keys = {self._text_key, self._id_key, self._label_key}
+            keys = {self._text_key, self._id_key, self._label_key, self._context_key}
             return read_row_group(part, [k for k in self._columns[part.path] if k in keys])
         return read_records(self._kind, part, self._columns.get(part.path, []))
 
@@ -176,9 +177,10 @@ class RecordFiles:
             except InputError as error:
                 faults.append(str(error))
                 continue
-            for flag, key in (("text_key", self._text_key), ("id_key", self._id_key)):
+            keys = {"text": self._text_key, "id": self._id_key, "context": self._context_key}
+            for name, key in keys.items():
                 if columns[path] and key and key not in columns[path]:
-                    faults.append(_lacks(path, key, flag, columns[path]))
+                    faults.append(_lacks(path, key, f"{name}_key", columns[path]))
         if faults:
             raise InputError("\n".join(faults))
         return {path: keys for path, keys in columns.items() if keys}
@@ -202,9 +204,17 @@ class _Unusable(Exception):
     """Why a record is not a document."""
 
 
-def _word(record: Record, key: str) -> str:
-    """Returns a label or an id: text, or a whole number or truth value of JSON as text."""
+def _word(record: Record, key: str, missing: str | None = None) -> str:
+    """Returns a label, id or context: text, or a whole number or truth value of JSON as text.
+
+    Args:
+        record: the record.
+        key: column or key.
+        missing: returned for a value that is missing or empty; None makes it unusable.
+    """
     value = record.values.get(key)
+    if missing is not None and (value is None or value == ""):
+        return missing
     if isinstance(value, bool | int):
         value = str(value).lower()
     if not isinstance(value, str):

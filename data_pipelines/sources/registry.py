@@ -24,7 +24,7 @@ SPECS = {
     "newsgroups20": "newsgroups20:PATH",
     "dbpedia": "dbpedia:PATH",
 }
-_KEYS = ("text_key", "label_key", "id_key")
+_KEYS = ("text_key", "label_key", "id_key", "context_key")
 _USED_KEYS = {"tfds": _KEYS[:2], "csv": _KEYS, "tsv": _KEYS, "jsonl": _KEYS, "parquet": _KEYS}
 
 

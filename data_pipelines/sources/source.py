@@ -8,11 +8,18 @@ SPLITS = ("train", "validation", "test", "unsupervised")
 
 
 class Example(NamedTuple):
-    """A document. `id` is the same in every run; an unlabelled document's `label` is None."""
+    """A document.
+
+    Attributes:
+        id: the same in every run.
+        label: None for an unlabelled document.
+        context: what it belongs to, such as its author; "" if that is unknown.
+    """
 
     id: str
     text: str
     label: int | None
+    context: str = ""
 
 
 class BadExample(NamedTuple):
@@ -69,6 +76,7 @@ class SourceOptions:
         label_key: the same for the label; "" means "label", or the only class label of a `tfds:`
             data set, if it exists. A key that is given must exist.
         id_key: column or key of the document's id; "" means ids made of file name and position.
+        context_key: the same for the context; "" means none.
         with_labels: False ignores labels, and reads a pattern of file names as one split
             (for --unlabelled).
     """
@@ -77,4 +85,5 @@ class SourceOptions:
     text_key: str = ""
     label_key: str = ""
     id_key: str = ""
+    context_key: str = ""
     with_labels: bool = True

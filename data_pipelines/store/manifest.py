@@ -20,14 +20,21 @@ KINDS = ("tokens", "offsets", "labels")
 OFFSET_DTYPE = np.dtype("<i8")
 LABEL_DTYPE = np.dtype("<i4")
 NO_LABEL = -1
+NO_CONTEXT = -1  # an unknown one
 MAX_MANIFEST_BYTES = 1 << 28  # some 400,000 shards
 MAX_CLASSES = 1 << 20
+MAX_CONTEXTS = 100_000
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """Returns the little-endian type of the ids: uint16, or uint32 for large vocabularies."""
     return np.dtype("<u2" if vocab_size <= 65535 else "<u4")
+
+
+def kinds_of(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the kinds of files that a store's shards have."""
+    return (*KINDS, "contexts") if "context_names" in manifest else KINDS
 
 
 def shards_of(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -83,6 +90,11 @@ def _check(manifest: dict[str, Any]) -> None:
         raise ValueError("class_names is not a list of names")
     if len(names) != classes:
         raise ValueError(f"{len(names)} class_names for {classes} classes")
+    contexts = manifest.get("context_names", [""])  # most stores have none
+    if not isinstance(contexts, list) or not all(isinstance(name, str) for name in contexts):
+        raise ValueError("context_names is not a list of names")
+    if not 0 < len(contexts) <= MAX_CONTEXTS or len(set(contexts)) < len(contexts):
+        raise ValueError(f"{len(contexts)} context_names, or a repeated one")
     if _count(manifest, "vocab_size", 2**31 - 1) < len(RESERVED):
         raise ValueError(f"vocab_size {manifest['vocab_size']}")
     dtype = token_dtype(manifest["vocab_size"])
@@ -90,10 +102,10 @@ def _check(manifest: dict[str, Any]) -> None:
         raise ValueError(f"token_dtype {manifest['token_dtype']!r} should be {dtype.name!r}")
     _check_file(_typed(manifest, "vocab_file", dict))
     for split, entry in _typed(manifest, "splits", dict).items():
-        _check_split(split, entry, dtype)
+        _check_split(split, entry, dtype, kinds_of(manifest))
 
 
-def _check_split(split: str, entry: Any, dtype: np.dtype) -> None:
+def _check_split(split: str, entry: Any, dtype: np.dtype, kinds: tuple[str, ...]) -> None:
     if not _SPLIT_NAME.fullmatch(split):
         raise ValueError(f"split name {split!r}")
     if not isinstance(entry, dict):
@@ -109,8 +121,9 @@ def _check_split(split: str, entry: Any, dtype: np.dtype) -> None:
             "tokens": tokens * dtype.itemsize,
             "offsets": (examples + 1) * OFFSET_DTYPE.itemsize,
             "labels": examples * LABEL_DTYPE.itemsize,
+            "contexts": examples * LABEL_DTYPE.itemsize,
         }
-        for kind in KINDS:
+        for kind in kinds:
             if _check_file(_typed(_typed(shard, "files", dict), kind, dict)) != expected[kind]:
                 raise ValueError(f"{name}.{kind} should have {expected[kind]} bytes")
     for count in ("examples", "tokens"):

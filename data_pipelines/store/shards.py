@@ -24,20 +24,23 @@ class Shards:
         first: the number of each shard's first document, then the number of documents:
             int64 [shards + 1].
         num_tokens: tokens of all shards.
+        has_contexts: whether documents have contexts.
     """
 
     def __init__(self, folder: Path, entries: list[dict[str, Any]], token_dtype: np.dtype) -> None:
         self._paths = [folder / entry["name"] for entry in entries]
-        maps = [
-            [_mapped(folder / f"{e['name']}.{kind}", dtype) for e in entries]
-            for kind, dtype in (
-                ("tokens", token_dtype),
-                ("offsets", OFFSET_DTYPE),
-                ("labels", LABEL_DTYPE),
-            )
-        ]
-        self._tokens, self._offsets, self._labels = maps
-        self.first = np.cumsum([0, *(len(labels) for labels in self._labels)], dtype=np.int64)
+        kinds = {"tokens": token_dtype, "offsets": OFFSET_DTYPE, "labels": LABEL_DTYPE}
+        self.has_contexts = bool(entries) and "contexts" in entries[0]["files"]
+        if self.has_contexts:
+            kinds["contexts"] = LABEL_DTYPE
+        self._maps = {
+            kind: [_mapped(folder / f"{e['name']}.{kind}", dtype) for e in entries]
+            for kind, dtype in kinds.items()
+        }
+        self._tokens, self._offsets = self._maps["tokens"], self._maps["offsets"]
+        self.first = np.cumsum(
+            [0, *(len(labels) for labels in self._maps["labels"])], dtype=np.int64
+        )
         self.num_tokens = sum(len(tokens) for tokens in self._tokens)
 
     def offsets(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,12 +60,12 @@ class Shards:
             starts[rows], stops[rows] = start, stop
         return starts, stops
 
-    def labels(self, documents: np.ndarray) -> np.ndarray:
-        """Returns the labels of documents: int32 [n]."""
-        labels = np.empty(len(documents), np.int32)
+    def numbers(self, kind: str, documents: np.ndarray) -> np.ndarray:
+        """Returns the "labels" or "contexts" of documents: int32 [n]."""
+        numbers = np.empty(len(documents), np.int32)
         for shard, rows, local in self._by_shard(documents):
-            labels[rows] = self._labels[shard][local]
-        return labels
+            numbers[rows] = self._maps[kind][shard][local]
+        return numbers
 
     def tokens_of(self, documents: np.ndarray) -> list[np.ndarray]:
         """Returns the tokens of the shard of each document."""

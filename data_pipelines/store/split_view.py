@@ -77,7 +77,20 @@ class SplitView(ABC):
         Raises:
             IndexError: an index is out of range.
         """
-        return self._shards.labels(self._locate(self._checked(indices)).document)
+        return self._shards.numbers("labels", self._locate(self._checked(indices)).document)
+
+    @property
+    def has_contexts(self) -> bool:
+        """Whether documents have contexts."""
+        return self._shards.has_contexts
+
+    def contexts_of(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the contexts of documents, -1 for unknown ones: int32 [n].
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        return self._shards.numbers("contexts", self._locate(self._checked(indices)).document)
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """Returns the frequency of each id in all documents: int64 [vocab_size]."""

@@ -53,8 +53,9 @@ def write_shard(
     lengths: np.ndarray,
     labels: np.ndarray,
     dtype: np.dtype,
+    contexts: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Writes one shard's three files.
+    """Writes one shard's files.
 
     Args:
         folder: an existing folder.
@@ -63,6 +64,7 @@ def write_shard(
         lengths: tokens of each document, including its end token [examples].
         labels: label of each document, -1 for none [examples].
         dtype: type of the ids on disk, from `token_dtype`.
+        contexts: context of each document, -1 for an unknown one [examples]; None without.
 
     Returns:
         The manifest's entry for the shard.
@@ -78,6 +80,9 @@ def write_shard(
         "offsets": write_file(folder / f"{name}.offsets", [offsets.tobytes()]),
         "labels": write_file(folder / f"{name}.labels", [labels.astype(LABEL_DTYPE).tobytes()]),
     }
+    if contexts is not None:
+        data = contexts.astype(LABEL_DTYPE).tobytes()
+        files["contexts"] = write_file(folder / f"{name}.contexts", [data])
     tokens = int(offsets[-1])
     if files["tokens"]["bytes"] != tokens * dtype.itemsize:
         raise ValueError(f"shard {name}: {files['tokens']['bytes']} bytes for {tokens} tokens")
@@ -101,7 +106,7 @@ def finish_store(
         folder: the store's, on the same file system; does not exist, or is empty.
         vocab: the contents of vocab.txt.
         facts: the manifest's `source`, `note`, `num_classes`, `tokenizer`, `vocab_size`,
-            `vocab_sha256` and `prepare_config`.
+            `vocab_sha256`, `prepare_config` and, if documents have contexts, `context_names`.
         shards: the results of `write_shard`, by split, in order.
         bad_examples: documents left out, by split.
     """

@@ -7,6 +7,7 @@ A store is a folder of
                                   document ends with the end token
   SPLIT-00000-of-00002.offsets    int64 [examples + 1]: the start of each document, in tokens
   SPLIT-00000-of-00002.labels     int32 [examples], -1 for none
+  SPLIT-00000-of-00002.contexts   int32 [examples], -1 for unknown; only with --context_key
 """
 
 import stat
@@ -17,8 +18,8 @@ import numpy as np
 
 from data_pipelines.errors import InputError
 from data_pipelines.store.manifest import (
-    KINDS,
     OFFSET_DTYPE,
+    kinds_of,
     read_manifest,
     shards_of,
     token_dtype,
@@ -48,9 +49,10 @@ class TokenStore:
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(self.folder)
         faults = [_size_fault(self.vocab_path, self.manifest["vocab_file"]["bytes"])]
+        kinds = kinds_of(self.manifest)
         for shard in shards_of(self.manifest):
-            paths = {kind: self.folder / f"{shard['name']}.{kind}" for kind in KINDS}
-            found = [_size_fault(paths[kind], shard["files"][kind]["bytes"]) for kind in KINDS]
+            paths = {kind: self.folder / f"{shard['name']}.{kind}" for kind in kinds}
+            found = [_size_fault(paths[kind], shard["files"][kind]["bytes"]) for kind in kinds]
             faults += found if any(found) else [_ends_fault(paths["offsets"], shard["tokens"])]
         if any(faults):
             raise InputError("\n".join(filter(None, faults)))
@@ -91,6 +93,11 @@ class TokenStore:
         return tuple(self.manifest.get("class_names", map(str, range(self.num_classes))))
 
     @property
+    def context_names(self) -> tuple[str, ...]:
+        """The contexts' names; () in a store that was made without --context_key."""
+        return tuple(self.manifest.get("context_names", ()))
+
+    @property
     def note(self) -> str:
         """One line about the origin of the splits; may be empty."""
         return self.manifest["note"]
@@ -118,7 +125,7 @@ class TokenStore:
         """Reads every file, in O(1) memory, and checks all that a `TokenStore` promises.
 
         Checksums; that the vocabulary is the tokenizer's; that each document has tokens and ends
-        with the end token; that ids are below `vocab_size`, and labels below `num_classes`.
+        with the end token; that ids, labels and contexts are in their ranges.
 
         Raises:
             InputError: one line for each fault of each file.

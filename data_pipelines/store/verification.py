@@ -10,10 +10,11 @@ import numpy as np
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID, RESERVED, UNKNOWN_ID
 from data_pipelines.store.manifest import (
-    KINDS,
     LABEL_DTYPE,
+    NO_CONTEXT,
     NO_LABEL,
     OFFSET_DTYPE,
+    kinds_of,
     shards_of,
     token_dtype,
 )
@@ -29,7 +30,7 @@ def store_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
         if not split["examples"]:
             yield f"{folder} has no documents in its split {name}"
     for shard in shards_of(manifest):
-        paths = {kind: folder / f"{shard['name']}.{kind}" for kind in KINDS}
+        paths = {kind: folder / f"{shard['name']}.{kind}" for kind in kinds_of(manifest)}
         yield from _shard_faults(paths, shard, manifest)
 
 
@@ -43,6 +44,9 @@ def _shard_faults(
         "offsets": (OFFSET_DTYPE, _Rising()),
         "labels": (LABEL_DTYPE, _Range("labels", NO_LABEL, classes - 1)),
     }
+    if "context_names" in manifest:
+        check_contexts = _Range("contexts", NO_CONTEXT, len(manifest["context_names"]) - 1)
+        checks["contexts"] = (LABEL_DTYPE, check_contexts)
     for kind, (kind_dtype, check) in checks.items():
         sha256 = hashlib.sha256()
         for block in _blocks(paths[kind], kind_dtype):

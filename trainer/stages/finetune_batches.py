@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from data_pipelines.batches.batch_plan import BatchPlan
 from data_pipelines.store.manifest import NO_LABEL
+from trainer.distribution.steps import PER_ROW
 from trainer.training.run import StoreBatches
 
 
@@ -88,7 +89,7 @@ def joined(
         return tf.concat(slices, axis=0)
 
     return {
-        **{name: rows(name) for name in ("tokens", "lengths", "labels", "weights")},
+        **{name: rows(name) for name in labelled if name in PER_ROW},
         "row_starts": labelled["row_starts"] + unlabelled["row_starts"],
         "step": labelled["step"],
     }
