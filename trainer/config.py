@@ -102,6 +102,9 @@ class DataConfig:
     labelled: str = _data("", "Source of the documents to fine-tune on. Replaces --source, "
         "together with --unlabelled.")
     data_dir: str = _data("", "Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR.")
+    context_key: str = _data("", "Column or key of what a labelled document belongs to, such as "
+        "its author, product or domain. The classifier learns an initial state for each; unknown "
+        "ones get the mean. For csv:, tsv:, jsonl: and parquet: sources.")
     tokenizer: str = _data("word", "Unit of text that becomes a token of a new store.",
         choices=("word", "character", "byte", "subword"))
     vocab_size: int = _data(20_000, "Vocabulary size of a new store, including three reserved ids. "

@@ -209,6 +209,11 @@ def _frozen_faults(config: Config) -> Iterator[str]:
     ):
         if getattr(config, name) == value:
             yield f"--train={config.train} with --{name}={value}: {why}"
+    if config.context_key:
+        yield (
+            f"--train={config.train} with --context_key={config.context_key}: a task has one "
+            "state for all documents; use --train=all"
+        )
     if config.joint_weight:
         yield (
             f"--train={config.train} with --joint_weight={config.joint_weight}: joint training "
@@ -392,6 +397,12 @@ def store_faults(config: Config, store: TokenStore) -> list[str]:
                 f"--unlabelled_batch_size={config.unlabelled_batch_size}, but the store has no "
                 "unsupervised split: leave it out, or name a --store with unlabelled text"
             )
+    found = store.manifest["prepare_config"].get("context_key", "")
+    if config.context_key and config.context_key != found:
+        faults.append(
+            f"--context_key={config.context_key}, but the store's is {found or 'not set'}: prepare "
+            "another --store with it"
+        )
     kind = store.tokenizer_config["type"]
     if config.tokenizer not in ("word", kind):
         faults.append(f"--tokenizer={config.tokenizer}, but the store's is {kind}")

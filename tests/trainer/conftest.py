@@ -32,6 +32,7 @@ def make_classifier_bundle(
         classifier = Classifier(encoders[0], len(class_names), reader=reader, **settings)
         classifier.build()
         random = np.random.default_rng(7)
+        contexts = ["ann", "bob", "cy"][: classifier.num_contexts]
         variables = bundle.classifier_variables(classifier)
         for variable in variables.values():  # large, so that texts differ clearly
             variable.assign(random.normal(0, 0.7, variable.shape))
@@ -44,6 +45,7 @@ def make_classifier_bundle(
             "tokenizer": store.tokenizer_config,
             "vocab_sha256": store.vocab_sha256,
             "class_names": list(class_names),
+            **({"context_key": "author", "context_names": contexts} if contexts else {}),
         }
         folder = tmp_path_factory.mktemp("bundles") / "classifier"
         bundle.save(folder, "classifier", values_of(variables), info, store.vocab_path)

@@ -14,6 +14,7 @@ import tensorflow as tf
 from data_pipelines.printable import printable
 from data_pipelines.tokenizers.subword_vocabulary import CONTINUED
 from trainer.inference.text_classifier import TextClassifier
+from trainer.models.context_state import UNKNOWN
 
 BATCH_SIZE = 64
 SHOWN = 0.1  # of the largest contribution; smaller ones are not marked
@@ -30,21 +31,24 @@ class Contribution(NamedTuple):
     log_odds: float
 
 
-def contributions(model: TextClassifier, text: str) -> list[Contribution]:
+def contributions(
+    model: TextClassifier, text: str, context: str | None = None
+) -> list[Contribution]:
     """Returns the contributions of the tokens of `text`, in order."""
+    (number,) = model.context_numbers([context])
     texts = tf.constant([text])
     ids = model.token_ids(texts)[0].numpy()
     count = len(ids) - 1  # the end of the text is never left out
     if count == 0:
         return []
     pieces = model.tokenizer.split(texts)[0].numpy()[-count:]
-    whole = log_odds(model, ids[None])[0]
+    whole = log_odds(model, ids[None], number)[0]
     predicted = int(np.argmax(whole))
     without = np.empty(count)
     for start in range(0, count, BATCH_SIZE):
         left_out = range(start, min(start + BATCH_SIZE, count))
         rows = np.stack([np.delete(ids, place) for place in left_out])
-        without[left_out] = log_odds(model, rows)[:, predicted]
+        without[left_out] = log_odds(model, rows, number)[:, predicted]
     changes = whole[predicted] - without
     return [
         Contribution(piece.decode("utf-8", "replace"), round(float(change), 4))
@@ -52,14 +56,16 @@ def contributions(model: TextClassifier, text: str) -> list[Contribution]:
     ]
 
 
-def log_odds(model: TextClassifier, ids: np.ndarray) -> np.ndarray:
+def log_odds(model: TextClassifier, ids: np.ndarray, context: int = UNKNOWN) -> np.ndarray:
     """Returns the log-odds of each class against all others: float64 [batch, classes].
 
     Args:
         ids: int32 [batch, time], without padding.
+        context: Of all rows; see `TextClassifier.context_numbers`.
     """
     lengths = np.full(len(ids), ids.shape[1], np.int32)
-    logits = model.logits(ids.astype(np.int32), lengths).numpy().astype(np.float64)
+    contexts = np.full(len(ids), context, np.int32)
+    logits = model.logits(ids.astype(np.int32), lengths, contexts).numpy().astype(np.float64)
     others = [
         np.logaddexp.reduce(np.delete(logits, c, axis=1), axis=1) for c in range(logits.shape[1])
     ]

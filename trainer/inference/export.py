@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer.inference.text_classifier import TextClassifier, load_classifier
+from trainer.models.context_state import UNKNOWN
 from trainer.safe_files import refuse_to_replace, remove
 
 TOLERANCE = 1e-5
@@ -24,7 +25,8 @@ CHECK = """
 import json, sys
 import tensorflow as tf
 model = tf.saved_model.load(sys.argv[1])
-found = model.signatures["serving_default"](texts=tf.constant(json.loads(sys.stdin.read())))
+inputs = {name: tf.constant(values) for name, values in json.loads(sys.stdin.read()).items()}
+found = model.signatures["serving_default"](**inputs)
 assert not {"trainer", "data_pipelines", "warmstate"} & set(sys.modules)
 print(json.dumps({
     "probabilities": found["probabilities"].numpy().tolist(),
@@ -36,9 +38,9 @@ print(json.dumps({
 def export(classifier_folder: Path, folder: Path) -> str:
     """Writes the SavedModel and checks it in a process without our code.
 
-    Its signature `serving_default` takes `texts`, string [texts], and returns `probabilities`,
-    float32 [texts, classes], and `label`, string [texts]. assets.extra/classes.txt lists the names
-    of the classes in order.
+    Its signature `serving_default` takes `texts`, string [texts], and if the classifier has
+    contexts, `contexts`, string [texts]. It returns `probabilities`, float32 [texts, classes], and
+    `label`, string [texts]. assets.extra/classes.txt lists the names of the classes in order.
 
     Returns:
         A summary to print.
@@ -72,11 +74,22 @@ def save(model: TextClassifier, folder: Path) -> None:
     """Writes `model` as a SavedModel."""
     names = tf.constant(model.class_names)
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "texts")], autograph=False)
-    def serve(texts: tf.Tensor) -> dict[str, tf.Tensor]:
-        probabilities = model.of_texts(texts)
+    known = list(model.context_names)
+    numbers = tf.lookup.KeyValueTensorInitializer(known or [""], tf.range(max(len(known), 1)))
+    model.context_table = tf.lookup.StaticHashTable(numbers, UNKNOWN)  # is saved with the model
+
+    def serve(texts: tf.Tensor, contexts: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
+        if contexts is None:
+            numbers = tf.fill(tf.shape(texts), UNKNOWN)
+        else:
+            numbers = model.context_table.lookup(contexts)
+        probabilities = model.of_texts(texts, numbers)
         label = tf.gather(names, tf.argmax(probabilities, axis=1))
         return {"probabilities": probabilities, "label": label}
+
+    inputs = ("texts", "contexts") if known else ("texts",)
+    signature = [tf.TensorSpec([None], tf.string, name) for name in inputs]
+    serve = tf.function(serve, input_signature=signature, autograph=False)
 
     # Custom gradients are not needed, and cannot be saved.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
@@ -89,11 +102,16 @@ def save(model: TextClassifier, folder: Path) -> None:
 def largest_difference(model: TextClassifier, folder: Path, texts: list[str]) -> float:
     """Returns the largest difference of a probability from the trainer's; NaN if labels differ."""
     command = [sys.executable, "-I", "-c", CHECK, str(folder)]
-    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True)
+    inputs = {"texts": texts}
+    contexts = None
+    if known := model.context_names:  # some of them, and one that is unknown
+        contexts = [["", *known][number % (len(known) + 1)] for number in range(len(texts))]
+        inputs["contexts"] = contexts
+    done = subprocess.run(command, input=json.dumps(inputs), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the exported model cannot be used:\n{done.stderr}")
     found = json.loads(done.stdout.splitlines()[-1])
-    expected = model.probabilities(texts)
+    expected = model.probabilities(texts, contexts=contexts)
     if found["labels"] != [model.class_names[c] for c in expected.argmax(axis=1)]:
         return float("nan")
     return float(np.abs(np.array(found["probabilities"], np.float32) - expected).max())

@@ -16,6 +16,7 @@ from trainer.config import Config
 from trainer.inference.explanation import contributions, marked
 from trainer.inference.prediction_files import opened, writer
 from trainer.inference.reconstruct import reconstructor
+from trainer.inference.sessions import Session
 from trainer.inference.task_bank import load_task
 from trainer.inference.text_classifier import Prediction, TextClassifier, load_classifier
 from trainer.models import bundle
@@ -46,23 +47,42 @@ def predict(config: Config, texts: Sequence[str]) -> None:
         write = writer(output, file, lambda found: marked(found, tokenizer_kind, in_colour))
         for window in rows.usable():
             for row, prediction in zip(window, answers(window), strict=True):
-                write(row, prediction, contributions(model, row.text) if config.explain else None)
+                context = _context(model, row)
+                found = contributions(model, row.text, context) if config.explain else None
+                write(row, prediction, found)
             file.flush()
     rows.raise_if_bad()
 
 
 def _classify(model: TextClassifier) -> Callable[[list[Row]], list[Prediction]]:
     """Returns a function that classifies rows, each as a text."""
-    return lambda rows: model.predict([row.text for row in rows])
+
+    def answers(rows: list[Row]) -> list[Prediction]:
+        contexts = [_context(model, row) for row in rows]
+        return model.predict([row.text for row in rows], contexts)
+
+    return answers
+
+
+def _context(model: TextClassifier, row: Row) -> str | None:
+    """Returns what a row's text belongs to; None for an unknown context, as of a line of text."""
+    if (value := row.values.get(model.context_key)) is None:
+        return None
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _stream(model: TextClassifier) -> Callable[[list[Row]], list[Prediction]]:
-    """Returns a function that classifies rows, each as the end of all rows so far."""
-    session = model.session()
+    """Returns a function that classifies rows, each as the end of all rows so far.
+
+    They have the first row's context.
+    """
+    sessions: list[Session] = []
 
     def after(row: Row) -> Prediction:
-        session.feed(row.text + "\n")
-        return model.prediction(session.probabilities())
+        if not sessions:
+            sessions.append(model.session(_context(model, row)))
+        sessions[0].feed(row.text + "\n")
+        return model.prediction(sessions[0].probabilities())
 
     return lambda rows: [after(row) for row in rows]
 

@@ -1,7 +1,8 @@
 """--stage=serve: serves a classifier over HTTP, from one process on the CPU.
 
   GET  /         a page to try sentences
-  POST /predict  {"text": "..."} or {"texts": ["...", ...]}
+  POST /predict  {"text": "..."} or {"texts": ["...", ...]}; for a classifier with contexts also
+                 "context" or "contexts"
                  -> {"predictions": [{"label": "pos", "probabilities": {"neg": 0.1, "pos": 0.9}}]}
                  With --tasks also {"task": "..."}; texts of all tasks are read together.
   GET  /healthz  200 while it serves
@@ -40,7 +41,7 @@ from data_pipelines.sources.text import text_fault
 from trainer.config import Config
 from trainer.inference.http_connection import LIMIT_CONCURRENCY, HttpConnection
 from trainer.inference.http_requests import Refusal, answered, body_of, object_of
-from trainer.inference.serve_sessions import SessionTable, session_routes
+from trainer.inference.serve_sessions import SessionTable, contexts_of, session_routes
 from trainer.inference.task_bank import TaskBank
 from trainer.inference.text_classifier import TextClassifier, load_classifier, prediction_of
 
@@ -58,10 +59,11 @@ PAGE_HEADERS = {
 
 @dataclass(frozen=True)
 class TextOfTask:
-    """A text, and the task of a TaskBank that it is read for, "" for a classifier."""
+    """A text, the task of a TaskBank that it is read for, and for a classifier its context."""
 
     text: str
-    task: str
+    task: str = ""
+    context: str | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -215,7 +217,10 @@ def application(model: TextClassifier | TaskBank, config: Config, only_loopback:
             values = object_of(await body_of(request, config.max_body_bytes, add_bytes))
             texts = texts_of(values, config.max_texts)
             task, classes = task_and_classes(values, names)
-            found = await batcher.probabilities([TextOfTask(text, task) for text in texts])
+            contexts = contexts_in(model, values, len(texts))
+            pairs = zip(texts, contexts, strict=True)
+            rows = [TextOfTask(text, task, context) for text, context in pairs]
+            found = await batcher.probabilities(rows)
         answers = [prediction_of(row, classes)._asdict() for row in found]
         return JSONResponse({"predictions": answers})
 
@@ -244,7 +249,7 @@ def _reader(model: TextClassifier | TaskBank) -> Callable[[list[TextOfTask]], An
         if isinstance(model, TaskBank):
             bank: TaskBank = model
             return bank.probabilities(texts, [row.task for row in rows])
-        return model.probabilities(texts)
+        return model.probabilities(texts, contexts=[row.context for row in rows])
 
     return read
 
@@ -267,6 +272,22 @@ def texts_of(values: dict[str, Any], max_texts: int) -> list[str]:
         if fault:
             raise Refusal(422, f"text {number}: {fault}")
     return texts
+
+
+def contexts_in(
+    model: TextClassifier | TaskBank, values: dict[str, Any], count: int
+) -> list[str | None]:
+    """Returns the contexts of the `count` texts of a request's object.
+
+    Raises:
+        Refusal: They do not fit the texts or the model.
+    """
+    contexts = [values.get("context")] if "text" in values else values.get("contexts")
+    key = model.context_key if isinstance(model, TextClassifier) else ""
+    contexts = contexts_of(key, [None] * count if contexts is None else contexts)
+    if len(contexts) != count:
+        raise Refusal(422, f"{len(contexts)} contexts for {count} texts")
+    return contexts
 
 
 def task_and_classes(

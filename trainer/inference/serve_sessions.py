@@ -1,6 +1,6 @@
 """The sessions of --stage=serve: texts that arrive in pieces, in one process's memory.
 
-  POST   /sessions     {} or {"saved": "..."} -> 201 {"session": ID}
+  POST   /sessions     {}, {"context": "..."} or {"saved": "..."} -> 201 {"session": ID}
   POST   /sessions/ID  {"text": "...", "save": true}
                        -> {"label": ..., "probabilities": {...}, "tokens": 12, "saved": "..."}
   DELETE /sessions/ID  204
@@ -126,7 +126,11 @@ def session_routes(
 
     async def create(request: Request) -> Response:
         values = await object_in(request)
-        session = restored(model, values["saved"]) if "saved" in values else new_session(model)
+        if "saved" in values:
+            session = restored(model, values["saved"])
+        else:
+            (context,) = contexts_of(model.context_key, [values.get("context")])
+            session = new_session(model, context)
         return JSONResponse({"session": table.add(session)}, 201)
 
     async def feed(request: Request) -> Response:
@@ -162,14 +166,31 @@ def session_routes(
     ]
 
 
-def new_session(model: TextClassifier) -> Session:
+def contexts_of(key: str, contexts: Any) -> list[str | None]:
+    """Returns the contexts in a request.
+
+    Args:
+        key: The classifier's `context_key`.
+        contexts: What the request says.
+
+    Raises:
+        Refusal: They are not a list of names, or the classifier has no contexts.
+    """
+    if not isinstance(contexts, list) or not all(isinstance(c, str | None) for c in contexts):
+        raise Refusal(422, "'context' must be a string, and 'contexts' a list of strings")
+    if any(contexts) and not key:
+        raise Refusal(422, "the classifier has no contexts: it was trained without --context_key")
+    return contexts
+
+
+def new_session(model: TextClassifier, context: str | None = None) -> Session:
     """Returns a new session.
 
     Raises:
         Refusal: The classifier cannot read a text in pieces.
     """
     try:
-        return model.session()
+        return model.session(context)
     except InputError as error:
         raise Refusal(501, str(error)) from None
 

@@ -22,6 +22,7 @@ from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.distribution.variables import digest, values_of
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
+from trainer.models.context_state import UNKNOWN
 
 MAX_PENDING_BYTES = 1 << 14
 TOKENS_PER_CALL = 1024
@@ -39,6 +40,7 @@ class SessionReader:
     """Reads the pieces of any number of sessions of one classifier, as a batch.
 
     Attributes:
+        shape: Of what is carried on.
         sha256: Digest of the classifier and its tokenizer, 32 bytes: equal digests read alike.
 
     Raises:
@@ -53,9 +55,9 @@ class SessionReader:
         held = digest(values_of(bundle.classifier_variables(classifier)))
         facts = [held, tokenizer.sha256, str(sorted(bundle.classifier_model(classifier).items()))]
         self.sha256 = hashlib.sha256("\n".join(facts).encode()).digest()
-        self.unread = classifier.unread().numpy()
+        self.shape = tuple(classifier.unread().shape)
         vectors, ids = (
-            tf.TensorSpec([None, *self.unread.shape]),
+            tf.TensorSpec([None, *self.shape]),
             tf.TensorSpec([None, None], "int32"),
         )
         lengths = tf.TensorSpec([None], tf.int32)
@@ -67,6 +69,10 @@ class SessionReader:
             input_signature=[vectors, ids, lengths, ids, lengths, tf.TensorSpec([None])],
             autograph=False,
         )
+
+    def unread(self, context: int) -> np.ndarray:
+        """Returns what is carried on before the first token; see `Classifier.unread`."""
+        return self._classifier.unread(context).numpy()
 
     def _answers(
         self,
@@ -124,9 +130,9 @@ class Session:
         carried: From what reading continues: float32 [vectors, units]; see `Classifier.read_on`.
     """
 
-    def __init__(self, reader: SessionReader):
+    def __init__(self, reader: SessionReader, context: int = UNKNOWN):
         self._reader = reader
-        self.tokens, self.pending, self.carried = 0, b"", reader.unread
+        self.tokens, self.pending, self.carried = 0, b"", reader.unread(context)
 
     def __len__(self) -> int:
         """Returns the number of bytes that were not read."""
@@ -196,7 +202,7 @@ class Session:
                 f"the saved session belongs to the classifier {sha256.hex()[:12]}, not to this "
                 f"one, {self._reader.sha256.hex()[:12]}"
             )
-        shape = self._reader.unread.shape
+        shape = self._reader.shape
         start = HEADER.size + 4 * shape[0] * shape[1]
         if pending_bytes > MAX_PENDING_BYTES or len(body) != start + pending_bytes:
             raise InputError(f"the saved session is damaged: its size is {len(saved):,} bytes")

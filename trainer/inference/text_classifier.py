@@ -15,6 +15,7 @@ from trainer.distribution.variables import assign
 from trainer.inference.sessions import Session, SessionReader
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
+from trainer.models.context_state import UNKNOWN
 
 
 class Prediction(NamedTuple):
@@ -37,6 +38,8 @@ class TextClassifier(tf.Module):
         tokenizer: The one that it was trained with.
         class_names: In the order of the classes.
         max_tokens: The number of last tokens that are read of a text.
+        context_key: Column or key of what documents belong to, such as their author; "" without.
+        context_names: Those that the classifier knows; texts of others start from the mean state.
     """
 
     def __init__(
@@ -45,12 +48,16 @@ class TextClassifier(tf.Module):
         tokenizer: Tokenizer,
         class_names: Sequence[str],
         max_tokens: int,
+        context_key: str = "",
+        context_names: Sequence[str] = (),
     ):
         super().__init__(name="text_classifier")
         self.classifier = classifier
         self.tokenizer = tokenizer
         self.class_names = tuple(class_names)
         self.max_tokens = max_tokens
+        self.context_key, self.context_names = context_key, tuple(context_names)
+        self._numbers = {name: number for number, name in enumerate(context_names)}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
     def token_ids(self, texts: tf.Tensor) -> tf.RaggedTensor:
@@ -58,46 +65,78 @@ class TextClassifier(tf.Module):
         return self.tokenizer.encode(texts)[:, -self.max_tokens :]
 
     @tf.function(
-        input_signature=[tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)],
+        input_signature=[
+            tf.TensorSpec([None, None], tf.int32),
+            tf.TensorSpec([None], tf.int32),
+            tf.TensorSpec([None], tf.int32),
+        ],
         autograph=False,
     )
-    def logits(self, tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+    def logits(self, tokens: tf.Tensor, lengths: tf.Tensor, contexts: tf.Tensor) -> tf.Tensor:
         """Returns a logit for each class, also if there are two: float32 [batch, classes].
 
         Args:
             tokens: int32 [batch, time], right-padded.
             lengths: int32 [batch].
+            contexts: int32 [batch], from `context_numbers`.
         """
-        logits = self.classifier.logits(tokens, lengths, training=False)
+        logits = self.classifier.logits(tokens, lengths, training=False, contexts=contexts)
         if self.classifier.num_classes == 2:  # their softmax is the sigmoid of the logit
             return tf.concat([-logits / 2, logits / 2], axis=1)
         return logits
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
-    def of_texts(self, texts: tf.Tensor) -> tf.Tensor:
-        """Returns the probability of each class: float32 [texts, classes]."""
-        ids = self.token_ids(texts)
-        return tf.nn.softmax(self.logits(ids.to_tensor(), tf.cast(ids.row_lengths(), tf.int32)))
+    @tf.function(
+        input_signature=[tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int32)],
+        autograph=False,
+    )
+    def of_texts(self, texts: tf.Tensor, contexts: tf.Tensor) -> tf.Tensor:
+        """Returns the probability of each class: float32 [texts, classes].
 
-    def predict(self, texts: Sequence[str]) -> list[Prediction]:
-        """Returns the predictions in the order of the texts."""
-        return [self.prediction(row) for row in self.probabilities(texts)]
+        Args:
+            texts: string [texts].
+            contexts: int32 [texts], from `context_numbers`.
+        """
+        ids = self.token_ids(texts)
+        lengths = tf.cast(ids.row_lengths(), tf.int32)
+        return tf.nn.softmax(self.logits(ids.to_tensor(), lengths, contexts))
+
+    def context_numbers(self, contexts: Sequence[str | None]) -> np.ndarray:
+        """Returns the number of each context, -1 for unknown ones: int32 [texts]."""
+        return np.array([self._numbers.get(name or "", UNKNOWN) for name in contexts], np.int32)
+
+    def predict(
+        self, texts: Sequence[str], contexts: Sequence[str | None] | None = None
+    ) -> list[Prediction]:
+        """Returns the predictions in the order of the texts; arguments as for `probabilities`."""
+        return [self.prediction(row) for row in self.probabilities(texts, contexts=contexts)]
 
     def prediction(self, probabilities: np.ndarray) -> Prediction:
         """Returns the prediction of a text with these probabilities [classes]."""
         return prediction_of(probabilities, self.class_names)
 
-    def probabilities(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+    def probabilities(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 64,
+        contexts: Sequence[str | None] | None = None,
+    ) -> np.ndarray:
         """Returns the probability of each class: float32 [texts, classes], in order.
 
         Texts of similar length are read together.
+
+        Args:
+            texts: Any number.
+            batch_size: Of texts that are read together.
+            contexts: Of each text, such as its author; None for unknown ones, or for all.
         """
+        numbers = self.context_numbers([None] * len(texts) if contexts is None else contexts)
         found = np.zeros((len(texts), len(self.class_names)), np.float32)
         if not len(texts):
             return found
         ids = self.token_ids(tf.constant(list(texts), tf.string))
         for rows, tokens, lengths in batches_by_length(ids, self.max_tokens, batch_size):
-            found[rows] = tf.nn.softmax(self.logits(tokens, lengths)).numpy()
+            logits = self.logits(tokens, lengths, numbers[rows])
+            found[rows] = tf.nn.softmax(logits).numpy()
         return found
 
     @functools.cached_property
@@ -109,13 +148,17 @@ class TextClassifier(tf.Module):
         """
         return SessionReader(self.classifier, self.tokenizer)
 
-    def session(self) -> Session:
+    def session(self, context: str | None = None) -> Session:
         """Returns a new session: a text that arrives in pieces, none of which is read twice.
+
+        Args:
+            context: Of the text, such as its author.
 
         Raises:
             InputError: The classifier cannot read a text in pieces.
         """
-        return Session(self.session_reader)
+        (number,) = self.context_numbers([context])
+        return Session(self.session_reader, int(number))
 
 
 def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClassifier:
@@ -134,7 +177,8 @@ def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClass
     assign(bundle.classifier_variables(classifier), loaded.tensors)
     tokenizer = bundle_tokenizer(folder, loaded.info, flag)
     names = distinct_class_names(loaded.info, f"{flag}={folder}")
-    return TextClassifier(classifier, tokenizer, names, loaded.info["max_tokens"])
+    contexts = (loaded.info.get("context_key", ""), loaded.info.get("context_names", ()))
+    return TextClassifier(classifier, tokenizer, names, loaded.info["max_tokens"], *contexts)
 
 
 def prediction_of(probabilities: np.ndarray, class_names: Sequence[str]) -> Prediction:

@@ -158,6 +158,7 @@ def new_classifier(model: Mapping[str, Any]) -> Classifier:
             reader=new_encoder(model) if model["reads_first"] else None,
             pooling=model["pooling"],
             backward=backward,
+            num_contexts=model.get("num_contexts", 0),
         )
 
     classifier = direction(direction(None) if model["bidirectional"] else None)
@@ -175,6 +176,7 @@ def classifier_model(classifier: Classifier) -> dict[str, Any]:
         "pooling": classifier.pooling,
         "normalised": classifier.encoder.normalised,
         "bidirectional": classifier.backward is not None,
+        **({"num_contexts": classifier.num_contexts} if classifier.num_contexts else {}),
     }
 
 
@@ -184,6 +186,8 @@ def classifier_variables(classifier: Classifier) -> dict[str, keras.Variable]:
     if classifier.encoder.normalised:
         variables["frequencies"] = classifier.encoder.frequencies
     variables |= initial_state_variables(classifier.encoder)
+    for number, context in enumerate(classifier.contexts):
+        variables[f"contexts/{number}/table"] = context.table
     for name, layer in (("hidden", classifier.hidden), ("output", classifier.output_layer)):
         if layer is not None:
             variables[f"{name}/kernel"] = layer.kernel
@@ -304,6 +308,13 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
             return f"the model's {fact!r} is {model.get(fact)!r:.99}"
     if name in HEADED and model.get("pooling") not in (*POOLED_VECTORS,):
         return f"the model's 'pooling' is {model.get('pooling')!r:.99}"
+    names, count = info.get("context_names", []), model.get("num_contexts", 0)
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        return f"'context_names' is {names!r:.99}, not a list of names"
+    if type(count) is not int or not count == len(set(names)) == len(names):
+        return f"the model's 'num_contexts' is {count!r:.99}, for {len(names)} 'context_names'"
+    if count and not isinstance(info.get("context_key"), str):
+        return f"'context_key' is {info.get('context_key')!r:.99}, not a name"
     if name in HEADED and not 0 < info["max_tokens"] < 2**31:
         return f"'max_tokens' is {info['max_tokens']}"
     return None
@@ -390,6 +401,9 @@ def _of_classifier(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield f"{direction}{name}", size
         if model["normalised"]:
             yield f"{direction}frequencies", model["vocab_size"]
+        if contexts := model.get("num_contexts", 0):
+            for layer in range(model["num_layers"]):
+                yield f"{direction}contexts/{layer}/table", contexts * 2 * model["units"]
         for encoder in ("", "reader/") if model["reads_first"] else ("",):
             for name, size in _of_encoder(model):
                 yield f"{direction}{encoder}{name}", size

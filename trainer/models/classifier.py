@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from trainer.models.context_state import UNKNOWN, ContextState
 from trainer.models.encoder import Encoder, States, dropout
 from trainer.models.lstm import Words
 
@@ -29,6 +30,8 @@ class Classifier(keras.layers.Layer):
             start from its final states (`--initial_state=encode`).
         pooling: Input of the head: "last", the last output; "mean", the mean of all outputs; or
             "concat", the last output and the mean and maximum of all.
+        contexts: For each LSTM a table of what a document's context, such as its author, adds to
+            the initial state; empty without contexts.
         hidden: The ReLU layer of the head; None without hidden units.
         backward: None, or a classifier that reads the words in reverse order; the logits are then
             the mean of both (Miyato et al. 2017, section 4.1).
@@ -44,6 +47,7 @@ class Classifier(keras.layers.Layer):
         reader: Encoder | None = None,
         pooling: str = "last",
         backward: "Classifier | None" = None,
+        num_contexts: int = 0,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -52,6 +56,9 @@ class Classifier(keras.layers.Layer):
         self.pooling = pooling
         self.backward = backward
         self.num_classes = num_classes
+        self.num_contexts = num_contexts
+        layers = range(encoder.num_layers if num_contexts else 0)
+        self.contexts = [ContextState(encoder.units, ids=num_contexts) for _ in layers]
         seed = encoder.seed
         self.hidden = None
         if hidden_units:
@@ -77,22 +84,31 @@ class Classifier(keras.layers.Layer):
             self.hidden.build((None, width))
             width = self.hidden.units
         self.output_layer.build((None, width))
+        for table in self.contexts:
+            table.build((None,))
         if self.reader is not None:
             self.reader.trainable = False
         if self.backward is not None and not self.backward.built:
             self.backward.build()
         self.built = True
 
-    def logits(self, tokens: tf.Tensor, lengths: tf.Tensor, training: bool) -> tf.Tensor:
+    def logits(
+        self,
+        tokens: tf.Tensor,
+        lengths: tf.Tensor,
+        training: bool,
+        contexts: tf.Tensor | None = None,
+    ) -> tf.Tensor:
         """Returns float32 [batch, 1] for two classes, else [batch, num_classes]; no dropout.
 
         Args:
             tokens: int32 [batch, time], right-padded.
             lengths: int32 [batch].
             training: Whether a gradient will be taken.
+            contexts: See `start`.
         """
         read = (self.embed if training else self.words)(tokens, lengths)
-        return self.read(read, lengths, self.start(tokens, lengths), training)
+        return self.read(read, lengths, self.start(tokens, lengths, contexts), training)
 
     @property
     def directions(self) -> list["Classifier"]:
@@ -121,13 +137,15 @@ class Classifier(keras.layers.Layer):
             reversed_words(tokens, lengths), lengths, dropout_rate, seed
         )
 
-    def head_inputs(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[tf.Tensor]:
+    def head_inputs(
+        self, tokens: tf.Tensor, lengths: tf.Tensor, contexts: tf.Tensor | None = None
+    ) -> list[tf.Tensor]:
         """Returns what the head of each direction reads, without training: this, then `backward`.
 
         Arguments as for `logits`.
         """
         mask = tf.sequence_mask(lengths, tf.shape(tokens)[1])
-        start, found = self.start(tokens, lengths), []
+        start, found = self.start(tokens, lengths, contexts), []
         both = zip(self.directions, self.words(tokens, lengths), start, strict=True)
         for direction, words, states in both:
             outputs, final = direction.encoder.read(words, mask, states, training=False)
@@ -141,16 +159,33 @@ class Classifier(keras.layers.Layer):
             return words
         return words + self.backward.words(reversed_words(tokens, lengths), lengths)
 
-    def start(self, tokens: tf.Tensor, lengths: tf.Tensor) -> list[States]:
-        """Returns the states that each direction's LSTMs start from for these documents."""
+    def start(
+        self, tokens: tf.Tensor, lengths: tf.Tensor, contexts: tf.Tensor | None = None
+    ) -> list[States]:
+        """Returns the states that each direction's LSTMs start from for these documents.
+
+        Args:
+            tokens, lengths: As for `logits`.
+            contexts: int32 [batch], -1 for unknown ones; None if all are unknown.
+        """
         if self.reader is None:
             states = self.encoder.start(tf.shape(tokens)[0])
         else:
             _, states = self.reader(tokens, lengths)
             states = tf.nest.map_structure(tf.stop_gradient, states)
+        states = self._in_context(states, contexts)
         if self.backward is None:
             return [states]
-        return [states, *self.backward.start(reversed_words(tokens, lengths), lengths)]
+        return [states, *self.backward.start(reversed_words(tokens, lengths), lengths, contexts)]
+
+    def _in_context(self, states: States, contexts: tf.Tensor | None) -> States:
+        """Returns `states` and what the documents' contexts add to them."""
+        if not self.num_contexts:
+            return states
+        if contexts is None:
+            contexts = tf.fill(tf.shape(states[0][0])[:1], UNKNOWN)
+        added = [table(contexts) for table in self.contexts]
+        return tf.nest.map_structure(tf.add, states, added)
 
     def read(
         self,
@@ -198,9 +233,10 @@ class Classifier(keras.layers.Layer):
     def _head(self, read: tf.Tensor) -> tf.Tensor:
         return self.output_layer(read if self.hidden is None else self.hidden(read))
 
-    def unread(self) -> tf.Tensor:
+    def unread(self, context: int = UNKNOWN) -> tf.Tensor:
         """Returns what `read_on` carries on before the first token: float32 [vectors, units]."""
-        state = [part for pair in self.encoder.start(1) for part in pair]
+        states = self._in_context(self.encoder.start(1), tf.constant([context]))
+        state = [part for pair in states for part in pair]
         outputs = [tf.zeros_like(state[0]), tf.fill(state[0].shape, state[0].dtype.min)]
         return tf.concat([*state, *outputs[: _CARRIED_VECTORS[self.pooling]]], axis=0)
 

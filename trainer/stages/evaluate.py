@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from data_pipelines.errors import InputError
 from trainer.distribution.steps import sum_over_batches
 from trainer.distribution.variables import assign
 from trainer.models import bundle
@@ -24,6 +25,12 @@ def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dic
     loaded = bundle.load(classifier_folder, "classifier", "--classifier") if run.is_chief else None
     info = run.distributor.gather_objects(loaded.info if loaded else None)[0]
     tensors = run.distributor.broadcast_arrays(loaded.tensors if loaded else None)
+    names = info.get("context_names", [])
+    if names and names != list(run.store.context_names):
+        raise InputError(
+            f"--classifier={classifier_folder} has the contexts ({info['context_key']}) of another "
+            f"store than {run.store.folder}: name the --store that it was trained on"
+        )
     with run.distributor.scope():
         classifier = bundle.new_classifier(info["model"])
     assign(bundle.classifier_variables(classifier), tensors)
@@ -41,7 +48,9 @@ def error_and_loss(
     """Returns a collective that gives error_percent, loss (nats) and documents over `batches`."""
 
     def sums(rows: dict[str, tf.Tensor]) -> list[tf.Tensor]:
-        logits = classifier.logits(rows["tokens"], rows["lengths"], training=False)
+        logits = classifier.logits(
+            rows["tokens"], rows["lengths"], training=False, contexts=rows.get("contexts")
+        )
         losses, errors = losses_and_errors(logits, rows["labels"])
         weights = rows["weights"]
         return [tf.reduce_sum(x * weights) for x in (errors, losses, tf.ones_like(losses))]

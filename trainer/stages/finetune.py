@@ -156,6 +156,7 @@ def make_classifier(run: Run) -> Classifier:
             reader=make_encoder(config, vocab_size) if with_reader else None,
             pooling=config.pooling,
             backward=backward,
+            num_contexts=len(run.store.context_names) if config.context_key else 0,
         )
 
     with run.distributor.scope():
@@ -331,6 +332,7 @@ def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict
     info = {
         **_read_and_told(run),
         "model": bundle.classifier_model(classifier),
+        **_contexts(run),
         "tokenizer": run.store.tokenizer_config,
         "report": report,
         "config": dataclasses.asdict(run.config),
@@ -352,6 +354,12 @@ def save_task(run: Run, folder: Path, classifier: Classifier, report: dict[str, 
     }
     bundle.save(folder, "task", bundle.task_tensors(classifier, run.config.train), info, None)
     run.log(f"finetune: wrote {folder}")
+
+
+def _contexts(run: Run) -> dict[str, Any]:
+    """Returns what a classifier's bundle says of contexts."""
+    key = run.config.context_key
+    return {"context_key": key, "context_names": list(run.store.context_names)} if key else {}
 
 
 def _read_and_told(run: Run) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class FinetuneLoss:
         read = functools.partial(
             classifier.read,
             lengths=lengths,
-            start=classifier.start(tokens, lengths),
+            start=classifier.start(tokens, lengths, rows.get("contexts")),
             training=config.trains_lstm,
             dropout_rate=config.finetune_dropout,
             output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),

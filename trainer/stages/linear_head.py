@@ -36,7 +36,7 @@ def fit_head(run: Run, classifier: Classifier, labelled: SplitView) -> None:
 
     def columns(rows: dict[str, tf.Tensor]) -> tf.Tensor:
         label = tf.cast(rows["labels"], tf.float32)[:, None]
-        inputs = classifier.head_inputs(rows["tokens"], rows["lengths"])
+        inputs = classifier.head_inputs(rows["tokens"], rows["lengths"], rows.get("contexts"))
         return tf.concat([label, *(tf.cast(each, tf.float32) for each in inputs)], axis=1)
 
     found = gather_rows(run.distributor, columns, batches, run.stop_request)

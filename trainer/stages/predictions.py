@@ -36,13 +36,15 @@ def predict(
     batches = run.batches(view, plan)(0, steps)
 
     def columns(rows: dict[str, tf.Tensor]) -> tf.Tensor:
-        logits = classifier.logits(rows["tokens"], rows["lengths"], training=False)
+        logits = classifier.logits(
+            rows["tokens"], rows["lengths"], training=False, contexts=rows.get("contexts")
+        )
         losses, _ = losses_and_errors(logits, rows["labels"])
         beside = tf.stack([tf.cast(rows["labels"], tf.float32), losses], axis=1)
         return tf.concat([beside, tf.cast(logits, tf.float32)], axis=1)
 
     def states(rows: dict[str, tf.Tensor]) -> tf.Tensor:
-        h, c = final_state(classifier, rows["tokens"], rows["lengths"])
+        h, c = final_state(classifier, rows["tokens"], rows["lengths"], rows.get("contexts"))
         return tf.concat([tf.cast(rows["labels"], tf.float32)[:, None], h, c], axis=1)
 
     found = gather_rows(run.distributor, columns, batches, run.stop_request)
@@ -64,18 +66,20 @@ def predict(
 
 
 def final_state(
-    classifier: Classifier, tokens: tf.Tensor, lengths: tf.Tensor
+    classifier: Classifier,
+    tokens: tf.Tensor,
+    lengths: tf.Tensor,
+    contexts: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the state in which the last layer ends: h and c, float32 [batch, units] each.
 
     Args:
         tokens: int32 [batch, time], right-padded.
         lengths: int32 [batch].
+        contexts: See `Classifier.start`.
     """
     encoder = classifier.encoder
-    states = encoder.start(tf.shape(tokens)[0])
-    if classifier.reader is not None:
-        _, states = classifier.reader(tokens, lengths)
+    states = classifier.start(tokens, lengths, contexts)[0]
     mask = token_mask(tokens, lengths)
     _, states = encoder.read(encoder.words(tokens), mask, states, training=False)
     h, c = states[-1]
@@ -99,7 +103,11 @@ def telling_documents(predictions: Predictions) -> np.ndarray:
 
 
 def first_order_contributions(
-    classifier: Classifier, tokens: np.ndarray, lengths: np.ndarray, predicted: np.ndarray
+    classifier: Classifier,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    predicted: np.ndarray,
+    contexts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns what each token adds to the class that was predicted: float32 [batch, time].
 
@@ -110,12 +118,13 @@ def first_order_contributions(
         tokens: int32 [batch, time], right-padded.
         lengths: int32 [batch].
         predicted: The classes, int32 [batch].
+        contexts: int32 [batch]; see `Classifier.start`.
     """
     tokens, lengths = tf.constant(tokens), tf.constant(lengths)
     embedded = classifier.embed(tokens, lengths)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(embedded)
-        start = classifier.start(tokens, lengths)
+        start = classifier.start(tokens, lengths, contexts)
         logits = tf.cast(classifier.read(embedded, lengths, start, training=True), tf.float32)
         if logits.shape[-1] == 1:
             margin = logits[:, 0] * np.where(predicted == 1, 1.0, -1.0)
@@ -161,12 +170,14 @@ def save(
     Raises:
         InputError: It cannot be written.
     """
+    view = run.store.split(split)
     rows = telling_documents(predictions)
     documents = predictions.tensors["document"][rows]
-    tokens, lengths = run.store.split(split).gather(documents, info["max_tokens"])
+    tokens, lengths = view.gather(documents, info["max_tokens"])
     probability = predictions.probability_of(predictions.predicted)[rows]
     predicted = predictions.predicted[rows].astype(np.int32)
-    added = first_order_contributions(classifier, tokens, lengths, predicted)
+    contexts = view.contexts_of(documents) if classifier.num_contexts else None
+    added = first_order_contributions(classifier, tokens, lengths, predicted, contexts)
     tokenizer = load_tokenizer(run.store.vocab_path, run.store.tokenizer_config)
     kind = run.store.tokenizer_config["type"]
     shown = [slice(max(0, length - EXAMPLE_TOKENS), length) for length in lengths]

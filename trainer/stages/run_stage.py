@@ -135,7 +135,7 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
         sources = {name: getattr(config, name) for name in ("source", "unlabelled", "labelled")}
         if not any(sources.values()):
             sources["source"] = "movie_reviews"
-        given = {**sources, "data_dir": config.data_dir}
+        given = {**sources, "data_dir": config.data_dir, "context_key": config.context_key}
         command += [f"--{name}={value}" for name, value in given.items() if value]
         quiet = None if cluster.rank == 0 else subprocess.DEVNULL
         variables = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}

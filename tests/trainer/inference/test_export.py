@@ -43,6 +43,21 @@ def test_a_thousand_reviews_have_the_trainer_s_probabilities(
     assert largest_difference(model, tmp_path / "1", texts) <= TOLERANCE
 
 
+def test_a_model_with_contexts_takes_them(
+    make_classifier_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    import tensorflow as tf
+
+    folder = make_classifier_bundle(num_contexts=3)
+    export(folder, tmp_path / "1")  # compares texts of each context
+    texts, contexts = ["A fine film."] * 3, ["ann", "bob", "nobody"]
+    signature = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    found = signature(texts=tf.constant(texts), contexts=tf.constant(contexts))["probabilities"]
+    expected = load_classifier(folder).probabilities(texts, contexts=contexts)
+    assert abs(found - expected).numpy().max() <= TOLERANCE
+    assert len(set(found[:, 0].numpy().tolist())) == 3
+
+
 def test_a_model_that_answers_otherwise_is_noticed(
     exported: Path, make_classifier_bundle: Callable[..., Path]
 ) -> None:

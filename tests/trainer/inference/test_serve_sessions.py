@@ -125,6 +125,40 @@ def test_a_classifier_of_the_whole_text_has_no_sessions(
     assert caught.value.status == 501
 
 
+def test_contexts_of_texts_and_sessions(make_classifier_bundle: Callable[..., Path]) -> None:
+    folder = make_classifier_bundle(num_contexts=3)
+    text, contexts = "A fine film.", ["ann", "bob", "nobody", None]
+    expected = load_classifier(folder).predict([text] * 4, contexts)
+    assert expected[2] == expected[3] != expected[0]
+    with served(folder) as (_, port):
+        status, answer = call(port, "/predict", {"texts": [text] * 4, "contexts": contexts})
+        assert status == 200
+        found = [prediction["probabilities"] for prediction in answer["predictions"]]
+        for context, each, wanted in zip(contexts, found, expected, strict=True):
+            assert each == pytest.approx(wanted.probabilities, abs=2e-6)
+            one = call(port, "/predict", {"text": text, "context": context})[1]["predictions"][0]
+            session = new_session(port, **({"context": context} if context else {}))
+            in_session = call(port, session, {"text": text})[1]
+            for other in (one, in_session):
+                assert other["probabilities"] == pytest.approx(each, abs=2e-6)
+        for body, says in (
+            ({"texts": [text], "contexts": ["ann", "bob"]}, "2 contexts for 1 texts"),
+            ({"texts": [text], "contexts": "ann"}, "'contexts' a list of strings"),
+            ({"text": text, "context": 3}, "'context' must be a string"),
+        ):
+            status, answer = call(port, "/predict", body)
+            assert (status, says in answer["error"]) == (422, True), answer
+
+
+def test_a_context_for_a_classifier_without_is_refused(server: tuple) -> None:
+    for path, body in (
+        ("/predict", {"text": "a", "context": "ann"}),
+        ("/sessions", {"context": "ann"}),
+    ):
+        status, answer = call(server[1], path, body)
+        assert (status, "without --context_key" in answer["error"]) == (422, True)
+
+
 def test_sessions_expire_by_their_last_request(classifier_bundle: Path) -> None:
     from trainer.inference.http_requests import Refusal
     from trainer.inference.serve_sessions import SessionTable

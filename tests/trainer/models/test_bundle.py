@@ -134,6 +134,8 @@ def save_classifier(folder: Path, vocab: Path, **facts: object) -> None:
         "model": bundle.classifier_model(classifier) | facts,
         "vocab_sha256": INFO["vocab_sha256"],
         "max_tokens": 10,
+        "context_key": "author",
+        "context_names": ["ann", "bob"][: facts.get("num_contexts", 0)],
     }
     tensors = values_of(bundle.classifier_variables(classifier))
     bundle.save(folder, "classifier", tensors, info, vocab)
@@ -148,6 +150,7 @@ def save_classifier(folder: Path, vocab: Path, **facts: object) -> None:
         ({"num_classes": 2**30}, f"{5 * 2**30} numbers in the tensor 'output/kernel'"),
         ({"normalised": True}, "4 numbers in the tensor 'frequencies'"),
         ({"num_layers": 3}, "36 numbers in the tensor 'lstm/2/kernel'"),
+        ({"num_contexts": 2}, "12 numbers in the tensor 'contexts/0/table'"),
     ],
 )
 def test_each_fact_of_a_classifier_needs_its_tensors(
@@ -156,6 +159,24 @@ def test_each_fact_of_a_classifier_needs_its_tensors(
     save_classifier(tmp_path / "classifier", vocab, **facts)
     with pytest.raises(InputError, match=needs):
         bundle.load(tmp_path / "classifier", "classifier", "--classifier")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"context_names": "ab"}, "'context_names' is 'ab', not a list of names"),
+        ({"context_names": ["a", 3]}, "not a list of names"),
+        ({"context_names": ["ann", "ann"]}, "'num_contexts' is 2, for 2 'context_names'"),
+        ({"context_names": ["ann"]}, "'num_contexts' is 2, for 1 'context_names'"),
+        ({"context_key": 3}, "'context_key' is 3, not a name"),
+    ],
+)
+def test_contexts_need_their_names(tmp_path: Path, vocab: Path, values: dict, says: str) -> None:
+    save_classifier(tmp_path / "classifier", vocab, num_contexts=2)
+    path = tmp_path / "classifier" / "classifier.json"
+    path.write_bytes(safe_files.sealed({**safe_files.read_sealed(path), **values}))
+    with pytest.raises(InputError, match=says):
+        bundle.read_info(tmp_path / "classifier", "classifier", "--classifier")
 
 
 def test_what_another_kind_of_bundle_says_does_not_loosen_the_bound(
@@ -209,7 +230,7 @@ def test_digest_covers_names_shapes_dtypes_and_bytes() -> None:
 
 def test_a_classifiers_bundle_holds_all_its_variables() -> None:
     encoders = [Encoder(4, 2, 3, seed=s, num_layers=3) for s in (0, 1)]
-    classifier = Classifier(encoders[0], 2, reader=encoders[1])
+    classifier = Classifier(encoders[0], 2, reader=encoders[1], num_contexts=5)
     classifier.build()
     named = {id(v) for v in bundle.classifier_variables(classifier).values()}
     assert named == {id(v) for v in classifier.weights}

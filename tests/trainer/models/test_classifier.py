@@ -111,6 +111,37 @@ def test_two_directions_average_their_logits(with_reader: bool) -> None:
     assert np.abs(dropped - found).max() > 1e-3
 
 
+def test_contexts_add_to_the_initial_state() -> None:
+    backward, forward = (
+        Classifier(Encoder(VOCAB_SIZE, DIM, UNITS, seed, num_layers=2), 2, num_contexts=3)
+        for seed in (1, 2)
+    )
+    forward.backward = backward
+    forward.build()
+    random = np.random.default_rng(3)
+    for variable in forward.weights:
+        variable.assign(random.normal(size=variable.shape))
+    contexts = np.array([2, -1], np.int32)
+    for direction, start in zip(
+        (forward, backward), forward.start(TOKENS, LENGTHS, contexts), strict=True
+    ):
+        plain = direction.encoder.start(2)
+        for layer, table in enumerate(direction.contexts):
+            rows = table.table.numpy()
+            added = np.stack([rows[2], rows.mean(axis=0)])  # an unknown one has the mean
+            for part, before, more in zip(
+                start[layer], plain[layer], np.split(added, 2, 1), strict=True
+            ):
+                np.testing.assert_allclose(part, before + more, rtol=1e-5)
+    found = forward.logits(TOKENS, LENGTHS, training=False, contexts=contexts)
+    start = forward.start(TOKENS, LENGTHS, contexts)
+    expected = forward.read(forward.words(TOKENS, LENGTHS), LENGTHS, start, training=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    unknown = forward.logits(TOKENS, LENGTHS, training=False)
+    assert np.abs(found - unknown)[0].max() > 1e-3
+    np.testing.assert_allclose(found[1], unknown[1], rtol=1e-5)
+
+
 def test_losses_and_errors_of_two_classes() -> None:
     logits = tf.constant([[2.0], [-1.0], [0.5]])
     losses, errors = losses_and_errors(logits, tf.constant([1, 1, 0]))
