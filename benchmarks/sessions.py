@@ -1,0 +1,190 @@
+"""Sessions against reading the whole again: equal answers, time, and memory of a server.
+
+    warmstate finetune --run_dir=runs/chat --source=movie_reviews --init_weights=random \\
+        --initial_state=zero --units=256 --pooling=concat --finetune_steps=150
+    python -m benchmarks.sessions --classifier=runs/chat/classifier
+
+IMDB reviews are cut at random bytes, and the answer after each piece is compared with that for all
+of the text so far. A chat of 20 messages is answered after each message, by a session and by
+reading the whole again. A server holds 10,000 sessions.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import facts
+from benchmarks.processes import in_turn, min_and_median, write_results
+from data_pipelines.sources.movie_reviews import MovieReviews
+
+REVIEWS, PIECES = 1_000, 6
+MESSAGES, MESSAGE_WORDS = 20, 60
+SESSIONS, CLIENTS = 10_000, 32
+
+
+def reviews(count: int) -> list[bytes]:
+    """Returns IMDB reviews."""
+    source = MovieReviews()
+    examples = (e for part in source.parts("test") for e in source.examples("test", part))
+    return [example.text.encode() for example in itertools.islice(examples, count)]
+
+
+def largest_difference(model: Any, whole: Any, texts: list[bytes]) -> dict[str, Any]:
+    """Returns the largest difference of a probability over all pieces of all texts."""
+    random = np.random.default_rng(0)
+    largest, answers, inside_words = 0.0, 0, 0
+    for text in texts:
+        cuts = np.sort(random.integers(1, len(text), PIECES - 1)).tolist()
+        session, found, so_far = model.session(), [], []
+        for start, stop in itertools.pairwise([0, *cuts, len(text)]):
+            session.feed(text[start:stop])
+            found.append(session.probabilities())
+            so_far.append(text[:stop])
+            inside_words += stop < len(text) and text[stop - 1 : stop + 1].isalpha()
+        largest = max(largest, float(np.abs(whole.probabilities(so_far) - found).max()))
+        answers += len(found)
+    return {
+        "reviews": len(texts),
+        "answers": answers,
+        "cuts_inside_words": int(inside_words),
+        "largest_difference": float(f"{largest:.2g}"),
+    }
+
+
+def seconds_of_chats(model: Any, whole: Any, texts: list[bytes], repeats: int) -> dict[str, Any]:
+    """Returns the seconds of a chat by a session and by reading the whole again."""
+    words = b" ".join(texts).split()
+    messages = [
+        b" ".join(words[i * MESSAGE_WORDS : (i + 1) * MESSAGE_WORDS]) + b" "
+        for i in range(MESSAGES)
+    ]
+
+    def by_session() -> float:
+        began, session = time.perf_counter(), model.session()
+        for message in messages:
+            session.feed(message)
+            session.probabilities()
+        return time.perf_counter() - began
+
+    def by_reading_again() -> float:
+        began, so_far = time.perf_counter(), b""
+        for message in messages:
+            so_far += message
+            whole.probabilities([so_far])
+        return time.perf_counter() - began
+
+    programs: dict[str, Callable[[], float]] = {"session": by_session, "again": by_reading_again}
+    in_turn(programs, 1)  # traces
+    times = in_turn(programs, repeats)
+    ratios = [a / s for a, s in zip(times["again"], times["session"], strict=True)]
+    return {
+        "messages": MESSAGES,
+        "words_a_message": MESSAGE_WORDS,
+        "seconds": {name: min_and_median(values) for name, values in times.items()},
+        "faster_by": round(float(np.median(ratios)), 2),
+    }
+
+
+async def client(port: int, bodies: Iterator[bytes], ids: list[str]) -> None:
+    """Opens sessions and feeds each one message, on one connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def post(path: str, body: bytes) -> dict[str, Any]:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+        length = next(int(x.split(b":")[1]) for x in lines if x.startswith(b"content-length:"))
+        answer = json.loads(await reader.readexactly(length))
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    for body in bodies:
+        ids.append((await post("/sessions", b"{}"))["session"])
+        await post(f"/sessions/{ids[-1]}", body)
+    writer.close()
+
+
+def resident_megabytes(process: int) -> float:
+    """Returns the resident set of a process, in MiB."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def server_memory(classifier: str, texts: list[bytes]) -> dict[str, Any]:
+    """Returns the memory of a server before and after SESSIONS sessions, and their rate."""
+    command = [sys.executable, "-u", "-m", "trainer.main", "--stage=serve", "--port=0"]
+    server = subprocess.Popen(
+        [*command, f"--classifier={classifier}", f"--max_sessions={SESSIONS + 500}"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        port = int(server.stdout.readline().rsplit(":", 1)[1])
+        words = b" ".join(texts).decode().split()
+        messages = (" ".join(words[i : i + 20]) for i in itertools.count())
+        bodies = (json.dumps({"text": message}).encode() for message in messages)
+
+        async def load(count: int) -> list[str]:
+            ids: list[str] = []
+            some = itertools.islice(bodies, count)
+            await asyncio.gather(*(client(port, some, ids) for _ in range(CLIENTS)))
+            return ids
+
+        asyncio.run(load(500))  # traces, and fills TensorFlow's pools
+        before, began = resident_megabytes(server.pid), time.perf_counter()
+        count = len(set(asyncio.run(load(SESSIONS))))
+        seconds = time.perf_counter() - began
+        after = resident_megabytes(server.pid)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    return {
+        "sessions": count,
+        "megabytes_before": round(before, 1),
+        "megabytes_after": round(after, 1),
+        "kilobytes_a_session": round(1024 * (after - before) / count, 2),
+        "sessions_opened_and_fed_per_second": round(count / seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--classifier", required=True)
+    parser.add_argument("--out", default="sessions", help="name of the JSON")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=("answers", "chats", "server"))
+    args = parser.parse_args()
+    from trainer import native
+    from trainer.inference.text_classifier import TextClassifier, load_classifier
+
+    native.use_in_inference()  # as `predict` and `serve` do
+    model = load_classifier(args.classifier)
+    whole = TextClassifier(model.classifier, model.tokenizer, model.class_names, 1 << 20)
+    texts = reviews(REVIEWS)
+    out = Path("benchmarks/results") / f"{args.out}.json"
+    results = json.loads(out.read_text())["results"] if args.only and out.exists() else {}
+    results["model"] = json.loads((Path(args.classifier) / "classifier.json").read_text())["model"]
+    parts = {
+        "answers": lambda: largest_difference(model, whole, texts),
+        "chats": lambda: seconds_of_chats(model, whole, texts, args.repeats),
+        "server": lambda: server_memory(args.classifier, texts),
+    }
+    for name, measured in parts.items():
+        if args.only in (None, name):
+            results[name] = measured()
+            print(name, results[name], flush=True)
+    write_results(args.out, facts(), results)
+
+
+if __name__ == "__main__":
+    main()
