@@ -11,8 +11,9 @@ learning rates.
 """
 
 import argparse
-import os
+import json
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,7 +154,10 @@ def table(results: dict[str, Any]) -> str:
     for start in STARTS:
         cells = []
         for context in CONTEXTS:
-            values = [run["all"] for run in results[context][start]]
+            values = [run["all"] for run in results.get(context, {}).get(start, [])]
+            if not values:
+                cells.append("not run")
+                continue
             cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         lines.append(f"| {names[start]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -163,17 +167,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="context_states", help="name of the JSON")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=CONTEXTS, help="the JSON keeps the others")
     args = parser.parse_args()
-    results: dict[str, Any] = {}
-    for context in CONTEXTS:
+    out = Path("benchmarks/results") / f"{args.out}.json"
+    results = json.loads(out.read_text())["results"] if args.only and out.exists() else {}
+    for context in [args.only] if args.only else CONTEXTS:
         results[context] = {start: [] for start in STARTS}
         for seed in range(args.seeds):
             for start in STARTS:
                 found = errors(context, start, seed)
                 print(context, start, seed, found, flush=True)
                 results[context][start].append(found)
+        write_results(args.out, facts(), results)
     print(table(results))
-    write_results(args.out, facts() | {"load_average": round(os.getloadavg()[0], 1)}, results)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Sessions against reading the whole again: equal answers, time, and memory of a server.
 
-    warmstate finetune --run_dir=runs/chat --source=movie_reviews --init_weights=random \\
-        --initial_state=zero --units=256 --pooling=concat --finetune_steps=150
-    python -m benchmarks.sessions --classifier=runs/chat/classifier
+    python -m benchmarks.sessions
 
 IMDB reviews are cut at random bytes, and the answer after each piece is compared with that for all
 of the text so far. A chat of 20 messages is answered after each message, by a session and by
@@ -159,7 +157,7 @@ def server_memory(classifier: str, texts: list[bytes]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--classifier", required=True)
+    parser.add_argument("--classifier", default="results/imdb_cpu")
     parser.add_argument("--out", default="sessions", help="name of the JSON")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=("answers", "chats", "server"))
