@@ -248,6 +248,9 @@ class FineTuningConfig:
         at_least=0)
     perturbation_norm: float = _finetune(5.0, "Norm of the adversarial perturbation of a "
         "document's normalised embeddings, over all its words.", above=0)
+    scratch_perturbation_norm: float = _finetune(0.0, "--perturbation_norm of the start from "
+        "scratch in --stage=all: untrained embeddings bear a tenth of what trained ones do. 0: the "
+        "same.", at_least=0)
     unlabelled_batch_size: int = _finetune(0, "Number of unlabelled documents in each step for the "
         "virtual adversarial loss. 0: labelled documents only.", at_least=0)
 

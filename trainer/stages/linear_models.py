@@ -14,6 +14,7 @@ chooses the strength of regularisation, whether pairs are read, and the number o
 import argparse
 import functools
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
@@ -222,6 +224,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
+    # A model that has not converged may still be the best on validation data.
+    warnings.filterwarnings("ignore", category=ConvergenceWarning)
     counts = [int(count) for count in options.labels.split(",")]
     rows = table(TokenStore(options.store), counts, options.draws, options.seed)
     replace_text(options.out, json.dumps(rows, indent=1) + "\n")
