@@ -63,3 +63,13 @@ def test_a_state_from_context_predicts_better_than_zeros(
         float(printed.split(f"from {s}: ")[1].split()[0]) for s in ("zeros", "context")
     )
     assert context < 0.3 * zeros
+
+
+@pytest.mark.slow("runs the notebook")
+def test_two_tasks_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = printed_by("task_bank", tmp_path, monkeypatch)
+    task, classifier = (
+        int(part.split()[0]) for part in printed.split("of a task: ")[1].split(":", 1)
+    )
+    assert 50 * task < classifier
+    assert "as the classifier alone: True" in printed

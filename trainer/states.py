@@ -25,6 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer.config import TRAINED
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.preemption import StopRequest
 from trainer.distribution.steps import sum_over_batches
@@ -44,6 +45,7 @@ __all__ = [
     "load",
     "load_encoder",
     "mean",
+    "tune",
 ]
 
 
@@ -198,6 +200,41 @@ def apply(
         start.set(h, c, trainable)
     if isinstance(target, keras.Model):  # traced functions may still start from zeros
         target.train_function = target.test_function = target.predict_function = None
+
+
+def tune(model: keras.Model, train: str = "state+bias") -> None:
+    """Freezes a model but for its head and what `train` names of its LSTMs, in place.
+
+    The head is what comes after the last LSTM. What is frozen needs no memory in the optimizer,
+    and its gradients are not computed. As after a change of `trainable`, compile the model again.
+
+    Args:
+        model: Functional, sequential or subclassed, with LSTMs.
+        train: "head"; or with it "state", each LSTM's initial state, zeros if it has none yet;
+            "bias"; or "state+bias".
+
+    Raises:
+        ValueError: There is no LSTM, or `train` is unknown, or the state of a layer cannot be set.
+
+    Example:
+        states.tune(model, "state+bias")
+        model.compile("adam", "mse")
+    """
+    if train not in TRAINED or train == "all":
+        raise ValueError(f"train={train!r} is not one of {', '.join(TRAINED[1:])}")
+    starts = keras_states.starts(model)
+    with_lstm = [
+        index
+        for index, layer in enumerate(model.layers)
+        if keras_states.is_lstm(layer) or keras_states.lstms_within(layer)
+    ]
+    if not with_lstm:
+        raise ValueError(f"{model.name} has no LSTM")
+    for layer in model.layers[: with_lstm[-1] + 1]:
+        layer.trainable = False
+    for start in starts:
+        start.tune(state="state" in train, bias="bias" in train)
+    model.train_function = None
 
 
 def _named(target: Any, layers: str | Sequence[str] | None) -> Any:

@@ -352,3 +352,50 @@ def test_the_constructor_says_what_it_takes() -> None:
         WarmLSTM(UNITS, initial_state="zero")
     with pytest.raises(ValueError, match=r"stateful layer .* reset_state\(states="):
         WarmLSTM(UNITS, initial_state="learned", stateful=True)
+
+
+# ---- tune ----
+
+
+@pytest.mark.parametrize(
+    ("train", "of_lstm"),
+    [("head", set()), ("state", {"initial_h", "initial_c"}), ("bias", {"bias"})],
+)
+def test_tuning_moves_the_head_and_what_is_named_and_nothing_else(
+    train: str, of_lstm: set[str]
+) -> None:
+    model = keras.Sequential(
+        [
+            keras.Input((STEPS, WIDTH)),
+            layers.Dense(WIDTH),
+            layers.Bidirectional(layers.LSTM(UNITS, return_sequences=True)),
+            layers.LSTM(UNITS, name="top"),
+            layers.Dense(1, name="head"),
+        ]
+    )
+    states.tune(model, train)
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    before = [variable.numpy() for variable in model.variables]
+    model.fit(X, np.ones((10, 1)), epochs=2, verbose=0)
+    moved = [
+        variable.path.split("/")
+        for variable, held in zip(model.variables, before, strict=True)
+        if (variable.numpy() != held).any()
+    ]
+    assert {path[-1] for path in moved if "head" in path} == {"kernel", "bias"}
+    assert {path[-1] for path in moved if "head" not in path} == of_lstm
+    assert len(moved) == 2 + 3 * len(of_lstm)
+    # Adam has two moments of each, its count of steps and its learning rate.
+    assert len(model.optimizer.variables) == 2 * len(moved) + 2
+
+
+def test_what_cannot_be_tuned_is_refused() -> None:
+    model = keras.Sequential([keras.Input((STEPS, WIDTH)), layers.Flatten(), layers.Dense(1)])
+    with pytest.raises(ValueError, match="has no LSTM"):
+        states.tune(model)
+    with pytest.raises(ValueError, match="train='all' is not one of head, state"):
+        states.tune(model, "all")
+    stateful = keras.Sequential([keras.Input((STEPS, WIDTH), batch_size=2)])
+    stateful.add(layers.LSTM(UNITS, stateful=True))
+    with pytest.raises(ValueError, match="is stateful"):
+        states.tune(stateful)

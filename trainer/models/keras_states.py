@@ -163,6 +163,10 @@ class Start:
         """Sets h and c."""
         raise NotImplementedError
 
+    def tune(self, state: bool, bias: bool) -> None:
+        """Freezes the layer but for what is True."""
+        raise NotImplementedError
+
 
 class _Stateful(Start):
     """A stateful layer: its present states are set."""
@@ -177,6 +181,9 @@ class _Stateful(Start):
             )
         self.name, self.variables = layer.name, layer.states
         self.shapes = [(layer.units,), tuple(layer.states[0].shape)]
+
+    def tune(self, state: bool, bias: bool) -> None:
+        raise ValueError(f"{self.name} is stateful: it starts from a value, not from weights")
 
     def set(self, h: np.ndarray, c: np.ndarray, trainable: bool | None) -> None:
         for variable, value in zip(self.variables, (h, c), strict=True):
@@ -203,16 +210,29 @@ class _Weights(Start):
         self.shapes = [(layer.units,)]
 
     def set(self, h: np.ndarray, c: np.ndarray, trainable: bool | None) -> None:
+        layer = self._warm()
+        kind = {True: "learned", False: "fixed", None: layer.initial_state or "fixed"}
+        layer.add_initial_state(kind[trainable])
+        layer.initial_h.assign(h)
+        layer.initial_c.assign(c)
+
+    def tune(self, state: bool, bias: bool) -> None:
+        layer = self._warm()
+        layer.trainable = True  # or what is trained of it would not be
+        for variable in layer.variables:
+            variable.trainable = bias and variable is layer.cell.bias
+        if state:
+            layer.add_initial_state("learned")
+
+    def _warm(self) -> WarmLSTM:
+        """Returns the layer, as a WarmLSTM."""
         layer = self.layer
         if type(layer) is keras.layers.LSTM:
             # A WarmLSTM has one more attribute. The configuration of Keras's class has no place for
             # a state, so that a saved model would lose it.
             object.__setattr__(layer, "__class__", WarmLSTM)
             layer.initial_state = None
-        kind = {True: "learned", False: "fixed", None: layer.initial_state or "fixed"}
-        layer.add_initial_state(kind[trainable])
-        layer.initial_h.assign(h)
-        layer.initial_c.assign(c)
+        return layer
 
 
 def starts(target: Any) -> list[Start]:

