@@ -3,6 +3,7 @@
     python -m benchmarks.task_bank
 
 Weights are random: they do not change the time. Texts are reviews and sentences of real data.
+Ratios are of processor time, and of wall time, which means little while other programs run.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.machine import facts
-from benchmarks.processes import in_turn, min_and_median, write_results
+from benchmarks.processes import in_turn, write_results
 from benchmarks.train_step import make_store
 from data_pipelines.sources import open_source
 from data_pipelines.store.token_store import TokenStore
@@ -93,22 +94,44 @@ def rows_per_second(folder: Path, encoder: bundle.Bundle, repeats: int) -> dict[
         def timed(bank: TaskBank, texts: list[str] = texts) -> Callable[[], float]:
             names = [*itertools.islice(itertools.cycle(bank.class_names), ROWS)]
 
-            def run() -> float:
-                began = time.perf_counter()
-                bank.probabilities(texts, names, batch_size=ROWS)
-                return ROWS / (time.perf_counter() - began)
+            return lambda: seconds(lambda: bank.probabilities(texts, names, batch_size=ROWS))
 
-            run()
-            return run
-
-        rates = in_turn({name: timed(bank) for name, bank in banks.items()}, repeats)
-        one = rates["one task"]
+        functions = {name: timed(bank) for name, bank in banks.items()}
         found[kind] = {
-            name: min_and_median(values, 1)
-            | {"of_one_task": round(float(np.median(np.divide(values, one))), 3)}
-            for name, values in rates.items()
+            name: {
+                "rows_per_second": round(ROWS / cost["wall_ms"] * 1000, 1),
+                "of_one_task": round(1 / cost["of_first"], 3),
+                "of_one_task_by_wall_time": round(1 / cost["of_first_by_wall_time"], 3),
+            }
+            for name, cost in compared(functions, repeats).items()
         }
     return found
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, float]:
+    """Returns the wall time and the processor time of a call."""
+    began, used = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - began, time.process_time() - used
+
+
+def compared(
+    functions: dict[str, Callable[[], tuple[float, float]]], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Returns the median times of functions that are run in turn, and their ratios to the first."""
+    for function in functions.values():
+        function()  # traces
+    times = {name: np.array(found) for name, found in in_turn(functions, repeats).items()}
+    first = times[next(iter(functions))]
+    return {
+        name: {
+            "wall_ms": round(1000 * float(np.median(found[:, 0])), 1),
+            "processor_ms": round(1000 * float(np.median(found[:, 1])), 1),
+            "of_first": round(float(np.median(found[:, 1] / first[:, 1])), 3),
+            "of_first_by_wall_time": round(float(np.median(found[:, 0] / first[:, 0])), 3),
+        }
+        for name, found in times.items()
+    }
 
 
 def bytes_beside_head(folder: Path) -> dict[str, int]:
@@ -143,36 +166,30 @@ def tuning(repeats: int) -> dict[str, Any]:
         optimizer = Optimizer("adam", stage, trained, distributor)
         step = TrainStep(task, config, distributor, optimizer, batches)
 
-        def timed(step: TrainStep = step) -> float:
-            began = time.perf_counter()
-            step(batch, tf.constant(0.0)).loss.numpy()
-            return 1000 * (time.perf_counter() - began)
+        def timed(step: TrainStep = step) -> tuple[float, float]:
+            return seconds(lambda: step(batch, tf.constant(0.0)).loss.numpy())
 
-        timed()
         steps[train] = timed
         sizes[train] = sum(4 * int(np.prod(v.shape)) for v in optimizer.variables.values())
-    times = in_turn(steps, repeats)
     return {
-        train: {
-            "step_ms": min_and_median(values, 1),
-            "of_all": round(float(np.median(np.divide(values, times["all"]))), 3),
-            "optimizer_bytes": sizes[train],
-        }
-        for train, values in times.items()
+        train: cost | {"optimizer_bytes": sizes[train]}
+        for train, cost in compared(steps, repeats).items()
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="task_bank", help="name of the JSON")
+    parser.add_argument("--store", help="token store of the reviews; made where there is none")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     native.use_in_inference()
     tf.config.experimental.enable_op_determinism()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_store(folder / "store")
-        encoder = write_encoder(folder / "encoder", TokenStore(folder / "store"))
+        store = Path(args.store or folder / "store")
+        make_store(store)
+        encoder = write_encoder(folder / "encoder", TokenStore(store))
         results = {
             "loops": native.choice().instruction_set,
             "rows_per_second": rows_per_second(folder, encoder, args.repeats),
