@@ -20,7 +20,7 @@ from benchmarks.machine import in_words
 RESULTS = Path("benchmarks/results")
 TEMPLATE = Path("benchmarks/performance.template.md")
 PAGE = Path("docs/performance.md")
-WITH_STORE = ("train_step", "predict", "startup")
+WITH_STORE = ("train_step", "predict", "startup", "task_bank")
 NAMES = ("lstm_layer", "softmax", *WITH_STORE)
 ON_GPU = ("lstm_layer", "softmax")
 
@@ -43,7 +43,16 @@ def run_all(names: tuple[str, ...], suffix: str) -> None:
 
 def page() -> str:
     """Returns docs/performance.md: the template with the results that are there."""
-    from benchmarks import lstm_layer, precision, predict, serve, softmax, startup, train_step
+    from benchmarks import (
+        lstm_layer,
+        precision,
+        predict,
+        serve,
+        softmax,
+        startup,
+        task_bank,
+        train_step,
+    )
 
     tables = {
         "lstm_layer": lstm_layer.table,
@@ -53,6 +62,7 @@ def page() -> str:
         "startup": startup.table,
         "serve": serve.table,
         "precision": precision.table,
+        "task_bank": task_bank.table,
     }
     text = TEMPLATE.read_text()
     for name, table in tables.items():

@@ -177,6 +177,28 @@ def tuning(repeats: int) -> dict[str, Any]:
     }
 
 
+def table(results: dict[str, Any]) -> str:
+    """Returns the results as Markdown; ratios are of processor time."""
+    kinds = list(next(iter(results["rows_per_second"].values())))
+    lines = [f"| rows a second | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for kind, rates in results["rows_per_second"].items():
+        one = f"{rates[kinds[0]]['rows_per_second']:,.0f}"
+        others = [f"{100 * rates[name]['of_one_task']:.0f} %" for name in kinds[1:]]
+        lines.append(f"| {ROWS} {kind} | {' | '.join([one, *others])} |")
+    lines += ["", "| `--train` | a step, of full fine-tuning | optimizer |", "|---|---|---|"]
+    for train, cost in results["tuning"].items():
+        size = cost["optimizer_bytes"]
+        memory = f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.0f} kB"
+        lines.append(f"| `{train}` | {100 * cost['of_first']:.0f} % | {memory} |")
+    task = results["task"]
+    lines += [
+        "",
+        f"A task with a state and biases is {task['bytes']:,} bytes, of which "
+        f"{task['bytes'] - task['bytes_beside_head']:,} are the head's.",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="task_bank", help="name of the JSON")
@@ -196,8 +218,7 @@ def main() -> None:
             "task": bytes_beside_head(folder / f"{TASKS} tasks with states and biases" / "0"),
             "tuning": tuning(args.repeats),
         }
-    for part, values in results.items():
-        print(part, values)
+    print(table(results))
     write_results(args.out, facts(), results)
 
 

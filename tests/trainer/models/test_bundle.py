@@ -247,3 +247,32 @@ def test_weights_that_are_not_finite_are_refused(
     bundle.save(tmp_path / "bad", "encoder", tensors, info, vocab)
     with pytest.raises(InputError, match="its tensor 'lstm/0/bias' has non-finite values"):
         bundle.load(tmp_path / "bad", "encoder", "--encoder")
+
+
+def test_a_task_of_512_cells_is_16_kilobytes_beside_its_head(tmp_path: Path) -> None:
+    classifier = Classifier(Encoder(4, 2, 512, seed=0), 2, hidden_units=0, pooling="concat")
+    classifier.build()
+    tensors = bundle.task_tensors(classifier, "state+bias")
+    info = {
+        "model": {"units": 512, "num_layers": 1, "hidden_units": 0, "num_classes": 2},
+        "max_tokens": 400,
+        "vocab_sha256": "0" * 64,
+        "encoder_sha256": "0" * 64,
+        "class_names": ["neg", "pos"],
+    }
+    info["model"]["pooling"] = "concat"
+    bundle.save(tmp_path / "task", "task", tensors, info, None)
+    assert bundle.load(tmp_path / "task", "task", "--task").tensors.keys() == tensors.keys()
+    head = sum(value.nbytes for name, value in tensors.items() if name.startswith("output/"))
+    size = sum(file.stat().st_size for file in (tmp_path / "task").iterdir())
+    assert 4 * 6 * 512 < size - head < 16 * 1024
+
+
+def test_the_biases_of_a_task_are_those_of_plain_embeddings() -> None:
+    plain, normalised = (Encoder(4, 2, 3, seed=0, normalised=which) for which in (False, True))
+    for encoder in (plain, normalised):
+        encoder.build()
+    normalised.absorb_normalisation()
+    for found, expected in zip(normalised.biases(), plain.biases(), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(normalised.lstms[0].cell.bias.numpy() - plain.biases()[0]).max() > 1e-4
