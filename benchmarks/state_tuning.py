@@ -5,8 +5,8 @@
 
 Beside full fine-tuning, and logistic regression on TF-IDF. Every method has the same steps and the
 same trials: the learning rates, of which the validation split chooses. Intervals are paired: of
-the difference to the linear head on frozen pooling, over the same test documents. A run that is
-interrupted resumes when its command is repeated.
+the difference to the linear head on frozen pooling, over the same test documents and seeds. To
+resume an interrupted run, repeat its command.
 """
 
 import argparse
@@ -31,9 +31,11 @@ RATES = (1e-3, 1e-2)
 DRAWS = 10_000
 
 
-def trial(args: argparse.Namespace, train: str, labels: int, rate: float) -> dict[str, Any]:
+def trial(
+    args: argparse.Namespace, train: str, labels: int, seed: int, rate: float
+) -> dict[str, Any]:
     """Fine-tunes and tests once; returns the errors, in percent, and 1 for each wrong document."""
-    folder = Path(args.run_dir) / f"{labels}-{train}-{rate:g}"
+    folder = Path(args.run_dir) / f"{labels}-{train}-{seed}-{rate:g}"
     kept = folder / "trial.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -42,7 +44,7 @@ def trial(args: argparse.Namespace, train: str, labels: int, rate: float) -> dic
         folder, args.store, args.encoder, train=train, finetune_documents=labels,
         finetune_learning_rate=rate, finetune_steps=args.steps, finetune_batch_size=32,
         finetune_evaluate_every_steps=args.steps // 4, finetune_max_tokens=args.max_tokens,
-        pooling="mean", hidden_units=0, seed=args.seed, **quiet,
+        pooling="mean", hidden_units=0, seed=seed, **quiet,
     )  # fmt: skip
     test = warmstate.evaluate(folder / "test", args.store, trained.folder, "test", **quiet)
     found = {
@@ -71,27 +73,30 @@ def linear_models(store: str) -> LinearModels:
 
 
 def row(args: argparse.Namespace, labels: int) -> dict[str, Any]:
-    """Returns the errors of all methods with so many labels."""
+    """Returns the errors of all methods with so many labels, over the seeds."""
+    seeds = range(args.seeds if labels else 1)
     chosen = {
-        train: min(
-            ((trial(args, train, labels, rate), rate) for rate in RATES),
-            key=lambda found: found[0]["validation_error_percent"],
-        )
+        train: [
+            min(
+                (trial(args, train, labels, seed, rate) for rate in RATES),
+                key=lambda found: found["validation_error_percent"],
+            )
+            for seed in seeds
+        ]
         for train in METHODS
     }
-    head = chosen["head"][0]["wrong"]
+    wrong = {train: sum((f["wrong"] for f in found), []) for train, found in chosen.items()}
     methods = {
         train: {
-            "test_error_percent": round(found["test_error_percent"], 2),
-            "learning_rate": rate,
-            "points_to_head": interval(found["wrong"], head),
+            "test_error_percent": [round(f["test_error_percent"], 2) for f in found],
+            "points_to_head": interval(wrong[train], wrong["head"]),
         }
-        for train, (found, rate) in chosen.items()
+        for train, found in chosen.items()
     }
-    view = TokenStore(args.store).split("train")
-    documents = view.sample(labels, args.seed) if labels else view
-    linear = linear_models(args.store).errors("tfidf", documents)
-    return {"labels": labels, "methods": methods, "tfidf_percent": round(linear.test, 2)}
+    view, models = TokenStore(args.store).split("train"), linear_models(args.store)
+    documents = [view.sample(labels, seed) if labels else view for seed in seeds]
+    tfidf = [round(models.errors("tfidf", some).test, 2) for some in documents]
+    return {"labels": labels, "methods": methods, "tfidf_percent": tfidf}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -105,9 +110,9 @@ def table(results: dict[str, Any]) -> str:
             method = found["methods"][train]
             low, high = method["points_to_head"]
             near = "" if train == "head" else f" ({low:+.1f} to {high:+.1f})"
-            cells.append(f"{method['test_error_percent']:.1f}{near}")
+            cells.append(f"{np.mean(method['test_error_percent']):.1f}{near}")
         labels = f"{found['labels']:,}" if found["labels"] else "all"
-        lines.append(f"| {labels} | {' | '.join(cells)} | {found['tfidf_percent']:.1f} |")
+        lines.append(f"| {labels} | {' | '.join(cells)} | {np.mean(found['tfidf_percent']):.1f} |")
     return "\n".join(lines)
 
 
@@ -119,7 +124,9 @@ def main() -> None:
     parser.add_argument("--labels", default="10,50,200,1000,0", help="0: all")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--max_tokens", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="samples of labels; one for all labels"
+    )
     parser.add_argument("--out", default="state_tuning", help="name of the JSON")
     args = parser.parse_args()
     info = bundle.read_info(Path(args.encoder), "encoder", "--encoder")
