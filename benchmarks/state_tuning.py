@@ -43,7 +43,7 @@ def trial(
     trained = warmstate.finetune(
         folder, args.store, args.encoder, train=train, finetune_documents=labels,
         finetune_learning_rate=rate, finetune_steps=args.steps, finetune_batch_size=32,
-        finetune_evaluate_every_steps=args.steps // 4, finetune_max_tokens=args.max_tokens,
+        finetune_evaluate_every_steps=args.steps, finetune_max_tokens=args.max_tokens,
         pooling="mean", hidden_units=0, seed=seed, **quiet,
     )  # fmt: skip
     test = warmstate.evaluate(folder / "test", args.store, trained.folder, "test", **quiet)
