@@ -124,7 +124,11 @@ def test_faults_between_flags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", ["--init_weights=random", "--initial_state=encode", "--joint_weight=1.0"]
+    "other",
+    [
+        *("--init_weights=random", "--initial_state=encode"),
+        *("--joint_weight=1.0", "--context_key=author"),
+    ],
 )
 def test_what_does_not_go_with_a_frozen_encoder(tmp_path: Path, other: str) -> None:
     tuned = (f"--run_dir={tmp_path}", "--stage=finetune", "--encoder=a", "--train=state")
