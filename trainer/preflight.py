@@ -219,11 +219,6 @@ def _frozen_faults(config: Config) -> Iterator[str]:
             f"--train={config.train} with --joint_weight={config.joint_weight}: joint training "
             "trains the encoder; use --train=all"
         )
-    if config.context_key:
-        yield (
-            f"--train={config.train} with --context_key={config.context_key}: a task has one state "
-            "for all documents; leave one out"
-        )
     if config.backward_encoder:
         yield (
             f"--train={config.train} with --backward_encoder={config.backward_encoder}: a task "
