@@ -203,15 +203,21 @@ def load_classifier(folder: str | Path) -> "TextClassifier":
     return load_classifier(folder, flag="folder")
 
 
-def predict(classifier: "TextClassifier | str | Path", texts: Sequence[str]) -> "list[Prediction]":
+def predict(
+    classifier: "TextClassifier | str | Path",
+    texts: Sequence[str],
+    contexts: Sequence[str | None] | None = None,
+) -> "list[Prediction]":
     """Returns the label and the probabilities of each text, in order.
 
     Args:
         classifier: From `load_classifier`, or a bundle's folder.
         texts: Any number.
+        contexts: Of each text, such as its author, for a classifier of --context_key.
 
     Raises:
-        InputError: There is no classifier bundle in the folder, or it is damaged.
+        InputError: There is no classifier bundle in the folder, it is damaged, or contexts do not
+            fit.
 
     Example:
         (prediction,) = warmstate.predict("runs/b/classifier", ["A fine film."])
@@ -219,7 +225,7 @@ def predict(classifier: "TextClassifier | str | Path", texts: Sequence[str]) -> 
     if isinstance(texts, str):
         raise InputError("texts is a single text: put it in a list")
     model = load_classifier(classifier) if isinstance(classifier, str | Path) else classifier
-    return model.predict(texts)
+    return model.predict(texts, contexts)
 
 
 def __getattr__(name: str) -> Any:

@@ -41,12 +41,13 @@ def kind_and_path(spec: str) -> tuple[str, str]:
     return next((kind for kind in KINDS[1:] if name.endswith(f".{kind}")), "text"), spec
 
 
-def read_rows(spec: str, text_key: str = "text") -> Iterator[Row]:
+def read_rows(spec: str, text_key: str = "text", context_key: str = "") -> Iterator[Row]:
     """Yields rows in order.
 
     Args:
         spec: `[KIND:]FILES`; FILES is a pattern, or "-" for standard input.
         text_key: column or key of the text; unused for lines of text.
+        context_key: column that tables must have, too; "" for none.
 
     Raises:
         InputError: no file matches, one cannot be read to its end, or lacks the column.
@@ -56,20 +57,20 @@ def read_rows(spec: str, text_key: str = "text") -> Iterator[Row]:
     if not paths:
         raise InputError(f"--input={spec}: no file matches {pattern}")
     for path in paths:
-        yield from _rows_of(kind, path, "text" if kind == "text" else text_key)
+        yield from _rows_of(kind, path, "text" if kind == "text" else text_key, context_key)
 
 
-def _rows_of(kind: str, path: str, text_key: str) -> Iterator[Row]:
+def _rows_of(kind: str, path: str, text_key: str, context_key: str) -> Iterator[Row]:
     name = "standard input" if path == STANDARD_INPUT else path
     columns_known = kind in ("text", "jsonl")
     for record in read_records(kind, Range(path), []):
         if not columns_known and not record.fault:
             columns_known = True
-            if text_key not in record.values:
-                raise InputError(
-                    f"{name} has no column {text_key!r} (--text_key); it has "
-                    f"{', '.join(record.values)}"
-                )
+            for key, why in ((text_key, "--text_key"), (context_key, "the classifier's contexts")):
+                if key and key not in record.values:
+                    raise InputError(
+                        f"{name} has no column {key!r} ({why}); it has {', '.join(record.values)}"
+                    )
         fault = record_fault(record, text_key)
         text = "" if fault else record.values[text_key]
         yield Row(f"{name}, line {1 + record.line_index}", text, record.values, fault)

@@ -40,7 +40,7 @@ def predict(config: Config, texts: Sequence[str]) -> None:
         model = load_classifier(Path(config.classifier))
     answers = _stream(model) if config.stream else _classify(model)
     tokenizer_kind = model.tokenizer.config()["type"]
-    rows = Rows(config, texts)
+    rows = Rows(config, texts, model.context_key)
     output = config.output or "-"
     with opened(output) as file:
         in_colour = file.isatty()
@@ -66,23 +66,29 @@ def _classify(model: TextClassifier) -> Callable[[list[Row]], list[Prediction]]:
 
 def _context(model: TextClassifier, row: Row) -> str | None:
     """Returns what a row's text belongs to; None for an unknown context, as of a line of text."""
-    if (value := row.values.get(model.context_key)) is None:
-        return None
-    return value if isinstance(value, str) else json.dumps(value)
+    value = row.values.get(model.context_key) if model.context_key else None
+    return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
 def _stream(model: TextClassifier) -> Callable[[list[Row]], list[Prediction]]:
     """Returns a function that classifies rows, each as the end of all rows so far.
 
-    They have the first row's context.
+    All must have one context.
     """
-    sessions: list[Session] = []
+    by_context: dict[str | None, Session] = {}
 
     def after(row: Row) -> Prediction:
-        if not sessions:
-            sessions.append(model.session(_context(model, row)))
-        sessions[0].feed(row.text + "\n")
-        return model.prediction(sessions[0].probabilities())
+        context = _context(model, row)
+        if by_context and context not in by_context:
+            raise InputError(
+                f"{row.where}: its {model.context_key!r} is {context!r}, but --stream reads one "
+                f"text, and its first row has {next(iter(by_context))!r}"
+            )
+        if not by_context:
+            by_context[context] = model.session(context)
+        session = by_context[context]
+        session.feed(row.text + "\n")
+        return model.prediction(session.probabilities())
 
     return lambda rows: [after(row) for row in rows]
 
@@ -116,9 +122,9 @@ def reconstruct(config: Config, texts: Sequence[str]) -> None:
 class Rows:
     """Reads the rows of the command line or of --input in windows, and lists unusable ones."""
 
-    def __init__(self, config: Config, texts: Sequence[str]):
-        source = config.input or "-"
-        self._rows = _rows_of(texts) if texts else read_rows(source, config.text_key or "text")
+    def __init__(self, config: Config, texts: Sequence[str], context_key: str = ""):
+        source, text_key = config.input or "-", config.text_key or "text"
+        self._rows = _rows_of(texts) if texts else read_rows(source, text_key, context_key)
         # Lines that are typed, or may arrive any time, are answered one by one.
         typed = not texts and source == "-" and sys.stdin.isatty()
         self._most_rows = 1 if typed or config.stream else WINDOW_ROWS

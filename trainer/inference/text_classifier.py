@@ -101,7 +101,16 @@ class TextClassifier(tf.Module):
         return tf.nn.softmax(self.logits(ids.to_tensor(), lengths, contexts))
 
     def context_numbers(self, contexts: Sequence[str | None]) -> np.ndarray:
-        """Returns the number of each context, -1 for unknown ones: int32 [texts]."""
+        """Returns the number of each context, -1 for unknown ones: int32 [texts].
+
+        Raises:
+            InputError: The classifier has no contexts, but some are given.
+        """
+        if any(contexts) and not self.context_key:
+            raise InputError(
+                "contexts are given, but the classifier has none: it was trained without "
+                "--context_key"
+            )
         return np.array([self._numbers.get(name or "", UNKNOWN) for name in contexts], np.int32)
 
     def predict(
@@ -130,6 +139,8 @@ class TextClassifier(tf.Module):
             contexts: Of each text, such as its author; None for unknown ones, or for all.
         """
         numbers = self.context_numbers([None] * len(texts) if contexts is None else contexts)
+        if len(numbers) != len(texts):
+            raise InputError(f"{len(numbers)} contexts for {len(texts)} texts")
         found = np.zeros((len(texts), len(self.class_names)), np.float32)
         if not len(texts):
             return found

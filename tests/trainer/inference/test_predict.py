@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,29 @@ def test_a_stream_is_answered_line_by_line_as_the_text_so_far(classifier_bundle:
         found, load_classifier(classifier_bundle).predict(so_far), strict=True
     ):
         assert row["probabilities"] == pytest.approx(expected.probabilities, abs=2e-6)
+
+
+def test_contexts_are_a_column(
+    make_classifier_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = make_classifier_bundle(num_contexts=3)
+    (tmp_path / "in.csv").write_text("author,text\nann,good film\nbob,good film\n,good film\n")
+    predict(folder, input=f"{tmp_path}/in.csv", output="jsonl:-", explain=True)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model = load_classifier(folder)
+    contexts = ["ann", "bob", None]
+    expected = model.predict(["good film"] * 3, contexts)
+    assert [row["probabilities"] for row in found] == [p.probabilities for p in expected]
+    assert found[0]["contributions"] != found[1]["contributions"]
+    with pytest.raises(InputError, match="its 'author' is 'bob', but --stream reads one text"):
+        predict(folder, input=f"{tmp_path}/in.csv", stream=True)
+    (tmp_path / "other.csv").write_text("writer,text\nann,good film\n")
+    with pytest.raises(InputError, match=r"has no column 'author' \(the classifier's contexts\)"):
+        predict(folder, input=f"{tmp_path}/other.csv")
+    with pytest.raises(InputError, match="2 contexts for 1 texts"):
+        model.predict(["good"], ["ann", "bob"])
+    with pytest.raises(InputError, match="it was trained without --context_key"):
+        load_classifier(make_classifier_bundle()).predict(["good"], ["ann"])
 
 
 def test_a_window_is_bounded_and_rows_are_read_one_window_at_a_time() -> None:
