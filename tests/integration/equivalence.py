@@ -220,6 +220,8 @@ def make_batches(distributor):
 class RandomDocuments:
     """What `make_dataset` needs of a SplitView."""
 
+    has_contexts = False
+
     def __init__(self) -> None:
         random = np.random.default_rng(1)
         self._lengths = random.integers(1, 12, DOCUMENTS).astype(np.int32)
