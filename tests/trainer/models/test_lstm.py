@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tests import forked
 from tests.conftest import REPOSITORY
+from tests.trainer.rounding import OF_HALF_PRECISION_LSTM, bound
 from trainer.models.lstm import Mode, WarmLSTM, lstm
 from trainer.native import library_path
 
@@ -456,14 +457,12 @@ def test_reset_state_needs_a_built_stateful_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "tolerance"),
-    [
-        pytest.param("mixed_bfloat16", 1e-2, marks=pytest.mark.bfloat16),
-        ("mixed_float16", 2e-3),
-    ],
+    "policy",
+    [pytest.param("mixed_bfloat16", marks=pytest.mark.bfloat16), "mixed_float16"],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_half_precision_is_near_float32(policy: str, tolerance: float, masked: bool) -> None:
+def test_half_precision_is_near_float32(policy: str, masked: bool) -> None:
+    tolerance = bound(tf.as_dtype(policy.removeprefix("mixed_")), OF_HALF_PRECISION_LSTM)
     random = np.random.default_rng(0)
     inputs = tf.constant(random.normal(size=(6, 150, 5)), tf.float32)
     mask = tf.sequence_mask([150, 1, 149, 80, 3, 120], 150) if masked else None
