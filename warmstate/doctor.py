@@ -21,7 +21,7 @@ LEAST_SHARED_MEMORY_BYTES = 128 << 20  # Docker's default of 64 MiB stops NCCL
 LEAST_MEMORY_BYTES = 2 << 30
 LEAST_DISK_BYTES = 2 << 30
 LEAST_OPEN_FILES = 1024
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 # Run in separate processes: a broken library may end its process.
 TENSORFLOW = """
 import tensorflow as tf, keras

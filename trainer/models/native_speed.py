@@ -20,7 +20,7 @@ from trainer import native  # noqa: E402
 from trainer.models.lstm import WarmLSTM  # noqa: E402
 
 SIZES = [(32, 40, 128, 256), (64, 10, 256, 512)]  # batch, steps, inputs, units
-TURNS = 9
+TURNS = 5
 
 
 def step(sizes: tuple[int, int, int, int], instruction_set: str | None) -> Callable[[], float]:

@@ -388,6 +388,10 @@ inline void load_some(const float* from, int64_t many, Vector (&to)[4]) {
   for (int v = 0; v < 4; ++v) to[v] = load(each + v * kWidth);
 }
 inline void store_some(float* to, int64_t many, const Vector (&from)[4]) {
+  if (many == kGroup) {
+    for (int v = 0; v < 4; ++v) store(to + v * kWidth, from[v]);
+    return;
+  }
   float each[kGroup];
   for (int v = 0; v < 4; ++v) store(each + v * kWidth, from[v]);
   std::memcpy(to, each, 4 * many);
@@ -439,6 +443,7 @@ void product(const Product& call, int64_t begin, int64_t end) {
 // Left factors are in tiles [kDepth, kRows]. They are copied eight at a time, so the last ones of a
 // tile run into the two places behind it.
 constexpr int64_t kCopied = 8;
+constexpr int64_t kRowsAhead = 48;
 constexpr int64_t kLeftTile = kDepth * kRows + kCopied;
 
 int64_t left_tiles(const WeightGradient& call) {
@@ -446,7 +451,7 @@ int64_t left_tiles(const WeightGradient& call) {
 }
 
 int64_t weight_gradient_scratch(const WeightGradient& call, int64_t columns) {
-  return left_tiles(call) * (kRows + kLeftTile) + kCopied + kDepth * columns;
+  return left_tiles(call) * (kRows + kLeftTile) + kCopied + kDepth * kTile;
 }
 
 // Packs [inputs, h before the step, 1] of some places, each of which is `line` meanwhile.
@@ -504,11 +509,15 @@ void weight_gradient(const WeightGradient& call, int64_t first, int64_t last, fl
     if (many < kDepth && place < all_places) continue;
     pack_left(call, places, many, line, left);
     for (int64_t column = first; column < last; column += kTile) {
-      float* tile = right + (column - first) * many;
       for (int64_t k = 0; k < many; ++k) {
-        std::memcpy(tile + k * kTile, call.d_z + places[k] * columns + column, 4 * kTile);
+        // Rows lie too far apart for the processor to see a pattern.
+        const int64_t ahead = k + kRowsAhead < many ? k + kRowsAhead : many - 1;
+        const float* later = call.d_z + places[ahead] * columns;
+        for (int at = 0; at < kTile; at += kLine) __builtin_prefetch(later + column + at, 0, 2);
+        const float* from = call.d_z + places[k] * columns + column;
+        for (int v = 0; v < kTile; v += kWidth) store(right + k * kTile + v, load(from + v));
       }
-      add_tile(call, begins, column, many, left, tile);
+      add_tile(call, begins, column, many, left, right);
     }
     begins = false;
     many = 0;
