@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import op_callbacks
 
 from data_pipelines.errors import InputError
 from tests.trainer.rounding import OF_HALF_PRECISION_LSTM, bound
@@ -527,6 +528,31 @@ def test_a_bias_alone_is_trained_without_the_products_of_the_other_weights(eithe
     alone = products_before(function.get_concrete_function(inputs).outputs)
     np.testing.assert_allclose(function(inputs), expected, rtol=1e-5, atol=1e-6)
     assert sum((trained - alone).values()) == 1 and not alone - trained, (trained, alone)
+
+
+def test_a_frozen_layer_called_eagerly_computes_no_gradients_of_weights(operations: Any) -> None:
+    layer = WarmLSTM(16, return_sequences=True)
+    layer.build((4, 3, 5))
+    inputs, seen = tf.random.stateless_normal((4, 3, 5), (0, 0)), collections.Counter[str]()
+
+    def run(*more: tf.Tensor) -> list[tf.Tensor]:
+        seen.clear()
+        with tf.GradientTape() as tape:
+            tape.watch(more)
+            loss = tf.reduce_sum(layer(inputs, training=True) ** 2)
+        return tape.gradient(loss, more or layer.trainable_variables)
+
+    op_callbacks.add_op_callback(count := lambda name, *_, **__: seen.update([name]))
+    try:
+        assert np.any(run()[0])  # the inputs have no gradient
+        assert (seen["WarmstateLstmWeightGrad"], seen["WarmstateProduct"]) == (1, 1)
+        layer.trainable = False
+        assert np.any(run(inputs)[0])
+        assert (seen["WarmstateLstmWeightGrad"], seen["WarmstateProduct"]) == (0, 2)
+        assert np.any(run(layer.cell.kernel.value)[0])
+        assert (seen["WarmstateLstmWeightGrad"], seen["WarmstateProduct"]) == (1, 1)
+    finally:
+        op_callbacks.remove_op_callback(count)
 
 
 def test_a_frozen_weight_that_a_tape_watches_has_its_gradient(either: None) -> None:

@@ -17,6 +17,7 @@ over hundreds of steps.
 Equations: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, as in Keras.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -56,6 +57,9 @@ class Mode(NamedTuple):
       frozen: whether of the weights at most the bias is trained: its gradient is then computed
         without the products that give the others, which a graph leaves out where nobody asks.
       row_biases: whether each row of the batch has its own bias.
+      of_inputs: whether the inputs have a gradient. In a graph it is always True: what is not used
+        there never runs.
+      of_matrices: the same of kernel and recurrent kernel.
     """
 
     return_sequences: bool
@@ -63,6 +67,8 @@ class Mode(NamedTuple):
     training: bool = True
     frozen: bool = False
     row_biases: bool = False
+    of_inputs: bool = True
+    of_matrices: bool = True
 
 
 class Words(NamedTuple):
@@ -292,6 +298,8 @@ class WarmLSTM(keras.layers.LSTM):
             training=training or recorded,
             frozen=not (cell.kernel.trainable or cell.recurrent_kernel.trainable),
             row_biases=self.row_bias is not None,
+            of_inputs=_is_recorded(inputs),
+            of_matrices=_is_recorded(kernel, recurrent),
         )
         outputs, h, c = lstm(inputs, h, c, (kernel, recurrent, bias), mask, mode, index)
         return [outputs if mask is None else self._mask_outputs(outputs, mask), h, c]
@@ -322,7 +330,8 @@ class WarmLSTM(keras.layers.LSTM):
 
     def _tensor(self, variable: keras.Variable) -> tf.Tensor:
         # Read here, not in the loops: a custom gradient may not capture variables.
-        return tf.cast(tf.convert_to_tensor(variable), self.compute_dtype)
+        with record.stop_recording() if _is_frozen(variable) else contextlib.nullcontext():
+            return tf.cast(tf.convert_to_tensor(variable), self.compute_dtype)
 
     def _runs_own_loop(self) -> bool:
         standard = (
@@ -348,6 +357,17 @@ class WarmLSTM(keras.layers.LSTM):
         if not self.return_sequences:
             shown = shown[:, -1:]
         return tf.where(shown[:, :, tf.newaxis], outputs, tf.zeros_like(outputs))
+
+
+def _is_frozen(variable: keras.Variable) -> bool:
+    """Returns whether tapes are not to see an eager read: what they see they watch, frozen too."""
+    if variable.trainable or not tf.executing_eagerly() or tf.distribute.has_strategy():
+        return False
+    return not record.should_record_backprop([variable.value.handle])
+
+
+def _is_recorded(*tensors: tf.Tensor) -> bool:
+    return not tf.executing_eagerly() or record.should_record_backprop(list(tensors))
 
 
 def _of_shape(
@@ -452,7 +472,7 @@ class _CompiledLoops(NamedTuple):
 
     def backward(
         self, upstream: tuple[tf.Tensor, ...], tensors: tuple[tf.Tensor, ...], kept: Any
-    ) -> tuple[tf.Tensor, ...]:
+    ) -> tuple[tf.Tensor | None, ...]:
         """Returns the gradients of `tensors`; each is computed only if it is asked for."""
         inputs, h, c, kernel, recurrent, _ = tensors
         d_outputs, dh, dc = map(_whole, upstream)
@@ -471,15 +491,29 @@ class _CompiledLoops(NamedTuple):
         )
         if inputs.dtype == tf.float32:
             return self._of_dz(dz, tensors, kept.outputs, dh, dc)
-        d_bias = _of_bias(dz, self.mode)
-        before = tf.concat([_whole(h)[:, tf.newaxis], kept.outputs[:, :-1]], 1)
-        dh, dc, d_bias, dz, before = (
-            tf.cast(t, inputs.dtype) for t in (dh, dc, d_bias, dz, before)
+        return self._of_dz_in_half(dz, tensors, kept.outputs, dh, dc)
+
+    def _of_dz_in_half(
+        self,
+        dz: tf.Tensor,
+        tensors: tuple[tf.Tensor, ...],
+        outputs: tf.Tensor,
+        dh: tf.Tensor,
+        dc: tf.Tensor,
+    ) -> tuple[tf.Tensor | None, ...]:
+        """Returns the gradients of tensors in half precision from those of the gates."""
+        inputs, h, _, kernel, _, _ = tensors
+        d_inputs = d_kernel = d_recurrent = None
+        dh, dc, d_bias, flat = (
+            tf.cast(t, inputs.dtype) for t in (dh, dc, _of_bias(dz, self.mode), _flat(dz))
         )
-        dz = _flat(dz)
-        d_inputs = tf.reshape(tf.matmul(dz, kernel, transpose_b=True), tf.shape(inputs))
-        d_kernel = tf.matmul(_flat(inputs), dz, transpose_a=True)
-        d_recurrent = tf.matmul(_flat(before), dz, transpose_a=True)
+        if self.mode.of_inputs:
+            d_inputs = tf.reshape(tf.matmul(flat, kernel, transpose_b=True), tf.shape(inputs))
+        if self.mode.of_matrices:
+            before = tf.concat([_whole(h)[:, tf.newaxis], outputs[:, :-1]], 1)
+            before = _flat(tf.cast(before, inputs.dtype))
+            d_kernel = tf.matmul(_flat(inputs), flat, transpose_a=True)
+            d_recurrent = tf.matmul(before, flat, transpose_a=True)
         return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
 
     def _of_dz(
@@ -489,19 +523,24 @@ class _CompiledLoops(NamedTuple):
         outputs: tf.Tensor,
         dh: tf.Tensor,
         dc: tf.Tensor,
-    ) -> tuple[tf.Tensor, ...]:
+    ) -> tuple[tf.Tensor | None, ...]:
         """Returns the gradients of float32 tensors from those of the gates."""
         inputs, h, _, kernel, _, _ = tensors
-        none, of_weights = tf.zeros([0]), self.operations.warmstate_lstm_weight_grad
+        d_inputs = d_kernel = d_recurrent = d_bias = None
+        left = inputs  # of the kernel's gradient
         if self._by_index:
             of_words = tf.math.unsorted_segment_sum(dz, self.index, tf.shape(inputs)[0])
             d_inputs = tf.matmul(of_words, kernel, transpose_b=True)
-            d_kernel = tf.matmul(inputs, of_words, transpose_a=True)
-            _, d_recurrent, d_bias = of_weights(outputs[:, :, :0], outputs, h, dz, self.mask)
-        else:
-            d_inputs = self._product(dz, kernel, none, self.mask, transpose=True)
-            d_kernel, d_recurrent, d_bias = of_weights(inputs, outputs, h, dz, self.mask)
-        if self.mode.frozen or self.mode.row_biases:
+            left = outputs[:, :, :0]
+        elif self.mode.of_inputs:
+            d_inputs = self._product(dz, kernel, tf.zeros([0]), self.mask, transpose=True)
+        if self.mode.of_matrices:
+            d_kernel, d_recurrent, d_bias = self.operations.warmstate_lstm_weight_grad(
+                left, outputs, h, dz, self.mask
+            )
+            if self._by_index:
+                d_kernel = tf.matmul(inputs, of_words, transpose_a=True)
+        if self.mode.frozen or self.mode.row_biases or d_bias is None:
             d_bias = _of_bias(dz, self.mode)
         return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
 
@@ -549,7 +588,7 @@ def _compiled(
             dtype = tensors[0].dtype
             results = tuple(tf.cast(t, dtype) for t in (shown, found.final_h, found.final_c))
 
-        def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
             with tf.name_scope("lstm_backward"):
                 kept = found
                 if not mode.keep_activations:
@@ -584,13 +623,15 @@ def _in_tensorflow(
     def run(*tensors: tf.Tensor) -> Any:
         results, saved = _forward(tensors, mask, units, mode)
 
-        def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
             kept = saved
             if kept is None:
                 _warn_of_second_run(mode)
                 again = mode._replace(return_sequences=False, keep_activations=True)
                 _, kept = _forward(_not_before(upstream, tensors), mask, units, again)
-            return _backward(upstream, tensors[3:5], mask, kept, sizes, mode)
+            dz, dh, dc = _backward(upstream, tensors[4], mask, kept, mode)
+            of_inputs, *of_weights = _of_dz(dz, tensors[3], kept.columns, sizes, mode)
+            return of_inputs, dh, dc, *of_weights
 
         return results, gradient
 
@@ -703,16 +744,14 @@ def _products(
 @_always_in_graph
 def _backward(
     upstream: tuple[tf.Tensor, ...],
-    matrices: tuple[tf.Tensor, tf.Tensor],
+    recurrent: tf.Tensor,
     mask: tf.Tensor | None,
     saved: _Saved,
-    sizes: tuple[int, int],
     mode: Mode,
-) -> tuple[tf.Tensor, ...]:
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the gradients of the gates [time, batch, 4 * units], and of the first h and c."""
     d_outputs, dh, dc = upstream
-    kernel, recurrent = matrices
-    width, units = sizes
-    rows = width + (1 if mask is None else 2) + units
+    units = recurrent.shape[0]
     kept_sizes = (2 * units, units, units, units, units)
     steps = tf.raw_ops.TensorListLength(input_handle=saved.columns)
     dtype, loop_dtype = dh.dtype, _loop_dtype(dh.dtype)
@@ -756,15 +795,36 @@ def _backward(
         shape_invariants=_invariants(units, (dzs,)),
         parallel_iterations=1,
     )
-    dz = tf.transpose(dzs.stack(), (0, 2, 1))  # [time, batch, 4 * units]
-    d_inputs = tf.transpose(tf.tensordot(dz, kernel, [[2], [1]]), (1, 0, 2))
     dh, dc = (tf.cast(tf.transpose(state), dtype) for state in (dh, dc))
-    columns = tf.raw_ops.TensorListStack(
-        input_handle=saved.columns, element_shape=(rows, -1), element_dtype=dtype
-    )
-    flat_columns = tf.reshape(tf.transpose(columns, (1, 0, 2)), (rows, -1))
-    d_weights = tf.matmul(flat_columns, tf.reshape(dz, (-1, 4 * units)))
-    d_bias = d_weights[width]
-    if mode.frozen or mode.row_biases:
-        d_bias = tf.cast(_of_bias(tf.cast(tf.transpose(dz, (1, 0, 2)), loop_dtype), mode), dtype)
-    return d_inputs, dh, dc, d_weights[:width], d_weights[-units:], d_bias
+    return tf.transpose(dzs.stack(), (0, 2, 1)), dh, dc
+
+
+@_always_in_graph
+def _of_dz(
+    dz: tf.Tensor, kernel: tf.Tensor, columns: tf.Tensor, sizes: tuple[int, int], mode: Mode
+) -> tuple[tf.Tensor | None, ...]:
+    """Returns the gradients of inputs, kernel, recurrent kernel and bias from those of the gates.
+
+    Args:
+        dz: [time, batch, 4 * units].
+        kernel: [inputs, 4 * units].
+        columns: those that the forward loop saved.
+        sizes: inputs and units.
+        mode: how the call runs.
+    """
+    width, units = sizes
+    d_inputs = d_kernel = d_recurrent = d_bias = None
+    if mode.of_inputs:
+        d_inputs = tf.transpose(tf.tensordot(dz, kernel, [[2], [1]]), (1, 0, 2))
+    if mode.of_matrices:
+        columns = tf.raw_ops.TensorListStack(
+            input_handle=columns, element_shape=(-1, -1), element_dtype=dz.dtype
+        )
+        left = tf.transpose(columns, (1, 0, 2))  # rows: of inputs, bias, mask, state
+        left = tf.reshape(left, (tf.shape(left)[0], -1))
+        d_weights = tf.matmul(left, tf.reshape(dz, (-1, 4 * units)))
+        d_kernel, d_bias, d_recurrent = d_weights[:width], d_weights[width], d_weights[-units:]
+    if mode.frozen or mode.row_biases or d_bias is None:
+        by_row = tf.cast(tf.transpose(dz, (1, 0, 2)), _loop_dtype(dz.dtype))
+        d_bias = tf.cast(_of_bias(by_row, mode), dz.dtype)
+    return d_inputs, d_kernel, d_recurrent, d_bias
