@@ -66,8 +66,8 @@ def page() -> str:
     }
     text = TEMPLATE.read_text()
     for name, table in tables.items():
-        text = text.replace(f"{{{name}}}", of_file(RESULTS / f"{name}.json", table))
-        text = text.replace(f"{{{name}_gpu}}", of_file(RESULTS / f"{name}_gpu.json", table))
+        for which in (name, f"{name}_gpu", f"{name}_avx2"):
+            text = text.replace(f"{{{which}}}", of_file(RESULTS / f"{which}.json", table))
     return text
 
 

@@ -12,6 +12,7 @@ On a GPU only Keras (cuDNN) is there to compare with.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -131,6 +132,33 @@ def check(
             raise AssertionError(f"{name} differs from Keras by {error:.1e}")
 
 
+def functions_of(
+    layers: dict[str, keras.layers.LSTM],
+    shape: tuple[int, ...],
+    inputs: tf.Tensor,
+    mask: tf.Tensor | None,
+) -> dict[str, Callable]:
+    """Returns what is timed in this process; only the layers themselves if there is a mask."""
+    batch, units = shape[0], shape[3]
+    functions = {name: layer_step(layer, inputs, mask) for name, layer in layers.items()}
+    if mask is not None:
+        return functions
+    gpu = bool(tf.config.list_physical_devices("GPU"))
+    if not gpu:
+        functions["block_lstm"] = block_lstm_step(layers["keras"], inputs)
+    # oneDNN, limited to AVX2, ends the process at a bfloat16 product.
+    if not gpu and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() != "AVX2":
+        half = WarmLSTM(units, return_sequences=True, dtype="mixed_bfloat16")
+        half.build(inputs.shape)
+        half.set_weights(layers["keras"].get_weights())
+        functions[HALF] = layer_step(half, inputs, None)
+    for name, layer in layers.items():
+        functions[f"{name} inference"] = inference(layer, inputs)
+    functions["small products"] = products(4 * units, units, batch, PRODUCTS)
+    functions["large product"] = products(GEMM_SIDE, GEMM_SIDE, GEMM_SIDE, 1)
+    return functions
+
+
 def measure(
     shape: tuple[int, ...], padded: bool, torch: Program | None, folder: Path
 ) -> dict[str, Any]:
@@ -148,19 +176,7 @@ def measure(
     for layer in layers.values():
         layer.build(inputs.shape)
     layers["warmstate"].set_weights(layers["keras"].get_weights())
-    functions = {name: layer_step(layer, inputs, mask) for name, layer in layers.items()}
-    gpu = bool(tf.config.list_physical_devices("GPU"))
-    if not padded:
-        if not gpu:
-            functions["block_lstm"] = block_lstm_step(layers["keras"], inputs)
-            half = WarmLSTM(units, return_sequences=True, dtype="mixed_bfloat16")
-            half.build(inputs.shape)
-            half.set_weights(layers["keras"].get_weights())
-            functions[HALF] = layer_step(half, inputs, None)
-        for name, layer in layers.items():
-            functions[f"{name} inference"] = inference(layer, inputs)
-        functions["small products"] = products(4 * units, units, batch, PRODUCTS)
-        functions["large product"] = products(GEMM_SIDE, GEMM_SIDE, GEMM_SIDE, 1)
+    functions = functions_of(layers, shape, inputs, mask)
     expected = [tensor.numpy() for tensor in functions["keras"]()]
     for name in ("warmstate", "block_lstm"):
         if name in functions:
