@@ -629,7 +629,7 @@ def _in_tensorflow(
                 _warn_of_second_run(mode)
                 again = mode._replace(return_sequences=False, keep_activations=True)
                 _, kept = _forward(_not_before(upstream, tensors), mask, units, again)
-            dz, dh, dc = _backward(upstream, tensors[4], mask, kept, mode)
+            dz, dh, dc = _backward(upstream, tensors[4], mask, kept, units, mode)
             of_inputs, *of_weights = _of_dz(dz, tensors[3], kept.columns, sizes, mode)
             return of_inputs, dh, dc, *of_weights
 
@@ -747,11 +747,11 @@ def _backward(
     recurrent: tf.Tensor,
     mask: tf.Tensor | None,
     saved: _Saved,
+    units: int,
     mode: Mode,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Returns the gradients of the gates [time, batch, 4 * units], and of the first h and c."""
     d_outputs, dh, dc = upstream
-    units = recurrent.shape[0]
     kept_sizes = (2 * units, units, units, units, units)
     steps = tf.raw_ops.TensorListLength(input_handle=saved.columns)
     dtype, loop_dtype = dh.dtype, _loop_dtype(dh.dtype)
