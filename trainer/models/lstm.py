@@ -361,9 +361,12 @@ class WarmLSTM(keras.layers.LSTM):
 
 def _is_frozen(variable: keras.Variable) -> bool:
     """Returns whether tapes are not to see an eager read: what they see they watch, frozen too."""
-    if variable.trainable or not tf.executing_eagerly() or tf.distribute.has_strategy():
+    if variable.trainable or not tf.executing_eagerly():
         return False
-    return not record.should_record_backprop([variable.value.handle])
+    try:
+        return not record.should_record_backprop([variable.value.handle])
+    except ValueError:  # a mirrored variable, outside of the replicas
+        return False
 
 
 def _is_recorded(*tensors: tf.Tensor) -> bool:
