@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import ablation
+from benchmarks import ablation, state_tuning
 from benchmarks import all as benchmarks
 from benchmarks.processes import peak_megabytes
 
@@ -24,6 +24,12 @@ def test_the_pages_of_states_are_those_of_the_results(scale: str) -> None:
     results = REPOSITORY / "benchmarks/results" / f"learned_states{scale.replace('-', '_')}.json"
     page = REPOSITORY / "docs" / f"learned-states{scale}.md"
     assert page.read_text() == ablation.render(json.loads(results.read_text()))
+
+
+def test_the_page_of_tuning_has_the_table_of_the_results() -> None:
+    held = json.loads((REPOSITORY / "benchmarks/results/state_tuning.json").read_text())
+    page = (REPOSITORY / "docs/initialising-lstm-state.md").read_text()
+    assert state_tuning.table(held["results"]) in page
 
 
 def test_the_peak_of_memory_is_that_of_the_process_not_of_who_started_it() -> None:

@@ -183,7 +183,7 @@ class TaskBank:
         """
         if task not in self._number:
             hint = did_you_mean(task, self._number)
-            raise InputError(f"there is no task {task!r:.99}{hint}; GET /healthz lists them")
+            raise InputError(f"there is no task {task!r:.99}{hint}")
         return self._number[task]
 
 
