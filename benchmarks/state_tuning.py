@@ -104,7 +104,7 @@ def table(results: dict[str, Any]) -> str:
     names = {"head": "linear head", "all": "all weights"}
     head = " | ".join(names.get(train, train) for train in METHODS)
     lines = [f"| labels | {head} | TF-IDF |", "|---" * (len(METHODS) + 2) + "|"]
-    for found in results["rows"]:
+    for found in sorted(results["rows"], key=lambda row: row["labels"] or float("inf")):
         cells = []
         for train in METHODS:
             method = found["methods"][train]
