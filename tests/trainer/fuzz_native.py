@@ -284,6 +284,10 @@ def one_set(random: np.random.Generator, name: str) -> str:
         found = [tensor.numpy() for tensor in run(name, {k: tf.constant(v) for k, v in x.items()})]
     except tf.errors.InvalidArgumentError as error:
         assert not right, error
+    except tf.errors.ResourceExhaustedError:
+        # Operands of 2^40 x 0 numbers are right, but their result has 2^40 rows.
+        assert right and any(LARGE in shape for shape in shapes.values()), shapes
+        return "right, too large"
     else:
         assert right, f"{name} took {shapes}"
         check_values(name, x, found)
