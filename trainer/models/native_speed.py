@@ -2,10 +2,11 @@
 
 python -m trainer.models.native_speed SET     (as trainer.native does where it has no figure)
 
-It counts the processor time of one thread: on a busy machine the wall time of several has called
-loops slower that were faster.
+It counts the processor time of all threads: on a busy machine the wall time has called loops slower
+that were faster.
 """
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from trainer import native  # noqa: E402
 from trainer.models.lstm import WarmLSTM  # noqa: E402
 
 SIZES = [(32, 40, 128, 256), (64, 10, 256, 512)]  # batch, steps, inputs, units
-TURNS = 5
+TURNS = 9
 
 
 def step(sizes: tuple[int, int, int, int], instruction_set: str | None) -> Callable[[], float]:
@@ -51,21 +52,17 @@ def step(sizes: tuple[int, int, int, int], instruction_set: str | None) -> Calla
 def ratio(instruction_set: str) -> float:
     """Returns how many times faster a set's loops are than TensorFlow's, at the worse size.
 
-    They take turns and the best times count: those that nothing else on the machine disturbed.
+    They take turns, and the median of the turns' ratios counts.
     """
     found = []
     for sizes in SIZES:
         compiled, plain = step(sizes, instruction_set), step(sizes, None)
-        times = [(plain(), compiled()) for _ in range(TURNS)]
-        of_plain, of_compiled = (min(column) for column in zip(*times, strict=True))
-        found.append(of_plain / of_compiled)
+        found.append(statistics.median(plain() / compiled() for _ in range(TURNS)))
     return min(found)
 
 
 def main() -> None:
     """Prints the ratio of the instruction set that the command line names."""
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
     print(round(ratio(sys.argv[1]), 3))
 
 
