@@ -622,10 +622,10 @@ def test_a_tape_around_a_function_without_training_is_warned_of(either: None) ->
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The folder of a build that is not there yet, and nothing decided."""
+    found = native.instruction_sets()  # of the library that is there
     monkeypatch.setattr(native, "library_path", lambda: tmp_path / "lstm-1.so")
     for name in (native.CHOICE, "ONEDNN_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
-    found = native.instruction_sets()
     monkeypatch.setattr(native, "instruction_sets", lambda: found)
     native.choice.cache_clear()
     yield tmp_path
