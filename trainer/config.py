@@ -176,7 +176,7 @@ class PretrainingConfig:
     pretrain_subsampling: float = _pretrain(0.0, "Word frequency above which words are randomly "
         "left out of the loss, frequent words more often. 0: off.", at_least=0, below=1)
     sampled_softmax: int = _pretrain(1024, "Number of sampled candidates in the training softmax. "
-        "0: exact softmax.", at_least=0)
+        "0: exact softmax, as is the default if the vocabulary is not larger.", at_least=0)
     tied_softmax: bool = _pretrain(False, "Use the embeddings as the weights of the softmax.")
     pretrain_evaluate_every_steps: int = _pretrain(1_000, "Number of steps between evaluations, "
         "which use the exact softmax.", at_least=1)
@@ -400,6 +400,14 @@ class Config(  # the last base has the first fields
     def uses_softmax(self) -> bool:
         """Whether words are predicted: in pretraining, and in joint training."""
         return self.stage in ("all", "pretrain") or self.joint_weight > 0
+
+    def samples_at_least(self, vocab_size: int) -> bool:
+        """Returns whether a softmax with more candidates than words is asked for.
+
+        The default is not: `run_stage.exact_if_small` replaces it.
+        """
+        is_asked_for = self.uses_softmax and self.sampled_softmax != Config.sampled_softmax
+        return is_asked_for and self.sampled_softmax >= vocab_size
 
     @property
     def normalises_embeddings(self) -> bool:

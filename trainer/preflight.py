@@ -93,7 +93,7 @@ def _batch_size_faults(config: Config, cluster: Cluster) -> Iterator[str]:
 
 def _pretraining_faults(config: Config) -> Iterator[str]:
     """Yields which flags of pretraining do not go together."""
-    if config.uses_softmax and config.sampled_softmax >= config.vocab_size:
+    if config.samples_at_least(config.vocab_size):
         yield (
             f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
             f"{config.vocab_size}; 0 is the exact softmax"
@@ -246,7 +246,7 @@ def _stage_faults(config: Config) -> Iterator[str]:
         )
     for name in ("encoder", "backward_encoder"):
         if config.stage == "all" and getattr(config, name):
-            yield f"--stage=all trains an encoder of its own: leave --{name} out"
+            yield f"--stage=all trains a new encoder: leave --{name} out"
     if config.stage == "all" and config.pretrain_direction == "backward":
         yield (
             "--pretrain_direction=backward with --stage=all, whose classifier reads forward: "
@@ -406,7 +406,7 @@ def store_faults(config: Config, store: TokenStore) -> list[str]:
     kind = store.tokenizer_config["type"]
     if config.tokenizer not in ("word", kind):
         faults.append(f"--tokenizer={config.tokenizer}, but the store's is {kind}")
-    if config.uses_softmax and config.sampled_softmax >= store.vocab_size:
+    if config.samples_at_least(store.vocab_size):
         faults.append(
             f"--sampled_softmax={config.sampled_softmax} must be below the store's vocabulary of "
             f"{store.vocab_size}; 0 is the exact softmax"

@@ -188,7 +188,7 @@ class _Outage:
         now = time.monotonic()
         if self._began is None:
             self._began = now
-            _say(f"the API server is away ({reason}); the job goes on, trying again")
+            _say(f"the API server is away ({reason}); the job continues; trying again")
         if now - self._began < _OUTAGE_SECONDS:
             return True
         _say(

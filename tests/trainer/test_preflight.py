@@ -61,8 +61,10 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     fine = (folder, "--stage=finetune", "--encoder=e")
     small = (*fine, "--pretrain_batch_size=2", "--vocab_size=1000")
     assert faults(*small, cluster=Cluster(0, 3)) == []
-    (found,) = faults(*small, "--joint_weight=1", cluster=Cluster(0, 3))
-    assert "--sampled_softmax=1024 must be below --vocab_size" in found
+    joint = (*small, "--joint_weight=1")
+    (found,) = faults(*joint, "--sampled_softmax=1025", cluster=Cluster(0, 3))
+    assert "--sampled_softmax=1025 must be below --vocab_size" in found
+    assert faults(*joint, cluster=Cluster(0, 3)) == []  # the default becomes exact
     (found,) = faults(*fine, "--finetune_batch_size=2", cluster=Cluster(0, 3))
     assert "--finetune_batch_size=2 is smaller than the number of workers, 3" in found
     (found,) = faults(folder, "--distributor=one_device", cluster=Cluster(0, 2))

@@ -80,6 +80,7 @@ def _run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | No
     distributor = make_distributor(config.distributor, cluster, config.collective_timeout_seconds)
     stop_request = StopRequest(("TERM", config.preemption_signal), config.grace_seconds)
     config = precision.resolved(config, distributor, config_folder, log)
+    config = exact_if_small(config, store.vocab_size, log)
     trackers = make_trackers(config.track, log) if writes else []
     run = Run(config, distributor, store, stop_request, log, vitals, trackers)
     if config.step:
@@ -91,6 +92,17 @@ def _run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | No
             result = _result(run)
         if chief:
             write_report(run, result, time.perf_counter() - began)
+
+
+def exact_if_small(config: Config, vocab_size: int, log: Callable[[str], None]) -> Config:
+    """Returns the configuration with an exact softmax if it has too few words to sample from."""
+    if not config.uses_softmax or config.sampled_softmax < vocab_size:
+        return config
+    log(
+        f"softmax: exact, because the vocabulary has {vocab_size} words, not more than the "
+        f"default of --sampled_softmax={config.sampled_softmax}"
+    )
+    return dataclasses.replace(config, sampled_softmax=0)
 
 
 def turn_on_determinism() -> None:

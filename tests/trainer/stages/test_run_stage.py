@@ -9,6 +9,7 @@ import pytest
 from data_pipelines.errors import InputError
 from data_pipelines.store.token_store import TokenStore
 from tests.trainer.reporting.test_trackers import Notes
+from trainer import preflight
 from trainer.config import Config
 from trainer.distribution import run_lock
 from trainer.distribution.cluster import Cluster
@@ -69,6 +70,22 @@ def test_a_report_that_cannot_be_written_is_an_error_once_all_is_said(
         run_stage.write_report(run, RESULT, 1.0)
     assert '"steps": 3' in lines[-1] and (tmp_path / "report.html").is_file()
     assert [told[0] for told in notes.told] == ["finished"]
+
+
+def test_a_small_vocabulary_has_an_exact_softmax_by_default(small_store: Path) -> None:
+    store = TokenStore(small_store)
+    lines: list[str] = []
+    config = Config(stage="pretrain", store=str(small_store))
+    assert preflight.store_faults(config, store) == []
+    assert run_stage.exact_if_small(config, 1024, lines.append).sampled_softmax == 0
+    assert lines == [
+        "softmax: exact, because the vocabulary has 1024 words, not more than the default of "
+        "--sampled_softmax=1024"
+    ]
+    assert run_stage.exact_if_small(config, 1025, lines.append) is config
+    asked = Config(stage="pretrain", store=str(small_store), sampled_softmax=store.vocab_size)
+    (fault,) = preflight.store_faults(asked, store)
+    assert f"--sampled_softmax={store.vocab_size} must be below the store's vocabulary" in fault
 
 
 def test_a_folder_in_use_ends_a_run_before_any_work(
