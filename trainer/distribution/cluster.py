@@ -24,7 +24,8 @@ DEFAULT_PORT = 20_000
 LOST_WORKER_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed later
 # SLURM jobs use ports from DEFAULT_PORT, below Linux's ephemeral ports (from 32,768).
 _SLURM_PORTS = 12_000
-_SLURM_PORTS_BETWEEN_JOBS = 100
+# Coprime to _SLURM_PORTS and at its golden section: job numbers that are close get ports far apart.
+_SLURM_PORTS_BETWEEN_JOBS = 7_417
 _SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # of a batch script or salloc's shell, not of srun
 
 

@@ -109,7 +109,7 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
 
 
 def test_tasks_of_srun() -> None:
-    assert resolve(SRUN) == Cluster(1, 3, ("n1:20700", "n1:20701", "n2:20702"))
+    assert resolve(SRUN) == Cluster(1, 3, ("n1:23919", "n1:23920", "n2:23921"))
     third = SRUN | {"SLURM_PROCID": "2", "SLURM_NODEID": "1", "WARMSTATE_PORT": "5000"}
     assert resolve(third) == Cluster(2, 3, ("n1:5000", "n1:5001", "n2:5002"))
 
@@ -121,6 +121,19 @@ def test_srun_s_jobs_and_steps_get_ports_of_their_own_below_the_ephemeral_ones()
 
     assert ports(7, 0).isdisjoint(ports(8, 0)) and ports(7, 0).isdisjoint(ports(7, 1))
     assert all(20_000 <= int(p) < 32_000 for job in (0, 119, 120, 9_999_999) for p in ports(job, 0))
+
+
+def test_jobs_of_srun_whose_numbers_differ_by_less_than_600_share_no_port() -> None:
+    """With 8 tasks; jobs whose numbers differed by 120 shared them all."""
+    tasks = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "8"}
+    node = {"SLURM_STEP_NODELIST": "n1", "SLURM_NODEID": "0", "SLURM_PROCID": "1"}
+
+    def ports(job: int) -> set[str]:
+        return {*resolve(SRUN | tasks | node | {"SLURM_JOB_ID": str(job)}).addresses}
+
+    first = ports(5_000)
+    assert len(first) == 8
+    assert [d for d in (*range(1, 600), 1000, 1200, 12_000 - 120) if first & ports(5_000 + d)] == []
 
 
 @pytest.mark.parametrize(
