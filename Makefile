@@ -72,7 +72,9 @@ test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTA
 	$(BIN)/python -m pytest tests/integration/test_kubernetes_cluster.py
 
 test-kind: $(INSTALLED) ## the same on a cluster that kind makes, with an image built here (docker, kind)
-	docker build -f k8s/Dockerfile --target cpu -t warmstate:test .
+	tag=$$(sed -n 's/^ARG PYTHON=//p' k8s/Dockerfile); \
+	    digest=$$(docker buildx imagetools inspect "python:$$tag" --format '{{.Manifest.Digest}}') && \
+	    docker build -f k8s/Dockerfile --build-arg "PYTHON=$$tag@$$digest" --target cpu -t warmstate:test .
 	mkdir -p build
 	kind create cluster --name=warmstate-test --kubeconfig=build/kind.kubeconfig
 	kind load docker-image warmstate:test --name=warmstate-test

@@ -125,8 +125,11 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def without_links(path: str, flags: int) -> int:
-    """Opens a file that is not a link, for the argument `opener` of `open`."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """Opens a file that is not a link, for the argument `opener` of `open`.
+
+    A pipe is not waited for.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def remove(path: Path) -> None:

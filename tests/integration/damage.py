@@ -4,6 +4,9 @@
 """
 
 import contextlib
+import dataclasses
+import importlib
+import json
 import os
 import re
 import shutil
@@ -69,6 +72,10 @@ def make_bundle(folder: Path, name: str) -> None:
     encoder.build()
     info = {"model": bundle.encoder_model(encoder), "vocab_sha256": "0" * 64}
     tensors = values_of(bundle.encoder_variables(encoder))
+    if name == "decoder":
+        info |= {"model": {"vocab_size": 4, "embedding_dim": 2, "units": 3, "tied": False}}
+        info["encoder_sha256"] = "0" * 64
+        tensors = {"softmax/kernel": np.ones((4, 3), np.float32), "softmax/bias": np.ones(4)}
     if name == "classifier":
         classifier = Classifier(encoder, 2, hidden_units=5)
         classifier.build()
@@ -146,19 +153,90 @@ def verify_store(folder: Path) -> str:
     return "not noticed"
 
 
+def make_run(folder: Path) -> None:
+    """Writes the files of a run beside its checkpoints."""
+    from trainer.config import Config
+    from trainer.reporting import predictions
+    from trainer.reporting.metrics_file import Metrics
+    from trainer.safe_files import replace_text
+
+    run = folder / "run"
+    run.mkdir()
+    replace_text(run / "config.json", json.dumps(dataclasses.asdict(Config(run_dir="run"))))
+    replace_text(run / "precision.txt", "float32\n")
+    metrics = Metrics(run / "metrics.jsonl", "finetune")
+    for step in (1, 2):
+        metrics.write(step, loss=0.5)
+    label = np.zeros(3, np.int32)
+    states = dict.fromkeys(("state/h", "state/c"), np.ones((3, 2), np.float32))
+    tensors = {"document": np.arange(3), "label": label, "state/label": label}
+    tensors |= {"logits": np.ones((3, 1), np.float32), **states}
+    found = predictions.Predictions(tensors, {"classes": 2, "examples": []})
+    predictions.write(folder / "predictions", found)
+
+
+def resume_run(folder: Path) -> str:
+    """Returns what a run that resumes says of its small files."""
+    from data_pipelines.errors import InputError
+    from trainer import preflight
+    from trainer.config import Config
+    from trainer.distribution.tf_distribute import one_device
+    from trainer.reporting.metrics_file import Metrics
+    from trainer.training import precision
+
+    run, said = folder / "run", []
+    for name, means in (
+        ("config.json", "(recorded again, and not compared with the flags that it began with)"),
+        ("precision.txt", "(measured again)"),
+        ("metrics.jsonl", "(the report has no curves of what was before)"),
+    ):
+        if not os.path.lexists(run / name):
+            return means
+    config = Config(run_dir="run")
+    said += preflight.resume_faults(config, run)
+    try:
+        precision.resolved(Config(precision="auto"), one_device(), run, said.append)
+    except InputError as error:
+        said.append(str(error))
+    try:
+        if Metrics(run / "metrics.jsonl", "finetune").forget_after(2):
+            said.append("warning: 1 damaged lines of metrics.jsonl were dropped")
+        kept = (run / "metrics.jsonl").read_text().count("\n")
+        if kept < 2:
+            said.append("(a last line that is not complete is dropped: it was being written)")
+    except OSError as error:
+        said.append(f"{run}/metrics.jsonl cannot be read and written: {error.strerror}")
+    if not said and json.loads((run / "config.json").read_text()) != dataclasses.asdict(config):
+        return "(a flag that may change when a run resumes)"
+    return "\n".join(said) or "not noticed"
+
+
+def draw_predictions(folder: Path) -> str:
+    """Returns what a report says; one line for each fault."""
+    from trainer.report_page import run_folder
+
+    (folder / "config.json").write_text('{"seed": 1}')  # so that it is a run's folder
+    return "\n".join(run_folder.read(folder).faults) or "not noticed"
+
+
 # Name -> the folder of its files, its reader.
 ARTIFACTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "checkpoint": ("checkpoints/step-00000002", restore_checkpoint),
     "encoder": ("encoder", lambda folder: load_bundle(folder, "encoder")),
     "classifier": ("classifier", lambda folder: load_bundle(folder, "classifier")),
+    "decoder": ("decoder", lambda folder: load_bundle(folder, "decoder")),
     "store": ("store", verify_store),
+    "run": ("run", resume_run),
+    "predictions": ("predictions", draw_predictions),
 }
 
 
 def make_all(folder: Path, store: Path) -> None:
     """Writes all the artifacts into `folder`; the store is a copy."""
+    importlib.import_module("trainer.stages.run_stage")  # by root: nobody may not read Python
     make_checkpoints(folder)
-    for name in ("encoder", "classifier"):
+    make_run(folder)
+    for name in ("encoder", "classifier", "decoder"):
         make_bundle(folder, name)
     shutil.copytree(store, folder / "store")
 

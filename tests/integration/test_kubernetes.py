@@ -79,7 +79,7 @@ def test_a_killed_pod_costs_one_restart(small_store: Path, tmp_path: Path) -> No
 @pytest.mark.slow("pods that train; quick: one that fails, and what a controller sets")
 @pytest.mark.horovod
 def test_an_elastic_pod_shrinks_is_deleted_and_finishes(small_store: Path, tmp_path: Path) -> None:
-    elastic = {"overlay": "elastic", "name": "el"}
+    elastic = {"elastic": True, "min_workers": 1, "max_workers": 2, "name": "el"}
     steps = 300  # the launcher looks at the file twice a second
     with job(tmp_path, small_store, *FLAGS, f"--pretrain_steps={steps}", **elastic) as running:
         running.wait_for_line(r"pretrain step 6/")

@@ -14,7 +14,9 @@ def lost_peer(error: Exception) -> str | None:
     """
     message = getattr(error, "message", None) or str(error)
     by_tensorflow = isinstance(error, tf.errors.UnavailableError | tf.errors.DeadlineExceededError)
-    if not (by_tensorflow or _by_horovod(error, message)):
+    # The lost peer's replacement was there before its loss was seen.
+    restarted = isinstance(error, tf.errors.AbortedError) and "different incarnation" in message
+    if not (by_tensorflow or restarted or _by_horovod(error, message)):
         return None
     if said := watchdog.suspicion():
         return said

@@ -1,6 +1,8 @@
 """Writes metrics.jsonl, and formats figures for status lines."""
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +43,8 @@ class Metrics:
         if not self._path.exists():
             return 0
         kept, damaged = [], 0
-        lines = self._path.read_bytes().splitlines(keepends=True)
+        with open(self._path, "rb", opener=without_links) as file:
+            lines = file.readlines()
         for number, line in enumerate(lines, start=1):
             values = _values_of(line)
             if values is None:
@@ -54,10 +57,18 @@ class Metrics:
         return damaged
 
     def write(self, step: int, **values: Any) -> None:
-        """Appends one line."""
+        """Appends one line, or none of it: the next one must not continue half a line."""
         line = {"stage": self._stage, "step": step, "unix_time": round(time.time(), 3), **values}
-        with open(self._path, "a", opener=without_links) as file:
-            file.write(json.dumps(line) + "\n")
+        data = (json.dumps(line) + "\n").encode()
+        with open(self._path, "ab", buffering=0, opener=without_links) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), size)
+                raise
         tell(self._trackers, self._path.parent, self._stage, line)
 
 

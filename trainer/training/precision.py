@@ -64,7 +64,7 @@ def _remembered(path: Path) -> str:
     if not path.exists():
         return ""
     with opened(path) as file:
-        said = file.read(99).decode(errors="replace").strip()
+        said = file.read(99).decode(errors="replace").removesuffix("\n")
     if said not in CHOICES:
         raise DamagedError(f"{path} holds {said!r}, none of {', '.join(CHOICES)}")
     return said

@@ -6,6 +6,13 @@ from trainer.distribution.failures import lost_peer
 HOROVOD = (
     "Graph execution error:\n\nHorovod has been shut down. This was caused by\n\t [[{{node sum}}]]"
 )
+# As a pod said whose peer was killed and at once replaced.
+RESTARTED = (
+    "Collective ops is aborted by: Error reported from /job:worker/task:1: /job:worker/replica:0/"
+    "task:1 unexpectedly tried to connect with a different incarnation. It has likely restarted.\n"
+    "The error could be from a previous operation. Restart your program to reset.\n"
+    "\t [[{{node CollectiveReduceV2}}]] [Op:__inference__run_shards_6536]"
+)
 
 
 class HorovodInternalError(RuntimeError):
@@ -22,6 +29,7 @@ class HorovodInternalError(RuntimeError):
             "Timed out",
         ),
         (tf.errors.UnavailableError(None, None, ""), "UnavailableError"),
+        (tf.errors.AbortedError(None, None, RESTARTED), "with a different incarnation"),
         (tf.errors.UnknownError(None, None, HOROVOD), "Horovod has been shut down"),
         (HorovodInternalError("Horovod has been shut down"), "shut down"),
     ],
@@ -37,6 +45,7 @@ def test_a_lost_peer(error: Exception, says: str) -> None:
     [
         FloatingPointError("the loss of step 3 is nan"),
         tf.errors.UnknownError(None, None, "disk"),
+        tf.errors.AbortedError(None, None, "Collective ops is aborted by: out of memory"),
         tf.errors.InvalidArgumentError(None, None, "Horovod: shapes differ"),
         ValueError("peer"),
     ],
