@@ -1,6 +1,6 @@
-"""Times how much a checkpoint delays the steps of training, at the demo's size.
+"""Times how much a checkpoint delays the steps of training, at the size of a laptop.
 
-One process trains the demo's autoencoder. Blocks of steps alternate, so that a noisy machine is
+One process trains an autoencoder. Blocks of steps alternate, so that a noisy machine is
 noisy for both kinds: in every other block a checkpoint is saved before the first step, as the
 loop does it, and written meanwhile; a block ends after the write does. CPU seconds of the call
 and of the writing thread say what a checkpoint costs however busy the machine is. Prints one table,
@@ -39,7 +39,7 @@ BLOCK_STEPS = 8
 
 
 def batches(start: int, stop: int) -> tf.data.Dataset:
-    """Returns batches of full rows, the same row count and length as the demo's."""
+    """Returns batches of full rows, ROWS of TOKENS each."""
     tokens = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (16, ROWS, TOKENS), np.int32)
 
     def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -68,7 +68,7 @@ class _Timed(Checkpointer):
 
 
 def make_step(folder: Path) -> tuple[Callable[[dict], Any], _Timed]:
-    """Returns the training step of the demo's pretraining, and what saves its state."""
+    """Returns the training step of pretraining, and what saves its state."""
     distributor = make_distributor("one_device", Cluster(0, 1), 10)
     with distributor.scope():
         encoder = pretrain.make_encoder(CONFIG, CONFIG.vocab_size)

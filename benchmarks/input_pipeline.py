@@ -9,8 +9,8 @@ interleaved, so that a noisy machine is noisy for all. Prints one table and writ
   tokens/s          in wall time, of real tokens: padding does not count
   tokens/CPU s      the same in this process's processor time, which other programs disturb less
   padding           the part of a batch's tokens that is padding
-  waiting           the part of training's time spent in next(iterator), while the classifier of
-                    the demo (UNITS cells) trains on the same core; the worst case for a pipeline
+  waiting           the part of training's time spent in next(iterator), while a classifier
+                    of UNITS cells trains on the same core; the worst case for a pipeline
 """
 
 import argparse
@@ -124,7 +124,7 @@ def peers(tokenizer: Tokenizer, data_dir: str) -> dict[str, tf.data.Dataset]:
 
 
 def training_step(spec: dict[str, tf.TensorSpec]) -> Callable[[dict], tf.Tensor]:
-    """Returns a compiled step of the demo's classifier with Adam: batch -> loss."""
+    """Returns a compiled step of a classifier with Adam: batch -> loss."""
     classifier = Classifier(Encoder(VOCAB_SIZE, UNITS, UNITS, seed=0), num_classes=2)
     classifier.build()
     optimizer = keras.optimizers.Adam(1e-3)

@@ -429,7 +429,11 @@ class Config(  # the last base has the first fields
             "pretrain": self,
             "warm": dataclasses.replace(self, encoder=encoder),
             "scratch": dataclasses.replace(
-                self, init_weights="random", initial_state="zero", train="all"
+                self,
+                init_weights="random",
+                initial_state="zero",
+                train="all",
+                perturbation_norm=self.scratch_perturbation_norm or self.perturbation_norm,
             ),
         }
 

@@ -36,6 +36,7 @@ MOST_THREADS = 200  # of a worker
 FLAGS = (
     "--flagfile=trainer/configs/demo.cfg",
     "--stage=pretrain",
+    "--precision=float32",  # auto may choose differently in each run
     "--log_every_steps=1",
     "--checkpoint_every_steps=25",
 )

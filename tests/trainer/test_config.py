@@ -52,3 +52,6 @@ def test_each_part_of_the_whole_job_has_its_own_configuration() -> None:
     assert (parts["scratch"].init_weights, parts["scratch"].initial_state) == ("random", "zero")
     assert [part.reads_encoder for part in parts.values()] == [False, True, False]
     assert all(part.units == 7 for part in parts.values())
+    assert parts["scratch"].perturbation_norm == whole.perturbation_norm
+    gentle = Config(scratch_perturbation_norm=0.5).parts()
+    assert (gentle["scratch"].perturbation_norm, gentle["warm"].perturbation_norm) == (0.5, 5.0)

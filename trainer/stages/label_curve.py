@@ -18,7 +18,7 @@ from trainer.training.run import Run
 
 FEW_LABELS = 500
 PASSES = 20
-EVALUATIONS = 3
+EVALUATIONS = 2
 
 Row = dict[str, Any]
 

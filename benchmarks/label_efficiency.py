@@ -1,0 +1,201 @@
+"""Test error by number of labels: linear heads on frozen encoders, beside linear models of words.
+
+    python -m benchmarks.label_efficiency --store=STORE --encoder=RUN/encoder --work=FOLDER
+
+Each encoder reads every document once. Then a head is fitted to the mean outputs of some labelled
+documents, as a warm start with --hidden_units=0 --pooling=mean --finetune_steps=0 does. Samples are
+those of --label_counts: a sample of fewer labels is the start of a larger one. FOLDER keeps what is
+done, so an interrupted run continues. Writes benchmarks/results/label_efficiency.json and
+docs/label-efficiency.md.
+"""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+
+from benchmarks.machine import facts, in_words
+from data_pipelines.permutation import Permutation
+from data_pipelines.store.split_view import SAMPLE_KEY, SplitView
+from data_pipelines.store.token_store import TokenStore
+from trainer import native
+from trainer.models import bundle
+from trainer.models.classifier import pooled
+from trainer.models.encoder import Encoder
+from trainer.report_page.statistics import mean_of_runs
+from trainer.stages.linear_head import fitted
+from trainer.stages.linear_models import LinearModels
+
+FLAGS = flags.FLAGS
+COUNTS = {
+    10: 5,
+    50: 5,
+    200: 5,
+    1_000: 3,
+    5_000: 3,
+    0: 1,
+}  # samples of each number of labels; 0: all
+LINEAR = {"tfidf": "TF-IDF", "nbsvm": "NBSVM", "lsa": "LSA"}
+OBJECTIVES = {
+    "bag_autoencoder": "bag autoencoder",
+    "sequence_autoencoder": "sequence autoencoder",
+    "language_model": "language model",
+}
+PAGE = Path("docs/label-efficiency.md")
+TEMPLATE = Path(__file__).with_name("label_efficiency.template.md")
+RESULT = Path("benchmarks/results/label_efficiency.json")
+BATCH_SIZE, MAX_TOKENS = 64, 400
+
+
+def samples(train: SplitView) -> Iterator[tuple[int, int, SplitView]]:
+    """Yields the number of labels, the sample's number, and the documents."""
+    for count, draws in COUNTS.items():
+        for draw in range(draws):
+            yield count or len(train), draw, train.sample(count, draw) if count else train
+
+
+def mean_outputs(encoder: Encoder, view: SplitView) -> np.ndarray:
+    """Returns the mean of the encoder's outputs for each document: float32 [documents, units]."""
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def read(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+        outputs, final = encoder(tokens, lengths)
+        mask = tf.sequence_mask(lengths, tf.shape(tokens)[1])
+        return pooled("mean", outputs, final[-1][0], mask)
+
+    order = np.argsort(view.lengths_of(np.arange(len(view))), kind="stable")
+    found = np.empty((len(view), encoder.units), np.float32)
+    for start in range(0, len(order), BATCH_SIZE):
+        documents = order[start : start + BATCH_SIZE]
+        found[documents] = read(*view.gather(documents, MAX_TOKENS)).numpy()
+    return found
+
+
+class Heads:
+    """Linear heads on a frozen encoder."""
+
+    def __init__(self, folder: Path, store: TokenStore, work: Path):
+        loaded = bundle.load(folder, "encoder", "--encoder")
+        self.name = loaded.info["objective"]
+        self._code = loaded.tensors.get(bundle.CODE_KERNEL)
+        self._classes = store.num_classes
+        cached = work / f"outputs-{loaded.info['tensors_sha256'][:16]}.npz"
+        splits = ("train", "validation", "test")
+        if not cached.exists():
+            encoder = bundle.encoder_of(loaded)
+            outputs = {split: mean_outputs(encoder, store.split(split)) for split in splits}
+            np.savez(cached, **outputs)
+        outputs = np.load(cached)
+        self._outputs = {split: outputs[split] for split in splits}
+        self._labels = {split: labels(store.split(split)) for split in splits}
+
+    def errors(self, count: int, draw: int) -> dict[str, float]:
+        """Returns the errors, in percent, of the head of a sample of training documents."""
+        truth = self._labels["train"]
+        chosen = np.arange(len(truth))
+        if count < len(truth):
+            chosen = Permutation(len(truth), (draw, SAMPLE_KEY))(np.arange(count))
+        kernel, bias = fitted(
+            self._outputs["train"][chosen], truth[chosen], self._classes, self._code
+        )
+        found = {}
+        for split in ("validation", "test"):
+            logits = self._outputs[split] @ kernel + bias
+            predicted = logits.argmax(axis=1) if self._classes > 2 else logits[:, 0] > 0
+            error = 100 * float(np.mean(predicted != self._labels[split]))
+            found[f"{split}_error_percent"] = round(error, 3)
+        return found
+
+
+def labels(view: SplitView) -> np.ndarray:
+    """Returns the label of every document."""
+    return view.labels_of(np.arange(len(view)))
+
+
+def measure(store: TokenStore, encoders: Sequence[Path], work: Path) -> list[dict[str, Any]]:
+    """Returns a row for each model, number of labels and sample; rows in `work` are kept."""
+    path = work / "rows.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    done = {(row["model"], row["labels"], row["draw"]) for row in rows}
+    heads = [Heads(folder, store, work) for folder in encoders]
+    linear = LinearModels(store)
+    for count, draw, view in samples(store.split("train")):
+        for name in (*linear.names, *(each.name for each in heads)):
+            if (name, count, draw) in done:
+                continue
+            if name in linear.names:
+                errors = linear.errors(name, view).in_record()
+            else:
+                errors = next(each for each in heads if each.name == name).errors(count, draw)
+            rows.append({"model": name, "labels": count, "draw": draw, **errors})
+            path.write_text(json.dumps(rows) + "\n")
+            print(f"{count:,} labels, sample {draw}: {name} {errors['test_error_percent']:.2f} %")
+    return rows
+
+
+def cell(errors: Sequence[float]) -> str:
+    """Returns the mean of the samples, and half its 95 % interval if there are several."""
+    if len(errors) < 2:
+        return f"{errors[0]:.1f}"
+    found = mean_of_runs(list(errors))
+    return f"{found.value:.1f} ± {found.high - found.value:.1f}"
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """Returns docs/label-efficiency.md."""
+    rows = result["rows"]
+    counts = sorted({row["labels"] for row in rows})
+    models = [name for name in (*LINEAR, *OBJECTIVES) if any(r["model"] == name for r in rows)]
+
+    def errors(model: str, count: int) -> list[float]:
+        same = [row for row in rows if (row["model"], row["labels"]) == (model, count)]
+        return [row["test_error_percent"] for row in same]
+
+    lines = ["| model | " + " | ".join(f"{count:,}" for count in counts) + " |"]
+    lines.append("|---" * (len(counts) + 1) + "|")
+    for model in models:
+        title = LINEAR.get(model) or f"{OBJECTIVES[model]}, frozen"
+        cells = " | ".join(cell(errors(model, count)) for count in counts)
+        lines.append(f"| {title} | {cells} |")
+    best = {
+        count: min(models, key=lambda model: statistics.mean(errors(model, count)))
+        for count in counts
+    }
+    titles = LINEAR | {name: f"the {title}" for name, title in OBJECTIVES.items()}
+    reading = [
+        f"- {count:,} labels: {titles[model]} has the fewest errors."
+        for count, model in best.items()
+    ]
+    return TEMPLATE.read_text().format(
+        table="\n".join(lines),
+        reading="\n".join(reading),
+        data=result["data_note"],
+        machine=in_words(result["machine"]),
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Measures what is missing, and writes the result and the page."""
+    native.use_in_inference()
+    work = Path(FLAGS.work)
+    work.mkdir(parents=True, exist_ok=True)
+    store = TokenStore(FLAGS.store)
+    rows = measure(store, [Path(folder) for folder in FLAGS.encoder], work)
+    result = {"rows": rows, "data_note": store.note, "machine": facts()}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    PAGE.write_text(page(result))
+    print(f"wrote {RESULT} and {PAGE}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("store", None, "Token store with labels.", required=True)
+    flags.DEFINE_multi_string(
+        "encoder", None, "Encoder bundle; one of each objective.", required=True
+    )
+    flags.DEFINE_string("work", "runs/label_efficiency", "Folder that keeps what is done.")
+    app.run(main)
