@@ -54,6 +54,9 @@ test-all: $(TESTED) lint ## every test, each process started anew
 check: $(INSTALLED) lint ## lint, types, and the tests that need neither TensorFlow nor a process: seconds
 	$(BIN)/python -m pytest --quick -n logical --maxprocesses=4 -q -rN -m "not slow and not seconds"
 
+snapshots: $(INSTALLED) ## help, faults and tables as people read them, after a change that was meant: tests/snapshots
+	$(BIN)/python -m tests.test_snapshots
+
 coverage: $(TESTED) ## make test, with the branches that it takes: build/coverage
 	rm -rf build/coverage && mkdir -p build/coverage
 	HOROVOD=$(HOROVOD) $(BIN)/coverage run -m pytest -n logical --maxprocesses=4 -q -m "not slow"
