@@ -37,7 +37,8 @@ SECTIONS = {
     "How it works": [
         "how-it-works.md", "where-things-are.md", "data-batches.md", "distribution.md",
         "faults.md", "reliability.md",
-        "learned-states.md", "learned-states-imdb.md", "reproduction.md", "performance.md",
+        "learned-states.md", "learned-states-imdb.md", "label-efficiency.md", "reproduction.md",
+        "performance.md",
         "decisions.md",
     ],
     "Project": ["changelog.md", "contributing.md", "licences.md"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import ablation, state_tuning
+from benchmarks import ablation, label_efficiency, state_tuning
 from benchmarks import all as benchmarks
 from benchmarks.processes import peak_megabytes
 
@@ -30,6 +30,11 @@ def test_the_page_of_tuning_has_the_table_of_the_results() -> None:
     held = json.loads((REPOSITORY / "benchmarks/results/state_tuning.json").read_text())
     page = (REPOSITORY / "docs/initialising-lstm-state.md").read_text()
     assert state_tuning.table(held["results"]) in page
+
+
+def test_the_page_of_labels_is_that_of_the_results() -> None:
+    result = json.loads(label_efficiency.RESULT.read_text())
+    assert label_efficiency.PAGE.read_text() == label_efficiency.page(result)
 
 
 def test_the_peak_of_memory_is_that_of_the_process_not_of_who_started_it() -> None:
