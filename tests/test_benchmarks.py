@@ -11,6 +11,7 @@ import pytest
 from benchmarks import ablation, label_efficiency, state_tuning
 from benchmarks import all as benchmarks
 from benchmarks.processes import peak_megabytes
+from trainer.reporting.report_file import errors_by_labels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -35,6 +36,14 @@ def test_the_page_of_tuning_has_the_table_of_the_results() -> None:
 def test_the_page_of_labels_is_that_of_the_results() -> None:
     result = json.loads(label_efficiency.RESULT.read_text())
     assert label_efficiency.PAGE.read_text() == label_efficiency.page(result)
+
+
+def test_the_readme_has_the_demos_errors() -> None:
+    rows = json.loads((REPOSITORY / "benchmarks/results/demo.json").read_text())["labels"]
+    readme = (REPOSITORY / "README.md").read_text()
+    for labels, models in errors_by_labels(rows).items():
+        means = [f"{sum(errors) / len(errors):.1f}" for errors in models.values()]
+        assert f"| {labels:,} | {' | '.join(means)} |" in readme
 
 
 def test_the_peak_of_memory_is_that_of_the_process_not_of_who_started_it() -> None:
