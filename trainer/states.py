@@ -25,13 +25,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import TRAINED
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.preemption import StopRequest
 from trainer.distribution.steps import sum_over_batches
 from trainer.models import bundle, keras_states
 from trainer.models.context_state import ContextState
 from trainer.models.encoder import Encoder, LearnedState
+
+# As --train, but for "all"; the flags are not imported here.
+TUNED = ("head", "state", "bias", "state+bias")
 
 if TYPE_CHECKING:
     from trainer.inference.text_encoder import TextEncoder
@@ -220,8 +222,8 @@ def tune(model: keras.Model, train: str = "state+bias") -> None:
         states.tune(model, "state+bias")
         model.compile("adam", "mse")
     """
-    if train not in TRAINED or train == "all":
-        raise ValueError(f"train={train!r} is not one of {', '.join(TRAINED[1:])}")
+    if train not in TUNED:
+        raise ValueError(f"train={train!r} is not one of {', '.join(TUNED)}")
     starts = keras_states.starts(model)
     with_lstm = [
         index

@@ -363,8 +363,8 @@ def _is_frozen(variable: keras.Variable) -> bool:
     """Returns whether tapes are not to see an eager read: what they see they watch, frozen too."""
     if variable.trainable or not tf.executing_eagerly():
         return False
-    try:
-        return not record.should_record_backprop([variable.value.handle])
+    try:  # `value` may be a cast of what is watched
+        return not record.should_record_backprop([variable._value.handle])
     except ValueError:  # a mirrored variable, outside of the replicas
         return False
 
