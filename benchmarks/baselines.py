@@ -24,12 +24,12 @@ from absl import app, flags
 from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
-from sklearn.svm import LinearSVC
 
 from benchmarks import machine
 from data_pipelines.errors import InputError
 from data_pipelines.sources import BadExample, open_source
 from trainer.reporting.environment import commit
+from trainer.stages import linear_models
 
 FLAGS = flags.FLAGS
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -41,16 +41,9 @@ Fit = Callable[[sparse.csr_matrix, np.ndarray, float], Callable[[sparse.csr_matr
 
 
 def nbsvm(counts: sparse.csr_matrix, labels: np.ndarray, strength: float) -> Any:
-    """Returns the predictor of an SVM on binary counts times naive Bayes log-count ratios."""
-    binary = (counts > 0).astype(np.float64)
-    positive = 1 + np.asarray(binary[labels == 1].sum(axis=0)).ravel()
-    negative = 1 + np.asarray(binary[labels == 0].sum(axis=0)).ravel()
-    ratio = sparse.diags(np.log((positive / positive.sum()) / (negative / negative.sum())))
-    model = LinearSVC(C=strength, max_iter=20_000, random_state=0).fit(binary @ ratio, labels)
-    # Section 2.3: the SVM's weights, drawn towards their mean size.
-    weights = model.coef_.ravel()
-    model.coef_ = (0.75 * np.abs(weights).mean() + 0.25 * weights)[None]
-    return lambda new: model.predict((new > 0).astype(np.float64) @ ratio)
+    """Returns the predictor of the product's NBSVM on counts."""
+    predict = linear_models.nbsvm((counts > 0).astype(np.float64), labels, strength)
+    return lambda new: predict((new > 0).astype(np.float64))
 
 
 def tfidf_lr(counts: sparse.csr_matrix, labels: np.ndarray, strength: float) -> Any:

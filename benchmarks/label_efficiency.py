@@ -29,7 +29,7 @@ from trainer.models.classifier import pooled
 from trainer.models.encoder import Encoder
 from trainer.report_page.statistics import mean_of_runs
 from trainer.stages.linear_head import fitted
-from trainer.stages.linear_models import LinearModels
+from trainer.stages.linear_models import LinearModels, labels_of
 
 FLAGS = flags.FLAGS
 COUNTS = {
@@ -92,7 +92,7 @@ class Heads:
             np.savez(cached, **outputs)
         outputs = np.load(cached)
         self._outputs = {split: outputs[split] for split in splits}
-        self._labels = {split: labels(store.split(split)) for split in splits}
+        self._labels = {split: labels_of(store.split(split)) for split in splits}
 
     def errors(self, count: int, draw: int) -> dict[str, float]:
         """Returns the errors, in percent, of the head of a sample of training documents."""
@@ -110,11 +110,6 @@ class Heads:
             error = 100 * float(np.mean(predicted != self._labels[split]))
             found[f"{split}_error_percent"] = round(error, 3)
         return found
-
-
-def labels(view: SplitView) -> np.ndarray:
-    """Returns the label of every document."""
-    return view.labels_of(np.arange(len(view)))
 
 
 def measure(store: TokenStore, encoders: Sequence[Path], work: Path) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="startup", help="name of the JSON")
-    parser.add_argument("--store", help="token store of the reviews; made where there is none")
+    parser.add_argument("--store", help="token store of the reviews; made if missing")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -202,7 +202,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="task_bank", help="name of the JSON")
-    parser.add_argument("--store", help="token store of the reviews; made where there is none")
+    parser.add_argument("--store", help="token store of the reviews; made if missing")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     native.use_in_inference()

@@ -163,7 +163,7 @@ def growth(results: list[dict[str, Any]]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="train_step", help="name of the JSON")
-    parser.add_argument("--store", help="token store of the reviews; made where there is none")
+    parser.add_argument("--store", help="token store of the reviews; made if missing")
     parser.add_argument("--rounds", type=int, default=2 * BATCHES)
     parser.add_argument("--vocabularies", type=int, nargs="*", default=VOCABULARIES)
     args = parser.parse_args()

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,14 +146,21 @@ def encoder_bundle(small_store: Path, tmp_path_factory: pytest.TempPathFactory) 
     for h, name in enumerate(bundle.STATES):
         state = [LearnedState(*np.float32([[h] * 5, [layer] * 5])) for layer in range(2)]
         tensors |= bundle.state_tensors(name, state)
+    folder = tmp_path_factory.mktemp("bundles") / "encoder"
+    save_encoder(folder, store, encoder, tensors)
+    return folder
+
+
+def save_encoder(folder: Path, store: Any, encoder: Any, tensors: dict[str, Any]) -> None:
+    """Writes the bundle of an encoder that reads the store's words."""
+    from trainer.models import bundle
+
     info = {
         "model": bundle.encoder_model(encoder),
         "tokenizer": store.tokenizer_config,
         "vocab_sha256": store.vocab_sha256,
     }
-    folder = tmp_path_factory.mktemp("bundles") / "encoder"
     bundle.save(folder, "encoder", tensors, info, store.vocab_path)
-    return folder
 
 
 @pytest.fixture(scope="session")

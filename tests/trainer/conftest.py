@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.store.token_store import TokenStore
+from tests.conftest import save_encoder
 
 
 @pytest.fixture(scope="session")
@@ -74,13 +75,8 @@ def tuned_encoder(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -
         bundle.encoder_variables(encoder)
         | bundle.initial_state_variables(encoder, "states/learned")
     )
-    info = {
-        "model": bundle.encoder_model(encoder),
-        "tokenizer": store.tokenizer_config,
-        "vocab_sha256": store.vocab_sha256,
-    }
     folder = tmp_path_factory.mktemp("bundles") / "encoder"
-    bundle.save(folder, "encoder", tensors, info, store.vocab_path)
+    save_encoder(folder, store, encoder, tensors)
     return folder
 
 

@@ -216,16 +216,24 @@ def test_words_that_repeat_are_read_as_all_others(
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_gradients_through_words_are_those_through_their_rows(
-    mask: str, instruction_set: str
-) -> None:
-    random = np.random.default_rng(1)
+def layer_of_words(
+    random: np.random.Generator,
+) -> tuple[WarmLSTM, tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+    """Returns a layer, and what it reads: rows [4, 5], their index [7, 9] and h and c [7, 48]."""
     layer = WarmLSTM(48, return_sequences=True, return_state=True)
     layer.build((None, 9, 5))
     rows = tf.constant(random.normal(size=(4, 5)), tf.float32)
     index = tf.constant(random.integers(0, 4, (7, 9)), tf.int32)
     state = [tf.constant(random.normal(size=(7, 48)), tf.float32) for _ in range(2)]
+    return layer, rows, index, state
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradients_through_words_are_those_through_their_rows(
+    mask: str, instruction_set: str
+) -> None:
+    random = np.random.default_rng(1)
+    layer, rows, index, state = layer_of_words(random)
     sources = [rows, *state, *(variable.value for variable in layer.trainable_variables)]
 
     def gradients(by_word: bool) -> list[tf.Tensor]:
@@ -329,11 +337,7 @@ def test_a_row_with_a_bias_has_the_bits_of_a_layer_with_that_bias(
     by_word: bool, instruction_set: str
 ) -> None:
     random = np.random.default_rng(1)
-    layer = WarmLSTM(48, return_sequences=True, return_state=True)
-    layer.build((None, 9, 5))
-    rows = tf.constant(random.normal(size=(4, 5)), tf.float32)
-    index = tf.constant(random.integers(0, 4, (7, 9)), tf.int32)
-    state = [tf.constant(random.normal(size=(7, 48)), tf.float32) for _ in range(2)]
+    layer, rows, index, state = layer_of_words(random)
     biases = tf.Variable(random.normal(size=(7, 192)), dtype=tf.float32)
     mask = mask_of("padded")
 

@@ -139,7 +139,7 @@ class Session:
         return len(self.pending)
 
     def feed(self, text: str | bytes) -> None:
-        """Adds a piece of text, and reads what is there if it is long.
+        """Appends text, and reads what is pending once that exceeds MAX_PENDING_BYTES.
 
         Args:
             text: May end anywhere; as bytes of UTF-8, also inside a character.

@@ -52,7 +52,7 @@ def part_config(config: Config, start: str, count: int, draw: int) -> Config:
 
 
 def rows(run: Run, report: Row) -> list[Row]:
-    """Trains and tests the classifiers of few labels, each in a folder of its own.
+    """Trains and tests the classifiers of --label_counts, one folder each.
 
     Args:
         report: Of both starts with all labels.

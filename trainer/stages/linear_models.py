@@ -85,15 +85,15 @@ class LinearModels:
         self._svd = TruncatedSVD(max(LSA_DIMENSIONS), random_state=0)
         self._svd.fit(self._tfidf.transform(counts)[:, self._in_lsa])
         self._held_out = {
-            split: (self._counts(store.split(split)), _labels(store.split(split)))
+            split: (self._counts(store.split(split)), labels_of(store.split(split)))
             for split in ("validation", "test")
         }
         self.names = ("tfidf", "nbsvm", "lsa") if store.num_classes == 2 else ("tfidf", "lsa")
 
     def errors(self, name: str, labelled: SplitView) -> Errors:
         """Returns the errors of a model fitted to the `labelled` documents."""
-        counts, labels = self._counts(labelled), _labels(labelled)
-        fit, strengths = (_nbsvm, NBSVM_STRENGTHS) if name == "nbsvm" else (_logistic, STRENGTHS)
+        counts, labels = self._counts(labelled), labels_of(labelled)
+        fit, strengths = (nbsvm, NBSVM_STRENGTHS) if name == "nbsvm" else (_logistic, STRENGTHS)
         if np.ptp(labels) == 0:  # a small sample may have one class alone
             fit = _constant
         found = []
@@ -167,7 +167,8 @@ def _frequent_pairs(views: list[SplitView], vocab_size: int) -> np.ndarray:
     return found[counts >= MIN_DOCUMENTS]
 
 
-def _labels(view: SplitView) -> np.ndarray:
+def labels_of(view: SplitView) -> np.ndarray:
+    """Returns the label of every document: int32 [documents]."""
     return view.labels_of(np.arange(len(view)))
 
 
@@ -186,8 +187,14 @@ def _logistic(inputs: Matrix, labels: np.ndarray, strength: float) -> Predict:
     return OneVsRestClassifier(model).fit(inputs, labels).predict
 
 
-def _nbsvm(inputs: Matrix, labels: np.ndarray, strength: float) -> Predict:
-    """Returns the predictor of an SVM on binary counts times naive Bayes log-count ratios."""
+def nbsvm(inputs: Matrix, labels: np.ndarray, strength: float) -> Predict:
+    """Returns the predictor of an SVM on binary counts times naive Bayes log-count ratios.
+
+    Args:
+        inputs: 1 where a document has a word or pair, else 0: [documents, features].
+        labels: 0 or 1 [documents].
+        strength: Inverse of the regularisation.
+    """
     positive, negative = (1 + np.asarray(inputs[labels == k].sum(axis=0)).ravel() for k in (1, 0))
     ratio = sparse.diags(np.log((positive / positive.sum()) / (negative / negative.sum())))
     model = LinearSVC(C=strength, max_iter=20_000, random_state=0).fit(inputs @ ratio, labels)
