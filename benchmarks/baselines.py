@@ -42,8 +42,8 @@ Fit = Callable[[sparse.csr_matrix, np.ndarray, float], Callable[[sparse.csr_matr
 
 def nbsvm(counts: sparse.csr_matrix, labels: np.ndarray, strength: float) -> Any:
     """Returns the predictor of the product's NBSVM on counts."""
-    predict = linear_models.nbsvm((counts > 0).astype(np.float64), labels, strength)
-    return lambda new: predict((new > 0).astype(np.float64))
+    margins = linear_models.nbsvm(counts, labels, strength)
+    return lambda new: (margins(new) > 0).astype(labels.dtype)
 
 
 def tfidf_lr(counts: sparse.csr_matrix, labels: np.ndarray, strength: float) -> Any:

@@ -78,22 +78,22 @@ class LinearModels:
         self._vocab_size = store.vocab_size
         views = [store.split(name) for name in ("train", "unsupervised") if name in store.splits]
         self._pairs = _frequent_pairs(views, self._vocab_size)
-        counts = sparse.vstack([self._counts(view) for view in views]).tocsr()
+        counts = sparse.vstack([self.counts(view) for view in views]).tocsr()
         self._tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
         documents = np.bincount(counts.indices, minlength=counts.shape[1])
         self._in_lsa = np.flatnonzero(documents >= LSA_MIN_DOCUMENTS)
         self._svd = TruncatedSVD(max(LSA_DIMENSIONS), random_state=0)
         self._svd.fit(self._tfidf.transform(counts)[:, self._in_lsa])
         self._held_out = {
-            split: (self._counts(store.split(split)), labels_of(store.split(split)))
+            split: (self.counts(store.split(split)), labels_of(store.split(split)))
             for split in ("validation", "test")
         }
         self.names = ("tfidf", "nbsvm", "lsa") if store.num_classes == 2 else ("tfidf", "lsa")
 
     def errors(self, name: str, labelled: SplitView) -> Errors:
         """Returns the errors of a model fitted to the `labelled` documents."""
-        counts, labels = self._counts(labelled), labels_of(labelled)
-        fit, strengths = (nbsvm, NBSVM_STRENGTHS) if name == "nbsvm" else (_logistic, STRENGTHS)
+        counts, labels = self.counts(labelled), labels_of(labelled)
+        fit, strengths = (_nbsvm, NBSVM_STRENGTHS) if name == "nbsvm" else (_logistic, STRENGTHS)
         if np.ptp(labels) == 0:  # a small sample may have one class alone
             fit = _constant
         found = []
@@ -110,7 +110,7 @@ class LinearModels:
     def _features(self, name: str) -> Iterator[tuple[Callable[[Matrix], Matrix], str]]:
         """Yields functions from counts to the inputs of a model, and what they read."""
         if name == "nbsvm":
-            yield (lambda counts: (counts > 0).astype(np.float64)), "words and pairs"
+            yield (lambda counts: counts), "words and pairs"
         elif name == "tfidf":
             yield self._tfidf.transform, "words and pairs"
             words = slice(self._vocab_size)
@@ -124,8 +124,12 @@ class LinearModels:
         places = self._svd.transform(self._tfidf.transform(counts)[:, self._in_lsa])
         return normalize(places[:, :size])
 
-    def _counts(self, view: SplitView) -> sparse.csr_matrix:
-        """Returns how often each document has each word and each frequent pair."""
+    def counts(self, view: SplitView) -> sparse.csr_matrix:
+        """Returns how often each document has each word and each frequent pair.
+
+        Returns:
+            float64 [documents, words and pairs].
+        """
         rows, columns = [], []
         for first, document, words, pairs in _words_and_pairs(view, self._vocab_size):
             place = np.searchsorted(self._pairs, pairs)
@@ -187,21 +191,30 @@ def _logistic(inputs: Matrix, labels: np.ndarray, strength: float) -> Predict:
     return OneVsRestClassifier(model).fit(inputs, labels).predict
 
 
-def nbsvm(inputs: Matrix, labels: np.ndarray, strength: float) -> Predict:
-    """Returns the predictor of an SVM on binary counts times naive Bayes log-count ratios.
+def nbsvm(counts: Matrix, labels: np.ndarray, strength: float) -> Predict:
+    """Returns the margins of an SVM on binary counts times naive Bayes log-count ratios.
 
     Args:
-        inputs: 1 where a document has a word or pair, else 0: [documents, features].
+        counts: How often a document has a word or pair: [documents, features].
         labels: 0 or 1 [documents].
         strength: Inverse of the regularisation.
+
+    Returns:
+        A function from counts to margins, float64 [documents]: above 0 for class 1.
     """
+    inputs = (counts > 0).astype(np.float64)
     positive, negative = (1 + np.asarray(inputs[labels == k].sum(axis=0)).ravel() for k in (1, 0))
     ratio = sparse.diags(np.log((positive / positive.sum()) / (negative / negative.sum())))
     model = LinearSVC(C=strength, max_iter=20_000, random_state=0).fit(inputs @ ratio, labels)
     # Section 2.3: the SVM's weights, drawn towards their mean size.
     weights = model.coef_.ravel()
     model.coef_ = (0.75 * np.abs(weights).mean() + 0.25 * weights)[None]
-    return lambda others: model.predict(others @ ratio)
+    return lambda others: model.decision_function((others > 0).astype(np.float64) @ ratio)
+
+
+def _nbsvm(counts: Matrix, labels: np.ndarray, strength: float) -> Predict:
+    margins = nbsvm(counts, labels, strength)
+    return lambda others: (margins(others) > 0).astype(labels.dtype)
 
 
 def table(store: TokenStore, counts: Sequence[int], draws: int, seed: int) -> list[dict[str, Any]]:
