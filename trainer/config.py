@@ -226,6 +226,9 @@ class FineTuningConfig:
         "The averaged weights are evaluated and saved. 0: off.", at_least=0, below=1)
     label_smoothing: float = _finetune(0.0, "Fraction of each training label spread evenly over "
         "all classes.", at_least=0, below=1)
+    class_weights: str = _finetune("none", "Weight of each class in the training loss. balanced: "
+        "the inverse of its share of the labels; each class then counts as much as the others.",
+        choices=("none", "balanced"))
     encoder_rate: float = _finetune(1.0, "Factor on the learning rate of weights from the encoder. "
         "A learned state uses the head's learning rate.", above=0)
     encoder_frozen_steps: int = _finetune(0, "Number of first steps in which weights from the "
@@ -238,6 +241,9 @@ class FineTuningConfig:
         "classifier head.", at_least=0, below=1)
     finetune_evaluate_every_steps: int = _finetune(250, "Number of steps between evaluations. The "
         "best weights are kept.", at_least=1)
+    finetune_early_stopping: int = _finetune(0, "Number of evaluations in a row without a lower "
+        "validation error after which fine-tuning ends. Schedules still aim at --finetune_steps. "
+        "0: train all steps.", at_least=0)
     joint_weight: float = _finetune(0.0, "Weight of the loss of --pretrain_objective on the "
         "labelled documents, in nats per token, added to the classifier's loss. 0: off.",
         at_least=0)
@@ -344,6 +350,7 @@ class StageConfig:
     learning_rate_decay: float = 1.0
     warmup_fraction: float = 0.0
     evaluate_every_steps: int = 1
+    early_stopping: int = 0
     ema: float = 0.0
 
 

@@ -15,6 +15,7 @@ from trainer.report_page.run_folder import Part, RunFolder
 from trainer.report_page.statistics import (
     Calibration,
     Interval,
+    by_class,
     calibration,
     confusion,
     mean_of_runs,
@@ -364,7 +365,7 @@ def grouped_classes(found: Predictions) -> tuple[list[str], np.ndarray]:
 
 
 def mistakes(runs: Sequence[RunFolder]) -> Markup:
-    """Returns the confusion matrices, and how many mistakes two classifiers share."""
+    """Returns confusion matrices, each class's figures, and how many mistakes are shared."""
     tables = []
     for title, _, found, _ in _predictions(runs):
         names, group = grouped_classes(found)
@@ -375,6 +376,7 @@ def mistakes(runs: Sequence[RunFolder]) -> Markup:
                 "prediction that are both among the others may differ"
             )
         tables.append(_confusion_table(title, counts, names))
+        tables.append(_class_table(title, counts, names))
     if not tables:
         return Markup("")
     words = []
@@ -389,6 +391,16 @@ def mistakes(runs: Sequence[RunFolder]) -> Markup:
             )
             words.append(tag("p", f"{run.name}: " if len(runs) > 1 else "", text))
     return join([words, tag("div", tables, class_="row")])
+
+
+def _class_table(title: str, counts: np.ndarray, names: Sequence[str]) -> Markup:
+    figures = by_class(counts)
+    rows = [
+        [name, *(f"{100 * x:.1f} %" for x in each), f"{documents:,}"]
+        for name, each, documents in zip(names, figures, counts.sum(axis=1), strict=True)
+    ]
+    head = ["class", "precision", "recall", "F1", "documents"]
+    return charts.plain_table(head, rows, f"By class: {title}")
 
 
 def _confusion_table(title: str, counts: np.ndarray, names: Sequence[str]) -> Markup:

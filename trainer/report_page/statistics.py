@@ -70,6 +70,18 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.nda
     return counts
 
 
+def by_class(counts: np.ndarray) -> np.ndarray:
+    """Returns precision, recall and F1 of each class: float64 [classes, 3], 0 where undefined.
+
+    Args:
+        counts: As `confusion` returns them.
+    """
+    right = np.diag(counts).astype(np.float64)
+    labels, predicted = counts.sum(axis=1), counts.sum(axis=0)
+    wholes = np.stack([predicted, labels, (labels + predicted) / 2], axis=1)
+    return np.where(wholes, right[:, None] / np.maximum(wholes, 0.5), 0.0)
+
+
 class Calibration(NamedTuple):
     """Accuracy by confidence.
 

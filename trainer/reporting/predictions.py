@@ -80,12 +80,22 @@ class Predictions:
         return self.predicted != self.label
 
     def metrics(self) -> dict[str, Any]:
-        """Returns error_percent, loss (nats) and documents."""
-        return {
+        """Returns error_percent, loss (nats), f1_macro, roc_auc and documents.
+
+        f1_macro is the mean over the classes that a label or a prediction names. roc_auc is for two
+        classes, if the documents have both.
+        """
+        from sklearn.metrics import f1_score, roc_auc_score  # a second, which few programs need
+
+        found: dict[str, Any] = {
             "error_percent": float(100 * self.is_wrong.mean(dtype=np.float64)),
             "loss": float(self.tensors["loss"].mean(dtype=np.float64)),
-            "documents": len(self.label),
+            "f1_macro": float(f1_score(self.label, self.predicted, average="macro")),
         }
+        logits = self.tensors["logits"]
+        if logits.shape[1] == 1 and np.ptp(self.label):
+            found["roc_auc"] = float(roc_auc_score(self.label, logits[:, 0]))
+        return found | {"documents": len(self.label)}
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

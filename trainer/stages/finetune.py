@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-from data_pipelines.store.split_view import SplitView
+from data_pipelines.store.split_view import SplitView, chunks
 from trainer import states
 from trainer.config import Config
 from trainer.distribution.divergence import check_equal
@@ -47,10 +47,10 @@ def finetune(run: Run, folder: Path) -> dict[str, Any]:
     if run.config.finetune_steps:
         result = loop.train(run, task, batches)
     else:
-        result = Result(task.evaluate(), step=0, seconds=0.0, tokens_per_second=0.0)
+        result = Result(task.evaluate(), steps=0, step=0, seconds=0.0, tokens_per_second=0.0)
     report |= {
         "labelled_documents": len(batches.labelled.view),
-        "steps": run.config.finetune_steps,
+        "steps": result.steps,
         "best_step": result.step,
         "seconds": round(result.seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1),
@@ -102,7 +102,7 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         folder=folder,
         stage=config.of_stage("finetune"),
         variables=trained | softmax_variables(objective),
-        loss_sum=FinetuneLoss(config, classifier, objective),
+        loss_sum=FinetuneLoss(config, classifier, objective, class_weights(run, view)),
         evaluate=error_and_loss(run, classifier, validation),
         rates=encoder_rates(config, classifier),
         select_by="error_percent",
@@ -119,6 +119,20 @@ def labelled_documents(run: Run) -> SplitView:
     view = run.store.split("train")
     wanted = run.config.finetune_documents
     return view.sample(wanted, run.config.seed) if wanted else view
+
+
+def class_weights(run: Run, view: SplitView) -> np.ndarray | None:
+    """Returns the weights of --class_weights=balanced, float32 [classes]; None without.
+
+    The documents' mean weight is 1. A class without documents has weight 0.
+    """
+    if run.config.class_weights == "none":
+        return None
+    counts = np.zeros(run.store.num_classes, np.int64)
+    for chunk in chunks(len(view)):
+        counts += np.bincount(view.labels_of(chunk), minlength=len(counts))
+    weights = len(view) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return np.where(counts, weights, 0).astype(np.float32)
 
 
 def unlabelled_documents(run: Run) -> StoreBatches | None:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 from trainer.config import Config
@@ -33,11 +34,19 @@ class FinetuneLoss:
 
     Args:
         objective: Model of joint training, on the classifier's encoder; None without.
+        class_weights: Of the documents in the label's loss, [classes]; None counts all the same.
     """
 
-    def __init__(self, config: Config, classifier: Classifier, objective: TextModel | None = None):
+    def __init__(
+        self,
+        config: Config,
+        classifier: Classifier,
+        objective: TextModel | None = None,
+        class_weights: np.ndarray | None = None,
+    ):
         self._config = config
         self._classifier = classifier
+        self._class_weights = class_weights
         self._objective_loss = objective and pretrain.loss_sum(objective, config)
 
     def __call__(
@@ -68,6 +77,8 @@ class FinetuneLoss:
 
         def label_loss(logits: tf.Tensor) -> tf.Tensor:
             losses = label_losses(logits, labels, lengths, config.label_smoothing)
+            if self._class_weights is not None:
+                losses *= tf.gather(self._class_weights, labels)
             return tf.reduce_sum(losses * labelled)
 
         if config.train == "all" or config.normalises_embeddings:

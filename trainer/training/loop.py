@@ -37,7 +37,7 @@ def train(run: Run, task: Task, batches: Batches) -> Result:
             training.finish_evaluation(start)
             vitals.begin(task.name, start, last_step)
             step, iterator = start, iter(batches(start, last_step))
-            while step < last_step:
+            while step < last_step and not training.progress.stops_early():
                 training.profiler.before(step + 1)
                 stop = tf.constant(float(run.stop_request.received))
                 outcomes, seconds, wait_seconds = training.take_steps(iterator, step, stop)
@@ -150,6 +150,7 @@ class Training:
             step % config.checkpoint_every_steps == 0
             or (config.keep_best > 0 and task.is_evaluated(step))
             or step == task.stage.steps
+            or self.progress.stops_early()
         )
 
     def save(self, step: int) -> None:

@@ -247,6 +247,12 @@ class Progress:
         """Returns whether the state after `step` must still be evaluated."""
         return self._task.is_evaluated(step) and self._notes.evaluated_step < step
 
+    def stops_early(self) -> bool:
+        """Returns whether the last --finetune_early_stopping evaluations were no better."""
+        stage, notes = self._task.stage, self._notes
+        since = notes.evaluated_step - notes.step
+        return 0 < stage.early_stopping * stage.evaluate_every_steps <= since
+
     def evaluate(self, step: int) -> bool:
         """Evaluates the weights, or their averages, and keeps them if they are the best yet.
 
@@ -299,9 +305,17 @@ class Progress:
             assign(self._task.variables, best)
         elif self._averages:
             self._averages.put_in_place()
-        notes = self._notes
+        notes, steps = self._notes, self._task.stage.steps
+        if self.stops_early() and notes.evaluated_step < steps:
+            steps = notes.evaluated_step
+            if self._run.is_chief:
+                self._run.log(
+                    f"{self._task.name}: ended after step {steps} of {self._task.stage.steps}: no "
+                    f"better since step {notes.step} (--{self._task.name}_early_stopping)"
+                )
         return Result(
             metrics=notes.metrics,
+            steps=steps,
             step=notes.step,
             seconds=notes.seconds + self._elapsed_here(),
             tokens_per_second=notes.tokens / max(notes.step_seconds, 1e-9),

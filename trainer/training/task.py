@@ -85,12 +85,14 @@ class Result:
 
     Attributes:
         metrics: Of the last evaluation, or of the best one if the task selects by a metric.
+        steps: Number taken, over all sittings.
         step: Step of these metrics.
         seconds: Duration over all sittings, with evaluations and checkpoints.
         tokens_per_second: Of all workers together, in training steps only.
     """
 
     metrics: dict[str, float]
+    steps: int
     step: int
     seconds: float
     tokens_per_second: float

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import precision_recall_fscore_support
 
 from trainer.report_page import statistics
 
@@ -47,6 +48,13 @@ def test_the_mean_of_runs_has_students_interval() -> None:
 def test_confusion_counts_labels_by_row() -> None:
     counts = statistics.confusion(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_precision_recall_and_f1_are_those_of_scikit_learn() -> None:
+    labels, predicted = np.random.default_rng(0).integers(0, 4, (2, 50))  # class 4 is never seen
+    found = statistics.by_class(statistics.confusion(labels, predicted, 5))
+    expected = precision_recall_fscore_support(labels, predicted, labels=range(5), zero_division=0)
+    np.testing.assert_allclose(found, np.stack(expected[:3], axis=1))
 
 
 def test_calibration_of_a_classifier_that_is_right_as_often_as_it_says() -> None:

@@ -1,10 +1,15 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
+from data_pipelines.store.token_store import TokenStore
 from trainer.config import Config
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
-from trainer.stages.finetune import encoder_rates, trained_variables
+from trainer.stages.finetune import class_weights, encoder_rates, trained_variables
 from trainer.training.optimizer import Rate
 
 
@@ -66,3 +71,16 @@ def test_all_but_what_train_names_is_frozen(train: str, expected: set[str], stat
     assert trained_variables(config, classifier).keys() == expected
     variables = bundle.classifier_variables(classifier)
     assert {name for name, variable in variables.items() if variable.trainable} == expected
+
+
+def test_balanced_classes_have_the_same_weight_in_all(small_store: Path) -> None:
+    store = TokenStore(small_store)
+    view = store.split("train").sample(7, seed=0)
+    run = SimpleNamespace(config=Config(class_weights="balanced"), store=store)
+    labels = view.labels_of(np.arange(len(view)))
+    counts = np.bincount(labels)
+    np.testing.assert_allclose(class_weights(run, view) * counts, len(view) / 2)
+    # A class without documents would divide by zero.
+    run.store = SimpleNamespace(num_classes=3)
+    np.testing.assert_allclose(class_weights(run, view) * [*counts, 1], [len(view) / 2] * 2 + [0])
+    assert class_weights(SimpleNamespace(config=Config()), view) is None

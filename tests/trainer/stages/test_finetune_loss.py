@@ -87,6 +87,14 @@ def test_the_joint_loss_and_its_gradient_are_those_of_numpy(name: str) -> None:
     np.testing.assert_allclose(mean, expected(value), rtol=1e-5)
     by_differences = differences(expected, value)
     assert np.abs(gradient - by_differences).max() < 1e-3 * np.abs(by_differences).max()
+    # A document's weight is its class's, in the label's loss alone.
+    weights = np.array([0.25, 1.75], np.float32)
+    weighted, _ = tf.function(FinetuneLoss(config, classifier, objective, weights))(
+        rows, tf.constant(0), 0
+    )
+    losses = reference.label_losses(reference.embed())
+    more = np.sum(losses * (weights[np.maximum(LABELS, 0)] - 1))
+    np.testing.assert_allclose(weighted - total, more, rtol=1e-4)
     # A slice without rows, as a part of a small batch may be, adds nothing.
     nothing, none = loss({k: v[:0] for k, v in rows.items()}, tf.constant(0), 0)
     assert float(nothing) == float(none) == 0

@@ -71,7 +71,12 @@ def test_metrics_are_those_of_the_evaluation_in_training(small_store: Path, tmp_
     classifier = make_classifier(run)
     documents = run.all_documents(run.store.split("test"), 7, 30)
     evaluated = error_and_loss(run, classifier, documents)()
-    assert predicted(run, classifier).metrics() == pytest.approx(evaluated, rel=1e-6)
+    found = predicted(run, classifier)
+    metrics = found.metrics()
+    assert {k: metrics[k] for k in evaluated} == pytest.approx(evaluated, rel=1e-6)
+    logits, labels = found.tensors["logits"][:, 0], found.label
+    pairs = np.sign(logits[labels == 1][:, None] - logits[labels == 0]) / 2 + 0.5
+    assert metrics["roc_auc"] == pytest.approx(pairs.mean())
 
 
 def test_the_kept_state_is_what_the_classifier_reads(small_store: Path, tmp_path: Path) -> None:

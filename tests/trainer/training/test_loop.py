@@ -246,6 +246,21 @@ def test_a_run_with_averages_resumes_with_the_same_bits(one: Any, tmp_path: Path
         assert whole.values[name].tobytes() == state(tmp_path / "cut", STEPS)[f"average/{name}"]
 
 
+def test_a_run_that_ends_early_ends_there_again(one: Any, tmp_path: Path) -> None:
+    flags = {"select_by": "metric", "evaluate_every_steps": 2, "early_stopping": 2}
+
+    def metrics(*values: float) -> Callable[[], dict[str, float]]:
+        found = iter(values)
+        return lambda: {"metric": next(found)}
+
+    whole = train(one, tmp_path, evaluate=metrics(3.0, 4.0, 5.0), **flags)
+    assert any("ended after step 6 of 8: no better since step 2" in line for line in whole.lines)
+    again = train(one, tmp_path, evaluate=metrics(), **flags)  # takes no step, evaluates nothing
+    assert again.values["w"].tobytes() == whole.values["w"].tobytes()
+    best = train(one, tmp_path / "best", evaluate=metrics(3.0), **flags | {"steps": 2})
+    assert whole.values["w"].tobytes() == best.values["w"].tobytes()
+
+
 def test_a_step_that_is_replayed_has_the_same_numbers_and_leaves_the_run_alone(
     distributor: Any, tmp_path: Path
 ) -> None:

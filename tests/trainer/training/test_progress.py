@@ -24,14 +24,15 @@ class Kept:
     """A task of one weight, its progress, and the lines of its log."""
 
     def __init__(self, folder: Path, metrics: list[dict[str, float]], **flags: Any):
+        stage = loop_settings.stage(steps=8, evaluate_every_steps=2, **flags)
         self.folder = folder
         self.lines: list[str] = []
         run = loop_settings.run(one_device(), log=self.lines.append, **flags)
         self.weight = keras.Variable(0.0)
         evaluations = iter(metrics)
         self.task = Task(
-            "finetune", folder, loop_settings.stage(steps=8, evaluate_every_steps=2),
-            {"w": self.weight}, None, lambda: next(evaluations), select_by="error",
+            "finetune", folder, stage, {"w": self.weight}, None, lambda: next(evaluations),
+            select_by="error",
         )  # fmt: skip
         self.checkpoints = Checkpointer(folder / "c", run.distributor, self.task.state, run.log)
         self.progress = Progress(run, self.task, BATCHES, self.checkpoints, None)
@@ -87,6 +88,16 @@ def test_the_best_weights_are_kept_over_a_resumed_run(tmp_path: Path) -> None:
     assert resumed.progress.evaluate(8)
     result = resumed.progress.finish()
     assert (result.step, result.metrics, float(resumed.weight)) == (4, {"error": 2.0}, 4.0)
+
+
+def test_early_stopping_counts_evaluations_without_a_better_one(tmp_path: Path) -> None:
+    errors = [5.0, 2.0, 2.0, 1.0, 3.0, 3.0]
+    kept = Kept(tmp_path, [{"error": error} for error in errors], early_stopping=2)
+    stopped = []
+    for step in range(2, 14, 2):
+        kept.progress.evaluate(step)
+        stopped.append(kept.progress.stops_early())
+    assert stopped == [False] * 5 + [True]
 
 
 def test_a_step_that_is_not_finite_is_skipped_or_stops(tmp_path: Path) -> None:
