@@ -25,7 +25,7 @@ def test_words_and_pairs_are_counted_as_one_would_by_hand(
     documents = [view.gather(np.array([i]), 10_000)[0][0].tolist() for i in range(len(view))]
     pairs = [{p for p in zip(d, d[1:], strict=False) if min(p) > 2} for d in documents]
     frequent = sorted({p for d in pairs for p in d if sum(p in other for other in pairs) >= 2})
-    counts = models._counts(view).toarray()
+    counts = models.counts(view).toarray()
     assert counts.shape == (len(view), store.vocab_size + len(frequent))
     for number in (0, 1, len(view) - 1):
         words = np.bincount(documents[number], minlength=store.vocab_size)
