@@ -143,6 +143,7 @@ def main() -> None:
         "kind": "baseline",
         "name": options.out.stem,
         "title": f"{', '.join(bundles)} and {NBSVM}, blended",
+        "time": "its parts', and minutes",
         **blend(margins, labels),
         "commit": commit(),
         "machine": machine.facts(),

@@ -130,7 +130,15 @@ def table(folder: Path, names: Collection[str] = ()) -> str:
         result = json.loads(path.read_text())
         if result["kind"] == "baseline":
             error = result["test_error_percent"]
-            rows.append((error, result["title"], f"{error:.2f} %", "run here", "minutes"))
+            rows.append(
+                (
+                    error,
+                    result["title"],
+                    f"{error:.2f} %",
+                    "run here",
+                    result.get("time", "minutes"),
+                )
+            )
         else:
             groups.setdefault(result["name"].partition("-seed")[0], []).append(result)
     for name, results in groups.items():
