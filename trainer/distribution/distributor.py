@@ -6,6 +6,7 @@ A *process* has a rank. A *shard* is one replica of the model: a process drives 
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distribution.watchdog import Watchdog
+
+_INTEGERS = {tf.float32: tf.int32, tf.float64: tf.int64}  # of the same number of bits
 
 
 class Distributor:
@@ -60,18 +63,58 @@ class Distributor:
         """Returns, inside `step`, the index of the shard among this process's shards."""
         raise NotImplementedError
 
+    def shard(self) -> int | tf.Tensor:
+        """Returns, inside `step`, the index of the shard among those of all processes."""
+        return self.local_shard() + self.rank * self.num_local_shards
+
     def all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Returns, inside `step`, each tensor summed over all shards of all processes."""
         return self.watchdog.counted(self._all_reduce_sum, tensors, self._is_first_shard())
 
-    def all_gather_rows(self, values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns, inside `step`, the values [rows, width] and indices [rows] of all shards.
+    def row_counts(self, slices: Sequence[tf.IndexedSlices], dtype: tf.DType) -> tf.Tensor:
+        """Returns, inside `step`, [shards, slices]: this shard's numbers of rows, 0 for the others.
 
-        They are ordered by shard. Shards may have different numbers of rows, or none.
+        Their sum over all shards is what `all_gather_rows` needs. It travels with other sums.
         """
-        return self.watchdog.counted(
-            self._all_gather_rows, [values, indices], self._is_first_shard()
+        counts = tf.cast([tf.size(each.indices) for each in slices], dtype)
+        return tf.one_hot(self.shard(), self.num_shards, dtype=dtype)[:, None] * counts
+
+    def all_gather_rows(
+        self, slices: Sequence[tf.IndexedSlices], counts: tf.Tensor
+    ) -> list[tf.IndexedSlices]:
+        """Returns, inside `step`, the rows of all shards, ordered by shard; in one collective.
+
+        Shards may have different numbers of rows, or none. Values and indices arrive as they are,
+        bit by bit.
+
+        Args:
+            slices: With values [rows, ...] of the same type, float32 or float64.
+            counts: [shards, slices], the sum of all shards' `row_counts`.
+        """
+        counts = tf.cast(counts, tf.int32)
+        # TensorFlow's ring crashes on empty tensors.
+        capacities = tf.unstack(tf.maximum(tf.reduce_max(counts, axis=0), 1), num=len(slices))
+        # Indices travel as floats of the same bits, in one more column.
+        parts = [
+            tf.concat([_matrix(each), _as_floats(each.indices, each.values.dtype)], axis=1)
+            for each in slices
+        ]
+        padded = [
+            tf.reshape(tf.pad(part, [[0, capacity - tf.shape(part)[0]], [0, 0]]), [-1])
+            for part, capacity in zip(parts, capacities, strict=True)
+        ]
+        gathered = self.watchdog.counted(
+            lambda flat: self._all_gather(flat[0]), [tf.concat(padded, 0)], self._is_first_shard()
         )
+        received = tf.split(gathered, [tf.size(part) for part in padded], axis=1)
+        found = []
+        for i, each in enumerate(slices):
+            rows = tf.reshape(received[i], [self.num_shards, capacities[i], parts[i].shape[1]])
+            rows = tf.boolean_mask(rows, tf.sequence_mask(counts[:, i], capacities[i]))
+            values = tf.reshape(rows[:, :-1], [-1, *each.values.shape[1:]])
+            indices = tf.cast(tf.bitcast(rows[:, -1], _INTEGERS[rows.dtype]), each.indices.dtype)
+            found.append(tf.IndexedSlices(values, indices, each.dense_shape))
+        return found
 
     def _run(self, step: Callable[..., Any], *args: Any) -> Any:
         raise NotImplementedError
@@ -79,7 +122,8 @@ class Distributor:
     def _all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         raise NotImplementedError
 
-    def _all_gather_rows(self, tensors: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    def _all_gather(self, flat: tf.Tensor) -> tf.Tensor:
+        """Returns, inside `step`, [shards, size]: the vectors, of one size, of all shards."""
         raise NotImplementedError
 
     @property
@@ -159,6 +203,16 @@ class Distributor:
             name: array.astype(dtype)
             for (name, (dtype, _)), array in zip(spec.items(), received, strict=True)
         }
+
+
+def _matrix(slices: tf.IndexedSlices) -> tf.Tensor:
+    """Returns the values as [rows, width]."""
+    return tf.reshape(slices.values, [-1, math.prod(slices.values.shape[1:])])
+
+
+def _as_floats(indices: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Returns the bits of the indices as [rows, 1] of `dtype`."""
+    return tf.bitcast(tf.cast(indices, _INTEGERS[dtype]), dtype)[:, None]
 
 
 def _travelling_dtype(dtype: str) -> np.dtype:

@@ -58,12 +58,8 @@ class HorovodDistributor(Distributor):
                 sums[i] = tf.ensure_shape(tf.reshape(part, tf.shape(tensors[i])), tensors[i].shape)
         return sums
 
-    def _all_gather_rows(self, tensors: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        values, indices = tensors
-        return (
-            self._hvd.allgather(values, name="gather_values"),
-            self._hvd.allgather(indices, name="gather_indices"),
-        )
+    def _all_gather(self, flat: tf.Tensor) -> tf.Tensor:
+        return self._hvd.allgather(flat[None], name="gather")
 
 
 def horovod(cluster: Cluster, collective_timeout_seconds: float) -> HorovodDistributor:

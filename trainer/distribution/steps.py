@@ -72,9 +72,12 @@ def gather_rows(
 
     def step(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> list[tf.Tensor]:
         rows = local_rows(distributor, batch)
-        real = tf.cast(rows["weights"], tf.int32)
-        stops = distributor.all_reduce_sum([stop])
-        return [*stops, *distributor.all_gather_rows(columns(rows), real)]
+        found = tf.IndexedSlices(columns(rows), tf.cast(rows["weights"], tf.int32))
+        stops, counts = distributor.all_reduce_sum(
+            [stop, distributor.row_counts([found], stop.dtype)]
+        )
+        (gathered,) = distributor.all_gather_rows([found], counts)
+        return [stops, gathered.values, gathered.indices]
 
     results = _batch_by_batch(distributor, step, batches, stop_request)
     return np.concatenate([values.numpy()[real.numpy() > 0] for values, real in results()])

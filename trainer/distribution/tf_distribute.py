@@ -44,10 +44,15 @@ class TfDistributor(Distributor):
         tensors = [tf.identity(tensor) for tensor in tensors]
         return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
-    def _all_gather_rows(self, tensors: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    def _all_gather(self, flat: tf.Tensor) -> tf.Tensor:
         context = tf.distribute.get_replica_context()
-        values, indices = (context.all_gather(tf.identity(each), axis=0) for each in tensors)
-        return values, indices
+        flat = tf.identity(flat)
+        if self.size == 1:
+            return context.all_gather(flat[None], axis=0)
+        # The same without a collective that compares the shapes.
+        launcher = self._strategy.extended._cross_device_ops._launchers[context._replica_id]
+        options = tf.distribute.experimental.CommunicationOptions()
+        return tf.reshape(launcher._all_gather(flat, options), [self.num_shards, -1])
 
 
 def one_device() -> TfDistributor:

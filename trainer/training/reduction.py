@@ -7,6 +7,7 @@ measured on the run's first batch. A resumed run measures the same batch, so it 
 order.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,21 +17,42 @@ from trainer.distribution.distributor import Distributor
 from trainer.training.gradients import Gradient, dense, distinct_rows
 
 COMPRESSED = {"none": None, "fp16": tf.float16, "bf16": tf.bfloat16}
-_INDEX_BYTES = 8
+
+
+def rows_to_send(
+    distributor: Distributor,
+    gradients: Sequence[Gradient],
+    as_rows: Sequence[bool],
+    dtype: tf.DType,
+) -> tuple[list[Gradient], tf.Tensor]:
+    """Returns, inside a step, the gradients with distinct rows where they travel as rows.
+
+    Also returns the numbers of these rows, to be summed over all shards: [shards, tables], `dtype`.
+    They depend on indices only, so they are known before the backward pass.
+    """
+    gradients = [
+        distinct_rows(gradient) if rows else gradient
+        for gradient, rows in zip(gradients, as_rows, strict=True)
+    ]
+    return gradients, distributor.row_counts(_chosen(gradients, as_rows), dtype)
 
 
 def reduce_gradients(
     distributor: Distributor,
     gradients: Sequence[Gradient],
     as_rows: Sequence[bool],
+    counts: tf.Tensor,
     compress: str = "none",
     stay_rows: Sequence[bool] | None = None,
 ) -> list[Gradient]:
     """Returns, inside a step, each gradient summed over all shards: dense, except `stay_rows`.
 
+    There are two collectives: the rows of all tables, and all dense gradients.
+
     Args:
-        gradients: This shard's.
-        as_rows: Which ones travel as rows, from `choose_rows`; they are tf.IndexedSlices.
+        gradients: This shard's, from `rows_to_send`.
+        as_rows: Which ones travel as rows, from `choose_rows`.
+        counts: The sum of all shards' counts from `rows_to_send`.
         compress: "none", "fp16" or "bf16": type in which dense gradients are sent and added.
         stay_rows: Which ones are returned as tf.IndexedSlices of distinct rows.
     """
@@ -40,21 +62,18 @@ def reduce_gradients(
             distinct_rows(gradient) if stay else dense(gradient)
             for gradient, stay in zip(gradients, stay_rows, strict=True)
         ]
+    tables = _chosen(gradients, as_rows)
+    rows = iter(distributor.all_gather_rows(tables, counts) if tables else [])
     narrow = COMPRESSED[compress]
-    sums: list[Gradient | None] = [None] * len(gradients)
-    whole = [i for i, rows in enumerate(as_rows) if not rows]
-    sent = [dense(gradients[i]) for i in whole]
-    sent_as = [tf.cast(g, narrow) if narrow else g for g in sent]
-    received = distributor.all_reduce_sum(sent_as) if sent else []
-    for i, gradient, reduced in zip(whole, sent, received, strict=True):
-        sums[i] = tf.cast(reduced, gradient.dtype)
-    for i, gradient in enumerate(gradients):
-        if as_rows[i]:
-            rows = distinct_rows(gradient)
-            values, indices = distributor.all_gather_rows(rows.values, rows.indices)
-            rows = tf.IndexedSlices(values, indices, rows.dense_shape)
-            sums[i] = distinct_rows(rows) if stay_rows[i] else dense(rows)
-    return sums
+    whole = [dense(gradient) for gradient in _chosen(gradients, [not sent for sent in as_rows])]
+    sent = [tf.cast(gradient, narrow) if narrow else gradient for gradient in whole]
+    sums = iter(distributor.all_reduce_sum(sent) if sent else [])
+    return [
+        (distinct_rows if stay else dense)(next(rows))
+        if travels_as_rows
+        else tf.cast(next(sums), gradient.dtype)
+        for gradient, travels_as_rows, stay in zip(gradients, as_rows, stay_rows, strict=True)
+    ]
 
 
 def choose_rows(
@@ -72,7 +91,7 @@ def choose_rows(
         is_sparse: Which gradients have a few rows; others cannot travel as rows.
         count_rows: Batch -> number of distinct rows of each gradient on this shard.
         batches: The run's first global batch.
-        sizes: Bytes of each gradient, whole, and of one of its rows.
+        sizes: Bytes of each gradient, whole, and of one of its rows with its index.
     """
     if distributor.num_shards == 1 or policy == "dense":
         return [False] * len(sizes)
@@ -96,4 +115,8 @@ def dense_bytes(size: float, distributor: Distributor) -> float:
 
 def row_bytes(rows: float, width: float, distributor: Distributor) -> float:
     """Returns the bytes that each shard sends so that all have its `rows` rows of `width` bytes."""
-    return (distributor.num_shards - 1) * rows * (width + _INDEX_BYTES)
+    return (distributor.num_shards - 1) * rows * width
+
+
+def _chosen(gradients: Sequence[Gradient], chosen: Sequence[bool]) -> list[Gradient]:
+    return list(itertools.compress(gradients, chosen))

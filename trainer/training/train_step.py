@@ -24,7 +24,7 @@ from trainer.training.gradients import (
 from trainer.training.lazy_rows import trace_gradients
 from trainer.training.loss_scale import LossScale
 from trainer.training.optimizer import Optimizer
-from trainer.training.reduction import choose_rows, reduce_gradients
+from trainer.training.reduction import choose_rows, reduce_gradients, rows_to_send
 from trainer.training.task import Task
 
 Batch = dict[str, tf.Tensor]
@@ -150,9 +150,10 @@ class TrainStep:
             loss, weight, gradients, carried = self._shard_gradients(batch)
         tokens = _tokens_read(local_rows(distributor, batch), weight.dtype)
         carried = [self._in_global_batch(rows) for rows in carried]
+        gradients, counts = rows_to_send(distributor, gradients, self._as_rows, weight.dtype)
         # 2. Sums over all shards. Reduced separately: ready before the backward pass.
-        loss, weight, tokens, stop, *carried = distributor.all_reduce_sum(
-            [loss, weight, tokens, tf.cast(stop, weight.dtype), *carried]
+        loss, weight, tokens, stop, counts, *carried = distributor.all_reduce_sum(
+            [loss, weight, tokens, tf.cast(stop, weight.dtype), counts, *carried]
         )
         # 3. The mean over the global batch. Divided before the sum, which float16 could overflow.
         divisor = weight
@@ -162,7 +163,7 @@ class TrainStep:
         gradients = [divided(gradient, divisor) for gradient in gradients]
         with tf.name_scope("collective"):
             gradients = reduce_gradients(
-                distributor, gradients, self._as_rows, config.compress, self._by_rows
+                distributor, gradients, self._as_rows, counts, config.compress, self._by_rows
             )
         # 4. Clipping by the global norm.
         norm, norms = norms_of(gradients)
@@ -186,7 +187,11 @@ class TrainStep:
             return (loss * self._loss_scale.factor() if self._loss_scale else loss, *others)
 
         return loss_and_gradients(
-            loss_sum, self._variables, rows, self._shard(), self._config.accumulate_steps
+            loss_sum,
+            self._variables,
+            rows,
+            self._distributor.shard(),
+            self._config.accumulate_steps,
         )
 
     def _choose_rows(self, first: tf.data.Dataset) -> None:
@@ -254,21 +259,17 @@ class TrainStep:
         start, stop = self._shard_range(shape[0])
         return tf.ensure_shape(tf.pad(rows, [[start, shape[0] - stop], [0, 0]]), shape)
 
-    def _shard(self) -> int | tf.Tensor:
-        distributor = self._distributor
-        return distributor.local_shard() + distributor.rank * distributor.num_local_shards
-
     def _shard_range(self, num_rows: int) -> tuple[int | tf.Tensor, int | tf.Tensor]:
         """Returns this shard's slice [start, stop) of `num_rows` rows."""
         # As `data_pipelines.batches.batch_plan.shard_rows`, for a shard that may be a tensor.
-        shard, shards = self._shard(), self._distributor.num_shards
+        shard, shards = self._distributor.shard(), self._distributor.num_shards
         return num_rows * shard // shards, num_rows * (shard + 1) // shards
 
 
 def _whole_and_row_bytes(tensor: tf.Variable) -> tuple[int, int]:
-    """Returns the bytes of a gradient of `tensor`, and those of one of its rows."""
+    """Returns the bytes of a gradient of `tensor`, and those of one of its rows and its index."""
     size = tensor.dtype.size
-    return size * math.prod(tensor.shape), size * math.prod(tensor.shape[1:])
+    return size * math.prod(tensor.shape), size * (math.prod(tensor.shape[1:]) + 1)
 
 
 def _tokens_read(rows: Batch, dtype: tf.DType) -> tf.Tensor:

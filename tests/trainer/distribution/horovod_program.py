@@ -64,20 +64,6 @@ def random_sum_digests(distributor, times: int) -> list[str]:
     return [digest(np.stack([tensor.numpy() for tensor in step()])) for _ in range(times)]
 
 
-def gathered(distributor, rows_by_rank: tuple[int, ...]) -> dict:
-    rank = distributor.rank
-    rows = rows_by_rank[rank]
-    values = np.full((rows, 3), rank, np.float32)
-
-    @tf.function
-    def step() -> tuple[tf.Tensor, tf.Tensor]:
-        indices = tf.range(rows, dtype=tf.int64) + 100 * rank
-        return distributor.run(lambda: distributor.all_gather_rows(tf.constant(values), indices))
-
-    values, indices = step()
-    return {"values": values.numpy().tolist(), "indices": indices.numpy().tolist()}
-
-
 def trained(distributor, name: str, rows: slice) -> list[list[float]]:
     """Returns the kernel after some steps on `rows` in each process."""
     with distributor.scope():
@@ -128,8 +114,6 @@ def main(folder: Path) -> None:
         "shards": distributor.num_shards,
         "reduced": reduced(distributor),
         "digests": random_sum_digests(distributor, times=30),
-        "gathered": gathered(distributor, (2, 0, 3)[: distributor.size]),
-        "gathered_nothing": gathered(distributor, (0, 0, 0)),
         "outside": outside_of_a_step(distributor),
         "trained": {
             name: trained(distributor, name, slice(share[0], share[-1] + 1)) for name in OPTIMIZERS

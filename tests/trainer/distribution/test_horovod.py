@@ -74,17 +74,6 @@ def test_sums_have_the_same_bits_in_every_process_and_every_time(results: list[d
 
 
 @pytest.mark.horovod
-def test_rows_are_gathered_in_the_order_of_ranks(results: list[dict]) -> None:
-    counts = [(0, 2), (1, 0), (2, 3)][: len(results)]
-    for result in results:
-        assert result["gathered"] == {
-            "values": [[float(rank)] * 3 for rank, count in counts for _ in range(count)],
-            "indices": [100 * rank + row for rank, count in counts for row in range(count)],
-        }
-        assert result["gathered_nothing"] == {"values": [], "indices": []}
-
-
-@pytest.mark.horovod
 def test_values_outside_of_a_step(results: list[dict]) -> None:
     size = len(results)
     total = float(sum(range(size)))

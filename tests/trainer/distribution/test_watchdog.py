@@ -170,11 +170,12 @@ def test_collectives_are_counted_once_a_process_whatever_the_number_of_its_shard
     @tf.function
     def step(value: tf.Tensor) -> tf.Tensor:
         def shard(value: tf.Tensor) -> tf.Tensor:
-            (early,) = distributor.all_reduce_sum([value])
-            values, _ = distributor.all_gather_rows(
-                tf.ones([2, 3]) * early, tf.constant([1, 2], tf.int64)
+            rows = tf.IndexedSlices(tf.ones([2, 3]), tf.constant([1, 2], tf.int64))
+            early, counts = distributor.all_reduce_sum(
+                [value, distributor.row_counts([rows], tf.float32)]
             )
-            return tf.reduce_sum(values)
+            (gathered,) = distributor.all_gather_rows([rows], counts)
+            return tf.reduce_sum(gathered.values * early)
 
         return distributor.run(shard, value)
 

@@ -4,9 +4,15 @@ import tensorflow as tf
 
 from trainer.training.gradients import dense
 from trainer.training.lazy_rows import trace_gradients
-from trainer.training.reduction import choose_rows, dense_bytes, reduce_gradients, row_bytes
+from trainer.training.reduction import (
+    choose_rows,
+    dense_bytes,
+    reduce_gradients,
+    row_bytes,
+    rows_to_send,
+)
 
-WIDTH = 4
+WIDTH = 2
 
 
 def gradients_of(distributor: object, vocab_size: int) -> tuple:
@@ -18,13 +24,19 @@ def gradients_of(distributor: object, vocab_size: int) -> tuple:
     return table, tf.fill([3], 1.0 + tf.cast(first, tf.float32))
 
 
+def reduced_by(
+    distributor: object, gradients: tuple, as_rows: list[bool], compress: str
+) -> list[tf.Tensor]:
+    gradients, counts = rows_to_send(distributor, gradients, as_rows, tf.float32)
+    (counts,) = distributor.all_reduce_sum([counts])
+    return reduce_gradients(distributor, gradients, as_rows, counts, compress)
+
+
 @pytest.mark.parametrize("compress", ["none", "fp16", "bf16"])
 @pytest.mark.parametrize("as_rows", [False, True])
 def test_shards_are_summed_whichever_way(two_shards: object, as_rows: bool, compress: str) -> None:
     def reduced() -> list[tf.Tensor]:
-        return reduce_gradients(
-            two_shards, gradients_of(two_shards, 10), [as_rows, False], compress
-        )
+        return reduced_by(two_shards, gradients_of(two_shards, 10), [as_rows, False], compress)
 
     table, whole = tf.function(lambda: two_shards.run(reduced))()
     expected = np.zeros((10, WIDTH), np.float32)
@@ -39,7 +51,7 @@ def test_shards_are_summed_whichever_way(two_shards: object, as_rows: bool, comp
 @pytest.mark.parametrize(("vocab_size", "rows"), [(4, False), (1000, True)])
 def test_auto_takes_the_fewer_bytes(two_shards: object, vocab_size: int, rows: bool) -> None:
     batches = tf.data.Dataset.from_tensors(0)
-    sizes = [(4 * WIDTH * vocab_size, 4 * WIDTH), (12, 4)]
+    sizes = [(4 * WIDTH * vocab_size, 4 * (WIDTH + 1)), (12, 8)]
 
     traced = trace_gradients(
         two_shards, [], lambda _: gradients_of(two_shards, vocab_size), batches.element_spec
@@ -52,7 +64,7 @@ def test_auto_takes_the_fewer_bytes(two_shards: object, vocab_size: int, rows: b
     assert chosen("rows") == [True, False]
     assert chosen("dense") == [False, False]
     # Three distinct rows a shard, of two shards.
-    assert row_bytes(3, 4 * WIDTH, two_shards) == 3 * (16 + 8)
+    assert row_bytes(3, 4 * (WIDTH + 1), two_shards) == 3 * 12
     assert dense_bytes(100, two_shards) == 100
 
 
@@ -61,6 +73,8 @@ def test_one_shard_sends_nothing() -> None:
 
     distributor = one_device()
     table, whole = gradients_of(distributor, 10)
-    reduced = reduce_gradients(distributor, [table, whole], [False, False], "fp16")
+    reduced = distributor.run(
+        lambda: reduced_by(distributor, (table, whole), [False, False], "fp16")
+    )
     np.testing.assert_array_equal(reduced[0], dense(table))
     np.testing.assert_array_equal(reduced[1], whole)
