@@ -207,7 +207,7 @@ def simulated(rows: float) -> list[dict[str, Any]]:
     lstm = 4 * (4 * units * (dim + units + 1))
     tables = 4 * vocab * (dim + units + 1)
     candidates = 1024
-    row_bytes = rows * (4 * dim + 8) + (rows + candidates) * (4 * units + 4 + 16)
+    row_bytes = rows * 4 * (dim + 1) + (rows + candidates) * 4 * (units + 1 + 2)
     found = []
     for link, (between, hop) in LINKS.items():
         for gpus in (8, 64, 512):
