@@ -429,6 +429,20 @@ class Config(  # the last base has the first fields
         }
         return StageConfig(**values)
 
+    def as_flagfile(self) -> str:
+        """Returns the flags that are not at their defaults, as --flagfile reads them.
+
+        A value with a line break cannot stand in such a file; a comment says that it is missing.
+        """
+        lines = ["# The run's flags: python -m trainer.main --flagfile=FILE"]
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value != item.default:
+                line = f"--{item.name}={value}"
+                fits = len(line.splitlines()) == 1
+                lines.append(line if fits else f"# --{item.name} has a line break: give it")
+        return "\n".join(lines) + "\n"
+
     def parts(self) -> dict[str, "Config"]:
         """Returns the configuration of each part of --stage=all, by its folder in --run_dir."""
         encoder = str(Path(self.run_dir) / "pretrain" / "encoder")

@@ -18,6 +18,19 @@ def test_flagfile_values_can_be_overridden(tmp_path: Path) -> None:
     assert (config.units, config.seed) == (9, 3)
 
 
+def test_a_runs_flagfile_gives_its_configuration_again(tmp_path: Path) -> None:
+    config = Config(
+        run_dir="runs/a b$(c)'#", units=7, tied_softmax=True, finetune_learning_rate=1 / 3, seed=0
+    )
+    (tmp_path / "config.cfg").write_text(config.as_flagfile())
+    values = flags.FlagValues()
+    flag_fields.define([Config], values)
+    argv = ["program", f"--flagfile={tmp_path}/config.cfg"]
+    assert configuration.parse(argv, values) == ([], [])
+    assert configuration.from_flags(values) == config
+    assert "\n# --input has a line break" in Config(input="a\nb").as_flagfile()
+
+
 def test_help_names_every_flag_under_its_group() -> None:
     text = flag_fields.program_help("", [Config])
     for item in dataclasses.fields(Config):

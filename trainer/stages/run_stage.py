@@ -179,6 +179,7 @@ def remember_config(config: Config) -> None:
             ("environment.json", environment.describe()),
         ):
             replace_text(folder / name, json.dumps(values, indent=2) + "\n")
+        replace_text(folder / "config.cfg", config.as_flagfile())
     except OSError as error:
         raise InputError(
             f"--run_dir={folder} cannot be written: {error.strerror}: make room or make it writable"
