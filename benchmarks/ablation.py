@@ -23,6 +23,7 @@ from typing import Any
 import keras
 from absl import app, flags
 
+from benchmarks import state_positions
 from benchmarks.machine import facts, in_words
 from data_pipelines import flag_fields
 from data_pipelines.store.token_store import TokenStore
@@ -180,7 +181,7 @@ def render(result: dict[str, Any]) -> str:
                 readings.append(
                     f"| {title} | {weights} | {state} | {interval(found)} | {says(found)} |"
                 )
-    return TEMPLATE.read_text().format(
+    page = TEMPLATE.read_text().format(
         table="\n".join(lines),
         differences="\n".join(readings),
         reading=reading(result),
@@ -191,6 +192,7 @@ def render(result: dict[str, Any]) -> str:
         documents=f"{result['test_documents']:,}",
         machine=in_words(result["machine"]),
     )
+    return page + state_positions.section() if result["source"].startswith("tfds:imdb") else page
 
 
 def mean_and_spread(errors: Sequence[float]) -> str:

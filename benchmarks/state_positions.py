@@ -6,7 +6,7 @@ RUN is the folder of a pretraining with language_model or bag_autoencoder, whose
 has the softmax that an encoder bundle leaves out. Validation documents are read from zeros, from
 the mean state and from the learned state. The result is the nats of each word from the first to
 the POSITIONS-th, paired by document, in benchmarks/results/NAME.json; docs/learned-states-imdb.md
-shows the results that are there.
+shows the results that are there, and docs/images/state-positions.svg draws them.
 """
 
 import argparse
@@ -36,6 +36,19 @@ STATES = ("zero", "mean", "learned")
 SHOWN = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 50))  # first and last word of a column
 TITLES = {"language_model": "language model", "bag_autoencoder": "bag autoencoder"}
 RESULTS = Path("benchmarks/results")
+TEMPLATE = Path(__file__).with_name("state_positions.template.md")
+PICTURE = Path("docs/images/state-positions.svg")
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 300, 60, 30, 40  # of the picture
+MOST, LEAST = 2.0, 0.01  # nats; the axis is logarithmic
+STYLE = """
+text { font: 13px system-ui, sans-serif; fill: #1c2128 } path { fill: none; stroke-width: 2 }
+.background { fill: #ffffff } .grid { stroke: #d0d7de; stroke-width: 1 }
+.line0 { stroke: #0b6e66 } .line1 { stroke: #b35900; stroke-dasharray: 6 4 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3 } .background { fill: #0d1117 } .grid { stroke: #30363d }
+  .line0 { stroke: #57cfc0 } .line1 { stroke: #f0a35e }
+}
+"""
 
 
 def trained_model(run_dir: Path) -> tuple[LanguageModel, dict[str, list[LearnedState]]]:
@@ -136,6 +149,50 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def section() -> str:
+    """Returns what docs/learned-states-imdb.md says of the results that are there."""
+    return TEMPLATE.read_text().format(table=table(kept()))
+
+
+def kept() -> list[dict[str, Any]]:
+    """Returns the results in RESULTS."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("state_positions_*.json"))]
+
+
+def picture(results: Sequence[dict[str, Any]]) -> str:
+    """Returns an SVG: the nats that the learned state saves at each word, a line each result."""
+
+    def y(nats: float) -> float:
+        share = np.log(max(nats, LEAST) / LEAST) / np.log(MOST / LEAST)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
+
+    def x(position: int) -> float:
+        return round(LEFT + (position - 1) / (POSITIONS - 1) * (WIDTH - 2 * LEFT), 1)
+
+    parts = [f'<rect class="background" width="{WIDTH}" height="{HEIGHT}" rx="8"/>']
+    for nats in (0.01, 0.03, 0.1, 0.3, 1.0):
+        parts.append(f'<path class="grid" d="M{LEFT} {y(nats)}H{WIDTH - LEFT}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y(nats) + 4}" text-anchor="end">{nats:g}</text>')
+    for position in (1, 10, 20, 30, 40, 50):
+        across = f'x="{x(position)}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle"'
+        parts.append(f"<text {across}>{position}</text>")
+    for i, result in enumerate(results):
+        found = result["nats"]
+        gains = np.subtract(found["zero"], found["learned"])
+        points = "L".join(f"{x(n)} {y(gain)}" for n, gain in enumerate(gains, 1))
+        parts.append(f'<path class="line{i}" d="M{points}"/>')
+        height = TOP + 10 + 22 * i
+        parts.append(f'<path class="line{i}" d="M{WIDTH - 230} {height}h40"/>')
+        parts.append(f'<text x="{WIDTH - 180}" y="{height + 4}">{result["objective"]}</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 10}">nats saved by the learned state</text>')
+    parts.append(f'<text x="{WIDTH - LEFT}" y="{HEIGHT - 4}" text-anchor="end">word</text>')
+    body = "\n".join(parts)
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>\n{body}\n</svg>\n'
+    )
+
+
 def main() -> None:
     """Writes the result as JSON, and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.state_positions")
@@ -155,6 +212,7 @@ def main() -> None:
         "machine": facts(),
     }
     replace_text(RESULTS / f"{options.out}.json", json.dumps(result, indent=1) + "\n")
+    replace_text(PICTURE, picture(kept()))
     print(table([result]), in_words(result["machine"]), sep="\n")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import ablation, label_efficiency, state_tuning
+from benchmarks import ablation, label_efficiency, state_positions, state_tuning
 from benchmarks import all as benchmarks
 from benchmarks.processes import peak_megabytes
 from trainer.reporting.report_file import errors_by_labels
@@ -25,6 +25,10 @@ def test_the_pages_of_states_are_those_of_the_results(scale: str) -> None:
     results = REPOSITORY / "benchmarks/results" / f"learned_states{scale.replace('-', '_')}.json"
     page = REPOSITORY / "docs" / f"learned-states{scale}.md"
     assert page.read_text() == ablation.render(json.loads(results.read_text()))
+
+
+def test_the_picture_of_states_is_that_of_the_results() -> None:
+    assert state_positions.PICTURE.read_text() == state_positions.picture(state_positions.kept())
 
 
 def test_the_page_of_tuning_has_the_table_of_the_results() -> None:
