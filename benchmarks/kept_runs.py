@@ -43,12 +43,16 @@ CURVES = ("loss", "perplexity", "error_percent", "learning_rate")
 CURVE_POINTS = 200
 
 
-def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[str, Any]:
+def record(
+    run_dir: Path, path: Path, evaluation: Path | None = None, again: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Writes and returns the result of the finished run of --stage=all in `run_dir`.
 
     Args:
         evaluation: Folder of a run of --stage=evaluate on the float16 bundle that is kept beside
             the result (see `halve`); its figures are added to the result.
+        again: Folders with a run of --stage=finetune from the same encoder in `finetune`, and one
+            of --stage=evaluate on the test split in `test`: other seeds of fine-tuning.
 
     Raises:
         InputError: The run has not ended, is of another stage, or its files are damaged.
@@ -74,8 +78,23 @@ def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[st
         if "test" not in found:
             raise InputError(f"{evaluation} is no run of --stage=evaluate on the test split")
         result["kept_bundle"] = {"test": found["test"]}
+    if again:
+        result["finetuned_again"] = [finetuned_again(folder, report) for folder in again]
     replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def finetuned_again(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Returns seed, validation and test of another fine-tuning from the encoder of `report`."""
+    (tuned, _), (tested, _) = (run_files(folder / name) for name in ("finetune", "test"))
+    theirs, ours = tuned["finetune"]["broadcast"]["digests"], report["broadcast"]["digests"]
+    if set(theirs) != set(ours):
+        raise InputError(f"{folder / 'finetune'} starts from another encoder")
+    return {
+        "seed": tuned["config"]["seed"],
+        "validation": tuned["finetune"]["validation"],
+        "test": tested["test"],
+    }
 
 
 def run_files(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -149,12 +168,17 @@ def table(folder: Path, names: Collection[str] = ()) -> str:
         time += ", both starts together" if len(starts) > 1 else ""
         for start in starts:
             errors = [r["test_error_percent"][start] for r in results]
+            how = f"run here, {len(errors)} run{'s' if len(errors) > 1 else ''}"
+            more = [x for r in results for x in r.get("finetuned_again", ()) if start == "warm"]
+            if more:
+                errors += [each["test"]["error_percent"] for each in more]
+                how += f", {len(errors)} fine-tunings"
             rows.append(
                 (
                     statistics.mean(errors),
                     f"{name}, {'warm start' if start == 'warm' else 'from scratch'}",
                     spread(errors),
-                    f"run here, {len(errors)} run{'s' if len(errors) > 1 else ''}",
+                    how,
                     time,
                 )
             )
@@ -229,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_run.add_argument("run_dir", type=Path)
     of_run.add_argument("--out", type=Path, required=True)
     of_run.add_argument("--evaluation", type=Path, help="of the bundle that `halve` wrote")
+    of_run.add_argument("--again", type=Path, action="append", default=[], help="other seeds")
     of_half = commands.add_parser("halve", help="keep a classifier in float16")
     of_half.add_argument("classifier", type=Path)
     of_half.add_argument("--out", type=Path, required=True)
@@ -239,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.command == "record":
-            record(options.run_dir, options.out, options.evaluation)
+            record(options.run_dir, options.out, options.evaluation, options.again)
         elif options.command == "halve":
             halve(options.classifier, options.out, "classifier")
         else:

@@ -63,6 +63,28 @@ def test_what_the_kept_bundle_gave_goes_with_the_result(tmp_path: Path) -> None:
     assert results.record(run, out, evaluation)["kept_bundle"]["test"] == found["test"]
 
 
+def test_other_seeds_of_finetuning_are_in_the_row(tmp_path: Path) -> None:
+    run, again = write_run(tmp_path / "run", 7.0), tmp_path / "again"
+    report = json.loads((run / "report.json").read_text())
+    report["broadcast"] = {"digests": ["abc"]}
+    (run / "report.json").write_text(json.dumps(report))
+    tuned = {"validation": {"error_percent": 6.0}, "broadcast": {"digests": ["abc", "abc"]}}
+    for name, values in (
+        ("finetune", {"config": {"seed": 1}, "finetune": tuned}),
+        ("test", {"test": {"error_percent": 8.0}}),
+    ):
+        (again / name).mkdir(parents=True)
+        (again / name / "report.json").write_text(json.dumps(values))
+        (again / name / "environment.json").write_text("{}")
+    (tmp_path / "results").mkdir()
+    results.record(run, tmp_path / "results/imdb.json", again=[again])
+    row = results.table(tmp_path / "results").splitlines()[2:]
+    assert any("7.50 % (7.00-8.00) | run here, 1 run, 2 fine-tunings |" in each for each in row)
+    report["broadcast"]["digests"] = ["another"]
+    with pytest.raises(InputError, match="starts from another encoder"):
+        results.finetuned_again(again, report)
+
+
 def test_the_time_is_that_of_all_sittings() -> None:
     parts = {"pretrain": {"seconds": 500.0}, "warm": {"seconds": 300.0}}
     assert results.seconds_of({"wall_seconds": 90.0, **parts}) == 800
