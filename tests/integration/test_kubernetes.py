@@ -12,7 +12,7 @@ import pytest
 
 from launch.kubernetes import manifests as kubernetes
 from launch.kubernetes.options import KubernetesOptions
-from tests.integration import pod_runner
+from tests.integration import operators, pod_runner
 from tests.integration.programs import REPOSITORY, SMALL, metrics, train
 from trainer.distribution import cluster
 
@@ -139,15 +139,58 @@ def test_the_pauses_are_those_that_were_measured(
         assert 0 <= seconds - pause <= 3
 
 
-@pytest.mark.parametrize("overlay", ["indexed-job", "jobset", "trainjob"])
-@pytest.mark.parametrize("workers", [2, 8, 64, 512])
-def test_the_pauses_of_our_jobs_do_not_grow_with_the_workers(workers: int, overlay: str) -> None:
-    documents = kubernetes.render(KubernetesOptions(workers=workers, overlay=overlay))
-    text = json.dumps(documents)
+@pytest.mark.parametrize("overlay", ["indexed-job", "jobset", "gpu-nodes", "trainjob"])
+def test_failures_are_counted_per_index(overlay: str) -> None:
+    text = json.dumps(kubernetes.render(KubernetesOptions(workers=2, overlay=overlay)))
     assert '"backoffLimitPerIndex": 3' in text and '"backoffLimit"' not in text
-    spec = {"backoffLimitPerIndex": 3}
-    pauses = [pod_runner.backoff_seconds(spec, n, n * workers) for n in (1, 2, 3)]
-    assert pauses == [10, 20, 40]
+
+
+def on_paper(workers: int) -> tuple[pod_runner.IndexedJob, pod_runner.PaperKubelet]:
+    documents = kubernetes.render(KubernetesOptions(workers=workers))
+    kubelet = pod_runner.PaperKubelet()
+    job = pod_runner.IndexedJob(next(d for d in documents if d["kind"] == "Job"), kubelet)
+    job.start()
+    assert len(job.pods) == workers
+    return job, kubelet
+
+
+@pytest.mark.parametrize("workers", [2, 8, 64, 512])
+def test_a_disruption_costs_hundreds_of_workers_what_it_costs_two(workers: int) -> None:
+    job, kubelet = on_paper(workers)
+    for disruption in range(1, 4):
+        first, *peers = job.pods[-workers:]
+        kubelet.delete(first, disruption=True)
+        for peer in peers:
+            kubelet.end(peer, 143)  # they save and stop with it
+        job.wait_until(kubelet.events.empty)
+        assert len(job.pods) == (disruption + 1) * workers
+        assert job.pauses[-workers:] == [10 * 2 ** (disruption - 1)] * workers
+    assert job.counted == 0
+    kubelet.end(job.running(0), 0)
+    assert job.wait() == ("Complete", "SuccessPolicy")
+    assert all(pod.exit_code is not None for pod in job.pods)
+
+
+@pytest.mark.parametrize("workers", [2, 8, 64, 512])
+def test_three_crashes_of_any_workers_are_survived_and_not_the_fourth(workers: int) -> None:
+    job, kubelet = on_paper(workers)
+    for crash in range(4):
+        assert job.condition is None and len(job.pods) == (crash + 1) * workers
+        running = job.pods[-workers:]
+        victim = running[crash % workers]
+        kubelet.end(victim, 137)
+        for peer in running:
+            if peer is not victim:
+                kubelet.end(peer, 75)  # a failure of theirs too
+        job.wait_until(kubelet.events.empty)
+    assert job.condition == ("Failed", "MaxFailedIndexesExceeded")
+
+
+def test_a_wrong_flag_of_one_of_512_pods_ends_all(tmp_path: Path) -> None:
+    job, kubelet = on_paper(512)
+    kubelet.end(job.running(300), 2)
+    assert job.wait() == ("Failed", "PodFailurePolicy")
+    assert len(job.pods) == 512 and all(pod.deleted for pod in job.pods if pod.index != 300)
 
 
 def readme_table(name: str) -> list[list[str]]:
@@ -165,19 +208,35 @@ def test_the_pauses_in_the_readme() -> None:
             assert cell == ", ".join(f"{pause:.0f}" for pause in pauses)
 
 
+def kilobytes(document: object) -> str:
+    return f"{len(json.dumps(document)) / 1000:.1f} kB"
+
+
 def test_the_sizes_in_the_readme() -> None:
-    sizes, hosts, *_, seconds = readme_table("sizes")
-    for column, workers in enumerate((2, 64, 512)):
+    sizes, customs, configs, hosts, slices, _, _, creation, again = readme_table("sizes")
+    for column, workers in enumerate((2, 8, 64, 512)):
         documents = kubernetes.render(KubernetesOptions(workers=workers))
         (job,) = (each for each in documents if each["kind"] == "Job")
         (container,) = job["spec"]["template"]["spec"]["containers"]
         (value,) = (e["value"] for e in container["env"] if e["name"] == "WARMSTATE_HOSTS")
         value = value.replace("$(WARMSTATE_JOB)", "warmstate")
         value = value.replace("$(WARMSTATE_SERVICE)", "warmstate")
-        assert sizes[column] == f"{len(json.dumps(job)) / 1000:.1f} kB"
+        assert sizes[column] == kilobytes(job)
         assert hosts[column] == str(len(value))
         assert len(cluster.expand_hosts(value, "WARMSTATE_HOSTS")) == workers
-        assert seconds[column] == str(math.ceil(workers / 20))
+        customs_of = {
+            each["kind"]: each
+            for overlay in ("gpu-nodes", "mpijob", "trainjob")
+            for each in kubernetes.render(KubernetesOptions(workers=workers, overlay=overlay))
+            if each["kind"] in ("JobSet", "MPIJob", "TrainJob", "ClusterTrainingRuntime")
+        }
+        largest = max(customs_of, key=lambda kind: len(json.dumps(customs_of[kind])))
+        assert largest == "JobSet" and customs[column] == kilobytes(customs_of[largest])
+        _, data = operators.objects_of_mpi_job(customs_of["MPIJob"])
+        assert configs[column] == kilobytes(data)
+        assert slices[column] == str(math.ceil(workers / 100))
+        assert creation[column] == str(math.ceil(workers / 20))
+        assert again[column] == str(10 + math.ceil(workers / 20))
 
 
 def test_a_queued_job_has_no_pods_until_it_is_resumed(small_store: Path, tmp_path: Path) -> None:

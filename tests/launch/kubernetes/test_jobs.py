@@ -463,14 +463,15 @@ def test_follow_says_each_reason_once_while_the_chief_runs(
     assert said.count("q-1-rjbfn cannot start: no nodes available to schedule pods") == 1
 
 
-@pytest.mark.parametrize("ready", [512, 511])
+@pytest.mark.parametrize("pending", [0, 1])
+@pytest.mark.parametrize("workers", [2, 8, 64, 512])
 def test_requests_of_follow_do_not_grow_with_the_workers(
-    server: ApiServer, ready: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    server: ApiServer, workers: int, pending: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The figures of k8s/README.md: one request in two seconds, and three more in ten."""
     monkeypatch.chdir(tmp_path)
-    path = add_job(server, {"ready": ready}, spec={"parallelism": 512})
-    server.pods = [pod("warmstate-0-abcde", phase="Running")]
+    path = add_job(server, {"ready": workers - pending}, spec={"parallelism": workers})
+    server.pods = [pod(f"warmstate-{index}-abcde", phase="Running") for index in range(workers)]
     server.log_is_open = True  # the chief runs on
     clock = [1000.0]
     before: list[int] = []
@@ -486,7 +487,7 @@ def test_requests_of_follow_do_not_grow_with_the_workers(
 
     monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=pause, monotonic=lambda: clock[0]))
     assert jobs.wait(JOB, Api(""), follow=True) == 0
-    assert before[1] - before[0] == {512: 30, 511: 30 + 6 * 3}[ready]
+    assert before[1] - before[0] == 30 + pending * 6 * 3
 
 
 def test_a_pod_on_a_lost_node_says_what_to_do(server: ApiServer, capsys) -> None:

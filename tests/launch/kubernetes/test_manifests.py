@@ -613,6 +613,21 @@ def test_pods_on_gpu_nodes_have_a_node_each_its_fabric_and_a_cache(tmp_path: Pat
     assert (tmp_path / "cache" / "store" / "manifest.json").read_text() == "{}"
 
 
+def test_the_volumes_for_a_cluster_of_one_node() -> None:
+    text = (REPOSITORY / "k8s" / "README.md").read_text()
+    (edit,) = re.findall(r"^(sed .+volumes\.yaml) \|", text, re.M)
+    changed = subprocess.run(["sh", "-c", edit], cwd=REPOSITORY, capture_output=True, check=True)
+    for claim in yaml.safe_load_all(changed.stdout):
+        assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+
+
+def test_the_tests_that_the_readme_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (REPOSITORY / "k8s" / "README.md").read_text()))
+    text = "".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert len(named) > 10
+    assert named <= set(re.findall(r"^def (test_\w+)", text, re.M))
+
+
 def test_names_stay_labels() -> None:
     assert options(name="a" * 40).faults() == []
     assert len(options(name="a" * 41).faults()) == 1
