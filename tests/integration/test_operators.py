@@ -191,6 +191,7 @@ def pods(folder: Path, store: Path, claims: dict[str, Path], service: Document) 
         yield kubelet
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.slow("an MPIJob that trains over ssh; quick: the same steps on paper")
 @pytest.mark.horovod
 def test_an_mpi_job_is_drained_killed_and_preempted_and_finishes(
