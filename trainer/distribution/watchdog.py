@@ -22,7 +22,8 @@ from trainer.distribution.cluster import LOST_WORKER_EXIT_CODE
 LOCAL_WORK_SECONDS = 900.0  # limit for a worker that traces, compiles, reads or writes
 _TICK_SECONDS = 0.5
 _WORKERS_PER_TICK = 32  # larger jobs tick more slowly: the store serves about 200 requests a second
-_RAISE_SECONDS = 2.0  # for the main thread to raise and to exit in order
+_RAISE_SECONDS = 2.0  # for the main thread to raise
+_EXIT_SECONDS = 10.0  # for the interpreter to shut down after that
 _GUILTY_SECONDS = 30.0  # for a launcher to see which worker still runs
 _STDOUT = 1  # file descriptor
 _watchdogs: "list[Watchdog]" = []  # of this process: one, if it has peers
@@ -283,7 +284,8 @@ class Watchdog:
         else:
             # In a thread, because it may wait for the hung worker.
             threading.Thread(target=self._abort, args=[verdict.reason], daemon=True).start()
-            time.sleep(_RAISE_SECONDS)
+            if self._stop.wait(_RAISE_SECONDS):
+                time.sleep(_EXIT_SECONDS)  # it raised, and has its own exit code
         # Not through sys.stdout: the main thread may hold its lock.
         os.write(_STDOUT, f"worker {self._rank} lost a peer: {verdict.reason}\n".encode())
         os._exit(LOST_WORKER_EXIT_CODE)

@@ -36,7 +36,7 @@ def part_config(config: Config, start: str, count: int, draw: int) -> Config:
         finetune_documents=count,
         seed=config.seed + draw,
         finetune_steps=steps,
-        finetune_evaluate_every_steps=max(1, steps // EVALUATIONS),
+        finetune_evaluate_every_steps=max(1, -(-steps // EVALUATIONS)),
     )
     if count > FEW_LABELS:
         return found
