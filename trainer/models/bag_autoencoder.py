@@ -62,17 +62,25 @@ class BagAutoencoder(LanguageModel):
         length = np.sqrt(np.sum(has * idf**2))
         self.bag_bias.assign(has * idf / max(length, 1e-6))
 
-    def code_kernel(self) -> np.ndarray:
+    def code_kernel(self, outputs: np.ndarray) -> np.ndarray:
         """Returns the map from mean output to code: float32 [units, embedding_dim].
 
         The distance of two codes is that of the bags reconstructed from them. So what the decoder
-        does not use, such as the next word's, is left out.
+        does not use, such as the next word's, is left out. The code's axes are the principal ones,
+        those in which documents differ most first.
+
+        Args:
+            outputs: The mean outputs of some documents, [documents, units].
         """
         embeddings = self.encoder.embeddings.numpy().astype(np.float64)
         # |E q| = |L' q| for every q, if L L' = E'E; the ridge keeps that positive definite.
         gram = embeddings.T @ embeddings
         root = np.linalg.cholesky(gram + 1e-9 * np.trace(gram) * np.eye(len(gram)))
-        return (self.bag_kernel.numpy() @ root).astype(np.float32)
+        kernel = self.bag_kernel.numpy() @ root
+        codes = (outputs - outputs.mean(axis=0, dtype=np.float64)) @ kernel
+        axes = np.linalg.eigh(codes.T @ codes)[1][:, ::-1]
+        largest = axes[np.abs(axes).argmax(axis=0), np.arange(len(axes))]
+        return (kernel @ (axes * np.sign(largest))).astype(np.float32)
 
     def loss_sum(self, rows: Rows, training: bool, noise: Noise = EXACT) -> tuple[tf.Tensor, ...]:
         """Returns the summed loss of both predictions, and the number of tokens.

@@ -23,6 +23,9 @@ from trainer.training.run import Run
 MAX_DOCUMENTS = 2_000
 # On features whose squares add up to 1 on average.
 PENALTY = 0.3
+# Of a code the first axes are read: so many, or more with more labels.
+MIN_AXES = 20
+LABELS_PER_AXIS = 20
 
 
 def fit_head(run: Run, classifier: Classifier, labelled: SplitView) -> None:
@@ -72,20 +75,14 @@ def code_kernels(config: Config) -> list[np.ndarray | None]:
     return found
 
 
-def _root(symmetric: np.ndarray) -> np.ndarray:
-    """Returns the square root of a positive semidefinite matrix."""
-    values, vectors = np.linalg.eigh(np.atleast_2d(symmetric))
-    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-
-
 def fitted(
     features: np.ndarray, labels: np.ndarray, num_classes: int, code: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns kernel and bias, float32, of the head that reads `features` as they are.
 
     They are centred, mapped by `code` and scaled before the regression, and the head's weights take
-    that over. Codes are multiplied by the root of their covariance: what varies most between
-    documents is what a few labels can tell apart.
+    that over. With few labels only the first axes of the code are read, those in which documents
+    differ most.
 
     Args:
         features: [documents, width].
@@ -97,8 +94,8 @@ def fitted(
     if code is None:
         code = np.eye(features.shape[1])
     else:
-        code = code.astype(np.float64)
-        code = code @ _root(np.cov((centred @ code).T, bias=True))
+        axes = max(MIN_AXES, len(labels) // LABELS_PER_AXIS)
+        code = code[:, :axes].astype(np.float64)
         centred = centred @ code
     scale = max(np.sqrt(np.square(centred).sum(axis=1).mean()), 1e-12)
     kernel, bias = logistic_regression.fit(centred / scale, labels, num_classes, PENALTY)

@@ -17,11 +17,12 @@ from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
 from trainer import states
 from trainer.config import Config
-from trainer.distribution.steps import sum_over_batches
+from trainer.distribution.steps import gather_rows, sum_over_batches
 from trainer.distribution.variables import digest, values_of
 from trainer.models import bundle
 from trainer.models.bag_autoencoder import BagAutoencoder
-from trainer.models.encoder import Encoder, Initial, LearnedState, dropped_weights
+from trainer.models.classifier import pooled
+from trainer.models.encoder import Encoder, Initial, LearnedState, dropped_weights, token_mask
 from trainer.models.language_model import LanguageModel
 from trainer.models.sequence_autoencoder import SequenceAutoencoder, same_rows
 from trainer.models.text_model import Noise, TextModel
@@ -59,6 +60,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         config.pretrain_max_tokens,
     )
     mean = states.mean(run.distributor, model.encoder, averaged, run.stop_request)
+    code = code_kernel(run, model, averaged) if isinstance(model, BagAutoencoder) else None
     report |= {
         "steps": config.pretrain_steps,
         "seconds": round(result.seconds, 1),
@@ -68,7 +70,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
     if config.reconstruct_documents:
         report["exact_match_percent"] = exact_match_percent(run, model)
     if run.is_chief:
-        encoder_sha256 = save_encoder(run, folder / "encoder", model, mean, report)
+        encoder_sha256 = save_encoder(run, folder / "encoder", model, mean, code, report)
         if isinstance(model, SequenceAutoencoder):
             save_decoder(run, folder / "decoder", model, encoder_sha256)
     return report
@@ -295,11 +297,25 @@ def exact_match_percent(run: Run, model: SequenceAutoencoder) -> float:
     return float(100 * exact / count)
 
 
+def code_kernel(run: Run, model: BagAutoencoder, documents: tf.data.Dataset) -> np.ndarray:
+    """Returns the model's code kernel, its axes those of `documents`. A collective."""
+
+    def mean_outputs(rows: dict[str, tf.Tensor]) -> tf.Tensor:
+        outputs, states = model.encoder(rows["tokens"], rows["lengths"])
+        mask = token_mask(rows["tokens"], rows["lengths"])
+        return pooled("mean", outputs, states[-1][0], mask)
+
+    return model.code_kernel(
+        gather_rows(run.distributor, mean_outputs, documents, run.stop_request)
+    )
+
+
 def save_encoder(
     run: Run,
     folder: Path,
     model: TextModel,
     mean: list[LearnedState],
+    code: np.ndarray | None,
     metrics: dict[str, Any],
 ) -> str:
     """Writes the encoder bundle: weights, both states, a code's kernel, and their provenance.
@@ -309,8 +325,8 @@ def save_encoder(
     """
     encoder = model.encoder
     tensors = values_of(bundle.encoder_variables(encoder))
-    if isinstance(model, BagAutoencoder):
-        tensors[bundle.CODE_KERNEL] = model.code_kernel()
+    if code is not None:
+        tensors[bundle.CODE_KERNEL] = code
     tensors |= bundle.state_tensors("learned", states.learned(encoder))
     tensors |= bundle.state_tensors("mean", mean)
     info = {

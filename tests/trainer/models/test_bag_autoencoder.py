@@ -72,8 +72,12 @@ def test_every_weight_and_the_initial_state_get_a_gradient(model: BagAutoencoder
 
 
 def test_codes_are_as_far_apart_as_the_bags_reconstructed_from_them(model: BagAutoencoder) -> None:
-    means = np.random.default_rng(3).normal(size=(2, UNITS))
-    codes = means @ model.code_kernel()
+    means = np.random.default_rng(3).normal(size=(50, UNITS))
+    codes = means @ model.code_kernel(means)
     bags = means @ model.bag_kernel.numpy() @ model.encoder.embeddings.numpy().T
     distance = np.linalg.norm(codes[0] - codes[1])
     assert distance == pytest.approx(np.linalg.norm(bags[0] - bags[1]), rel=1e-4)
+    covariance = np.cov(codes.T)
+    variances = np.diag(covariance)
+    assert (np.diff(variances) < 0).all()
+    np.testing.assert_allclose(covariance, np.diag(variances), atol=1e-4 * variances[0])
