@@ -27,6 +27,7 @@ setup(
             "Dockerfile*",
             "README.md",
             "sshd_config",
+            "stop_trainers.sh",
         ],
         "launch": ["local/loopback.c"],
         "trainer": [

@@ -89,7 +89,7 @@ def _locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f"prepare: waiting for the process that holds {path}")
+            log(f"prepare: another process is preparing {folder} and holds {path}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise InputError(

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import re
@@ -618,6 +619,25 @@ def test_a_file_system_without_locks_is_named(
     with pytest.raises(InputError, match=r"store\.lock cannot be locked \(No locks available\)"):
         ensure_store(PrepareConfig("movie_reviews"), tmp_path / "store", lambda line: None)
     assert not (tmp_path / "store").exists()
+
+
+def test_who_waits_for_another_process_says_what_it_does(tmp_path: Path) -> None:
+    write_csv(tmp_path / "validation.csv", [("c", "in validation", "0")])
+    spec = write_csv(tmp_path / "train.csv", [("a", "x y", "0"), ("b", "y z", "1")])
+    config = PrepareConfig(spec, vocab_size=4, id_key="id", min_count=1)
+    lines = []
+    with (tmp_path / "store.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def log(line: str) -> None:
+            lines.append(line)
+            fcntl.flock(held, fcntl.LOCK_UN)
+
+        ensure_store(config, tmp_path / "store", log)
+    store = tmp_path.resolve() / "store"
+    assert lines[0] == (
+        f"prepare: another process is preparing {store} and holds {store}.lock; waiting for it"
+    )
 
 
 def test_the_default_vocabulary_is_as_large_as_the_data(
