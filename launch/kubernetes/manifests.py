@@ -214,11 +214,9 @@ def _fill_train_job(spec: Document, options: KubernetesOptions) -> None:
     trainer = spec["trainer"]
     if options.image:
         trainer["image"] = options.image
-    if options.gpus_per_worker:
-        # It takes the place of the runtime's.
-        template = _load(MANIFESTS / "base")[0][_TEMPLATE]["spec"]
-        _fill_template(template, options)
-        trainer["resourcesPerNode"] = template["template"]["spec"]["containers"][0]["resources"]
+    if options.gpus_per_worker:  # merged with the runtime's CPUs and memory
+        count = str(options.gpus_per_worker)
+        trainer["resourcesPerNode"] = {kind: {_GPU: count} for kind in ("limits", "requests")}
     pod: Document = {}
     if labels := options.node_labels:
         pod["nodeSelector"] = labels
