@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
+from benchmarks import line_chart
 from benchmarks.machine import facts, in_words
 from data_pipelines.permutation import Permutation
 from data_pipelines.store.split_view import SAMPLE_KEY, SplitView
@@ -46,7 +47,14 @@ OBJECTIVES = {
     "sequence_autoencoder": "sequence autoencoder",
     "language_model": "language model",
 }
+# Kept recipes that train the whole LSTM, by the start of their file's name in results/.
+FINETUNED = {
+    "imdb_cpu_scratch": "LSTM from scratch",
+    "imdb_cpu": "language model, fine-tuned",
+    "imdb_cpu_autoencoder": "bag autoencoder, fine-tuned",
+}
 PAGE = Path("docs/label-efficiency.md")
+PICTURE = Path("docs/images/label-efficiency.svg")
 TEMPLATE = Path(__file__).with_name("label_efficiency.template.md")
 RESULT = Path("benchmarks/results/label_efficiency.json")
 BATCH_SIZE, MAX_TOKENS = 64, 400
@@ -133,39 +141,63 @@ def measure(store: TokenStore, encoders: Sequence[Path], work: Path) -> list[dic
     return rows
 
 
+def finetuned_rows(folder: Path) -> list[dict[str, Any]]:
+    """Returns a row for each run of FINETUNED that is kept in `folder`."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        name = path.stem.partition("-seed")[0]
+        if name not in FINETUNED:
+            continue
+        result = json.loads(path.read_text())
+        ((start, error),) = result["test_error_percent"].items()
+        errors = [error, *(x["test"]["error_percent"] for x in result.get("finetuned_again", ()))]
+        labels = result[start]["labelled_documents"]
+        rows += [{"model": name, "labels": labels, "test_error_percent": each} for each in errors]
+    return rows
+
+
 def cell(errors: Sequence[float]) -> str:
     """Returns the mean of the samples, and half its 95 % interval if there are several."""
     if len(errors) < 2:
-        return f"{errors[0]:.1f}"
+        return f"{errors[0]:.1f}" if errors else ""
     found = mean_of_runs(list(errors))
     return f"{found.value:.1f} ± {found.high - found.value:.1f}"
 
 
+def errors_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[float]]]:
+    """Returns the test errors by title of the model and number of labels."""
+    titles = LINEAR | {name: f"{title}, frozen" for name, title in OBJECTIVES.items()} | FINETUNED
+    found: dict[str, dict[int, list[float]]] = {title: {} for title in titles.values()}
+    for row in rows:
+        of_model = found[titles[row["model"]]]
+        of_model.setdefault(row["labels"], []).append(row["test_error_percent"])
+    return {title: by_count for title, by_count in found.items() if by_count}
+
+
+def picture(result: Mapping[str, Any]) -> str:
+    """Returns an SVG of the mean errors, a line each model."""
+    lines = {
+        title: [(count, statistics.mean(each)) for count, each in sorted(by_count.items())]
+        for title, by_count in errors_of(result["rows"]).items()
+    }
+    counts = sorted({row["labels"] for row in result["rows"]})
+    labels = ("labelled documents", "test error, percent")
+    return line_chart.svg(lines, counts, (7, 10, 15, 20, 30, 50), labels, x_is_logarithmic=True)
+
+
 def page(result: Mapping[str, Any]) -> str:
     """Returns docs/label-efficiency.md."""
-    rows = result["rows"]
-    counts = sorted({row["labels"] for row in rows})
-    models = [name for name in (*LINEAR, *OBJECTIVES) if any(r["model"] == name for r in rows)]
-
-    def errors(model: str, count: int) -> list[float]:
-        same = [row for row in rows if (row["model"], row["labels"]) == (model, count)]
-        return [row["test_error_percent"] for row in same]
-
+    errors = errors_of(result["rows"])
+    counts = sorted({row["labels"] for row in result["rows"]})
     lines = ["| model | " + " | ".join(f"{count:,}" for count in counts) + " |"]
     lines.append("|---" * (len(counts) + 1) + "|")
-    for model in models:
-        title = LINEAR.get(model) or f"{OBJECTIVES[model]}, frozen"
-        cells = " | ".join(cell(errors(model, count)) for count in counts)
+    for title, by_count in errors.items():
+        cells = " | ".join(cell(by_count.get(count, [])) for count in counts)
         lines.append(f"| {title} | {cells} |")
-    best = {
-        count: min(models, key=lambda model: statistics.mean(errors(model, count)))
-        for count in counts
-    }
-    titles = LINEAR | {name: f"the {title}" for name, title in OBJECTIVES.items()}
-    reading = [
-        f"- {count:,} labels: {titles[model]} has the fewest errors."
-        for count, model in best.items()
-    ]
+    reading = []
+    for count in counts:
+        means = {title: statistics.mean(of[count]) for title, of in errors.items() if count in of}
+        reading.append(f"- {count:,} labels, fewest errors: {min(means, key=means.__getitem__)}")
     return TEMPLATE.read_text().format(
         table="\n".join(lines),
         reading="\n".join(reading),
@@ -181,9 +213,11 @@ def main(argv: list[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     store = TokenStore(FLAGS.store)
     rows = measure(store, [Path(folder) for folder in FLAGS.encoder], work)
+    rows += finetuned_rows(Path("results"))
     result = {"rows": rows, "data_note": store.note, "machine": facts()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     PAGE.write_text(page(result))
+    PICTURE.write_text(picture(result))
     print(f"wrote {RESULT} and {PAGE}")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import line_chart
 from benchmarks.machine import facts, in_words
 from data_pipelines.errors import InputError
 from data_pipelines.store.split_view import SplitView
@@ -38,17 +39,6 @@ TITLES = {"language_model": "language model", "bag_autoencoder": "bag autoencode
 RESULTS = Path("benchmarks/results")
 TEMPLATE = Path(__file__).with_name("state_positions.template.md")
 PICTURE = Path("docs/images/state-positions.svg")
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 300, 60, 30, 40  # of the picture
-MOST, LEAST = 2.0, 0.01  # nats; the axis is logarithmic
-STYLE = """
-text { font: 13px system-ui, sans-serif; fill: #1c2128 } path { fill: none; stroke-width: 2 }
-.background { fill: #ffffff } .grid { stroke: #d0d7de; stroke-width: 1 }
-.line0 { stroke: #0b6e66 } .line1 { stroke: #b35900; stroke-dasharray: 6 4 }
-@media (prefers-color-scheme: dark) {
-  text { fill: #e6edf3 } .background { fill: #0d1117 } .grid { stroke: #30363d }
-  .line0 { stroke: #57cfc0 } .line1 { stroke: #f0a35e }
-}
-"""
 
 
 def trained_model(run_dir: Path) -> tuple[LanguageModel, dict[str, list[LearnedState]]]:
@@ -161,36 +151,12 @@ def kept() -> list[dict[str, Any]]:
 
 def picture(results: Sequence[dict[str, Any]]) -> str:
     """Returns an SVG: the nats that the learned state saves at each word, a line each result."""
-
-    def y(nats: float) -> float:
-        share = np.log(max(nats, LEAST) / LEAST) / np.log(MOST / LEAST)
-        return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
-
-    def x(position: int) -> float:
-        return round(LEFT + (position - 1) / (POSITIONS - 1) * (WIDTH - 2 * LEFT), 1)
-
-    parts = [f'<rect class="background" width="{WIDTH}" height="{HEIGHT}" rx="8"/>']
-    for nats in (0.01, 0.03, 0.1, 0.3, 1.0):
-        parts.append(f'<path class="grid" d="M{LEFT} {y(nats)}H{WIDTH - LEFT}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(nats) + 4}" text-anchor="end">{nats:g}</text>')
-    for position in (1, 10, 20, 30, 40, 50):
-        across = f'x="{x(position)}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle"'
-        parts.append(f"<text {across}>{position}</text>")
-    for i, result in enumerate(results):
-        found = result["nats"]
-        gains = np.subtract(found["zero"], found["learned"])
-        points = "L".join(f"{x(n)} {y(gain)}" for n, gain in enumerate(gains, 1))
-        parts.append(f'<path class="line{i}" d="M{points}"/>')
-        height = TOP + 10 + 22 * i
-        parts.append(f'<path class="line{i}" d="M{WIDTH - 230} {height}h40"/>')
-        parts.append(f'<text x="{WIDTH - 180}" y="{height + 4}">{result["objective"]}</text>')
-    parts.append(f'<text x="{LEFT}" y="{TOP - 10}">nats saved by the learned state</text>')
-    parts.append(f'<text x="{WIDTH - LEFT}" y="{HEIGHT - 4}" text-anchor="end">word</text>')
-    body = "\n".join(parts)
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>\n{body}\n</svg>\n'
-    )
+    lines = {}
+    for result in results:
+        gains = np.subtract(result["nats"]["zero"], result["nats"]["learned"])
+        lines[result["objective"]] = [(n, float(gain)) for n, gain in enumerate(gains, 1)]
+    labels = ("word", "nats saved by the learned state")
+    return line_chart.svg(lines, (1, 10, 20, 30, 40, 50), (0.01, 0.03, 0.1, 0.3, 1, 2), labels)
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ def test_the_page_of_tuning_has_the_table_of_the_results() -> None:
 def test_the_page_of_labels_is_that_of_the_results() -> None:
     result = json.loads(label_efficiency.RESULT.read_text())
     assert label_efficiency.PAGE.read_text() == label_efficiency.page(result)
+    assert label_efficiency.PICTURE.read_text() == label_efficiency.picture(result)
 
 
 def test_the_readme_has_the_demos_errors() -> None:
