@@ -82,12 +82,13 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         for direction in classifier.directions:
             report["init_embeddings"] = init_embeddings(run, direction.encoder)
     encoders: dict[str, str] = {}
+    codes: list[np.ndarray | None] = []
     trained = trained_variables(config, classifier)
     if config.reads_encoder:
-        report["broadcast"], encoders = warm_start(run, classifier, trained)
+        report["broadcast"], encoders, codes = warm_start(run, classifier, trained)
         report["encoder_sha256"] = encoders["--encoder"]
     if config.init_weights == "encoder" and classifier.hidden is None:
-        fit_head(run, classifier, view)
+        fit_head(run, classifier, view, codes)
     validation = run.all_documents(
         run.store.split("validation"), config.finetune_batch_size, config.finetune_max_tokens
     )
@@ -185,7 +186,7 @@ def make_classifier(run: Run) -> Classifier:
 
 def warm_start(
     run: Run, classifier: Classifier, trained: Mapping[str, keras.Variable]
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str], list[np.ndarray | None]]:
     """Gives every worker the weights and states of --encoder.
 
     Only the chief reads the bundle, and broadcasts it. Where --train freezes the encoder, every
@@ -194,7 +195,8 @@ def warm_start(
 
     Returns:
         For the report: digests (SHA-256 of each worker's variables afterwards, by rank), bytes,
-        seconds; and the digests of the bundles, by flag.
+        seconds; the digests of the bundles, by flag; and for each direction the kernel of its bag
+        autoencoder's code, None if it is of another objective.
 
     Raises:
         InputError: A bundle does not fit the model.
@@ -206,11 +208,13 @@ def warm_start(
     received, size = read(run, Path(config.encoder), "--encoder")
     encoders = {"--encoder": received.info["tensors_sha256"]}
     held = _take_over(config, classifier, received)
+    codes = [received.tensors.get(bundle.CODE_KERNEL)]
     if classifier.backward is not None:
         received, more = read(run, Path(config.backward_encoder), "--backward_encoder")
         size += more
         encoders["--backward_encoder"] = received.info["tensors_sha256"]
         theirs = _take_over(config, classifier.backward, received)
+        codes.append(received.tensors.get(bundle.CODE_KERNEL))
         held |= {f"backward/{name}": value for name, value in theirs.items()}
     if config.train != "all":
         of_chief = run.distributor.broadcast_arrays(values_of(trained))
@@ -225,7 +229,8 @@ def warm_start(
         f"finetune: broadcast {size / 1e6:.3g} MB to {len(digests)} workers in "
         f"{seconds:.2f} s; all hold {digests[0][:16]}"
     )
-    return {"digests": digests, "bytes": size, "seconds": round(seconds, 3)}, encoders
+    broadcast = {"digests": digests, "bytes": size, "seconds": round(seconds, 3)}
+    return broadcast, encoders, codes
 
 
 def _received(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:

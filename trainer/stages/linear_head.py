@@ -6,15 +6,13 @@ Training everything at once from a random head distorts what pretraining learned
 of use (Kumar et al. 2022). With few labels this start is most of the classifier.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from data_pipelines.store.split_view import SplitView
-from trainer.config import Config
 from trainer.distribution.steps import gather_rows
-from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.training import logistic_regression
 from trainer.training.run import Run
@@ -28,10 +26,16 @@ MIN_AXES = 20
 LABELS_PER_AXIS = 20
 
 
-def fit_head(run: Run, classifier: Classifier, labelled: SplitView) -> None:
+def fit_head(
+    run: Run, classifier: Classifier, labelled: SplitView, codes: Sequence[np.ndarray | None]
+) -> None:
     """Sets the output layer of each direction of `classifier`, which has no hidden layer.
 
     A collective; the chief fits. Labelled documents alone are read.
+
+    Args:
+        codes: For each direction the kernel of its code, [units, dim], or None. A code is that of
+            the mean output, so other poolings do without.
     """
     config = run.config
     view = labelled.sample(min(MAX_DOCUMENTS, len(labelled)), config.seed)
@@ -48,31 +52,15 @@ def fit_head(run: Run, classifier: Classifier, labelled: SplitView) -> None:
     if run.is_chief:
         parts = np.split(features, len(classifier.directions), axis=1)
         heads = {}
-        codes = code_kernels(config)
-        for number, part in enumerate(parts):
-            kernel, bias = fitted(part, label, classifier.num_classes, codes[number])
+        for number, (part, code) in enumerate(zip(parts, codes, strict=True)):
+            code = code if config.pooling == "mean" else None
+            kernel, bias = fitted(part, label, classifier.num_classes, code)
             heads |= {f"{number}/kernel": kernel, f"{number}/bias": bias}
     received = run.distributor.broadcast_arrays(heads)
     for number, direction in enumerate(classifier.directions):
         direction.output_layer.kernel.assign(received[f"{number}/kernel"])
         direction.output_layer.bias.assign(received[f"{number}/bias"])
     run.log(f"finetune: the linear head starts from a logistic regression of {len(view):,} labels")
-
-
-def code_kernels(config: Config) -> list[np.ndarray | None]:
-    """Returns the kernel of a bag autoencoder's code for each direction, None without one.
-
-    The code is that of the mean output, so other poolings have none.
-    """
-    found = []
-    for flag in ("encoder", "backward_encoder"):
-        folder = getattr(config, flag)
-        if folder and config.pooling == "mean":
-            tensors = bundle.load(Path(folder), "encoder", f"--{flag}").tensors
-            found.append(tensors.get(bundle.CODE_KERNEL))
-        else:
-            found.append(None)
-    return found
 
 
 def fitted(
