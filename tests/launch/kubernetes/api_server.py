@@ -45,6 +45,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         groups: Of the kinds that are installed.
         pods, events, log: What is listed, and what every pod has printed.
         requests: Method and path with query of each request.
+        refusals: Recorded answers to whoever creates an object of this plural.
         log_is_open: Whether a log that is followed stays open, as of a pod that runs.
         away: Whether connections are closed without an answer.
     """
@@ -61,6 +62,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         self.events: list[Document] = []
         self.log = ""
         self.requests: list[tuple[str, str]] = []
+        self.refusals: dict[str, Document] = {}
         self.away = False
         self.log_is_open = False
 
@@ -155,6 +157,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name = document["metadata"]["name"]
         details = details | {"name": name}
         assert query["fieldValidation"] == "Strict"
+        if refusal := self.server.refusals.get(details["kind"]):
+            return refusal["status"], refusal["body"]
         if f"{path}/{name}" in self.server.objects:
             return 409, _status(409, "AlreadyExists", f"{_full(details)} already exists", details)
         self.server.add(f"{path}/{name}", document)

@@ -218,11 +218,13 @@ def test_a_start_that_is_refused_leaves_nothing_behind(server: ApiServer) -> Non
     assert done.returncode == 1
     assert 'cannot get resource "jobs" in API group "batch"' in done.stderr
     assert server.objects == {}
-    # Refused only when it is created, as by a quota or an admission webhook.
+    # Refused only when it is created.
     server.roles = EDIT
-    server.groups.discard("networking.k8s.io")
+    server.refusals = {"jobs": recorded("create-job-unknown-field")}
     done = launch()
     assert done.returncode == 1
+    assert 'strict decoding error: unknown field "spec.completionz"' in done.stderr
+    assert server.count("POST") > 1
     server.finish_deletions()
     assert server.objects == {}, done.stderr
 
@@ -417,6 +419,18 @@ def test_why_no_pod_runs(
     # Many events of one reason are one line.
     lines = printed.splitlines()
     assert len(lines) == len(set(lines))
+
+
+def test_a_namespace_that_forbids_the_pods_is_explained(server: ApiServer, capsys) -> None:
+    add_job(server, {})
+    message = recorded("create-pod-violating-restricted")["body"]["message"]
+    job = {"kind": "Job", "name": "warmstate"}
+    event = {"metadata": {}, "reason": "FailedCreate", "involvedObject": job}
+    server.events = [event | {"message": f"Error creating: {message}"}]
+    assert jobs.status("warmstate", Api("")) == 0
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "violates" in each]
+    assert line.startswith("  Job warmstate: Error creating: a pod is forbidden: violates PodSecu")
+    assert line.endswith("-> the namespace forbids it; the manifests as they are obey `restricted`")
 
 
 @pytest.mark.parametrize(

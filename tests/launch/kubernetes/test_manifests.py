@@ -19,6 +19,7 @@ import yaml
 
 from launch.kubernetes import manifests as kubernetes
 from launch.kubernetes.options import OVERLAYS, KubernetesOptions
+from tests.launch.kubernetes.api_server import recorded
 from trainer.reporting import status_server
 
 REPOSITORY = Path(__file__).parents[3]
@@ -190,20 +191,21 @@ def is_custom(document: Document) -> bool:
     return "." in group and group != "networking.k8s.io"
 
 
+@pytest.mark.parametrize("version", ["1.31", "1.36"])  # the oldest, and the one it ran on
 @pytest.mark.parametrize("given", ALL)
-def test_core_kinds_are_valid_and_no_field_is_unknown(given: list[Document]) -> None:
+def test_core_kinds_are_valid_and_no_field_is_unknown(given: list[Document], version: str) -> None:
     validate = pytest.importorskip("kubernetes_validate").validate
     for document in given:
         if not is_custom(document):
-            validate(document, "1.36", strict=True)
+            validate(document, version, strict=True)
         # Custom resources are not looked into by the API server: do what their controllers do.
         metadata = {"name": "inner"}
         for spec in job_specs(document):
             job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
-            validate(job, "1.36", strict=True)
+            validate(job, version, strict=True)
         for template in pod_templates(document):
             pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
-            validate(pod | {"spec": template["spec"]}, "1.36", strict=True)
+            validate(pod | {"spec": template["spec"]}, version, strict=True)
 
 
 def strict(schema: Document) -> Document:
@@ -339,6 +341,18 @@ def test_the_restricted_check_finds_faults() -> None:
         "may gain privileges",
         "has capabilities",
     }
+
+
+def test_the_restricted_check_finds_what_a_real_server_found() -> None:
+    message = recorded("create-pod-violating-restricted")["body"]["message"]
+    found = re.findall(r"(?:restricted:latest\": |\), )([\w ]+)", message)
+    theirs = {
+        "allowPrivilegeEscalation ": "may gain privileges",
+        "unrestricted capabilities ": "has capabilities",
+        "runAsNonRoot ": "may be root",
+        "seccompProfile ": "no seccomp profile",
+    }
+    assert {theirs[each] for each in found} == set(restricted_faults({"containers": [{}]}))
 
 
 def test_flags_reach_the_pods() -> None:
