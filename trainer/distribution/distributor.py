@@ -68,7 +68,12 @@ class Distributor:
         return self.local_shard() + self.rank * self.num_local_shards
 
     def all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns, inside `step`, each tensor summed over all shards of all processes."""
+        """Returns, inside `step`, each tensor summed over all shards of all processes.
+
+        Tensors of one type are one collective.
+        """
+        if self.num_shards == 1:
+            return list(tensors)
         return self.watchdog.counted(self._all_reduce_sum, tensors, self._is_first_shard())
 
     def row_counts(self, slices: Sequence[tf.IndexedSlices], dtype: tf.DType) -> tf.Tensor:
@@ -91,9 +96,10 @@ class Distributor:
             slices: With values [rows, ...] of the same type, float32 or float64.
             counts: [shards, slices], the sum of all shards' `row_counts`.
         """
+        if self.num_shards == 1:
+            return list(slices)
         counts = tf.cast(counts, tf.int32)
-        # TensorFlow's ring crashes on empty tensors.
-        capacities = tf.unstack(tf.maximum(tf.reduce_max(counts, axis=0), 1), num=len(slices))
+        capacities = tf.unstack(_rounded_up(tf.reduce_max(counts, axis=0)), num=len(slices))
         # Indices travel as floats of the same bits, in one more column.
         parts = [
             tf.concat([_matrix(each), _as_floats(each.indices, each.values.dtype)], axis=1)
@@ -120,6 +126,19 @@ class Distributor:
         raise NotImplementedError
 
     def _all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        # One buffer per type fixes the order of additions.
+        tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
+        sums: list[tf.Tensor] = [None] * len(tensors)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            flat = tf.concat([tf.reshape(tensors[i], [-1]) for i in chosen], axis=0)
+            parts = tf.split(self._all_reduce(flat), [tf.size(tensors[i]) for i in chosen])
+            for i, part in zip(chosen, parts, strict=True):
+                sums[i] = tf.ensure_shape(tf.reshape(part, tf.shape(tensors[i])), tensors[i].shape)
+        return sums
+
+    def _all_reduce(self, flat: tf.Tensor) -> tf.Tensor:
+        """Returns, inside `step`, the sum of all shards' vectors of one size."""
         raise NotImplementedError
 
     def _all_gather(self, flat: tf.Tensor) -> tf.Tensor:
@@ -203,6 +222,18 @@ class Distributor:
             name: array.astype(dtype)
             for (name, (dtype, _)), array in zip(spec.items(), received, strict=True)
         }
+
+
+def _rounded_up(counts: tf.Tensor) -> tf.Tensor:
+    """Returns numbers of rows, at least 1, rounded up to four binary digits.
+
+    Both backends remember what they agreed for a size, so steps should share sizes. TensorFlow's
+    ring crashes on empty tensors.
+    """
+    bits = tf.bitcast(tf.cast(tf.maximum(counts, 1), tf.float32), tf.int32)
+    last = 1 << 20  # the third digit after the leading one, of 23
+    bits = tf.bitwise.bitwise_and(bits + (last - 1), -last)
+    return tf.cast(tf.bitcast(bits, tf.float32), tf.int32)
 
 
 def _matrix(slices: tf.IndexedSlices) -> tf.Tensor:

@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from types import ModuleType
 from typing import Any
 
@@ -41,22 +41,11 @@ class HorovodDistributor(Distributor):
     def local_shard(self) -> int | tf.Tensor:
         return 0
 
-    def _all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        # One collective per type fixes the order of additions. Horovod packs single tensors into
-        # buffers in order of arrival, and sums over three or more processes would vary.
-        tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
-        sums: list[tf.Tensor] = [None] * len(tensors)
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            flat = tf.concat([tf.reshape(tensors[i], [-1]) for i in chosen], axis=0)
-            # Horovod does not support bfloat16.
-            wide = tf.cast(flat, tf.float32) if dtype == tf.bfloat16 else flat
-            name = f"sum_{len(chosen)}_{dtype.name}"
-            reduced = tf.cast(self._hvd.allreduce(wide, op=self._hvd.Sum, name=name), dtype)
-            parts = tf.split(reduced, [tf.size(tensors[i]) for i in chosen])
-            for i, part in zip(chosen, parts, strict=True):
-                sums[i] = tf.ensure_shape(tf.reshape(part, tf.shape(tensors[i])), tensors[i].shape)
-        return sums
+    def _all_reduce(self, flat: tf.Tensor) -> tf.Tensor:
+        # Horovod does not support bfloat16.
+        wide = tf.cast(flat, tf.float32) if flat.dtype == tf.bfloat16 else flat
+        name = f"sum_{flat.dtype.name}"
+        return tf.cast(self._hvd.allreduce(wide, op=self._hvd.Sum, name=name), flat.dtype)
 
     def _all_gather(self, flat: tf.Tensor) -> tf.Tensor:
         return self._hvd.allgather(flat[None], name="gather")

@@ -1,7 +1,7 @@
 """The distributors on tf.distribute: one device, mirrored, multi-worker."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -11,6 +11,9 @@ from tensorflow.python.eager import context as eager_context
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.watchdog import Watchdog
+
+_TYPES = [tf.float32, tf.float64, tf.float16, tf.bfloat16]
+_FIRST_KEY = 2**30  # tf.distribute counts its own keys from 100
 
 
 class TfDistributor(Distributor):
@@ -38,21 +41,52 @@ class TfDistributor(Distributor):
         context = tf.distribute.get_replica_context()
         return context.replica_id_in_sync_group - self.rank * self.num_local_shards
 
-    def _all_reduce_sum(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        context = tf.distribute.get_replica_context()
-        # identity: tf.distribute refuses tensors that are arguments of the step.
-        tensors = [tf.identity(tensor) for tensor in tensors]
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+    def _all_reduce(self, flat: tf.Tensor) -> tf.Tensor:
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, flat)
 
     def _all_gather(self, flat: tf.Tensor) -> tf.Tensor:
-        context = tf.distribute.get_replica_context()
-        flat = tf.identity(flat)
-        if self.size == 1:
-            return context.all_gather(flat[None], axis=0)
-        # The same without a collective that compares the shapes.
-        launcher = self._strategy.extended._cross_device_ops._launchers[context._replica_id]
-        options = tf.distribute.experimental.CommunicationOptions()
-        return tf.reshape(launcher._all_gather(flat, options), [self.num_shards, -1])
+        return tf.distribute.get_replica_context().all_gather(flat[None], axis=0)
+
+
+class MultiWorkerDistributor(TfDistributor):
+    """A Distributor over the processes of a MultiWorkerMirroredStrategy.
+
+    A collective needs a key that all workers give it. tf.distribute takes a new one each time, for
+    which every worker but the first sends it a request. And it gathers in two collectives, shapes
+    before values. Here the size is the key, so a request is sent only for a new size.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.MultiWorkerMirroredStrategy,
+        cluster: Cluster,
+        watchdog: Watchdog,
+    ):
+        super().__init__(strategy, cluster.rank, cluster.size, watchdog)
+        self._launchers = strategy.extended._cross_device_ops._launchers
+
+    def _all_reduce(self, flat: tf.Tensor) -> tf.Tensor:
+        options = {"merge_op": "Add", "final_op": "Id"}
+        return self._launch(tf.raw_ops.CollectiveReduceV2, flat, 0, **options)
+
+    def _all_gather(self, flat: tf.Tensor) -> tf.Tensor:
+        gathered = self._launch(tf.raw_ops.CollectiveGatherV2, flat, len(_TYPES))
+        return tf.reshape(gathered, [self.num_shards, -1])
+
+    def _launch(
+        self, collective: Callable[..., tf.Tensor], flat: tf.Tensor, kind: int, **options: str
+    ) -> tf.Tensor:
+        launcher = self._launchers[tf.distribute.get_replica_context()._replica_id]
+        kind += _TYPES.index(flat.dtype)
+        return collective(
+            input=flat,
+            group_size=self.num_shards,
+            group_key=launcher._group_key,
+            instance_key=_FIRST_KEY + (2 * len(_TYPES) * tf.size(flat) + kind) % _FIRST_KEY,
+            ordering_token=[launcher._get_ordering_token()],
+            communication_hint=launcher._options.implementation.value,
+            **options,
+        )
 
 
 def one_device() -> TfDistributor:
@@ -99,7 +133,7 @@ def multi_worker(cluster: Cluster, collective_timeout_seconds: float) -> TfDistr
     watchdog = Watchdog(
         cluster.rank, cluster.size, collective_timeout_seconds, store, abort_collectives
     )
-    return TfDistributor(strategy, cluster.rank, cluster.size, watchdog)
+    return MultiWorkerDistributor(strategy, cluster, watchdog)
 
 
 def configure_heartbeats(workers: int, collective_timeout_seconds: float) -> None:

@@ -47,14 +47,23 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
     return sha.hexdigest()
 
 
+def take_rows(table: tf.Variable, indices: tf.Tensor) -> tf.Tensor:
+    """Returns rows of `table`, a variable's `value`, and reads no others.
+
+    Of a mirrored variable tf.gather reads the whole, and the next write to rows copies it.
+    """
+    mirrored = isinstance(table, tf.distribute.DistributedValues)
+    return tf.gather(table._get() if mirrored else table, indices)
+
+
 def lookup(table: tf.Variable, indices: tf.Tensor) -> tf.Tensor:
-    """Returns rows of `table`: as tf.gather does, or through the lookup that is set for it.
+    """Returns rows of `table`: as `take_rows` does, or through the lookup that is set for it.
 
     Args:
         table: [rows, ...], a variable's `value`.
         indices: Of any shape; the result's shape begins with it.
     """
-    return getattr(table, _LOOKUP, lambda indices: tf.gather(table, indices))(indices)
+    return getattr(table, _LOOKUP, lambda indices: take_rows(table, indices))(indices)
 
 
 @contextlib.contextmanager

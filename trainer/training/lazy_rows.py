@@ -28,7 +28,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distribution.distributor import Distributor, update_each_copy
-from trainer.distribution.variables import looked_up_by
+from trainer.distribution.variables import looked_up_by, take_rows
 from trainer.training.gradients import Gradient
 
 SETTLED_ROWS = 4096
@@ -141,7 +141,7 @@ class Table:
         """
         with tf.name_scope("read_rows"):
             distinct, positions = tf.unique(tf.reshape(indices, [-1]))
-            held = tf.gather(self.variable.value, distinct)
+            held = take_rows(self.variable.value, distinct)
             now = tf.convert_to_tensor(self._optimizer.iterations)
             # The first term has the value, the second the gradient.
             rows = tf.stop_gradient(self._rows(distinct, now)[0]) + (held - tf.stop_gradient(held))
@@ -150,8 +150,8 @@ class Table:
 
     def _rows(self, indices: tf.Tensor, now: tf.Tensor) -> list[tf.Tensor]:
         """Returns the weights and the moments of the rows as they are after step `now`."""
-        weights, *moments = (tf.gather(v.value, indices) for v in (self.variable, *self._moments))
-        last = tf.gather(self.step_of_row.value, indices)
+        weights, *moments = (take_rows(v.value, indices) for v in (self.variable, *self._moments))
+        last = take_rows(self.step_of_row.value, indices)
         missed = tf.cast(now - last, tf.float64)
         tail, epsilon_tail, kept = tf.unstack(tf.gather(self._sums, last), axis=1)
         tail_now, epsilon_tail_now, kept_now = tf.unstack(self._sums[now])
@@ -246,7 +246,7 @@ def trace_gradients(
 
     def remember(i: int, indices: tf.Tensor) -> tf.Tensor:
         read.add(i)
-        return tf.gather(variables[i].value, indices)
+        return take_rows(variables[i].value, indices)
 
     def count(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
         found = gradients(batch)

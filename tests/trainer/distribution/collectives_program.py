@@ -19,11 +19,14 @@ from tests import loop_settings  # noqa: E402
 from trainer.distribution import cluster as clusters  # noqa: E402
 from trainer.distribution.distributor import Distributor  # noqa: E402
 from trainer.distribution.make import make_distributor  # noqa: E402
+from trainer.distribution.variables import digest  # noqa: E402
 from trainer.training.optimizer import Optimizer  # noqa: E402
 from trainer.training.task import Task  # noqa: E402
 from trainer.training.train_step import TrainStep  # noqa: E402
 
-BATCHES = loop_settings.TokenBatches(np.arange(24).reshape(2, 3, 4))
+# Steps with 12, 1 and 6 different tokens.
+TOKENS = np.stack([np.arange(12), np.zeros(12), np.arange(12) // 2]).reshape(3, 3, 4)
+BATCHES = loop_settings.TokenBatches(TOKENS)
 
 
 def gathered(distributor: Distributor, *slices: tuple[np.ndarray, np.ndarray]) -> list:
@@ -63,8 +66,22 @@ def all_bits_arrive(distributor: Distributor, floating: type, integer: type) -> 
     )
 
 
+def sums_of_the_same_numbers(distributor: Distributor, times: int) -> list[str]:
+    """Returns the distinct digests of `times` sums of vectors of several sizes."""
+    random = np.random.default_rng(distributor.rank)
+    mine = [random.normal(size=size).astype(np.float32) for size in (1, 5_003, 20_000)]
+
+    @tf.function
+    def summed() -> list[tf.Tensor]:
+        return distributor.run(lambda: distributor.all_reduce_sum(list(map(tf.constant, mine))))
+
+    return sorted(
+        {digest({str(i): each.numpy() for i, each in enumerate(summed())}) for _ in range(times)}
+    )
+
+
 def collectives_of_a_step(distributor: Distributor, num_tables: int, **flags: Any) -> list[str]:
-    """Returns the kinds of the collectives in a training step, after it has run once."""
+    """Returns the kinds of the collectives in a training step, after some steps."""
     keras.utils.clear_session()
     with distributor.scope():
         variables = {
@@ -87,6 +104,7 @@ def collectives_of_a_step(distributor: Distributor, num_tables: int, **flags: An
     config = loop_settings.config(**flags)
     step = TrainStep(task, config, distributor, optimizer, BATCHES(0, 1))
     assert step(next(iter(BATCHES(0, 1))), tf.constant(0.0)).is_finite()
+    assert len(step.several(iter(BATCHES(0, 3)), 3, tf.constant(0.0))) == 3
     graph = step.function.get_concrete_function().graph
     graphs = [graph, *(f.graph for f in graph._functions.values() if hasattr(f, "graph"))]
     kinds = [operation.type for each in graphs for operation in each.get_operations()]
@@ -101,6 +119,7 @@ def main(kind: str, folder: Path) -> None:
         "nothing": uneven_rows(distributor, (0, 0, 0), (0, 0, 0)),
         "float32": all_bits_arrive(distributor, np.float32, np.int32),
         "float64": all_bits_arrive(distributor, np.float64, np.int64),
+        "sums": sums_of_the_same_numbers(distributor, 1_000),
         "rows": [
             collectives_of_a_step(distributor, tables, sparse_reduce="rows") for tables in (1, 5)
         ],

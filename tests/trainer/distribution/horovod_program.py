@@ -1,6 +1,5 @@
 """What each worker of test_horovod.py runs: every collective once, results as JSON by rank."""
 
-import hashlib
 import json
 import os
 import sys
@@ -25,10 +24,6 @@ INPUTS = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
 TARGETS = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
 
 
-def digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
 def reduced(distributor) -> dict:
     rank = distributor.rank
 
@@ -50,18 +45,6 @@ def reduced(distributor) -> dict:
         "dtypes": [tensor.dtype.name for tensor in results],
         "shapes": [tensor.shape.as_list() for tensor in results],
     }
-
-
-def random_sum_digests(distributor, times: int) -> list[str]:
-    mine = np.random.default_rng(distributor.rank).normal(size=(3, 50_001)).astype(np.float32)
-
-    @tf.function
-    def step() -> list[tf.Tensor]:
-        return distributor.run(
-            lambda: distributor.all_reduce_sum([tf.constant(row) for row in mine])
-        )
-
-    return [digest(np.stack([tensor.numpy() for tensor in step()])) for _ in range(times)]
 
 
 def trained(distributor, name: str, rows: slice) -> list[list[float]]:
@@ -113,7 +96,6 @@ def main(folder: Path) -> None:
         "shard": distributor.local_shard(),
         "shards": distributor.num_shards,
         "reduced": reduced(distributor),
-        "digests": random_sum_digests(distributor, times=30),
         "outside": outside_of_a_step(distributor),
         "trained": {
             name: trained(distributor, name, slice(share[0], share[-1] + 1)) for name in OPTIMIZERS

@@ -43,6 +43,10 @@ def test_rows_are_gathered_in_the_order_of_ranks(found: tuple[str, list[dict]]) 
         assert result["nothing"] == [[[], []], [[], []]]
 
 
+def test_1000_sums_have_the_same_bits_in_every_process(found: tuple[str, list[dict]]) -> None:
+    assert len({digest for result in found[1] for digest in result["sums"]}) == 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_values_and_indices_arrive_bit_by_bit(found: tuple[str, list[dict]], dtype: str) -> None:
     assert all(result[dtype] for result in found[1])
