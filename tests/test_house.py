@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import timing
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SETUP = (REPOSITORY / "setup.py").read_text()
 
@@ -78,3 +80,8 @@ def test_the_make_targets_that_the_docs_name_exist() -> None:
     for page in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"):
         for target in re.findall(r"^make ([\w-]+)", page.read_text(), re.M):
             assert re.search(rf"^{target}:", makefile, re.M), (page.name, target)
+
+
+def test_the_list_of_slow_tests_is_that_of_the_markers() -> None:
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    assert timing.slow_table() in page, "run make timing, or write_section('slow', slow_table())"
