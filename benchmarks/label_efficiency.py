@@ -20,6 +20,7 @@ import tensorflow as tf
 from absl import app, flags
 
 from benchmarks import line_chart
+from benchmarks.kept_runs import run_files
 from benchmarks.machine import facts, in_words
 from data_pipelines.permutation import Permutation
 from data_pipelines.store.split_view import SAMPLE_KEY, SplitView
@@ -53,6 +54,7 @@ FINETUNED = {
     "imdb_cpu": "language model, fine-tuned",
     "imdb_cpu_autoencoder": "bag autoencoder, fine-tuned",
 }
+FINETUNED_FROM = {"language_model": "imdb_cpu", "bag_autoencoder": "imdb_cpu_autoencoder"}
 PAGE = Path("docs/label-efficiency.md")
 PICTURE = Path("docs/images/label-efficiency.svg")
 TEMPLATE = Path(__file__).with_name("label_efficiency.template.md")
@@ -141,9 +143,19 @@ def measure(store: TokenStore, encoders: Sequence[Path], work: Path) -> list[dic
     return rows
 
 
-def finetuned_rows(folder: Path) -> list[dict[str, Any]]:
-    """Returns a row for each run of FINETUNED that is kept in `folder`."""
+def finetuned_rows(folder: Path, others: Sequence[Path] = ()) -> list[dict[str, Any]]:
+    """Returns a row for each run of FINETUNED that is kept in `folder`, and for others.
+
+    Args:
+        others: Folders with a run of --stage=finetune in `finetune` and its test in `test`.
+    """
     rows = []
+    for other in others:
+        tuned, tested = (run_files(other / name)[0] for name in ("finetune", "test"))
+        objective = tuned["config"]["pretrain_objective"]
+        row = {"model": FINETUNED_FROM[objective], "draw": tuned["config"]["seed"]}
+        row["labels"] = tuned["finetune"]["labelled_documents"]
+        rows.append(row | {"test_error_percent": tested["test"]["error_percent"]})
     for path in sorted(folder.glob("*.json")):
         name = path.stem.partition("-seed")[0]
         if name not in FINETUNED:
@@ -213,7 +225,7 @@ def main(argv: list[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     store = TokenStore(FLAGS.store)
     rows = measure(store, [Path(folder) for folder in FLAGS.encoder], work)
-    rows += finetuned_rows(Path("results"))
+    rows += finetuned_rows(Path("results"), [Path(folder) for folder in FLAGS.finetuned])
     result = {"rows": rows, "data_note": store.note, "machine": facts()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     PAGE.write_text(page(result))
@@ -225,6 +237,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("store", None, "Token store with labels.", required=True)
     flags.DEFINE_multi_string(
         "encoder", None, "Encoder bundle; one of each objective.", required=True
+    )
+    flags.DEFINE_multi_string(
+        "finetuned", [], "Folder with a run of --stage=finetune in finetune/ and its test in test/."
     )
     flags.DEFINE_string("work", "runs/label_efficiency", "Folder that keeps what is done.")
     app.run(main)
