@@ -4,6 +4,7 @@ So PyTorch needs no place in the product's environment, no program's threads dis
 and each has its own peak memory. A process that is not asked waits for a line and costs nothing.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -64,6 +65,25 @@ def status_megabytes(field: str) -> float:
     """Returns a size of this process that Linux gives in /proc/self/status, in MiB."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 1024
+
+
+def descendants_megabytes(pid: int) -> float:
+    """Returns the memory of the processes that a process started, and they started, in MiB.
+
+    A page that several share counts once in all.
+    """
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[folder] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found, total = {pid}, 0.0
+    while more := {int(folder.name) for folder in parents if parents[folder] in found} - found:
+        found |= more
+    for each in found - {pid}:
+        with contextlib.suppress(OSError, TypeError):
+            rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
+            total += int(re.search(r"^Pss:\s+(\d+) kB$", rollup, re.MULTILINE)[1]) / 1024
+    return total
 
 
 def torch_is_there() -> bool:

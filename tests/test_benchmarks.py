@@ -1,6 +1,7 @@
 """The page of figures is what the last measurement printed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from benchmarks import ablation, label_efficiency, state_positions, state_tuning
 from benchmarks import all as benchmarks
-from benchmarks.processes import peak_megabytes
+from benchmarks.processes import descendants_megabytes, peak_megabytes
 from trainer.reporting.report_file import errors_by_labels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -57,6 +58,17 @@ def test_the_peak_of_memory_is_that_of_the_process_not_of_who_started_it() -> No
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, text=True, capture_output=True, check=True)
     assert 1 < float(done.stdout) < 100 < held.nbytes / 2**20 < peak_megabytes()
+
+
+def test_the_memory_of_descendants_is_counted() -> None:
+    program = "import sys; held = b'x' * 200_000_000; print(flush=True); sys.stdin.read()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"
+    before = descendants_megabytes(os.getpid())
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", parent], **pipes) as process:
+        process.stdout.readline()
+        assert 190 < descendants_megabytes(os.getpid()) - before < 300
+        process.stdin.close()
 
 
 @pytest.mark.slow("an ablation, at its smallest")

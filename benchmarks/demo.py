@@ -1,19 +1,30 @@
-"""Runs the demo on a terminal and draws what it shows half-way through fine-tuning.
+"""Runs the demo on a terminal, draws what it shows half-way through fine-tuning, keeps its figures.
 
-    python -m benchmarks.demo_picture        writes docs/images/demo-terminal.svg
+    python -m benchmarks.demo
 
-The picture has the colours of the reader's theme. The demo's output follows on standard output.
+Writes docs/images/demo-terminal.svg, in the colours of the reader's theme, and
+benchmarks/results/demo.json: errors, times, and the largest memory of all its processes together.
+The demo's output follows on standard output.
 """
 
+import json
+import os
 import re
 import sys
+import time
 from html import escape
 from pathlib import Path
+from typing import Any
 
+from benchmarks.machine import facts
+from benchmarks.processes import descendants_megabytes
 from tests.terminal import Screen, run_on_terminal
+from trainer.safe_files import replace_text
 
 PICTURE = Path("docs/images/demo-terminal.svg")
 COMMAND = "-m launch.main --platform=local --workers=2 -- --flagfile=trainer/configs/demo.cfg"
+RESULT, REPORT = Path("benchmarks/results/demo.json"), Path("runs/demo/report.json")
+SECONDS_BETWEEN_LOOKS = 5.0
 COLUMNS, LINE_HEIGHT, CHARACTER_WIDTH, MARGIN = 112, 20, 7.83, 20
 STYLE = """
 text {
@@ -49,21 +60,40 @@ def picture(lines: list[str]) -> str:
     )
 
 
+def figures(report: dict[str, Any], megabytes: float) -> dict[str, Any]:
+    """Returns what is kept of the demo's report."""
+    return {
+        "command": "make demo",
+        "labels": report["labels"],
+        "seconds": {part: report[part]["seconds"] for part in ("pretrain", "warm", "scratch")},
+        "wall_seconds": report["wall_seconds"],
+        "peak_megabytes": round(megabytes),
+        "test_documents": report["test"]["warm"]["documents"],
+        "machine": facts(),
+    }
+
+
 def main() -> int:
     """Runs the demo; returns its exit code."""
     captured: list[str] = []
+    megabytes, looked = 0.0, 0.0
 
     def look(raw: str) -> None:
+        nonlocal megabytes, looked
+        if time.monotonic() > looked + SECONDS_BETWEEN_LOOKS:  # a look costs tens of milliseconds
+            looked, megabytes = time.monotonic(), max(megabytes, descendants_megabytes(os.getpid()))
         live = re.search(r"finetune (\d+)/\d+ [^\n]*$", raw[-500:])
-        if not captured and live and int(live[1]) >= 200:
+        if not captured and live and int(live[1]) >= 180:
             screen = Screen(COLUMNS)
             screen.feed(raw)
             captured.extend(line for line in screen.lines if line)
 
     code, raw = run_on_terminal([sys.executable, *COMMAND.split()], COLUMNS, each=look)
     print(raw)
-    if captured:
+    if code == 0:
         PICTURE.write_text(picture(captured))
+        kept = figures(json.loads(REPORT.read_text()), megabytes)
+        replace_text(RESULT, json.dumps(kept, indent=1) + "\n")
     return code
 
 
