@@ -43,7 +43,7 @@ def write(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         stop = SimpleNamespace(received=False)
         run = Run(Config(**flags), one_device(), store, stop, lambda line: None)
         learned = states.learned(model.encoder)
-        digest = pretrain.save_encoder(run, folder / "encoder", model, learned, {})
+        digest = pretrain.save_encoder(run, folder / "encoder", model, learned, None, {})
         pretrain.save_decoder(run, folder / "decoder", model, digest)
         return folder / "encoder"
 
