@@ -89,7 +89,11 @@ def _locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f"prepare: another process is preparing {folder} and holds {path}; waiting for it")
+            here = Path.cwd()
+            store, lock = (
+                p.relative_to(here) if p.is_relative_to(here) else p for p in (folder, path)
+            )
+            log(f"prepare: another process is preparing {store} and holds {lock}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise InputError(
