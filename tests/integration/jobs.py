@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests import forked
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL
-from tests.processes import ended
+from tests.processes import children_of, ended
 
 DISTRIBUTOR_FLAGS = {"multi_worker": (), "horovod": ("--distributor=horovod",)}
 
@@ -57,9 +57,8 @@ class Job:
         return pids
 
     def _pids_of_ranks(self) -> dict[int, int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         pids = {}
-        for pid in map(int, children.read_text().split()):
+        for pid in children_of(self.process.pid):
             text = ""
             with contextlib.suppress(OSError):  # it ended meanwhile
                 text = Path(f"/proc/{pid}/environ").read_text()
