@@ -86,7 +86,7 @@ def record(
 
 def finetuned_again(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Returns seed, validation and test of another fine-tuning from the encoder of `report`."""
-    (tuned, _), (tested, _) = (run_files(folder / name) for name in ("finetune", "test"))
+    tuned, tested = tuned_and_tested(folder)
     theirs, ours = tuned["finetune"]["broadcast"]["digests"], report["broadcast"]["digests"]
     if set(theirs) != set(ours):
         raise InputError(f"{folder / 'finetune'} starts from another encoder")
@@ -95,6 +95,12 @@ def finetuned_again(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
         "validation": tuned["finetune"]["validation"],
         "test": tested["test"],
     }
+
+
+def tuned_and_tested(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the reports of a run of --stage=finetune in `finetune` and of its test in `test`."""
+    (tuned, _), (tested, _) = (run_files(folder / name) for name in ("finetune", "test"))
+    return tuned, tested
 
 
 def run_files(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:

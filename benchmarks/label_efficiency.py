@@ -20,7 +20,7 @@ import tensorflow as tf
 from absl import app, flags
 
 from benchmarks import line_chart
-from benchmarks.kept_runs import run_files
+from benchmarks.kept_runs import tuned_and_tested
 from benchmarks.machine import facts, in_words
 from data_pipelines.permutation import Permutation
 from data_pipelines.store.split_view import SAMPLE_KEY, SplitView
@@ -151,7 +151,7 @@ def finetuned_rows(folder: Path, others: Sequence[Path] = ()) -> list[dict[str, 
     """
     rows = []
     for other in others:
-        tuned, tested = (run_files(other / name)[0] for name in ("finetune", "test"))
+        tuned, tested = tuned_and_tested(other)
         objective = tuned["config"]["pretrain_objective"]
         row = {"model": FINETUNED_FROM[objective], "draw": tuned["config"]["seed"]}
         row["labels"] = tuned["finetune"]["labelled_documents"]

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.processes import children_of
+
 TORCH_PYTHON = Path(".venv-bench/bin/python")
 
 
@@ -72,16 +74,11 @@ def descendants_megabytes(pid: int) -> float:
 
     A page that several share counts once in all.
     """
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            parents[folder] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found, total = {pid}, 0.0
-    while more := {int(folder.name) for folder in parents if parents[folder] in found} - found:
-        found |= more
-    for each in found - {pid}:
-        with contextlib.suppress(OSError, TypeError):
-            rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
+    total = 0.0
+    for child in children_of(pid):
+        total += descendants_megabytes(child)
+        with contextlib.suppress(OSError, TypeError):  # it has ended
+            rollup = Path(f"/proc/{child}/smaps_rollup").read_text()
             total += int(re.search(r"^Pss:\s+(\d+) kB$", rollup, re.MULTILINE)[1]) / 1024
     return total
 

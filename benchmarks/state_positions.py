@@ -41,8 +41,8 @@ TEMPLATE = Path(__file__).with_name("state_positions.template.md")
 PICTURE = Path("docs/images/state-positions.svg")
 
 
-def trained_model(run_dir: Path) -> tuple[LanguageModel, dict[str, list[LearnedState]]]:
-    """Returns the model of a pretraining's newest checkpoint, and its states by name.
+def trained_model(run_dir: Path) -> tuple[str, LanguageModel, dict[str, list[LearnedState]]]:
+    """Returns a pretraining's objective, its newest checkpoint's model, and its states by name.
 
     Raises:
         InputError: The run has no checkpoint, or its objective predicts no next words.
@@ -64,7 +64,7 @@ def trained_model(run_dir: Path) -> tuple[LanguageModel, dict[str, list[LearnedS
     assign(bundle.encoder_variables(model.encoder) | bundle.decoder_variables(model), tensors)
     found = {name: loaded.state(name) for name in ("mean", "learned")}
     zeros = [LearnedState(np.zeros_like(h), np.zeros_like(c)) for h, c in found["mean"]]
-    return model, {"zero": zeros, **found}
+    return objective, model, {"zero": zeros, **found}
 
 
 def losses_of(model: LanguageModel) -> Callable[..., tf.Tensor]:
@@ -166,10 +166,9 @@ def main() -> None:
     parser.add_argument("--store", required=True, help="token store that it was trained on")
     parser.add_argument("--out", required=True, help="name of the JSON in benchmarks/results")
     options = parser.parse_args()
-    model, states = trained_model(options.run_dir)
+    objective, model, states = trained_model(options.run_dir)
     store = TokenStore(options.store)
     nats = measure(model, states, store.split("validation"))
-    objective = bundle.load(options.run_dir / "encoder", "encoder", "--run_dir").info["objective"]
     result = {
         "objective": TITLES[objective],
         "units": model.encoder.units,
