@@ -212,8 +212,12 @@ class FineTuningConfig:
     finetune_steps: int = _finetune(1_000, "Number of fine-tuning steps. 0: only the linear "
         "head's start, see --hidden_units.", at_least=0)
     finetune_batch_size: int = _finetune(64, "Number of documents in a global batch.", at_least=1)
-    finetune_max_tokens: int = _finetune(400, "Number of tokens read of each document, counted "
-        "from its end.", at_least=2)
+    finetune_max_tokens: int = _finetune(400, "Number of tokens that training reads of each "
+        "document, counted from its end.", at_least=2)
+    classify_max_tokens: int = _finetune(0, "Number of tokens, counted from its end, that the "
+        "classifier reads of a document to evaluate or predict. More than in training often helps "
+        "and costs no training time. 0: --finetune_max_tokens, or what --classifier was saved "
+        "with.", at_least=0)
     finetune_learning_rate: float = _finetune(1e-3, "Peak learning rate of fine-tuning.", above=0)
     finetune_schedule: str = _finetune("exponential", "Learning rate schedule of fine-tuning. "
         "exponential decays by --finetune_learning_rate_decay; cosine and triangular warm up, then "
@@ -421,6 +425,11 @@ class Config(  # the last base has the first fields
         """Whether fine-tuning normalises embeddings: for perturbations of one size."""
         return self.adversarial_weight > 0 or self.virtual_adversarial_weight > 0
 
+    @property
+    def tokens_classified(self) -> int:
+        """Tokens that the trained classifier reads of a document."""
+        return self.classify_max_tokens or self.finetune_max_tokens
+
     def of_stage(self, stage: str) -> StageConfig:
         """Returns the flags of "pretrain" or "finetune" without their prefix."""
         values: dict[str, Any] = {
@@ -466,6 +475,7 @@ SMOKE_LIMITS = {
     "pretrain_max_tokens": 24, "pretrain_tokens_per_batch": 192, "pretrain_evaluate_documents": 16,
     "reconstruct_documents": 16, "mean_state_documents": 16, "finetune_documents": 50,
     "finetune_steps": 4, "finetune_batch_size": 8, "finetune_max_tokens": 24,
+    "classify_max_tokens": 24,
     "finetune_evaluate_every_steps": 4, "unlabelled_batch_size": 8, "encoder_frozen_steps": 2,
 }  # fmt: skip
 

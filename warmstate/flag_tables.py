@@ -32,6 +32,7 @@ STAGE_ALSO = {
         "sampled_softmax",
         "tied_softmax",
     ),
+    "evaluate": ("classify_max_tokens",),
     "replay": ("encoder", "backward_encoder"),
     "predict": ("encoder", "pretrain_max_tokens"),
     "serve": ("encoder",),

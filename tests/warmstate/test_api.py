@@ -24,7 +24,12 @@ encoder = warmstate.pretrain(
 )
 rest = {"finetune_steps": 4, "finetune_max_tokens": 24, "log": lines.append}
 warm = warmstate.finetune(f"{folder}/b", store, encoder.folder, **rest)
-scratch = warmstate.finetune(f"{folder}/c", store, hidden_units=5, **small | rest)
+longer = {"hidden_units": 5, "classify_max_tokens": 40}
+scratch = warmstate.finetune(f"{folder}/c", store, **longer, **small | rest)
+losses = [
+    warmstate.evaluate(f"{folder}/{name}", store, scratch.folder, log=lines.append, **reads)["loss"]
+    for name, reads in [("e", {}), ("f", {"classify_max_tokens": 2})]
+]
 found = warmstate.evaluate(f"{folder}/d", store, warm.folder, log=lines.append)
 predictions = warmstate.predict(warm.folder, ["A fine film.", "Bad."])
 model = warmstate.load_classifier(scratch.folder)
@@ -38,6 +43,8 @@ print(json.dumps({
     "lines": len(lines), "error": found["error_percent"], "documents": found["documents"],
     "perplexity": encoder.report["perplexity"], "broadcast": len(warm.report["broadcast"]),
     "weights": [warm.report["init_weights"], scratch.report["init_weights"]],
+    "losses": losses,
+    "reads": [warmstate.load_classifier(made.folder).max_tokens for made in (warm, scratch)],
     "labels": [p.label for p in predictions], "h": list(final[0][0].shape),
     "learned": list(learned.h.shape),
 }))
@@ -63,6 +70,7 @@ def test_the_stages_one_after_the_other(small_store: Path, tmp_path: Path) -> No
     assert found["lines"] > 10 and found["documents"] == 60 and 0 < found["error"] < 100
     assert found["perplexity"] > 1 and found["broadcast"] == 3
     assert found["weights"] == ["encoder", "random"]
+    assert found["reads"] == [24, 40] and found["losses"][0] != found["losses"][1]
     assert set(found["labels"]) <= {"0", "1"}  # a store of a source without names
     assert found["h"] == [2, 12] and found["learned"] == [12]
 

@@ -35,6 +35,8 @@ def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dic
         classifier = bundle.new_classifier(info["model"])
     assign(bundle.classifier_variables(classifier), tensors)
     view = run.store.split(split)
+    if run.config.classify_max_tokens:
+        info = {**info, "max_tokens": run.config.classify_max_tokens}
     run.log(f"evaluate: {classifier_folder} on {len(view):,} documents of {split}")
     predictions = predict(run, classifier, view, BATCH_SIZE, info["max_tokens"])
     if run.is_chief:

@@ -90,7 +90,7 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
     if config.init_weights == "encoder" and classifier.hidden is None:
         fit_head(run, classifier, view, codes)
     validation = run.all_documents(
-        run.store.split("validation"), config.finetune_batch_size, config.finetune_max_tokens
+        run.store.split("validation"), config.finetune_batch_size, config.tokens_classified
     )
     run.log(
         f"{folder.name}: {len(view):,} labelled documents, {plan.steps_per_epoch:,} steps an "
@@ -384,7 +384,7 @@ def _contexts(run: Run) -> dict[str, Any]:
 def _read_and_told(run: Run) -> dict[str, Any]:
     """Returns what a classifier and a task say of what they read and tell apart."""
     return {
-        "max_tokens": run.config.finetune_max_tokens,
+        "max_tokens": run.config.tokens_classified,
         "vocab_sha256": run.store.vocab_sha256,
         "class_names": list(run.store.class_names),
         "tensorflow_version": tf.__version__,

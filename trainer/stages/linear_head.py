@@ -39,7 +39,7 @@ def fit_head(
     """
     config = run.config
     view = labelled.sample(min(MAX_DOCUMENTS, len(labelled)), config.seed)
-    batches = run.all_documents(view, config.finetune_batch_size, config.finetune_max_tokens)
+    batches = run.all_documents(view, config.finetune_batch_size, config.tokens_classified)
 
     def columns(rows: dict[str, tf.Tensor]) -> tf.Tensor:
         label = tf.cast(rows["labels"], tf.float32)[:, None]
