@@ -85,3 +85,29 @@ def test_the_make_targets_that_the_docs_name_exist() -> None:
 def test_the_list_of_slow_tests_is_that_of_the_markers() -> None:
     page = (REPOSITORY / "CONTRIBUTING.md").read_text()
     assert timing.slow_table() in page, "run make timing, or write_section('slow', slow_table())"
+
+
+@pytest.mark.parametrize("package", ["trainer", "data_pipelines", "launch", "warmstate"])
+def test_functions_fit_a_screen(package: str) -> None:
+    """At most 60 lines and 8 parameters (Keras's **kwargs aside), and no closure three deep."""
+    found = []
+
+    def walk(node: ast.AST, functions: int, path: Path) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            functions += 1
+            given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            size = {
+                "lines": node.end_lineno - node.lineno + 1,
+                "parameters": len([a for a in given if a.arg not in ("self", "cls")]),
+                "functions deep": functions,
+            }
+            most = {"lines": 60, "parameters": 8, "functions deep": 3}
+            where = f"{path.relative_to(REPOSITORY)}:{node.lineno}: {node.name} has"
+            found.extend(f"{where} {size[of]} {of}" for of in most if size[of] > most[of])
+        for child in ast.iter_child_nodes(node):
+            walk(child, functions, path)
+
+    files = list((REPOSITORY / package).rglob("*.py"))
+    for path in files:
+        walk(ast.parse(path.read_text()), 0, path)
+    assert files and not found, "\n".join(found)

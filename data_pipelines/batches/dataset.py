@@ -1,4 +1,18 @@
-"""Makes a `tf.data` pipeline of this process's slice of each global batch."""
+"""Makes a `tf.data` pipeline of this process's slice of each global batch.
+
+An element is a dict of:
+
+  tokens      int32 [rows, time], right-padded with 0
+  lengths     int32 [rows]
+  labels      int32 [rows], -1 for unlabelled examples and packed rows
+  contexts    int32 [rows], -1 for unknown ones; if the view has contexts and rows are examples
+  weights     float32 [rows], 1 for an example and 0 for padding
+  row_starts  int32 [num_local_shards + 1]: shard i's rows are row_starts[i:i + 2]
+  carries     float32 [rows], 1 if the row continues the example of the same row of the step before,
+              0 if it begins with a new example; with a `carried` plan, whose rows without tokens at
+              an epoch's end are padding
+  step        int64 []
+"""
 
 import numpy as np
 import tensorflow as tf
@@ -50,34 +64,12 @@ def make_dataset(
         num_shards: number of shards of all processes.
         prefetch_batches: batches prepared ahead.
 
-    Returns:
-        Elements that are dicts of:
-        `tokens` int32 [rows, time], right-padded with 0;
-        `lengths` int32 [rows];
-        `labels` int32 [rows], -1 for unlabelled examples and packed rows;
-        `contexts` int32 [rows], -1 for unknown ones, if the view has contexts and rows are
-        examples;
-        `weights` float32 [rows], 1 for an example and 0 for padding;
-        `row_starts` int32 [num_local_shards + 1]: shard i's rows are row_starts[i:i + 2];
-        `step` int64 [];
-        with a `carried` plan also `carries` float32 [rows]: 1 if the row continues the example of
-        the same row of the step before, 0 if it begins with a new example. Rows without tokens at
-        an epoch's end are padding.
-
     Raises:
         ValueError: the plan is of another view, or the shards do not exist.
     """
-    if plan.num_examples != len(view):
-        raise ValueError(f"a plan of {plan.num_examples} examples for a view of {len(view)}")
-    if num_local_shards < 1 or not 0 <= first_shard <= num_shards - num_local_shards:
-        raise ValueError(
-            f"shards {first_shard} .. {first_shard + num_local_shards - 1} of {num_shards}"
-        )
+    _check(view, plan, first_shard, num_local_shards, num_shards)
     shards = range(first_shard, first_shard + num_local_shards)
-    carried = isinstance(plan, PackedPlan) and plan.carried
-    types = TYPES | ({"carries": tf.float32} if carried else {})
-    if view.has_contexts and isinstance(plan, BatchPlan):
-        types |= {"contexts": tf.int32}
+    types = _types(view, plan)
 
     def read(step: np.int64) -> list[np.ndarray]:
         if isinstance(plan, PackedPlan):
@@ -95,24 +87,50 @@ def make_dataset(
         element["row_starts"].set_shape([num_local_shards + 1])
         return {**element, "step": step}
 
+    return (
+        tf.data.Dataset.range(start_step, stop_step)
+        .map(load, num_parallel_calls=PARALLEL_BATCHES)
+        .prefetch(prefetch_batches)
+        .with_options(_options())
+    )
+
+
+def _check(
+    view: SplitView,
+    plan: BatchPlan | PackedPlan,
+    first_shard: int,
+    num_local_shards: int,
+    num_shards: int,
+) -> None:
+    if plan.num_examples != len(view):
+        raise ValueError(f"a plan of {plan.num_examples} examples for a view of {len(view)}")
+    if num_local_shards < 1 or not 0 <= first_shard <= num_shards - num_local_shards:
+        raise ValueError(
+            f"shards {first_shard} .. {first_shard + num_local_shards - 1} of {num_shards}"
+        )
+
+
+def _types(view: SplitView, plan: BatchPlan | PackedPlan) -> dict[str, tf.DType]:
+    """Returns the types of an element's arrays by name."""
+    if isinstance(plan, PackedPlan):
+        return TYPES | ({"carries": tf.float32} if plan.carried else {})
+    return TYPES | ({"contexts": tf.int32} if view.has_contexts else {})
+
+
+def _options() -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = True
     # The tuning thread can miss the end of its iterator: dropping the iterator then takes up to a
     # minute. Nothing here needs tuning.
     options.autotune.enabled = False
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return (
-        tf.data.Dataset.range(start_step, stop_step)
-        .map(load, num_parallel_calls=PARALLEL_BATCHES)
-        .prefetch(prefetch_batches)
-        .with_options(options)
-    )
+    return options
 
 
 def read_bucketed(
     view: SplitView, plan: BatchPlan, step: int, shards: range, num_shards: int
 ) -> dict[str, np.ndarray]:
-    """Returns one element of a `BatchPlan` in NumPy; `make_dataset` describes the arrays.
+    """Returns one element of a `BatchPlan` in NumPy; the module describes the arrays.
 
     Args:
         view: the examples.

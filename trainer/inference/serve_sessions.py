@@ -126,12 +126,7 @@ def session_routes(
 
     async def create(request: Request) -> Response:
         values = await object_in(request)
-        if "saved" in values:
-            session = restored(model, values["saved"])
-        else:
-            (context,) = contexts_of(model.context_key, [values.get("context")])
-            session = new_session(model, context)
-        return JSONResponse({"session": table.add(session)}, 201)
+        return JSONResponse({"session": table.add(_opened(model, values))}, 201)
 
     async def feed(request: Request) -> Response:
         id_, values = request.path_params["id"], await object_in(request)
@@ -164,6 +159,14 @@ def session_routes(
         Route("/sessions/{id}", answered(feed), methods=["POST"]),
         Route("/sessions/{id}", answered(delete), methods=["DELETE"]),
     ]
+
+
+def _opened(model: TextClassifier, values: dict[str, Any]) -> Session:
+    """Returns the session that a request saved, or a new one."""
+    if "saved" in values:
+        return restored(model, values["saved"])
+    (context,) = contexts_of(model.context_key, [values.get("context")])
+    return new_session(model, context)
 
 
 def contexts_of(key: str, contexts: Any) -> list[str | None]:

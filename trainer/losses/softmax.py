@@ -181,17 +181,14 @@ def _over_candidates(
     TensorFlow's gradient each of a dozen operations would read and write the whole array.
     """
 
-    def product(a: tf.Tensor, b: tf.Tensor, **transposed: bool) -> tf.Tensor:
-        return tf.cast(tf.matmul(tf.cast(a, products), tf.cast(b, products), **transposed), a.dtype)
-
     @tf.custom_gradient
     def run(
         target_logits: tf.Tensor, hidden: tf.Tensor, weights: tf.Tensor, offsets: tf.Tensor
     ) -> Any:
-        def forward(
+        def chunk(
             start: tf.Tensor, stop: tf.Tensor, arrays: list[Any], number: tf.Tensor
         ) -> list[Any]:
-            logits = product(hidden[start:stop], weights, transpose_b=True) + offsets
+            logits = _product(hidden[start:stop], weights, products, transpose_b=True) + offsets
             is_target = targets[start:stop, None] == candidates
             logits = tf.where(is_target, logits.dtype.min, logits)
             target = target_logits[start:stop]
@@ -205,33 +202,46 @@ def _over_candidates(
         size = _chunk_tokens(weights, CHUNK_SAMPLED_LOGITS)
         shapes: list[list[int]] = [[weights.shape[0]], [], [], []]
         arrays = [_array(hidden, size, shape) for shape in shapes]
-        parts, sums, losses, of_target = _over_chunks(hidden, size, forward, arrays)
+        parts, sums, losses, of_target = _over_chunks(hidden, size, chunk, arrays)
         sums, of_target = sums.concat(), of_target.concat()
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            factors = upstream / sums
-
-            def backward(
-                start: tf.Tensor, stop: tf.Tensor, found: list[Any], number: tf.Tensor
-            ) -> list[Any]:
-                d_hidden, d_weights, d_offsets = found
-                d_logits = parts.read(number) * factors[start:stop, None]
-                some = hidden[start:stop]
-                return [
-                    d_hidden.write(number, product(d_logits, weights)),
-                    d_weights + product(d_logits, some, transpose_a=True),
-                    d_offsets + tf.reduce_sum(d_logits, axis=0),
-                ]
-
-            d_hidden = _array(hidden, size, [hidden.shape[1]])
-            found = [d_hidden, tf.zeros_like(weights), tf.zeros_like(offsets)]
             with tf.name_scope("softmax_backward"):  # for a profile
-                d_hidden, d_weights, d_offsets = _over_chunks(hidden, size, backward, found)
-            return upstream * (of_target - 1.0), d_hidden.concat(), d_weights, d_offsets
+                others = _candidate_gradients(upstream / sums, parts, hidden, weights, products)
+            return upstream * (of_target - 1.0), *others
 
         return losses.concat(), gradient
 
     return run
+
+
+def _candidate_gradients(
+    factors: tf.Tensor, parts: tf.TensorArray, hidden: tf.Tensor, weights: tf.Tensor, products: Any
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the gradients of hidden, weights and offsets.
+
+    Args:
+        factors: [tokens], what the chunks of `parts`, [chunk, candidates], are multiplied by.
+    """
+
+    def chunk(start: tf.Tensor, stop: tf.Tensor, sums: list[Any], number: tf.Tensor) -> list[Any]:
+        d_hidden, d_weights, d_offsets = sums
+        d_logits = parts.read(number) * factors[start:stop, None]
+        return [
+            d_hidden.write(number, _product(d_logits, weights, products)),
+            d_weights + _product(d_logits, hidden[start:stop], products, transpose_a=True),
+            d_offsets + tf.reduce_sum(d_logits, axis=0),
+        ]
+
+    size = _chunk_tokens(weights, CHUNK_SAMPLED_LOGITS)
+    d_hidden = _array(hidden, size, [hidden.shape[1]])
+    sums = [d_hidden, tf.zeros_like(weights), tf.zeros(weights.shape[:1], weights.dtype)]
+    d_hidden, d_weights, d_offsets = _over_chunks(hidden, size, chunk, sums)
+    return d_hidden.concat(), d_weights, d_offsets
+
+
+def _product(a: tf.Tensor, b: tf.Tensor, dtype: tf.DType, **transposed: bool) -> tf.Tensor:
+    return tf.cast(tf.matmul(tf.cast(a, dtype), tf.cast(b, dtype), **transposed), a.dtype)
 
 
 def log_uniform_candidates(vocab_size: int, num_sampled: int, seed: tf.Tensor) -> tf.Tensor:

@@ -63,15 +63,9 @@ class ContextState(keras.layers.Layer):
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name}: ids are repeated: {sorted(names)!r:.200}")
         self._num_ids = self.ids if isinstance(self.ids, int) else len(names)
-        sizes = {"units": units, "hidden_units": hidden_units, "burn_in": burn_in}
-        sizes |= {} if ids is None else {"ids": self._num_ids}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{self.name}: {name}={size} is less than 1")
-        if noise < 0:
-            raise ValueError(f"{self.name}: noise={noise} is negative")
         self.units, self.noise, self.seed = units, noise, seed
         self.hidden_units, self.burn_in = hidden_units, burn_in
+        self._check_numbers()
         self._noise_seeds = keras.random.SeedGenerator(seed)
         if burn_in is not None:
             kernel = keras.initializers.GlorotUniform(seed)
@@ -91,6 +85,15 @@ class ContextState(keras.layers.Layer):
             self.output_layer = keras.layers.Dense(
                 2 * units, kernel_initializer="zeros", name="output"
             )
+
+    def _check_numbers(self) -> None:
+        ids = None if self.ids is None else self._num_ids
+        sizes = {"units": self.units, "hidden_units": self.hidden_units, "burn_in": self.burn_in}
+        for name, size in {**sizes, "ids": ids}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{self.name}: {name}={size} is less than 1")
+        if self.noise < 0:
+            raise ValueError(f"{self.name}: noise={self.noise} is negative")
 
     def build(self, context_shape: tuple[int | None, ...]) -> None:
         """Creates the weights."""
