@@ -1,12 +1,13 @@
 """Workers on this machine."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.flag_fields import flag
-from launch.local import elastic, horovod, jobs, workers
+from launch.local import elastic, gpus, horovod, jobs, workers
 from launch.platform import ElasticOptions, Platform
 
 
@@ -39,6 +40,8 @@ class Local(Platform[LocalOptions]):
             faults.append(
                 "--distributor=horovod: Horovod is not installed; `make horovod` builds it"
             )
+        if not options.dry_run:
+            faults += gpus.faults(options.workers or 1, os.environ)
         if options.name is not None and not options.dry_run:
             faults += jobs.faults(options.name)
         if file := options.available_file:
@@ -72,6 +75,8 @@ class Local(Platform[LocalOptions]):
     def _run(self, command: Sequence[str], count: int) -> int:
         options = self.options
         grace_seconds, with_horovod = options.grace_seconds, options.with_horovod
+        if note := gpus.note(count, os.environ) if not with_horovod else "":
+            workers.say(note)
         try:
             if not options.elastic:
                 restarts = options.max_restarts or 0

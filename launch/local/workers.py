@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from launch.local import horovod, loopback, screen
+from launch.local import gpus, horovod, loopback, screen
 
 CONFIGURATION_EXIT_CODE = 2
 LOST_PEER_EXIT_CODE = 75  # EX_TEMPFAIL: a peer of the trainer is gone
@@ -180,8 +180,8 @@ def worker_environments(
 
     The processor's cores are divided among the workers; a thread variable that is in `inherited`
     stays as it is. With a `rendezvous_port` they get Horovod's variables; else two or more get
-    TensorFlow's `TF_CONFIG`, with ports free a moment ago, and preload the library of
-    loopback.py from `preloaded`.
+    TensorFlow's `TF_CONFIG`, with ports free a moment ago, a share of the GPUs, and preload the
+    library of loopback.py from `preloaded`. Horovod's choose a GPU themselves.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     defaults = {name: str(threads) for name in THREAD_VARIABLES}
@@ -195,9 +195,9 @@ def worker_environments(
     ports = _free_ports(workers)
     cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
     environments = []
-    for index, port in enumerate(ports):
+    for index, (port, share) in enumerate(zip(ports, gpus.shares(workers, inherited), strict=True)):
         task = {"type": "worker", "index": index}
-        variables = {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task}), **common}
+        variables = {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task}), **common, **share}
         if preloaded:
             variables |= loopback.variables(preloaded, port, inherited)
         environments.append(variables)

@@ -115,3 +115,15 @@ def make_task(tuned_encoder: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Keras and our layer take the path of a GPU."""
+    import tensorflow as tf
+
+    for name in ("list_logical_devices", "get_visible_devices"):
+        devices = getattr(tf.config, name)
+        monkeypatch.setattr(
+            tf.config, name, lambda kind=None, d=devices: ["GPU:0"] if kind == "GPU" else d(kind)
+        )

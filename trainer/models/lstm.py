@@ -235,7 +235,7 @@ class WarmLSTM(keras.layers.LSTM):
             if not `return_sequences`; and `[h, c]`, each [batch, units].
         """
         if not self._runs_own_loop():
-            return super().inner_loop(sequences, initial_state, mask, training=training)
+            return self._inner_loop_of_keras(sequences, initial_state, mask, training=training)
         if isinstance(mask, (list, tuple)):
             mask = mask[0]
         if training and self.dropout:
@@ -342,10 +342,36 @@ class WarmLSTM(keras.layers.LSTM):
             # Keras draws one dropout mask a gate in this mode.
             and not (self.dropout and self.cell.implementation == 1)
         )
-        has_gpu = bool(tf.config.list_logical_devices("GPU"))
-        # Keras's path knows no mask of the recurrent kernel, and no biases of rows.
-        needed = self.recurrent_mask is not None or self.row_bias is not None
-        return standard and (needed or (not has_gpu and self.use_cudnn is not True))
+        # Keras's path knows no biases of rows.
+        needed = self.row_bias is not None
+        return standard and (needed or (not native.has_gpu() and self.use_cudnn is not True))
+
+    def _inner_loop_of_keras(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs Keras's path, on a GPU cuDNN, with the recurrent weights that are left."""
+        if native.has_gpu() and (why := self._why_not_cudnn()):
+            warnings.warn(f"{self.name}: {why}: a GPU runs it step by step", stacklevel=2)
+        whole = self.cell.recurrent_kernel
+        if self.recurrent_mask is not None:
+            left = self._tensor(whole)
+            left *= tf.cast(self.recurrent_mask, left.dtype)
+            object.__setattr__(self.cell, "recurrent_kernel", left)  # Keras must not track it
+        try:
+            return super().inner_loop(*args, **kwargs)
+        finally:
+            object.__setattr__(self.cell, "recurrent_kernel", whole)
+
+    def _why_not_cudnn(self) -> str:
+        """Returns the argument that keeps Keras from using cuDNN, or ""."""
+        fit = {
+            "activation": self.activation is keras.activations.tanh,
+            "recurrent_activation": self.recurrent_activation is keras.activations.sigmoid,
+            "recurrent_dropout": not self.recurrent_dropout,
+            "unroll": not self.unroll,
+            "use_bias": self.use_bias,
+            "use_cudnn": self.use_cudnn in ("auto", True),
+        }
+        found = [name for name, fits in fit.items() if not fits]
+        return f"cuDNN has no {found[0]}={self.get_config()[found[0]]!r}" if found else ""
 
     def _mask_outputs(self, outputs: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         # A masked step repeats the output before it, and that is zero, not the initial state,

@@ -108,7 +108,7 @@ def choice() -> Choice:
     wanted = os.environ.get(CHOICE, "")
     if wanted == "0":
         return Choice(None, f"{CHOICE}=0")
-    if tf.config.list_physical_devices("GPU"):
+    if has_gpu():
         return Choice(None, "the compiled ones are for CPUs")
     if not library_path().exists():
         others = any(library_path().parent.glob("lstm-*.so"))
@@ -165,9 +165,14 @@ def measured() -> dict[str, float]:
     return {key: ratio for key, ratio in held.items() if isinstance(ratio, float)}
 
 
+def has_gpu() -> bool:
+    """Returns whether this process may use a GPU; starts no device, which no strategy allows."""
+    return bool(tf.config.get_visible_devices("GPU"))
+
+
 def hint() -> str:
     """Returns which loops an LSTM layer runs here, and why; "" on a GPU, which has cuDNN's."""
-    if tf.config.list_physical_devices("GPU"):
+    if has_gpu():
         return ""
     found = choice()
     if found.instruction_set is None:
@@ -209,7 +214,7 @@ def using(instruction_set: str | None) -> Iterator[None]:
 
 def operations(training: bool) -> ModuleType | None:
     """Returns the module of the compiled operations, None where they are not to be used."""
-    if not (training or _in_inference):
+    if not (training or _in_inference) or (has_gpu() and not _overrides):
         return None
     chosen = _overrides[-1] if _overrides else choice().instruction_set
     if chosen is None:

@@ -72,7 +72,7 @@ def _run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | No
     preflight.raise_if(preflight.store_faults(config, store) + read)
     if writes:
         remember_config(config)
-    for line in (f"data: {store.note}" if store.note else "", native.hint()):
+    for line in (f"data: {store.note}" if store.note else "", loops(config)):
         if line:
             log(line)
     absl.logging.set_verbosity(absl.logging.WARNING)
@@ -92,6 +92,14 @@ def _run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | No
             result = _result(run)
         if chief:
             write_report(run, result, time.perf_counter() - began)
+
+
+def loops(config: Config) -> str:
+    """Returns a line about the loops that the LSTM layers run."""
+    if not native.has_gpu():
+        return native.hint()
+    kept = "; it keeps all activations in spite of --recompute" if config.recompute else ""
+    return f"lstm: cuDNN{kept}"
 
 
 def exact_if_small(config: Config, vocab_size: int, log: Callable[[str], None]) -> Config:

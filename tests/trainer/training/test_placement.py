@@ -59,9 +59,14 @@ FINETUNING = {
         "finetune_ema": 0.9,
         "label_smoothing": 0.1,
     },
-    "linear gain": {"label_gain": "linear", "finetune_dropout": 0.3, "joint_weight": 0.1},
+    "linear gain": {
+        "label_gain": "linear",
+        "finetune_dropout": 0.3,
+        "recurrent_weight_dropout": 0.3,
+    },
 }
 FINETUNING_SLOW = {
+    "joint": {"joint_weight": 0.1},
     "adversarial, bfloat16": {"adversarial_weight": 1.0, "precision": "mixed_bfloat16"},
     "adversarial, float16": {"adversarial_weight": 1.0, "precision": "mixed_float16"},
     "state of the document": {"initial_state": "encode"},
@@ -74,17 +79,6 @@ def cases(quick: dict[str, Any], slow: dict[str, Any]) -> list[Any]:
     return [pytest.param(flags, id=name) for name, flags in quick.items()] + [
         pytest.param(flags, id=name, marks=pytest.mark.slow) for name, flags in slow.items()
     ]
-
-
-@pytest.fixture
-def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets Keras and our layer take the path of a GPU when a graph is traced."""
-    devices = tf.config.list_logical_devices
-
-    def with_a_gpu(kind: str | None = None) -> list[Any]:
-        return ["GPU:0"] if kind == "GPU" else devices(kind)
-
-    monkeypatch.setattr(tf.config, "list_logical_devices", with_a_gpu)
 
 
 @pytest.fixture
