@@ -6,6 +6,6 @@ The rooms by floor. A room imports only from floors below its own (tests/test_ar
     4  batches
     3  store
     2  sources, tokenizers, word_vectors
-    1  files, flag_fields, permutation, printable, quiet_tensorflow
+    1  durable, files, flag_fields, permutation, printable, quiet_tensorflow
     0  errors, reserved_ids
 """

@@ -1,10 +1,7 @@
-"""Files that survive a crash while they are written, and are read without trust.
+"""Files that are read without trust, and their formats; `data_pipelines.durable` writes them.
 
-Written: under a temporary name, flushed to the disk and renamed, and the folder is flushed; after a
-power loss there is either the old file or the new one.
-
-Read: regular files only, never through a link. Sizes, names and types are checked against the
-header and the file's length before memory is allocated. No pickle.
+Regular files only, never through a link. Sizes, names and types are checked against the header and
+the file's length before memory is allocated. No pickle.
 
 Tensors are in the safetensors format: 8 bytes with the length of the header, the header in JSON,
 the data.
@@ -15,19 +12,18 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from data_pipelines.durable import Buffer, replacing
 from data_pipelines.errors import InputError
 from data_pipelines.store.seal import seal_fault, with_seal
-from data_pipelines.store.store_writer import flush_folder
 
 # Names in safetensors of the NumPy types that we write.
 DTYPES = {
@@ -36,7 +32,6 @@ DTYPES = {
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
 }  # fmt: skip
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-Buffer = bytes | np.ndarray
 MAX_HEADER_BYTES = 1 << 20  # about 10,000 tensors
 MAX_JSON_BYTES = 1 << 22
 MAX_DIMENSIONS = 32  # of a tensor; NumPy's own limit was 32, and is 64
@@ -61,58 +56,14 @@ _IO_ERRNOS = frozenset(
 )
 
 
-def write_durably(path: Path, parts: Sequence[Buffer]) -> None:
-    """Writes a new file from parts, and flushes it to the disk."""
-    with path.open("xb") as file:
-        for part in parts:
-            file.write(part if isinstance(part, bytes) else part.data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_folder(new: Path, folder: Path, files: Mapping[str, bytes | Sequence[Buffer]]) -> None:
-    """Writes files (bytes or parts by name) to `new`, and renames it to `folder`, which may exist.
-
-    After a power loss between the two renames of a replaced folder, NAME.new and NAME.old are
-    left, and a resumed run writes the folder again.
-    """
-    remove(new)  # left by a killed writer
-    new.mkdir(parents=True)
-    for name, data in files.items():
-        write_durably(new / name, [data] if isinstance(data, bytes) else data)
-    flush_folder(new)
-    old = folder.with_name(folder.name + ".old")
-    remove(old)
-    if os.path.lexists(folder):
-        folder.rename(old)
-    new.rename(folder)
-    flush_folder(folder.parent)
-    remove(old)
-
-
 def refuse_to_replace(folder: Path, flag: str) -> None:
     """Raises InputError if `folder`, named by the user's `flag`, exists.
 
-    `write_folder` replaces a folder without asking, which is right only for a run's own folders.
+    `durable.write_folder` replaces a folder without asking, which is right only for folders of a
+    run.
     """
     if os.path.lexists(folder):
         raise InputError(f"{flag}={folder} is there already: name a new folder, or remove it")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
-    """Yields a new text file, which becomes `path`, durably, if the block ends without an error."""
-    beside = path.with_name(path.name + ".new")
-    remove(beside)  # left by a killed writer, or a link to a file of somebody else
-    try:
-        with beside.open("x", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        flush_folder(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -130,14 +81,6 @@ def without_links(path: str, flags: int) -> int:
     A pipe is not waited for.
     """
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def sealed(values: Mapping[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.durable import write_file
 from data_pipelines.errors import InputError
 from data_pipelines.prepare.bad_examples import BadExamples
 from data_pipelines.prepare.beam import BeamRunner
@@ -29,7 +30,7 @@ from data_pipelines.prepare.shards import CONTEXTS_FILE, ShardTask, shard_part, 
 from data_pipelines.prepare.vocabulary import choose_pieces, vocabulary_facts
 from data_pipelines.sources import Source
 from data_pipelines.store.manifest import token_dtype
-from data_pipelines.store.store_writer import finish_store, write_file
+from data_pipelines.store.store_writer import finish_store
 from data_pipelines.store.token_store import TokenStore
 
 DRAFT_VERSION = 2  # of the drafts' format and of the rules by which text becomes words

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.durable import write_file
 from data_pipelines.prepare.bad_examples import BadExamples
 from data_pipelines.prepare.piece_numbers import PieceNumbers, piece_numbers
 from data_pipelines.reserved_ids import END_ID, UNKNOWN_ID
 from data_pipelines.sources import BadExample, Example, Source
 from data_pipelines.sources.windows import windows
 from data_pipelines.store.manifest import NO_LABEL
-from data_pipelines.store.store_writer import write_file
 
 CHUNK_EXAMPLES = 8192
 CHUNK_CHARACTERS = 1 << 23  # a longer document is a chunk by itself

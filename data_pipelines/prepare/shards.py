@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.durable import write_file
 from data_pipelines.prepare.drafts import Count, Draft, Part
 from data_pipelines.prepare.piece_numbers import compiled
 from data_pipelines.quiet_tensorflow import import_quietly
 from data_pipelines.reserved_ids import END_ID
 from data_pipelines.store.manifest import NO_CONTEXT
-from data_pipelines.store.store_writer import write_file, write_shard
+from data_pipelines.store.store_writer import write_shard
 from data_pipelines.tokenizers.vocabulary import piece_ids, read_pieces
 
 CONTEXTS_FILE = "contexts.json"

@@ -1,16 +1,14 @@
 """Writes a token store: first the shards, which processes may write in parallel, then the rest."""
 
-import errno
-import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipelines.durable import flush_folder, write_file
 from data_pipelines.store.manifest import (
     FORMAT,
     LABEL_DTYPE,
@@ -19,31 +17,6 @@ from data_pipelines.store.manifest import (
     token_dtype,
 )
 from data_pipelines.store.seal import with_seal
-
-
-def write_file(path: Path, blocks: Iterable[bytes]) -> dict[str, Any]:
-    """Writes a file, flushed to the disk, under another name and renames it to `path`.
-
-    So the file is complete or missing, and two processes may write the same file.
-
-    Returns:
-        The manifest's entry for it: `bytes` and `sha256`.
-    """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
-    digest, size = hashlib.sha256(), 0
-    try:
-        with temporary.open("wb") as file:
-            for block in blocks:
-                file.write(block)
-                digest.update(block)
-                size += len(block)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def write_shard(
@@ -141,18 +114,3 @@ def finish_store(
     flush_folder(building)
     os.rename(building, folder)
     flush_folder(folder.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Flushes the names in `folder` to the disk, without which a rename is not safe.
-
-    Some file systems (FUSE, CIFS) refuse it; there is no other way to flush names on them.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)

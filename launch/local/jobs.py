@@ -170,6 +170,8 @@ def _write(folder: Path, job: Job) -> None:
     beside.unlink(missing_ok=True)  # it may be a link to a file of somebody else
     with beside.open("x") as file:
         file.write(json.dumps(asdict(job), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     beside.replace(folder / "job.json")
 
 

@@ -10,6 +10,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines import durable
 from data_pipelines.errors import InputError
 from tests import forked
 from tests.fuzzing import EDITS, FUZZ, edited
@@ -39,7 +40,7 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
 
 def test_tensors_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    safe_files.write_durably(path, safe_files.tensor_parts(TENSORS))
+    durable.write_new(path, safe_files.tensor_parts(TENSORS))
     read = safe_files.read_tensors(path, json.loads(json.dumps(safe_files.specs(TENSORS))))
     assert read.keys() == TENSORS.keys()
     for name, array in TENSORS.items():
@@ -48,7 +49,7 @@ def test_tensors_are_read_as_they_were_written(tmp_path: Path) -> None:
     for name, array in safetensors.numpy.load_file(path).items():  # others read it as well
         assert (array.dtype, array.tobytes()) == (TENSORS[name].dtype, TENSORS[name].tobytes())
     with pytest.raises(FileExistsError):
-        safe_files.write_durably(path, [b""])
+        durable.write_new(path, [b""])
 
 
 def test_tensors_in_another_order_of_their_bytes_are_written_in_order(tmp_path: Path) -> None:

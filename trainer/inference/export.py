@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.durable import put_in_place, remove
 from data_pipelines.errors import InputError
 from trainer.inference.text_classifier import TextClassifier, load_classifier
 from trainer.models.context_state import UNKNOWN
-from trainer.safe_files import refuse_to_replace, remove
+from trainer.safe_files import refuse_to_replace
 
 TOLERANCE = 1e-5
 PROBE_WORDS = 40
@@ -59,7 +60,7 @@ def export(classifier_folder: Path, folder: Path) -> str:
             raise RuntimeError(
                 f"the exported model's probabilities differ by {difference} from the trainer's"
             )
-        beside.rename(folder)
+        put_in_place(beside, folder)
     except OSError as error:
         raise InputError(f"--output={folder} cannot be written: {error.strerror}") from None
     finally:

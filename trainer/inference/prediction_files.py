@@ -9,11 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+from data_pipelines.durable import replacing
 from data_pipelines.errors import InputError
 from data_pipelines.printable import write_to
 from data_pipelines.sources.rows import Row, kind_and_path
 from trainer.inference.text_classifier import Prediction
-from trainer.safe_files import replacing
 
 PREDICTED = "predicted"
 PROBABILITIES = "probabilities"

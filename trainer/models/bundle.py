@@ -21,6 +21,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from data_pipelines.durable import Buffer, write_folder
 from data_pipelines.errors import InputError
 from trainer.distribution.variables import assign, digest, values_of
 from trainer.models.bag_autoencoder import BagAutoencoder
@@ -28,7 +29,6 @@ from trainer.models.classifier import POOLED_VECTORS, Classifier
 from trainer.models.encoder import Encoder, LearnedState
 from trainer.models.text_model import TextModel
 from trainer.safe_files import (
-    Buffer,
     DamagedError,
     file_sha256,
     read_sealed,
@@ -36,7 +36,6 @@ from trainer.safe_files import (
     sealed,
     specs,
     tensor_parts,
-    write_folder,
 )
 
 FORMAT_VERSION = 4

@@ -19,7 +19,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +30,7 @@ import_quietly()
 
 import tensorflow as tf  # noqa: E402
 
+from data_pipelines.durable import write_file  # noqa: E402
 from data_pipelines.errors import InputError  # noqa: E402
 
 FOLDER = Path(__file__).parent
@@ -150,10 +150,7 @@ def _keep(key: str, ratio: float) -> None:
     """Writes a ratio beside the build; does nothing where that is read-only, as in a container."""
     path = measured_path()
     with contextlib.suppress(OSError):
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(measured() | {key: ratio}, file, indent=1)
-        os.replace(file.name, path)
-        path.chmod(0o644)
+        write_file(path, [json.dumps(measured() | {key: ratio}, indent=1).encode()])
 
 
 def measured() -> dict[str, float]:

@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.durable import Buffer, write_folder
 from trainer.safe_files import (
-    Buffer,
     DamagedError,
     read_sealed,
     read_tensors,
     sealed,
     specs,
     tensor_parts,
-    write_folder,
 )
 
 EXAMPLE_TOKENS = 1000  # of a document are kept and shown, the last ones

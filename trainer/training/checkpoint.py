@@ -23,20 +23,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.durable import Buffer, remove, write_folder
 from data_pipelines.errors import InputError
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.variables import assign, digest
 from trainer.safe_files import (
-    Buffer,
     DamagedError,
     UnreadableError,
     read_sealed,
     read_tensors,
-    remove,
     sealed,
     specs,
     tensor_parts,
-    write_folder,
 )
 
 FORMAT = "warmstate-checkpoint"

@@ -1,11 +1,10 @@
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipelines.store.store_writer import finish_store, write_file, write_shard
+from data_pipelines.store.store_writer import finish_store, write_shard
 from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers.vocabulary import digest, lines_bytes
 
@@ -19,25 +18,6 @@ FACTS = {
     "vocab_sha256": digest({"type": "word", "lowercase": True}, VOCAB),
     "prepare_config": {},
 }
-
-
-def test_a_file_is_written_whole_with_its_digest(tmp_path: Path) -> None:
-    entry = write_file(tmp_path / "a", [b"one ", b"", b"two"])
-    assert (tmp_path / "a").read_bytes() == b"one two"
-    assert entry == {"bytes": 7, "sha256": hashlib.sha256(b"one two").hexdigest()}
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
-    write_file(tmp_path / "a", [b"old"])
-
-    def blocks():
-        yield b"new"
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_file(tmp_path / "a", blocks())
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"old"
 
 
 def test_shards_become_a_store_without_what_else_lies_there(tmp_path: Path) -> None:
