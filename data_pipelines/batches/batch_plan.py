@@ -122,6 +122,17 @@ class BatchPlan(_Epochs):
         Raises:
             ValueError: the step is negative.
         """
+        return self._batch(step)[0]
+
+    def lengths(self, step: int) -> np.ndarray:
+        """Returns the tokens that are read of these examples, in their order: int64 [n].
+
+        Raises:
+            ValueError: the step is negative.
+        """
+        return self._batch(step)[1]
+
+    def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         if step < 0:
             raise ValueError(f"step {step} is negative")
         epoch, batch = divmod(step, self._steps)
@@ -132,8 +143,8 @@ class BatchPlan(_Epochs):
     def _make_order(self, epoch: int) -> Permutation:
         return Permutation(self.num_examples, (self._seed, EXAMPLES_KEY, epoch))
 
-    def _make_window(self, key: tuple[int, int]) -> list[np.ndarray]:
-        """Returns the batches of a window, in the order in which they are read."""
+    def _make_window(self, key: tuple[int, int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns examples and lengths of a window's batches, in the order of reading."""
         epoch, window = key
         first, stop = shard_rows(self._steps, window, self._num_windows)
         examples = np.arange(self._first_example(first), self._first_example(stop))
@@ -141,9 +152,10 @@ class BatchPlan(_Epochs):
             examples = self._orders(epoch)(examples)
         lengths = np.minimum(self._examples.lengths_of(examples), self.max_tokens)
         by_length = np.argsort(lengths, kind="stable")
-        order = examples[by_length]
-        order.flags.writeable = False
-        batches = np.split(order, self._cuts(lengths[by_length], stop - first))
+        order, lengths = examples[by_length], lengths[by_length]
+        order.flags.writeable = lengths.flags.writeable = False
+        cuts = self._cuts(lengths, stop - first)
+        batches = list(zip(np.split(order, cuts), np.split(lengths, cuts), strict=True))
         if not self._shuffle:
             return batches
         places = Permutation(len(batches), (self._seed, BATCHES_KEY, epoch, window))

@@ -142,15 +142,20 @@ def read_bucketed(
     indices = plan.indices(step)
     rows, row_starts = _rows_of(len(indices), shards, num_shards)
     real = rows >= 0
-    time = _padded(min(int(view.lengths_of(indices).max()), plan.max_tokens))
-    arrays = _padding_rows(len(rows), time, row_starts)
-    own = indices[rows[real]]
-    arrays["tokens"][real], arrays["lengths"][real] = view.gather(own, plan.max_tokens, time)
-    arrays["labels"][real] = view.labels_of(own)
-    arrays["weights"][real] = 1
+    time = padded(int(plan.lengths(step).max()))
+    own = view.located(indices[rows[real]])
+    tokens, lengths = view.gather_located(own, plan.max_tokens, time)
+    if real.all():
+        arrays = {"tokens": tokens, "lengths": lengths, "labels": view.numbers("labels", own)}
+        arrays |= {"weights": np.ones(len(rows), np.float32), "row_starts": row_starts}
+    else:
+        arrays = _padding_rows(len(rows), time, row_starts)
+        arrays["tokens"][real], arrays["lengths"][real] = tokens, lengths
+        arrays["labels"][real] = view.numbers("labels", own)
+        arrays["weights"][real] = 1
     if view.has_contexts:
         arrays["contexts"] = np.full(len(rows), NO_CONTEXT, np.int32)
-        arrays["contexts"][real] = view.contexts_of(own)
+        arrays["contexts"][real] = view.numbers("contexts", own)
     return arrays
 
 
@@ -160,7 +165,7 @@ def read_packed(
     """Returns one element of a `PackedPlan` in NumPy; arguments as for `read_bucketed`."""
     starts, stops = plan.ranges(step)
     rows, row_starts = _rows_of(len(starts), shards, num_shards)
-    time = _padded(int((stops - starts).max()))
+    time = padded(int((stops - starts).max()))
     arrays = _padding_rows(len(rows), time, row_starts)
     real = (rows >= 0) & (starts[rows] < stops[rows])
     starts, stops = starts[rows[real]], stops[rows[real]]
@@ -197,5 +202,6 @@ def _padding_rows(num_rows: int, time: int, row_starts: np.ndarray) -> dict[str,
     }
 
 
-def _padded(time: int) -> int:
+def padded(time: int) -> int:
+    """Returns the width of a batch whose longest row has `time` tokens."""
     return -(-time // TIME_MULTIPLE) * TIME_MULTIPLE

@@ -68,8 +68,21 @@ class SplitView(ABC):
             IndexError: an index is out of range.
             InputError: the store's offsets are damaged.
         """
-        located = self._locate(self._checked(indices))
+        located = self.located(indices)
         return located.stop - located.start + 1
+
+    def located(self, indices: np.ndarray) -> Located:
+        """Returns the places of documents, for `gather_located` and `numbers`.
+
+        Raises:
+            IndexError: an index is out of range.
+            InputError: the store's offsets are damaged.
+        """
+        return self._locate(self._checked(indices))
+
+    def numbers(self, kind: str, located: Located) -> np.ndarray:
+        """Returns the "labels" or "contexts" of documents, -1 for none: int32 [n]."""
+        return self._shards.numbers(kind, located.document)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
         """Returns the labels of documents, -1 for none: int32 [n].
@@ -77,7 +90,7 @@ class SplitView(ABC):
         Raises:
             IndexError: an index is out of range.
         """
-        return self._shards.numbers("labels", self._locate(self._checked(indices)).document)
+        return self.numbers("labels", self.located(indices))
 
     @property
     def has_contexts(self) -> bool:
@@ -90,7 +103,7 @@ class SplitView(ABC):
         Raises:
             IndexError: an index is out of range.
         """
-        return self._shards.numbers("contexts", self._locate(self._checked(indices)).document)
+        return self.numbers("contexts", self.located(indices))
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """Returns the frequency of each id in all documents: int64 [vocab_size]."""
@@ -166,9 +179,14 @@ class SplitView(ABC):
             ValueError: a (cut) document is longer than `pad_to`, or max_tokens < 1.
             InputError: the store's offsets are damaged.
         """
+        return self.gather_located(self.located(indices), max_tokens, pad_to)
+
+    def gather_located(
+        self, located: Located, max_tokens: int, pad_to: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the LAST `max_tokens` tokens of documents; see `gather`."""
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1")
-        located = self._locate(self._checked(indices))
         words = np.minimum(located.stop - located.start, max_tokens - 1)
         longest = int(words.max(initial=-1)) + 1
         width = longest if pad_to is None else pad_to
@@ -194,7 +212,7 @@ class SplitView(ABC):
             IndexError: a document, or a part of it, does not exist.
             InputError: the store's offsets are damaged.
         """
-        located = self._locate(self._checked(indices))
+        located = self.located(indices)
         words = located.stop - located.start
         if np.any((starts < 0) | (stops < starts) | (stops > words + 1)):
             raise IndexError("a part that its document does not have")

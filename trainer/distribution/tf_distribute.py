@@ -91,7 +91,7 @@ class MultiWorkerDistributor(TfDistributor):
 
 def one_device() -> TfDistributor:
     """Returns the distributor for the first GPU, or the CPU."""
-    device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
+    device = "GPU:0" if tf.config.get_visible_devices("GPU") else "CPU:0"
     return TfDistributor(tf.distribute.OneDeviceStrategy(device), rank=0, size=1)
 
 

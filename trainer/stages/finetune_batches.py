@@ -50,12 +50,11 @@ class FinetuneBatches:
 
         They are the labelled documents, all documents, and the labelled documents' tokens.
         """
-        view, plan = self.labelled.view, self.labelled.plan
+        plan = self.labelled.plan
         assert isinstance(plan, BatchPlan)  # only pretraining packs documents into rows
-        indices = plan.indices(step)
-        tokens = np.minimum(view.lengths_of(indices), plan.max_tokens).sum()
+        lengths = plan.lengths(step)
         others = 0 if self.unlabelled is None else len(self.unlabelled.examples(step))
-        return np.array([len(indices), len(indices) + others, tokens], np.float32)
+        return np.array([len(lengths), len(lengths) + others, lengths.sum()], np.float32)
 
     @tf.autograph.experimental.do_not_convert
     def _with_counts(self, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -335,3 +335,13 @@ def test_bad_steps_and_choices() -> None:
     assert not PackedPlan(Lengths([3]), max_tokens=2, global_batch=1, seed=0).carried
     with pytest.raises(InputError, match="of 399 tokens cannot hold"):
         make(np.array([1]), None, tokens_per_batch=399)
+
+
+def test_lengths_are_those_of_the_examples_cut() -> None:
+    lengths = np.arange(1, 101)
+    plan = BatchPlan(Lengths(lengths), max_tokens=60, global_batch=7, seed=3)
+    for step in range(2 * plan.steps_per_epoch):
+        expected = np.minimum(lengths[plan.indices(step)], 60)
+        assert plan.lengths(step).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="step -1 is negative"):
+        plan.lengths(-1)
