@@ -20,6 +20,15 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
+def test_horovod_and_tensorflow_use_one_nccl() -> None:
+    files = ("constraints-gpu.txt", "launch/horovod_build/cuda.txt")
+    pinned = [
+        re.findall(r"^nvidia-nccl-cu12==([\d.]+)", (REPOSITORY / file).read_text(), re.M)
+        for file in files
+    ]
+    assert len(pinned[0]) == 1 and pinned[0] == pinned[1]
+
+
 def test_one_version() -> None:
     (version,) = re.findall(r'version="([^"]+)"', SETUP)
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())

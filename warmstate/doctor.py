@@ -74,8 +74,8 @@ def _gpus(seen: list[str]) -> Finding:
     fault = ""
     if devices and not seen and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         fault = (
-            "TensorFlow does not see them: pip install -c constraints.txt 'tensorflow[and-cuda]', "
-            "and see that nvidia-smi works"
+            "TensorFlow does not see them: pip install -c constraints.txt -c constraints-gpu.txt "
+            "'tensorflow[and-cuda]', and see that nvidia-smi works"
         )
     return Finding("GPUs", value, fault)
 

@@ -8,8 +8,9 @@
 # named by the versions and a hash of this folder's files: the next virtual environment takes seconds.
 # Needs g++ 9 or later, make and patch; neither MPI nor ssh.
 #
-# GPU: with HOROVOD_GPU_OPERATIONS=NCCL (and HOROVOD_CUDA_HOME, HOROVOD_NCCL_HOME where they are not in
-# the usual places) sums go from GPU to GPU.
+# GPU: with HOROVOD_GPU_OPERATIONS=NCCL sums go from GPU to GPU. CUDA's compiler and NCCL come from the package
+# index in the versions of cuda.txt, unless HOROVOD_CUDA_HOME and HOROVOD_NCCL_HOME name others. The build takes
+# 10 to 13 minutes on two idle cores and no GPU; running it needs a driver of version 580 or later, for CUDA 13.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -21,18 +22,23 @@ pip=("$python" -m pip --quiet --disable-pip-version-check)
 say() { echo "horovod: $*"; }
 fail() { say "$*" >&2; exit 1; }
 
-works() { (cd / && "$python" -c 'import horovod.tensorflow as h; assert h.gloo_built()') 2>&1; }
+gpu=${HOROVOD_GPU_OPERATIONS:-}
+works() {
+    (cd / && "$python" -c "import horovod.tensorflow as h; assert h.gloo_built(); assert not '$gpu' or h.nccl_built()") 2>&1
+}
 
 tensorflow=$("$python" -c 'from importlib.metadata import version; print(version("tensorflow"))' 2>/dev/null) ||
     fail "$python has no TensorFlow; run make venv first"
 tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
-gpu=${HOROVOD_GPU_OPERATIONS:-}
-source=$(cat "$here"/*.patch "$here/requirements.txt" "$here/build.sh" | sha256sum | cut -c1-12)
+source=$(cat "$here"/*.patch "$here"/*.txt "$here/build.sh" | sha256sum | cut -c1-12)
 key=horovod-$VERSION-tf$tensorflow-$tag-$(uname -m)-${gpu:-cpu}-$source
 wheels=${XDG_CACHE_HOME:-$HOME/.cache}/warmstate/$key
 
 install() {
     "${pip[@]}" install -c "$here/../../constraints.txt" cloudpickle packaging psutil pyyaml
+    if [[ $gpu == NCCL ]]; then
+        grep nvidia-nccl "$here/cuda.txt" | "${pip[@]}" install --require-hashes --no-deps -r /dev/stdin
+    fi
     "${pip[@]}" install --no-deps --force-reinstall "$wheels"/horovod-*.whl
     report=$(works) || fail "$wheels was built and does not work here:"$'\n'"$report"
 }
@@ -75,6 +81,16 @@ done
 
 export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1
 export HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_CPU_OPERATIONS=GLOO HOROVOD_WITHOUT_NVTX=1
+if [[ $gpu == NCCL && -z ${HOROVOD_CUDA_HOME:-} ]]; then
+    "${pip[@]}" install --require-hashes --no-deps --target "$work/cuda" -r "$here/cuda.txt"
+    export HOROVOD_CUDA_HOME=$work/cuda/nvidia/cu13 HOROVOD_NCCL_HOME=$work/cuda/nvidia/nccl
+    ln -s lib "$HOROVOD_CUDA_HOME/lib64"
+    ln -s libcudart.so.13 "$HOROVOD_CUDA_HOME/lib/libcudart.so"
+    ln -s libnccl.so.2 "$HOROVOD_NCCL_HOME/lib/libnccl.so"
+    export HOROVOD_BUILD_CUDA_CC_LIST=${HOROVOD_BUILD_CUDA_CC_LIST:-75,80,86,89,90,100,120}
+    # Loaded from where pip puts TensorFlow's NCCL, so that one process has one.
+    export LDFLAGS="${LDFLAGS:-} -Wl,-rpath,'\$ORIGIN/../../nvidia/nccl/lib'"
+fi
 # Fixed, so that a wheel does not depend on the processor that built it; TensorFlow needs AVX anyway.
 if [[ $(uname -m) == x86_64 ]]; then
     export HOROVOD_BUILD_ARCH_FLAGS=${HOROVOD_BUILD_ARCH_FLAGS--mavx -mf16c -mfma}
