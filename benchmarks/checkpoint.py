@@ -1,10 +1,10 @@
 """Times how much a checkpoint delays the steps of training, at the size of a laptop.
 
-One process trains an autoencoder. Blocks of steps alternate, so that a noisy machine is
-noisy for both kinds: in every other block a checkpoint is saved before the first step, as the
-loop does it, and written meanwhile; a block ends after the write does. CPU seconds of the call
-and of the writing thread say what a checkpoint costs however busy the machine is. Prints one table,
-writes one JSON:
+One process trains an autoencoder. Blocks of steps of three kinds take turns, so that noise
+hits all alike: without a checkpoint; with one that is saved before the first step, as the loop
+does it, and written with pauses; with one that is written at once. What is left to write after a
+block is not timed. The CPU seconds of a step, of all threads and so with the writing one, say what
+a checkpoint costs it however busy the machine is. Prints one table, writes one JSON:
 
     python -m benchmarks.checkpoint --out=benchmarks/results/checkpoint.json
 """
@@ -36,6 +36,7 @@ from trainer.training.train_step import TrainStep
 ROWS, TOKENS = 64, 128
 CONFIG = Config(vocab_size=10_000, embedding_dim=128, units=128, sampled_softmax=256)
 BLOCK_STEPS = 8
+KINDS = ("plain", "paced", "at once")
 
 
 def batches(start: int, stop: int) -> tf.data.Dataset:
@@ -55,19 +56,7 @@ def batches(start: int, stop: int) -> tf.data.Dataset:
     return tf.data.Dataset.range(start, stop).map(load)
 
 
-class _Timed(Checkpointer):
-    """Notes the CPU seconds of each write."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.cpu_seconds: list[float] = []
-
-    def _write(self, *args: Any) -> None:
-        super()._write(*args)
-        self.cpu_seconds.append(time.thread_time())  # the thread is new
-
-
-def make_step(folder: Path) -> tuple[Callable[[dict], Any], _Timed]:
+def make_step(folder: Path) -> tuple[Callable[[dict], Any], Checkpointer]:
     """Returns the training step of pretraining, and what saves its state."""
     distributor = make_distributor("one_device", Cluster(0, 1), 10)
     with distributor.scope():
@@ -80,7 +69,7 @@ def make_step(folder: Path) -> tuple[Callable[[dict], Any], _Timed]:
     task = Task("pretrain", folder, stage, variables, pretrain.loss_sum(model, CONFIG), dict)
     step = TrainStep(task, loop_settings.config(), distributor, optimizer, batches(0, 1))
     state = {**variables, **optimizer.variables}
-    checkpoints = _Timed(folder, distributor, state, print)
+    checkpoints = Checkpointer(folder, distributor, state, print)
 
     def run(batch: dict) -> None:
         step(batch, tf.constant(0.0)).loss.numpy()
@@ -89,60 +78,62 @@ def make_step(folder: Path) -> tuple[Callable[[dict], Any], _Timed]:
 
 
 def measure(blocks: int, folder: Path) -> dict[str, Any]:
-    """Returns seconds of steps with and without a checkpoint, in the order of time."""
+    """Returns of each kind wall and CPU seconds [blocks, steps], and CPU seconds of calls."""
     run, checkpoints = make_step(folder)
-    times: dict[str, list[list[float]]] = {"plain": [], "saving": []}
-    saves = []
+    times: dict[str, list[list[tuple[float, float]]]] = {kind: [] for kind in KINDS}
+    calls = []
     stream = iter(batches(0, (blocks + 1) * BLOCK_STEPS))
     for _ in range(BLOCK_STEPS):
         run(next(stream))
     for block in range(blocks):
-        kind = ("plain", "saving")[block % 2]
+        kind = KINDS[block % len(KINDS)]
         steps = []
         for place in range(BLOCK_STEPS):
-            began = time.perf_counter()
-            if kind == "saving" and place == 0:
-                cpu = time.thread_time()
+            began = time.perf_counter(), time.process_time()
+            if kind != "plain" and place == 0:
+                call_began = time.thread_time()
                 checkpoints.save(block + 1, {})
-                saves.append(time.thread_time() - cpu)
+                calls.append(time.thread_time() - call_began)
+            if kind == "at once" and place == 0:
+                checkpoints._hurry.set()
             run(next(stream))
-            steps.append(time.perf_counter() - began)
+            steps.append((time.perf_counter() - began[0], time.process_time() - began[1]))
         checkpoints.wait()
         times[kind].append(steps)
-    bytes_written = sum(f.stat().st_size for f in next(iter(folder.glob("step-*"))).iterdir())
+    newest = max(folder.glob("step-*"))
     return {
         "times": times,
-        "saves": saves,
-        "writes": checkpoints.cpu_seconds,
-        "bytes": bytes_written,
+        "calls": calls,
+        "bytes": sum(f.stat().st_size for f in newest.iterdir()),
     }
 
 
 def summary(measured: dict[str, Any]) -> dict[str, Any]:
-    """Returns the figures of the table: medians over blocks, seconds."""
-    plain, saving = (np.array(measured["times"][kind]) for kind in ("plain", "saving"))
-    step = float(np.median(plain))
-    # Each block against the one before it.
-    extra = np.sum(saving, axis=1) - np.sum(plain[: len(saving)], axis=1)
-    first = float(np.median(saving[:, 0]))
-    return {
+    """Returns the figures of the table: medians over blocks."""
+    found = {kind: np.array(times) for kind, times in measured["times"].items()}
+    step = np.median(found["plain"], axis=(0, 1))
+    result: dict[str, Any] = {
         "checkpoint_bytes": measured["bytes"],
-        "blocks": len(saving),
+        "blocks_of_a_kind": len(found["plain"]),
         "steps_a_block": BLOCK_STEPS,
-        "step_seconds": step,
-        "save_call_cpu_seconds": statistics.median(measured["saves"]),
-        "write_cpu_seconds": statistics.median(measured["writes"]),
-        "first_step_seconds": first,
-        "first_step_delay_percent": 100 * (first / step - 1),
-        "delay_of_a_checkpoint_seconds": float(np.median(extra)),
-        "delay_of_the_block_percent": 100 * float(np.median(extra)) / (step * BLOCK_STEPS),
+        "step_seconds": float(step[0]),
+        "step_cpu_seconds": float(step[1]),
+        "save_call_cpu_seconds": statistics.median(measured["calls"]),
     }
+    for kind in KINDS[1:]:
+        by_place = 100 * (np.median(found[kind], axis=0) / step - 1)  # [steps, (wall, CPU)]
+        name = kind.replace(" ", "_")
+        result |= {
+            f"{name}_delay_percent": by_place[:, 0].round(1).tolist(),
+            f"{name}_cpu_percent": by_place[:, 1].round(1).tolist(),
+        }
+    return result
 
 
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--blocks", type=int, default=60)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:

@@ -76,18 +76,19 @@ def write_new(path: Path, parts: Sequence[Buffer], pause: Callable[[], None] | N
     """
     with path.open("xb") as file:
         for part in parts:
-            for piece in pieces(part) if pause else (part,):
-                file.write(piece if isinstance(piece, bytes) else piece.data)
+            for piece in pieces(part):
+                file.write(piece)
                 if pause:
                     pause()
         file.flush()
         os.fsync(file.fileno())
 
 
-def pieces(buffer: Buffer) -> Iterator[Buffer]:
+def pieces(buffer: Buffer) -> Iterator[memoryview]:
     """Yields a buffer (bytes, or uint8 [bytes]) in pieces of at most PIECE_BYTES."""
+    whole: Any = buffer
     for start in range(0, len(buffer), PIECE_BYTES):
-        yield buffer[start : start + PIECE_BYTES]
+        yield memoryview(whole)[start : start + PIECE_BYTES]
 
 
 def write_folder(
@@ -119,6 +120,12 @@ def write_folder(
     with suppress(OSError):  # the new folder is in its place; the next write removes the rest
         remove(new)
         remove(replaced)
+
+
+def flush_file(path: Path) -> None:
+    """Flushes a file and its name to the disk."""
+    _flush(path, os.O_RDONLY | os.O_NOFOLLOW)
+    flush_folder(path.parent)
 
 
 def put_in_place(written: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.durable import pieces
 from data_pipelines.errors import InputError
 
 _LOOKUP = "_warmstate_lookup"
@@ -37,13 +38,20 @@ def assign(variables: Mapping[str, keras.Variable], tensors: Mapping[str, np.nda
         variable.assign(tensors[name])
 
 
-def digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """Returns the SHA-256 (hex) of the tensors: names, dtypes, shapes and bytes."""
+def digest(tensors: Mapping[str, np.ndarray], pause: Callable[[], None] | None = None) -> str:
+    """Returns the SHA-256 (hex) of the tensors: names, dtypes, shapes and bytes.
+
+    Args:
+        pause: Is called after every `durable.PIECE_BYTES`.
+    """
     sha = hashlib.sha256()
     for name in sorted(tensors):
         array = np.asarray(tensors[name], order="C")
         sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        sha.update(array.reshape(-1).view(np.uint8).data)
+        for piece in pieces(array.reshape(-1).view(np.uint8)):
+            sha.update(piece)
+            if pause:
+                pause()
     return sha.hexdigest()
 
 

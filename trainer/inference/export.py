@@ -123,6 +123,6 @@ def probes(model: TextClassifier) -> list[str]:
     size = model.tokenizer.vocab_size
     texts = ["", "\N{GREEK SMALL LETTER ALPHA} <br />!", "no " * (model.max_tokens + 9)]
     for start in range(3):
-        ids = np.linspace(3 + start, size - 1, PROBE_WORDS).astype(int)
+        ids = np.linspace(min(3 + start, size - 1), size - 1, PROBE_WORDS).astype(int)
         texts.append(model.tokenizer.decode(ids).encode("utf-8", "replace").decode())
     return texts

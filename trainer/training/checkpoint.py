@@ -6,8 +6,9 @@
 Only the chief reads and writes. It broadcasts the state, so workers need no shared file system. The
 data order is a function of the step and needs no state.
 
-The chief writes in a separate thread while training continues. All workers learn at the next save,
-or at the end, whether the write succeeded, and continue or stop together.
+The chief writes in a separate thread while training continues, in pieces with pauses, so that the
+steps meanwhile take no longer. The thread hurries as soon as somebody waits for it: the next save,
+the end, TERM. All workers learn then whether the write succeeded, and continue or stop together.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.durable import Buffer, remove, write_folder
+from data_pipelines.durable import Buffer, flush_file, flush_folder, remove, write_folder
 from data_pipelines.errors import InputError
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.variables import assign, digest
@@ -43,6 +44,8 @@ Restored = tuple[int, dict[str, Any], dict[str, np.ndarray]]  # step, notes, arr
 NAME = re.compile(r"step-(\d{8,12})")
 RETRY_SECONDS = (0.1, 0.5, 2.0)  # pauses between tries to read a checkpoint
 READ_TRIES = len(RETRY_SECONDS) + 1
+SHARE_OF_A_CORE = 0.03  # of the writing thread, while nobody waits for it
+PACED_BYTES = 4 << 20  # smaller ones are written at once, in some milliseconds
 
 
 class Checkpointer:
@@ -55,6 +58,7 @@ class Checkpointer:
 
     Attributes:
         saved: Time of the last write in this process, by time.monotonic(); None before.
+        flushed_first: Files of the run that are to be on the disk before a checkpoint is.
     """
 
     def __init__(
@@ -77,8 +81,10 @@ class Checkpointer:
         self._keep_best = keep_best
         self._inputs = dict(inputs or {})
         self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
         self._error = ""
         self.saved: float | None = None
+        self.flushed_first: Sequence[Path] = ()
 
     def save(
         self,
@@ -104,6 +110,7 @@ class Checkpointer:
         # new memory. Copying here would delay the step.
         tensors = {name: tf.convert_to_tensor(v.value) for name, v in self._variables.items()}
         tensors |= {f"+{name}": array for name, array in (arrays or {}).items()}
+        self._hurry.clear()
         self._thread = threading.Thread(
             target=self._write, args=(step, dict(notes), tensors, value), name=f"checkpoint {step}"
         )
@@ -132,6 +139,7 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for the write; no collective, for a run that ends with an error."""
         if self._thread is not None:
+            self._hurry.set()
             self._thread.join()
             self._thread = None
 
@@ -142,8 +150,13 @@ class Checkpointer:
             InputError: In the chief: they cannot be removed.
         """
         if self._distributor.is_chief:
+            forgotten = self._folder.with_name(self._folder.name + ".forgotten")
             try:
-                remove(self._folder)
+                remove(forgotten)
+                if self._folder.exists():  # all at once: a run must not resume from what is left
+                    self._folder.rename(forgotten)
+                    flush_folder(self._folder.parent)
+                    remove(forgotten)
             except OSError as error:
                 raise InputError(
                     f"--resume=never: {self._folder} cannot be removed: {error.strerror}"
@@ -193,12 +206,14 @@ class Checkpointer:
     ) -> None:
         tensors = {name: np.asarray(tensor) for name, tensor in read.items()}
         beside = self._folder / "unfinished"
+        is_paced = sum(tensor.nbytes for tensor in tensors.values()) > PACED_BYTES
+        pause = _Pace(self._hurry) if is_paced else None
         state = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "step": step,
             "tensors": specs(tensors),
-            "sha256": digest(tensors),
+            "sha256": digest(tensors, pause),
             "notes": notes,
             "value": value,
             "inputs": self._inputs,
@@ -208,7 +223,10 @@ class Checkpointer:
                 "state.safetensors": tensor_parts(tensors),
                 "state.json": sealed(state),
             }
-            write_folder(beside, self._folder / f"step-{step:08d}", files)
+            for path in self.flushed_first:
+                if path.exists():
+                    flush_file(path)
+            write_folder(beside, self._folder / f"step-{step:08d}", files, pause)
             self.saved = time.monotonic()
             self._remove_old()
         except OSError as error:
@@ -315,6 +333,19 @@ class Checkpointer:
                     f"now: its SHA-256 was {began_with:.12}, and is {found:.12}; name the one that "
                     "it began with, or another --run_dir, or start again with --resume=never"
                 )
+
+
+class _Pace:
+    """Pauses so long that a thread takes SHARE_OF_A_CORE, until it has to hurry."""
+
+    def __init__(self, hurry: threading.Event):
+        self._hurry = hurry
+        self._used_seconds = time.thread_time()
+
+    def __call__(self) -> None:
+        used = time.thread_time() - self._used_seconds
+        self._hurry.wait(used * (1 / SHARE_OF_A_CORE - 1))
+        self._used_seconds = time.thread_time()
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

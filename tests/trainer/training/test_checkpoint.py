@@ -2,6 +2,7 @@ import errno
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,3 +339,27 @@ def test_an_io_error_is_retried_and_never_taken_for_damage(
         with pytest.raises(InputError, match="Input/output error, after 4 tries; it may be intact"):
             setup.checkpoints.restore()
     assert [path.name for path in setup.folder.iterdir()] == ["step-00000003"]
+
+
+def test_a_large_one_is_written_with_pauses_until_somebody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHARE_OF_A_CORE", 1e-6)  # a pause takes minutes
+    setup = Setup(tmp_path)
+    setup.save(1, {})  # a small one needs none
+    monkeypatch.setattr(checkpoint, "PACED_BYTES", 0)
+    setup.checkpoints.save(2, {})
+    setup.checkpoints._thread.join(0.1)
+    assert setup.checkpoints._thread.is_alive() and not (tmp_path / "step-00000002").exists()
+    assert setup.checkpoints.wait()
+    assert setup.checkpoints.restore()[0] == 2
+
+
+def test_a_pause_leaves_the_writer_its_share_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARE_OF_A_CORE", 0.25)
+    began, pace = time.monotonic(), checkpoint._Pace(threading.Event())
+    used = time.thread_time()
+    while time.thread_time() - used < 0.02:
+        pass
+    pace()
+    assert time.monotonic() - began >= 0.08
