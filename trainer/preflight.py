@@ -16,7 +16,7 @@ from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
 from data_pipelines.sources.rows import kind_and_path
 from data_pipelines.store.token_store import TokenStore
-from trainer.config import FREE_ON_RESUME, USING_STAGES, Config, step_range
+from trainer.config import FREE_ON_RESUME, USING_STAGES, Config, rate_range, step_range
 from trainer.distribution.cluster import Cluster, distributor_faults
 from trainer.reporting import trackers
 from trainer.safe_files import DamagedError, read_json
@@ -41,6 +41,7 @@ def _faults(config: Config, cluster: Cluster) -> list[str]:
         *_step_faults(config),
         *_finetuning_faults(config),
         *_frozen_faults(config),
+        *_label_set_faults(config),
         *_stage_faults(config),
     ]
 
@@ -141,6 +142,14 @@ def _bag_faults(config: Config) -> Iterator[str]:
 
 def _step_faults(config: Config) -> Iterator[str]:
     """Yields which flags of steps do not go together."""
+    if config.lr_range and rate_range(config.lr_range) is None:
+        yield f"--lr_range={config.lr_range} must be LOW:HIGH, two rates, as in --lr_range=1e-5:1"
+    for name, value, why in (
+        ("stage", config.stage, "use --stage=pretrain or --stage=finetune"),
+        ("steps_per_call", config.steps_per_call, "it skips non-finite steps; use 1"),
+    ):
+        if config.lr_range and value not in ("pretrain", "finetune", 1):
+            yield f"--lr_range={config.lr_range} with --{name}={value}: {why}"
     if config.profile_steps and step_range(config.profile_steps) is None:
         yield (
             f"--profile_steps={config.profile_steps} must be A:B, two step numbers from 1, A at "
@@ -223,6 +232,21 @@ def _frozen_faults(config: Config) -> Iterator[str]:
         yield (
             f"--train={config.train} with --backward_encoder={config.backward_encoder}: a task "
             "belongs to one encoder; leave it out, or use --train=all"
+        )
+
+
+def _label_set_faults(config: Config) -> Iterator[str]:
+    """Yields flags of fine-tuning that do not go with --labels=multi."""
+    if config.labels != "multi" or config.stage not in ("all", "finetune"):
+        return
+    if config.train != "all":
+        yield (
+            f"--labels=multi with --train={config.train}: a task answers one label; use --train=all"
+        )
+    if config.label_counts:
+        yield (
+            f"--labels=multi with --label_counts={config.label_counts}: its linear models answer "
+            "one label; leave it out"
         )
 
 
@@ -353,7 +377,13 @@ def bundle_faults(config: Config) -> list[str]:
             ]
     if config.stage == "evaluate":
         with _added_to(faults):
-            bundle.read_info(Path(config.classifier), "classifier", "--classifier")
+            info = bundle.read_info(Path(config.classifier), "classifier", "--classifier")
+            answers = "multi" if info["model"].get("multi_label") else "single"
+            if config.labels != answers:
+                faults.append(
+                    f"--labels={config.labels}, but --classifier={config.classifier} was trained "
+                    f"with --labels={answers}"
+                )
     return faults
 
 
@@ -402,6 +432,12 @@ def store_faults(config: Config, store: TokenStore) -> list[str]:
         faults.append(
             f"--context_key={config.context_key}, but the store's is {found or 'not set'}: prepare "
             "another --store with it"
+        )
+    labels = "single" if store.label_sets is None else "multi"
+    if config.stage != "pretrain" and config.labels != labels:
+        faults.append(
+            f"--labels={config.labels}, but the store was prepared with --labels={labels}: set it, "
+            "or prepare another --store"
         )
     kind = store.tokenizer_config["type"]
     if config.tokenizer not in ("word", kind):

@@ -131,6 +131,15 @@ COMMANDS = {
             "--flagfile=trainer/configs/demo.cfg",
         ),
     ),
+    "sweep": Command(
+        "Many runs",
+        "search flags with Optuna; each trial is a run, judged on validation",
+        "warmstate.sweep",
+        examples=(
+            "sweep --out=runs/sweep --search='units=64:256,pooling=last|mean' -- "
+            "--flagfile=mine.cfg",
+        ),
+    ),
     "doctor": Command(
         "This machine",
         "check this machine: what it has and what is wrong with it",

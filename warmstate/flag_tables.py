@@ -56,6 +56,10 @@ def flags_of(name: str, stage: str) -> list[Field]:
         from launch.main import TABLES
 
         return list(fields_of(TABLES).values())
+    if name == "sweep":
+        from warmstate.sweep import Options as SweepOptions
+
+        return list(fields_of([SweepOptions]).values())
     return list(fields_of([_Report]).values()) if name == "report" else []
 
 

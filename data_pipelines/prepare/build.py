@@ -28,8 +28,8 @@ from data_pipelines.prepare.fingerprint import digest, fingerprint, keyed_folder
 from data_pipelines.prepare.runners import Progress, runner_for
 from data_pipelines.prepare.shards import CONTEXTS_FILE, ShardTask, shard_part, shard_tasks
 from data_pipelines.prepare.vocabulary import choose_pieces, vocabulary_facts
-from data_pipelines.sources import Source
-from data_pipelines.store.manifest import token_dtype
+from data_pipelines.sources.source import Source, label_sets_of
+from data_pipelines.store.manifest import MAX_LABEL_CELLS, token_dtype
 from data_pipelines.store.store_writer import finish_store
 from data_pipelines.store.token_store import TokenStore
 
@@ -62,8 +62,8 @@ def ensure_store(
             if not (folder / "manifest.json").exists():
                 build_store(config, source, folder, log)
     store = TokenStore(folder)
-    # Stores of before there was a choice of tokenizers do not name theirs.
-    found = {"tokenizer": "word", **store.manifest["prepare_config"]}
+    # Stores of before there was a choice do not name it.
+    found = {"tokenizer": "word", "labels": "single", **store.manifest["prepare_config"]}
     differences = [
         f"{key} is {found.get(key, '') or 'not set'}, not {value or 'not set'}"
         for key, value in config.content().items()
@@ -153,6 +153,12 @@ class _Build:
             self._runner = runner_for(config.processes, len(self._parts))
 
     def run(self, folder: Path) -> None:
+        sets, classes = label_sets_of(self._source), self._source.class_names
+        if len(sets) * len(classes) > MAX_LABEL_CELLS:
+            raise InputError(
+                f"{len(sets):,} different sets of {len(classes):,} labels are too many for memory: "
+                "leave out rare labels, or use fewer documents"
+            )
         rules = json.dumps([DRAFT_VERSION, self._tokenizer], sort_keys=True).encode()
         key = digest(rules, repr(self._parts).encode(), fingerprint(self._source))
         drafts_folder = keyed_folder(self._building, "drafts", key)
@@ -238,6 +244,7 @@ class _Build:
             "note": source.note,
             "num_classes": len(source.class_names),
             "class_names": source.class_names,
+            **({"label_sets": label_sets_of(source)} if label_sets_of(source) else {}),
             **vocabulary,
             "prepare_config": self._config.content(),
         }

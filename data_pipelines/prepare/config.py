@@ -14,10 +14,11 @@ from data_pipelines.tokenizers import TOKENIZERS
 from data_pipelines.tokenizers.vocabulary import FIRST_ID
 
 MOST_IDS = 20_000
+LABELS = ("single", "multi")
 # What decides the documents' ids, besides the data.
 CONTENT = (
     *("source", "unlabelled", "labelled"),
-    *("text_key", "label_key", "id_key", "context_key", "unlabelled_text_key"),
+    *("text_key", "label_key", "id_key", "context_key", "unlabelled_text_key", "labels"),
     *("tokenizer", "vocab_size", "min_count", "lowercase"),
 )
 _source, _tokens = functools.partial(flag, "Source"), functools.partial(flag, "Tokens")
@@ -41,6 +42,9 @@ class PrepareConfig:
     data_dir: str | None = _source(None, "Folder of prepared TFDS data sets, for tfds: sources.")
     text_key: str = _source("", "Column or key of the text. Default: text.")
     label_key: str = _source("", "Column or key of the label. Default: label.")
+    labels: str = _source("single", "Whether a document has one label, or a set of labels (multi): "
+        "a list in JSON Lines and Parquet, and in CSV and TSV labels separated by |.",
+        choices=LABELS)
     id_key: str = _source("", "Column or key of the id. Default: file name and position.")
     context_key: str = _source("", "Column or key of what a labelled document belongs to, such as "
         "its author, product or domain. The trainer's --context_key uses it.")
@@ -115,7 +119,7 @@ class PrepareConfig:
         Raises:
             InputError: a spec or a key is wrong, or data is missing.
         """
-        names = ("text_key", "label_key", "id_key", "context_key")
+        names = ("text_key", "label_key", "id_key", "context_key", "labels")
         keys = {name: getattr(self, name) for name in names}
         if self.source:
             return open_source(self.source, self.data_dir, **keys)

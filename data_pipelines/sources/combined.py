@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from data_pipelines.errors import InputError
 from data_pipelines.sources.registry import open_source
-from data_pipelines.sources.source import BadExample, Example, Source
+from data_pipelines.sources.source import BadExample, Example, Source, label_sets_of
 
 TRAINING = ("train", "unsupervised")
 LABELLED = ("train", "validation", "test")
@@ -37,6 +37,7 @@ class Combined:
             raise InputError("\n".join(faults))
         self.name = f"{unlabelled.name} + {labelled.name}"
         self.class_names = labelled.class_names
+        self.label_sets = label_sets_of(labelled)
         self.splits = (*(s for s in LABELLED if s in labelled.splits), "unsupervised")
         read = " and ".join(s for s in TRAINING if s in unlabelled.splits)
         self.note = (

@@ -12,7 +12,7 @@ from data_pipelines.sources.records import Record
 READ_ROWS = 512
 
 
-def parquet_columns(path: str) -> list[str]:
+def columns(path: str) -> list[str]:
     """Returns the names of a file's columns.
 
     Raises:
@@ -25,29 +25,29 @@ def parquet_columns(path: str) -> list[str]:
     return names
 
 
-def row_groups(path: str) -> list[Range]:
+def ranges(path: str) -> list[Range]:
     """Returns a range for each row group: `start` is its number, `line` its first row's."""
     with _opened(path) as file:
-        ranges, row = [], 1
+        groups, row = [], 1
         for group in range(file.num_row_groups):
-            ranges.append(Range(path, group, group + 1, row, "row"))
+            groups.append(Range(path, group, group + 1, row, "row"))
             row += file.metadata.row_group(group).num_rows
-    return ranges
+    return groups
 
 
-def read_row_group(part: Range, columns: list[str]) -> Iterator[Record]:
+def read_range(part: Range, names: list[str]) -> Iterator[Record]:
     """Yields the records of a row group; `offset` is the row's number in the file, from 0.
 
     Args:
-        part: one of `row_groups`.
-        columns: the columns to read.
+        part: one of `ranges`.
+        names: the columns to read.
 
     Raises:
         InputError: the file cannot be read.
     """
     index = 0
     with _opened(part.path) as file:
-        batches = file.iter_batches(READ_ROWS, row_groups=[part.start], columns=columns)
+        batches = file.iter_batches(READ_ROWS, row_groups=[part.start], columns=names)
         for batch in batches:
             for values in batch.to_pylist():
                 yield Record((part.line or 1) - 1 + index, index, values, "")

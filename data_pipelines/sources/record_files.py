@@ -1,13 +1,14 @@
-"""`text:`, `csv:`, `tsv:`, `jsonl:` and `parquet:`: a document in each line or record."""
+"""`text:`, `csv:`, `tsv:`, `jsonl:`, `parquet:` and `hf:`: a document in each line or record."""
 
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 from data_pipelines.errors import InputError
 from data_pipelines.files import is_compressed, size_bytes
+from data_pipelines.sources import hub, parquet
 from data_pipelines.sources.lines import PART_BYTES, Range, line_ranges
-from data_pipelines.sources.parquet import parquet_columns, read_row_group, row_groups
 from data_pipelines.sources.records import (
     Record,
     kind_of,
@@ -20,6 +21,12 @@ from data_pipelines.sources.splits import describe, find_origins, hash_split, la
 from data_pipelines.sources.text import text_fault
 
 MAX_CLASSES = 1_000
+# What reads tables whose columns are known without reading rows.
+_TABLES: dict[str, Any] = {"parquet": parquet, "hf": hub}
+# A label, or with --labels=multi the sorted labels of a document.
+Label = str | tuple[str, ...]
+# The distinct labels (None if another split has them) and sets of labels of files, in an order.
+Found = tuple[dict[str, None] | None, dict[Label, None]]
 
 
 class RecordFiles:
@@ -28,11 +35,12 @@ class RecordFiles:
     Ids are the document's `--id_key`, or FILE@OFFSET with the byte (Parquet: the row) at which it
     starts. A label is a whole number or a word. The distinct labels of the training files, sorted
     (by value if all are whole numbers), are the classes 0, 1, ... Opening reads labelled files and
-    CSV files once.
+    CSV files once. With --labels=multi a document has a set of such labels: a list, or text in
+    which they are separated by "|".
 
     Args:
-        kind: "text", "csv", "tsv", "jsonl" or "parquet".
-        pattern: see `splits.find_origins`.
+        kind: "text", "csv", "tsv", "jsonl", "parquet" or "hf".
+        pattern: see `splits.find_origins`; of "hf", see `hub.hub_origins`.
         options: `text_key`, `label_key`, `id_key`, `context_key`, `with_labels`.
         part_bytes: approximate size of a part; of Parquet, each row group is a part.
 
@@ -47,19 +55,30 @@ class RecordFiles:
         self._kind = kind
         self._text_key = options.text_key or "text"
         self._id_key, self._context_key = options.id_key, options.context_key
-        origins = find_origins(pattern)
+        self._has_sets = options.labels == "multi"
+        origins, ignored = hub.hub_origins(pattern) if kind == "hf" else (find_origins(pattern), [])
         self._columns = {} if kind == "text" else self._read_columns(origins)
         self._label_key = self._find_label_key(origins, options)
         self._layout = lay_out(origins, bool(self._label_key), draw=options.with_labels)
         self.splits = tuple(self._layout)
-        self._short = short_names([path for paths in origins.values() for path in paths])
+        paths = [path for paths in origins.values() for path in paths]
+        self._short = short_names(paths)
+        # Part of what a prepare that was stopped compares before it resumes.
+        self._fingerprints = [hub.fingerprint(path) for path in paths] if kind == "hf" else []
         self._classes: dict[str, int] = {}
+        self._sets: dict[Label, int] = {}
         self._ranges = self._scan(origins, part_bytes)
         self.class_names = tuple(self._classes)
+        self.label_sets = tuple(
+            tuple(self._classes[word] for word in words) for words in self._sets
+        )
         labels = _shortened([f"{label}={number}" for label, number in self._classes.items()])
         self.note = f"{self.name}: {describe(self._layout)}; " + (
-            f"labels {labels}" if self._label_key else "no labels"
+            f"labels {labels}{', several a document' if self._has_sets else ''}"
+            if self._label_key
+            else "no labels"
         )
+        self.note += f"; not read: {', '.join(ignored)}" if ignored else ""
 
     def parts(self, split: str) -> list[str]:
         """Returns ranges of files, e.g. "a.csv[0:8388651]"; small files share a part."""
@@ -86,7 +105,7 @@ class RecordFiles:
             if not percents or hash_split(text, percents) == split:
                 yield Example(id_ or f"{short}@{record.offset}", text, number, context)
 
-    def _document(self, record: Record, origin: str) -> tuple[str, str, str | None]:
+    def _document(self, record: Record, origin: str) -> tuple[str, str, Label | None]:
         """Returns id ("" without an id key), text and label (None if it is not used)."""
         if fault := record_fault(record, self._text_key):
             raise _Unusable(fault)
@@ -94,12 +113,14 @@ class RecordFiles:
         id_ = _word(record, self._id_key) if self._id_key else ""
         if not self._label_key or origin == "unsupervised":
             return id_, text, None
-        return id_, text, _word(record, self._label_key)
+        read = _words if self._has_sets else _word
+        return id_, text, read(record, self._label_key)
 
-    def _class_of(self, label: str) -> int:
-        if label not in self._classes:
-            raise _Unusable(f"label {label[:40]!r} is not one of {_shortened(self._classes)}")
-        return self._classes[label]
+    def _class_of(self, label: Label) -> int:
+        for word in (label,) if isinstance(label, str) else label:
+            if word not in self._classes:
+                raise _Unusable(f"label {word[:40]!r} is not one of {_shortened(self._classes)}")
+        return self._classes[label] if isinstance(label, str) else self._sets[label]
 
     def _scan(
         self, origins: dict[str, list[str]], part_bytes: int
@@ -108,16 +129,23 @@ class RecordFiles:
         # Without labelled training files the classes are the labels of validation and test.
         labelled = {"", "train"} & set(origins) or set(origins) - {"unsupervised"}
         seen: dict[str, None] = {}
+        sets: dict[Label, None] = {}
         by_origin: dict[str, dict[str, list[Range]]] = {}
         for origin, paths in origins.items():
-            labels = seen if self._label_key and origin in labelled else None
-            ranges = (r for p in paths for r in self._ranges_of(p, origin, labels, part_bytes))
+            found: Found | None = None
+            if self._label_key and origin in labelled:
+                found = (seen, sets)
+            elif self._label_key and self._has_sets and origin != "unsupervised":
+                found = (None, sets)
+            ranges = (r for p in paths for r in self._ranges_of(p, origin, found, part_bytes))
             by_origin[origin] = {
                 self._part_name(group): group for group in _grouped(ranges, part_bytes)
             }
         if self._label_key and not seen:
             raise InputError(f"no document has a usable {self._label_key!r} (--label_key)")
         self._classes = {label: i for i, label in enumerate(_in_order(seen))}
+        known = [words for words in sets if self._classes.keys() >= set(words)]
+        self._sets = {words: i for i, words in enumerate(sorted(known))}
         return by_origin
 
     def _part_name(self, group: list[Range]) -> str:
@@ -127,11 +155,11 @@ class RecordFiles:
         return f"{self._short[first.path]}[{first.start}:{stop}]{more}"
 
     def _ranges_of(
-        self, path: str, origin: str, labels: dict[str, None] | None, part_bytes: int
+        self, path: str, origin: str, labels: Found | None, part_bytes: int
     ) -> list[Range]:
         """Returns a file's ranges. Reads the file if necessary, and adds its labels to `labels`."""
-        if self._kind == "parquet":
-            groups = row_groups(path)
+        if self._kind in _TABLES:
+            groups = _TABLES[self._kind].ranges(path)
             if labels is not None:
                 for record in chain.from_iterable(map(self._records, groups)):
                     self._add_label(labels, record, origin, path)
@@ -148,13 +176,17 @@ class RecordFiles:
         stops = [offset for offset, _ in starts[1:]] + [None]
         return [Range(path, a, b, line) for (a, line), b in zip(starts, stops, strict=True)]
 
-    def _add_label(self, labels: dict[str, None], record: Record, origin: str, path: str) -> None:
+    def _add_label(self, found: Found, record: Record, origin: str, path: str) -> None:
         try:
             label = self._document(record, origin)[2]
         except _Unusable:
             return  # `examples` reports it
-        if label is not None:
-            labels.setdefault(label)
+        labels, sets = found
+        if isinstance(label, tuple):
+            sets.setdefault(label)
+        if label is None or labels is None:
+            return
+        labels.update(dict.fromkeys([label] if isinstance(label, str) else label))
         if len(labels) > MAX_CLASSES:
             raise InputError(
                 f"{path}: more than {MAX_CLASSES:,} distinct values of {self._label_key!r}, e.g. "
@@ -162,9 +194,10 @@ class RecordFiles:
             )
 
     def _records(self, part: Range) -> Iterator[Record]:
-        if self._kind == "parquet":
+        if self._kind in _TABLES:
             keys = {self._text_key, self._id_key, self._label_key, self._context_key}
-            return read_row_group(part, [k for k in self._columns[part.path] if k in keys])
+            names = [k for k in self._columns[part.path] if k in keys]
+            return _TABLES[self._kind].read_range(part, names)
         return read_records(self._kind, part, self._columns.get(part.path, []))
 
     def _read_columns(self, origins: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -172,8 +205,8 @@ class RecordFiles:
         columns, faults = {}, []
         for path in (path for paths in origins.values() for path in paths):
             try:
-                parquet = self._kind == "parquet"
-                columns[path] = parquet_columns(path) if parquet else read_columns(self._kind, path)
+                table = _TABLES.get(self._kind)
+                columns[path] = table.columns(path) if table else read_columns(self._kind, path)
             except InputError as error:
                 faults.append(str(error))
                 continue
@@ -222,6 +255,19 @@ def _word(record: Record, key: str, missing: str | None = None) -> str:
     if fault := text_fault(value):
         raise _Unusable(f"{key!r}: {fault}")
     return value
+
+
+def _words(record: Record, key: str) -> tuple[str, ...]:
+    """Returns a document's set of labels, sorted: a list, or text with "|" between them."""
+    values = record.values.get(key)
+    if isinstance(values, str):
+        if re.fullmatch(r"\s*\[.*\]\s*", values):
+            raise _Unusable(f"{key!r} is {values[:40]!r}, a list written as text: write a|b")
+        values = [word.strip() for word in values.split("|") if word.strip()]
+    elif not isinstance(values, list):
+        return (_word(record, key),)
+    items = (record._replace(values={key: value}) for value in values)
+    return tuple(sorted({_word(item, key) for item in items}))
 
 
 def _grouped(ranges: Iterable[Range], part_bytes: int) -> Iterator[list[Range]]:

@@ -19,13 +19,15 @@ SPECS = {
     "tsv": "tsv:FILES",
     "jsonl": "jsonl:FILES",
     "parquet": "parquet:FILES",
+    "hf": "hf:FOLDER or hf:NAME[:CONFIG]",
     "aclimdb": "aclimdb:PATH",
     "rt_polarity": "rt_polarity:PATH",
     "newsgroups20": "newsgroups20:PATH",
     "dbpedia": "dbpedia:PATH",
 }
 _KEYS = ("text_key", "label_key", "id_key", "context_key")
-_USED_KEYS = {"tfds": _KEYS[:2], "csv": _KEYS, "tsv": _KEYS, "jsonl": _KEYS, "parquet": _KEYS}
+_WITH_SETS = ("csv", "tsv", "jsonl", "parquet", "hf")  # that --labels=multi is for
+_USED_KEYS = {"tfds": _KEYS[:2], **dict.fromkeys(_WITH_SETS, _KEYS)}
 
 
 def open_source(
@@ -58,6 +60,8 @@ def _open(spec: str, options: SourceOptions) -> Source:
         and kind in SPECS
         and key not in _USED_KEYS.get(kind, ())
     ]
+    if options.labels == "multi" and kind in SPECS and kind not in _WITH_SETS:
+        unused.append("has one label a document: use --labels=single")
     if unused:
         raise InputError("\n".join(unused))
     # A kind's module is imported only when it is used: their requirements differ.
@@ -70,7 +74,7 @@ def _open(spec: str, options: SourceOptions) -> Source:
             from data_pipelines.sources.tfds import TfdsText
 
             return TfdsText(rest, options)
-        case "text" | "csv" | "tsv" | "jsonl" | "parquet":
+        case "text" | "csv" | "tsv" | "jsonl" | "parquet" | "hf":
             from data_pipelines.sources.record_files import RecordFiles
 
             return RecordFiles(kind, rest, options)

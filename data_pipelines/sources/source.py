@@ -12,7 +12,7 @@ class Example(NamedTuple):
 
     Attributes:
         id: the same in every run.
-        label: None for an unlabelled document.
+        label: None for an unlabelled document. With --labels=multi: number of its set of labels.
         context: what it belongs to, such as its author; "" if that is unknown.
     """
 
@@ -41,6 +41,8 @@ class Source(Protocol):
         name: the spec that opens it, e.g. "movie_reviews".
         note: one line about the origin of the splits; may be empty.
         class_names: labels are indices into these; () for an unlabelled source.
+        label_sets: with --labels=multi, the classes of each set of labels that a document has;
+            other sources lack it.
         splits: those of `SPLITS` that it has.
     """
 
@@ -65,6 +67,11 @@ class Source(Protocol):
         ...
 
 
+def label_sets_of(source: Source) -> tuple[tuple[int, ...], ...]:
+    """Returns the source's `label_sets`; () if its documents have one label each."""
+    return getattr(source, "label_sets", ())
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
     """What a spec alone does not say.
@@ -77,6 +84,7 @@ class SourceOptions:
             data set, if it exists. A key that is given must exist.
         id_key: column or key of the document's id; "" means ids made of file name and position.
         context_key: the same for the context; "" means none.
+        labels: "single", or "multi" for sources whose documents have a set of labels.
         with_labels: False ignores labels, and reads a pattern of file names as one split
             (for --unlabelled).
     """
@@ -86,4 +94,5 @@ class SourceOptions:
     label_key: str = ""
     id_key: str = ""
     context_key: str = ""
+    labels: str = "single"
     with_labels: bool = True

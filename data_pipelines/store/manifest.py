@@ -24,6 +24,7 @@ NO_CONTEXT = -1  # an unknown one
 MAX_MANIFEST_BYTES = 1 << 28  # some 400,000 shards
 MAX_CLASSES = 1 << 20
 MAX_CONTEXTS = 100_000
+MAX_LABEL_CELLS = 1 << 28  # of the table of label sets, a byte each
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -90,6 +91,13 @@ def _check(manifest: dict[str, Any]) -> None:
         raise ValueError("class_names is not a list of names")
     if len(names) != classes:
         raise ValueError(f"{len(names)} class_names for {classes} classes")
+    sets = manifest.get("label_sets", [[]])  # most stores have one label a document
+    if not isinstance(sets, list) or not sets or not all(isinstance(each, list) for each in sets):
+        raise ValueError("label_sets is not a list of lists")
+    if len(sets) * classes > MAX_LABEL_CELLS:
+        raise ValueError(f"{len(sets)} label_sets of {classes} classes")
+    if any(type(c) is not int or not 0 <= c < classes for each in sets for c in each):
+        raise ValueError("label_sets names a class that does not exist")
     contexts = manifest.get("context_names", [""])  # most stores have none
     if not isinstance(contexts, list) or not all(isinstance(name, str) for name in contexts):
         raise ValueError("context_names is not a list of names")

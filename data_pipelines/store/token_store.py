@@ -6,10 +6,12 @@ A store is a folder of
   SPLIT-00000-of-00002.tokens     ids of all documents, little-endian uint16 or uint32; each
                                   document ends with the end token
   SPLIT-00000-of-00002.offsets    int64 [examples + 1]: the start of each document, in tokens
-  SPLIT-00000-of-00002.labels     int32 [examples], -1 for none
+  SPLIT-00000-of-00002.labels     int32 [examples], -1 for none; with --labels=multi the number
+                                  of the document's set in the manifest's label_sets
   SPLIT-00000-of-00002.contexts   int32 [examples], -1 for unknown; only with --context_key
 """
 
+import functools
 import stat
 from pathlib import Path
 from typing import Any
@@ -84,13 +86,27 @@ class TokenStore:
 
     @property
     def num_classes(self) -> int:
-        """Labels are 0 .. num_classes - 1, or -1 for none."""
+        """Labels are 0 .. num_classes - 1, or -1 for none; but see `label_sets`."""
         return self.manifest["num_classes"]
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The labels' names; their numbers in a store made without names."""
         return tuple(self.manifest.get("class_names", map(str, range(self.num_classes))))
+
+    @functools.cached_property
+    def label_sets(self) -> np.ndarray | None:
+        """The sets of labels that documents have: 0 or 1, uint8 [sets, classes].
+
+        A document's label is then the number of its set. None if documents have one label each.
+        """
+        sets = self.manifest.get("label_sets")
+        if sets is None:
+            return None
+        table = np.zeros((len(sets), self.num_classes), np.uint8)
+        for row, classes in zip(table, sets, strict=True):
+            row[classes] = 1
+        return table
 
     @property
     def context_names(self) -> tuple[str, ...]:

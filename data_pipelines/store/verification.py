@@ -37,12 +37,13 @@ def store_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
 def _shard_faults(
     paths: dict[str, Path], shard: dict[str, Any], manifest: dict[str, Any]
 ) -> Iterator[str]:
-    ids, classes = manifest["vocab_size"], manifest["num_classes"]
+    ids = manifest["vocab_size"]
+    labels = len(manifest["label_sets"]) if "label_sets" in manifest else manifest["num_classes"]
     dtype = token_dtype(ids)
     checks: dict[str, tuple[np.dtype, _Range | _Rising]] = {
         "tokens": (dtype, _Range("ids", UNKNOWN_ID, ids - 1)),
         "offsets": (OFFSET_DTYPE, _Rising()),
-        "labels": (LABEL_DTYPE, _Range("labels", NO_LABEL, classes - 1)),
+        "labels": (LABEL_DTYPE, _Range("labels", NO_LABEL, labels - 1)),
     }
     if "context_names" in manifest:
         check_contexts = _Range("contexts", NO_CONTEXT, len(manifest["context_names"]) - 1)

@@ -47,6 +47,11 @@ def make_classifier_bundle(
             "vocab_sha256": store.vocab_sha256,
             "class_names": list(class_names),
             **({"context_key": "author", "context_names": contexts} if contexts else {}),
+            **(
+                {"thresholds": [0.3, 0.5, 0.6][: len(class_names)]}
+                if classifier.multi_label
+                else {}
+            ),
         }
         folder = tmp_path_factory.mktemp("bundles") / "classifier"
         bundle.save(folder, "classifier", values_of(variables), info, store.vocab_path)

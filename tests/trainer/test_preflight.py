@@ -123,6 +123,9 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     assert found == "--tied_softmax=perhaps is not true or false"
     (found,) = faults(folder, "--stage=evaluate")
     assert "--classifier" in found
+    for other in ("--train=head", "--label_counts=200"):
+        (found,) = faults(folder, "--labels=multi", other)
+        assert found.startswith(f"--labels=multi with {other}: ")
 
 
 @pytest.mark.parametrize(

@@ -33,27 +33,42 @@ class Contribution(NamedTuple):
 
 def contributions(
     model: TextClassifier, text: str, context: str | None = None
-) -> list[Contribution]:
-    """Returns the contributions of the tokens of `text`, in order."""
+) -> dict[str, list[Contribution]]:
+    """Returns the contributions of the tokens of `text`, in order, to each label of the answer.
+
+    For an empty set of labels, to the most probable one.
+    """
     (number,) = model.context_numbers([context])
     texts = tf.constant([text])
     ids = model.token_ids(texts)[0].numpy()
     count = len(ids) - 1  # the end of the text is never left out
-    if count == 0:
-        return []
-    pieces = model.tokenizer.split(texts)[0].numpy()[-count:]
     whole = log_odds(model, ids[None], number)[0]
-    predicted = int(np.argmax(whole))
-    without = np.empty(count)
+    explained = _answered(model, whole)
+    if count == 0:
+        return {model.class_names[c]: [] for c in explained}
+    pieces = model.tokenizer.split(texts)[0].numpy()[-count:]
+    without = np.empty((count, len(whole)))
     for start in range(0, count, BATCH_SIZE):
         left_out = range(start, min(start + BATCH_SIZE, count))
         rows = np.stack([np.delete(ids, place) for place in left_out])
-        without[left_out] = log_odds(model, rows, number)[:, predicted]
-    changes = whole[predicted] - without
-    return [
-        Contribution(piece.decode("utf-8", "replace"), round(float(change), 4))
-        for piece, change in zip(pieces, changes, strict=True)
-    ]
+        without[left_out] = log_odds(model, rows, number)
+    changes = whole - without
+    return {
+        model.class_names[c]: [
+            Contribution(piece.decode("utf-8", "replace"), round(float(change), 4))
+            for piece, change in zip(pieces, changes[:, c], strict=True)
+        ]
+        for c in explained
+    }
+
+
+def _answered(model: TextClassifier, log_odds: np.ndarray) -> list[int]:
+    """Returns the predicted class; or those that reach their thresholds, at least one."""
+    likeliest = [int(np.argmax(log_odds))]
+    if model.thresholds is None:
+        return likeliest
+    edges = np.log(model.thresholds / (1 - model.thresholds))
+    return np.flatnonzero(log_odds >= edges).tolist() or likeliest
 
 
 def log_odds(model: TextClassifier, ids: np.ndarray, context: int = UNKNOWN) -> np.ndarray:
@@ -66,6 +81,8 @@ def log_odds(model: TextClassifier, ids: np.ndarray, context: int = UNKNOWN) -> 
     lengths = np.full(len(ids), ids.shape[1], np.int32)
     contexts = np.full(len(ids), context, np.int32)
     logits = model.logits(ids.astype(np.int32), lengths, contexts).numpy().astype(np.float64)
+    if model.thresholds is not None:  # each class is a yes or no
+        return logits
     others = [
         np.logaddexp.reduce(np.delete(logits, c, axis=1), axis=1) for c in range(logits.shape[1])
     ]

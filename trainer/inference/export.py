@@ -15,7 +15,11 @@ import tensorflow as tf
 
 from data_pipelines.durable import put_in_place, remove
 from data_pipelines.errors import InputError
-from trainer.inference.text_classifier import TextClassifier, load_classifier
+from trainer.inference.text_classifier import (
+    SEPARATOR,
+    TextClassifier,
+    load_classifier,
+)
 from trainer.models.context_state import UNKNOWN
 from trainer.safe_files import refuse_to_replace
 
@@ -31,7 +35,7 @@ found = model.signatures["serving_default"](**inputs)
 assert not {"trainer", "data_pipelines", "warmstate"} & set(sys.modules)
 print(json.dumps({
     "probabilities": found["probabilities"].numpy().tolist(),
-    "labels": [label.decode() for label in found["label"].numpy()],
+    "labels": [each.decode() for each in (found.get("label", found.get("labels"))).numpy()],
 }))
 """
 
@@ -41,7 +45,9 @@ def export(classifier_folder: Path, folder: Path) -> str:
 
     Its signature `serving_default` takes `texts`, string [texts], and if the classifier has
     contexts, `contexts`, string [texts]. It returns `probabilities`, float32 [texts, classes], and
-    `label`, string [texts]. assets.extra/classes.txt lists the names of the classes in order.
+    `label`, string [texts]. A classifier of --labels=multi returns `labels` in its place: those
+    whose probability reaches their threshold, separated by "|". assets.extra/classes.txt lists the
+    names of the classes in order.
 
     Returns:
         A summary to print.
@@ -73,7 +79,7 @@ def export(classifier_folder: Path, folder: Path) -> str:
 
 def save(model: TextClassifier, folder: Path) -> None:
     """Writes `model` as a SavedModel."""
-    names = tf.constant(model.class_names)
+    names, thresholds = tf.constant(model.class_names), model.thresholds
 
     known = list(model.context_names)
     numbers = tf.lookup.KeyValueTensorInitializer(known or [""], tf.range(max(len(known), 1)))
@@ -85,8 +91,13 @@ def save(model: TextClassifier, folder: Path) -> None:
         else:
             numbers = model.context_table.lookup(contexts)
         probabilities = model.of_texts(texts, numbers)
-        label = tf.gather(names, tf.argmax(probabilities, axis=1))
-        return {"probabilities": probabilities, "label": label}
+        if thresholds is None:
+            label = tf.gather(names, tf.argmax(probabilities, axis=1))
+            return {"probabilities": probabilities, "label": label}
+        every = tf.repeat(names[None], tf.shape(texts)[0], axis=0)
+        reached = tf.ragged.boolean_mask(every, probabilities >= thresholds)
+        labels = tf.strings.reduce_join(reached, axis=1, separator=SEPARATOR)
+        return {"probabilities": probabilities, "labels": labels}
 
     inputs = ("texts", "contexts") if known else ("texts",)
     signature = [tf.TensorSpec([None], tf.string, name) for name in inputs]
@@ -113,7 +124,7 @@ def largest_difference(model: TextClassifier, folder: Path, texts: list[str]) ->
         raise RuntimeError(f"the exported model cannot be used:\n{done.stderr}")
     found = json.loads(done.stdout.splitlines()[-1])
     expected = model.probabilities(texts, contexts=contexts)
-    if found["labels"] != [model.class_names[c] for c in expected.argmax(axis=1)]:
+    if found["labels"] != [model.prediction(row).answer for row in expected]:
         return float("nan")
     return float(np.abs(np.array(found["probabilities"], np.float32) - expected).max())
 

@@ -13,12 +13,13 @@ from data_pipelines.durable import replacing
 from data_pipelines.errors import InputError
 from data_pipelines.printable import write_to
 from data_pipelines.sources.rows import Row, kind_and_path
-from trainer.inference.text_classifier import Prediction
+from trainer.inference.text_classifier import SEPARATOR, Prediction
 
 PREDICTED = "predicted"
 PROBABILITIES = "probabilities"
 CONTRIBUTIONS = "contributions"
-Write = Callable[[Row, Prediction, list[Any] | None], None]
+Found = dict[str, list[Any]] | None  # contributions by explained label
+Write = Callable[[Row, Prediction, Found], None]
 
 
 @contextlib.contextmanager
@@ -48,7 +49,9 @@ def writer(spec: str, file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
 
     Tables and JSON Lines keep the row's values and add `predicted`, and `probability_NAME` for each
     class in a table, or `probabilities` (and `contributions`, if given) in JSON Lines. A line of
-    text is the label, its probability and the text, separated by tabs.
+    text is the label, its probability and the text, separated by tabs. With --labels=multi
+    `predicted` is a list in JSON Lines and elsewhere "a|b"; a line of text has the probability of
+    each label.
 
     Args:
         mark: Formats contributions for the line below a line of text.
@@ -64,24 +67,26 @@ def writer(spec: str, file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
 def _text_writer(file: IO[str], mark: Callable[[list[Any]], str]) -> Write:
     put = write_to(file)
 
-    def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
-        probability = prediction.probabilities[prediction.label]
-        text = " ".join(row.text.split())
-        put(f"{prediction.label}\t{probability:.4f}\t{text}\n")
-        if contributions is not None:
-            file.write(f"\t\t{mark(contributions)}\n")
+    def write(row: Row, prediction: Prediction, contributions: Found) -> None:
+        labels = [prediction.label] if prediction.labels is None else prediction.labels
+        probability = SEPARATOR.join(f"{prediction.probabilities[each]:.4f}" for each in labels)
+        put(f"{prediction.answer}\t{probability}\t{' '.join(row.text.split())}\n")
+        for label, found in (contributions or {}).items():
+            put(f"\t{label if prediction.labels is not None else ''}\t")
+            file.write(f"{mark(found)}\n")
 
     return write
 
 
 def _json_writer(put: Callable[[str], object]) -> Write:
-    def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
+    def write(row: Row, prediction: Prediction, contributions: Found) -> None:
         added: dict[str, Any] = {
-            PREDICTED: prediction.label,
+            PREDICTED: prediction.label if prediction.labels is None else prediction.labels,
             PROBABILITIES: prediction.probabilities,
         }
         if contributions is not None:
-            added[CONTRIBUTIONS] = contributions
+            is_one = prediction.labels is None
+            added[CONTRIBUTIONS] = contributions[prediction.label] if is_one else contributions
         _refuse_clash(row, added)
         put(json.dumps({**row.values, **added}, ensure_ascii=False) + "\n")
 
@@ -98,9 +103,9 @@ def _table_writer(put: Callable[[str], object], kind: str) -> Write:
         else:  # TSV has no quoting
             put("\t".join(" ".join(v.splitlines()).replace("\t", " ") for v in values) + "\n")
 
-    def write(row: Row, prediction: Prediction, contributions: list[Any] | None) -> None:
+    def write(row: Row, prediction: Prediction, contributions: Found) -> None:
         named = prediction.probabilities.items()
-        added = {PREDICTED: prediction.label} | {f"probability_{n}": str(p) for n, p in named}
+        added = {PREDICTED: prediction.answer} | {f"probability_{n}": str(p) for n, p in named}
         if not columns:
             _refuse_clash(row, added)
             columns.extend([*row.values, *added])

@@ -4,7 +4,8 @@
   POST /predict  {"text": "..."} or {"texts": ["...", ...]}; for a classifier with contexts also
                  "context" or "contexts"
                  -> {"predictions": [{"label": "pos", "probabilities": {"neg": 0.1, "pos": 0.9}}]}
-                 With --tasks also {"task": "..."}; texts of all tasks are read together.
+                 With --tasks also {"task": "..."}; texts of all tasks are read together. A
+                 classifier of --labels=multi also answers "labels": those above their thresholds.
   GET  /healthz  200 while it serves
   /sessions      see `serve_sessions`
 
@@ -221,7 +222,10 @@ def application(model: TextClassifier | TaskBank, config: Config, only_loopback:
             pairs = zip(texts, contexts, strict=True)
             rows = [TextOfTask(text, task, context) for text, context in pairs]
             found = await batcher.probabilities(rows)
-        answers = [prediction_of(row, classes)._asdict() for row in found]
+        if isinstance(model, TextClassifier):
+            answers = [model.prediction(row).in_json() for row in found]
+        else:
+            answers = [prediction_of(row, classes).in_json() for row in found]
         return JSONResponse({"predictions": answers})
 
     routes = [

@@ -145,7 +145,7 @@ def session_routes(
             raise
         finally:
             busy.discard(id_)
-        answer = {**model.prediction(found)._asdict(), "tokens": session.tokens}
+        answer = {**model.prediction(found).in_json(), "tokens": session.tokens}
         if values.get("save"):
             answer["saved"] = base64.b64encode(session.save()).decode()
         return JSONResponse(answer)

@@ -87,9 +87,8 @@ class SessionReader:
         carried = self._classifier.read_on(carried, tokens, lengths)
         at_end = self._classifier.read_on(carried, ends, end_lengths)
         logits = self._classifier.logits_of_carried(at_end, counts)
-        if self._classifier.num_classes == 2:  # their softmax is the sigmoid of the logit
-            logits = tf.concat([-logits / 2, logits / 2], axis=1)
-        return carried, tf.nn.softmax(logits)
+        logits = self._classifier.class_logits(logits)
+        return carried, self._classifier.probabilities(logits)
 
     def probabilities(self, sessions: "Sequence[Session]") -> np.ndarray:
         """Returns the probability of each class for each session: float32 [sessions, classes].

@@ -17,6 +17,8 @@ from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.context_state import UNKNOWN
 
+SEPARATOR = "|"  # of labels in a table or a line of text, as the sources read them
+
 
 class Prediction(NamedTuple):
     """A classifier's prediction for a text.
@@ -24,10 +26,21 @@ class Prediction(NamedTuple):
     Attributes:
         label: The most probable class.
         probabilities: By class, rounded to six decimals.
+        labels: With --labels=multi the classes whose probability reaches their threshold.
     """
 
     label: str
     probabilities: dict[str, float]
+    labels: list[str] | None = None
+
+    @property
+    def answer(self) -> str:
+        """The label, or the labels with "|" between them."""
+        return self.label if self.labels is None else SEPARATOR.join(self.labels)
+
+    def in_json(self) -> dict[str, Any]:
+        """Returns the fields of an answer over HTTP; `labels` only of --labels=multi."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class TextClassifier(tf.Module):
@@ -40,6 +53,8 @@ class TextClassifier(tf.Module):
         max_tokens: The number of last tokens that are read of a text.
         context_key: Column or key of what documents belong to, such as their author; "" without.
         context_names: Those that the classifier knows; texts of others start from the mean state.
+        thresholds: With --labels=multi the probability from which each class is answered; None if a
+            text has one label.
     """
 
     def __init__(
@@ -50,6 +65,7 @@ class TextClassifier(tf.Module):
         max_tokens: int,
         context_key: str = "",
         context_names: Sequence[str] = (),
+        thresholds: Sequence[float] | None = None,
     ):
         super().__init__(name="text_classifier")
         self.classifier = classifier
@@ -57,6 +73,7 @@ class TextClassifier(tf.Module):
         self.class_names = tuple(class_names)
         self.max_tokens = max_tokens
         self.context_key, self.context_names = context_key, tuple(context_names)
+        self.thresholds = None if thresholds is None else np.array(thresholds, np.float32)
         self._numbers = {name: number for number, name in enumerate(context_names)}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
@@ -81,9 +98,7 @@ class TextClassifier(tf.Module):
             contexts: int32 [batch], from `context_numbers`.
         """
         logits = self.classifier.logits(tokens, lengths, training=False, contexts=contexts)
-        if self.classifier.num_classes == 2:  # their softmax is the sigmoid of the logit
-            return tf.concat([-logits / 2, logits / 2], axis=1)
-        return logits
+        return self.classifier.class_logits(logits)
 
     @tf.function(
         input_signature=[tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int32)],
@@ -98,7 +113,7 @@ class TextClassifier(tf.Module):
         """
         ids = self.token_ids(texts)
         lengths = tf.cast(ids.row_lengths(), tf.int32)
-        return tf.nn.softmax(self.logits(ids.to_tensor(), lengths, contexts))
+        return self.classifier.probabilities(self.logits(ids.to_tensor(), lengths, contexts))
 
     def context_numbers(self, contexts: Sequence[str | None]) -> np.ndarray:
         """Returns the number of each context, -1 for unknown ones: int32 [texts].
@@ -121,7 +136,11 @@ class TextClassifier(tf.Module):
 
     def prediction(self, probabilities: np.ndarray) -> Prediction:
         """Returns the prediction of a text with these probabilities [classes]."""
-        return prediction_of(probabilities, self.class_names)
+        found = prediction_of(probabilities, self.class_names)
+        if self.thresholds is None:
+            return found
+        reached = np.flatnonzero(probabilities >= self.thresholds)
+        return found._replace(labels=[self.class_names[c] for c in reached])
 
     def probabilities(
         self,
@@ -147,7 +166,7 @@ class TextClassifier(tf.Module):
         ids = self.token_ids(tf.constant(list(texts), tf.string))
         for rows, tokens, lengths in batches_by_length(ids, self.max_tokens, batch_size):
             logits = self.logits(tokens, lengths, numbers[rows])
-            found[rows] = tf.nn.softmax(logits).numpy()
+            found[rows] = self.classifier.probabilities(logits).numpy()
         return found
 
     @functools.cached_property
@@ -189,7 +208,9 @@ def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClass
     tokenizer = bundle_tokenizer(folder, loaded.info, flag)
     names = distinct_class_names(loaded.info, f"{flag}={folder}")
     contexts = (loaded.info.get("context_key", ""), loaded.info.get("context_names", ()))
-    return TextClassifier(classifier, tokenizer, names, loaded.info["max_tokens"], *contexts)
+    thresholds = loaded.info["thresholds"] if classifier.multi_label else None
+    max_tokens = loaded.info["max_tokens"]
+    return TextClassifier(classifier, tokenizer, names, max_tokens, *contexts, thresholds)
 
 
 def prediction_of(probabilities: np.ndarray, class_names: Sequence[str]) -> Prediction:

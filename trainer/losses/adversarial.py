@@ -63,16 +63,17 @@ def random_direction(embedded: tf.Tensor, tokens: tf.Tensor, seed: tf.Tensor) ->
     return noise[:-1]
 
 
-def divergence(logits: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+def divergence(logits: tf.Tensor, others: tf.Tensor, multi_label: bool = False) -> tf.Tensor:
     """Returns the Kullback-Leibler divergence of two predictions, in nats: [batch].
 
     Args:
         logits, others: Of both predictions, [batch, classes], or [batch, 1] for two classes.
+        multi_label: Whether each class has a probability; the divergence is then their sum.
     """
-    if logits.shape[-1] == 1:
+    if multi_label or logits.shape[-1] == 1:
         cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits
-        truth, logit, other = tf.sigmoid(logits[:, 0]), logits[:, 0], others[:, 0]
-        return cross_entropy(truth, other) - cross_entropy(truth, logit)
+        truth = tf.sigmoid(logits)
+        return tf.reduce_sum(cross_entropy(truth, others) - cross_entropy(truth, logits), axis=1)
     cross_entropy = tf.nn.softmax_cross_entropy_with_logits
     truth = tf.nn.softmax(logits)
     return cross_entropy(truth, others) - cross_entropy(truth, logits)
@@ -117,6 +118,7 @@ def virtual_adversarial_perturbation(
     directions: list[tf.Tensor],
     lengths: tf.Tensor,
     norm: float,
+    multi_label: bool = False,
 ) -> list[tf.Tensor]:
     """Returns the perturbations that change the prediction most, shaped as `embedded`.
 
@@ -129,6 +131,7 @@ def virtual_adversarial_perturbation(
         embedded: Each [batch, time, dim].
         directions: The random starts, shaped as `embedded`.
         lengths: int32 [batch].
+        multi_label: See `divergence`.
     """
     perturbed = perturbed_words(lengths, tf.shape(embedded[0])[1])
     logits = tf.stop_gradient(logits)
@@ -139,6 +142,6 @@ def virtual_adversarial_perturbation(
         changed = logits_of([tf.stop_gradient(e) + perturbation for e, perturbation in pairs])
 
     def change(others: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(divergence(logits, others))
+        return tf.reduce_sum(divergence(logits, others, multi_label))
 
     return adversarial_perturbation(change, changed, tape, perturbations, lengths, norm)

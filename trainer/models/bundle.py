@@ -25,7 +25,7 @@ from data_pipelines.durable import Buffer, write_folder
 from data_pipelines.errors import InputError
 from trainer.distribution.variables import assign, digest, values_of
 from trainer.models.bag_autoencoder import BagAutoencoder
-from trainer.models.classifier import POOLED_VECTORS, Classifier
+from trainer.models.classifier import POOLED_VECTORS, Classifier, num_outputs
 from trainer.models.encoder import Encoder, LearnedState
 from trainer.models.text_model import TextModel
 from trainer.safe_files import (
@@ -158,6 +158,7 @@ def new_classifier(model: Mapping[str, Any]) -> Classifier:
             pooling=model["pooling"],
             backward=backward,
             num_contexts=model.get("num_contexts", 0),
+            multi_label=model.get("multi_label", False),
         )
 
     classifier = direction(direction(None) if model["bidirectional"] else None)
@@ -176,6 +177,7 @@ def classifier_model(classifier: Classifier) -> dict[str, Any]:
         "normalised": classifier.encoder.normalised,
         "bidirectional": classifier.backward is not None,
         **({"num_contexts": classifier.num_contexts} if classifier.num_contexts else {}),
+        **({"multi_label": True} if classifier.multi_label else {}),
     }
 
 
@@ -316,6 +318,18 @@ def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
         return f"'context_key' is {info.get('context_key')!r:.99}, not a name"
     if name in HEADED and not 0 < info["max_tokens"] < 2**31:
         return f"'max_tokens' is {info['max_tokens']}"
+    return _thresholds_fault(name, info)
+
+
+def _thresholds_fault(name: str, info: Mapping[str, Any]) -> str | None:
+    """Returns a fault unless a multi-label classifier has a threshold for each class."""
+    model, found = info["model"], info.get("thresholds", [])
+    if model.get("multi_label", False) not in ((False, True) if name == "classifier" else (False,)):
+        return f"the model's 'multi_label' is {model['multi_label']!r:.99}"
+    wanted = model["num_classes"] if model.get("multi_label") else 0
+    good = isinstance(found, list) and all(type(x) is float and 0 < x < 1 for x in found)
+    if not good or len(found) != wanted:
+        return f"'thresholds' is {found!r:.99}, not {wanted} probabilities"
     return None
 
 
@@ -381,7 +395,7 @@ def _of_decoder(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _of_head(model: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    outputs = 1 if model["num_classes"] == 2 else model["num_classes"]
+    outputs = num_outputs(model["num_classes"], model.get("multi_label", False))
     width, hidden_units = POOLED_VECTORS[model["pooling"]] * model["units"], model["hidden_units"]
     if hidden_units:
         yield "hidden/kernel", width * hidden_units

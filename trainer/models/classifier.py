@@ -1,5 +1,7 @@
 """The supervised LSTM: encoder, small ReLU layer, and a logit per class (one for two classes).
 
+With `multi_label` a document has any number of the classes: each logit is that of one of them.
+
 The head is that of Miyato et al. 2017, section 4.1: 30 ReLU units between the LSTM's last output
 and the logit. With pooling "concat" it also reads the mean and the maximum of all outputs (Howard &
 Ruder 2018, section 3.3); with "mean" it reads the mean alone. Without hidden units the logits are
@@ -9,6 +11,7 @@ linear in what it reads.
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainer.models.context_state import UNKNOWN, ContextState
@@ -30,6 +33,7 @@ class Classifier(keras.layers.Layer):
             start from its final states (`--initial_state=encode`).
         pooling: Input of the head: "last", the last output; "mean", the mean of all outputs; or
             "concat", the last output and the mean and maximum of all.
+        multi_label: Whether a document has a set of classes, each with a probability, and not one.
         contexts: For each LSTM a table of what a document's context, such as its author, adds to
             the initial state; empty without contexts.
         hidden: The ReLU layer of the head; None without hidden units.
@@ -48,6 +52,7 @@ class Classifier(keras.layers.Layer):
         pooling: str = "last",
         backward: "Classifier | None" = None,
         num_contexts: int = 0,
+        multi_label: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -55,7 +60,7 @@ class Classifier(keras.layers.Layer):
         self.reader = reader
         self.pooling = pooling
         self.backward = backward
-        self.num_classes = num_classes
+        self.num_classes, self.multi_label = num_classes, multi_label
         self.num_contexts = num_contexts
         layers = range(encoder.num_layers if num_contexts else 0)
         self.contexts = [ContextState(encoder.units, ids=num_contexts) for _ in layers]
@@ -69,7 +74,7 @@ class Classifier(keras.layers.Layer):
                 name="hidden",
             )
         self.output_layer = keras.layers.Dense(
-            1 if num_classes == 2 else num_classes,
+            num_outputs(num_classes, multi_label),
             kernel_initializer=keras.initializers.GlorotUniform(seed=seed + 5),
             name="output",
         )
@@ -109,6 +114,16 @@ class Classifier(keras.layers.Layer):
         """
         read = (self.embed if training else self.words)(tokens, lengths)
         return self.read(read, lengths, self.start(tokens, lengths, contexts), training)
+
+    def class_logits(self, logits: tf.Tensor) -> tf.Tensor:
+        """Returns a logit for each class, also if there are two: float32 [batch, num_classes]."""
+        if logits.shape[-1] == self.num_classes:
+            return logits
+        return tf.concat([-logits / 2, logits / 2], axis=1)  # their softmax is the sigmoid
+
+    def probabilities(self, class_logits: tf.Tensor) -> tf.Tensor:
+        """Returns the probability of each class, from `class_logits`."""
+        return tf.sigmoid(class_logits) if self.multi_label else tf.nn.softmax(class_logits)
 
     @property
     def directions(self) -> list["Classifier"]:
@@ -313,16 +328,46 @@ def pooled(pooling: str, outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -
     return tf.concat([last, mean, maximum], axis=1)
 
 
+def num_outputs(num_classes: int, multi_label: bool = False) -> int:
+    """Returns the number of logits of a classifier."""
+    return 1 if num_classes == 2 and not multi_label else num_classes
+
+
+def targets(labels: tf.Tensor, label_sets: np.ndarray | None) -> tf.Tensor:
+    """Returns what `losses_and_errors` takes: the labels, or their sets, float32 [batch, classes].
+
+    Args:
+        labels: int32 [batch], as the store has them, at least 0.
+        label_sets: Of the store; None if documents have one label each.
+    """
+    if label_sets is None:
+        return labels
+    return tf.cast(tf.gather(tf.constant(label_sets), labels), tf.float32)
+
+
 def losses_and_errors(
-    logits: tf.Tensor, labels: tf.Tensor, smoothing: float = 0.0
+    logits: tf.Tensor,
+    labels: tf.Tensor,
+    smoothing: float = 0.0,
+    positive_weights: np.ndarray | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the cross-entropy in nats and 1.0 where the label is wrong: float32, as labels.
+    """Returns the cross-entropy in nats and 1.0 where the label is wrong: float32 [batch] each.
+
+    For sets of labels, they are the sum of all classes' cross-entropies, and 1.0 unless each class
+    is right.
 
     Args:
         logits: As `Classifier.logits` returns them, or those of every step.
-        labels: int32 [batch], or [batch, time].
+        labels: int32 [batch], or [batch, time]. Sets have one more axis, float32 [..., classes].
         smoothing: Share of the label spread over all classes (Szegedy et al. 2016, section 7).
+        positive_weights: Of sets, a factor on the loss of each class that a document has.
     """
+    if labels.dtype == tf.float32:
+        weights = 1.0 if positive_weights is None else positive_weights
+        truth = labels * (1 - smoothing) + smoothing / 2
+        losses = tf.nn.weighted_cross_entropy_with_logits(truth, logits, weights)
+        wrong = (logits > 0) != (labels > 0)
+        return tf.reduce_sum(losses, -1), tf.cast(tf.reduce_any(wrong, -1), tf.float32)
     if logits.shape[-1] == 1:
         logit = logits[..., 0]
         truth = tf.cast(labels, logit.dtype) * (1 - smoothing) + smoothing / 2

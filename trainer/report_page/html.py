@@ -35,6 +35,7 @@ def page(runs: Sequence[RunFolder], made_at: float) -> str:
         ("Runs", sections.runs_table(runs, outcomes)),
         ("Labels", sections.labels(runs)),
         ("Learning", sections.learning(runs)),
+        ("Learning rate range", sections.learning_rate_range(runs)),
         ("Throughput", sections.throughput(runs)),
         ("Learned states", sections.learned_states(runs)),
         ("Where documents end", sections.final_states(runs)),

@@ -1,6 +1,7 @@
 """The sections of report.html, made from the runs; a section without data is empty."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -166,7 +167,10 @@ def learning(runs: Sequence[RunFolder]) -> Markup:
          "The training loss may use a sampled softmax and dropout; validation is exact."),
         ("Fine-tuning: error on the validation split",
          _curves(runs, tuning, "error_percent", dots=True), "% wrong",
-         "The weights of the lowest point are kept."),
+         "The weights of the lowest point are kept; with --labels=multi, see the next figure."),
+        ("Fine-tuning: labels on the validation split",
+         _curves(runs, tuning, "f1_error_percent", dots=True), "100 minus micro F1 in percent",
+         "At thresholds of 0.5. The weights of the lowest point are kept."),
         ("Fine-tuning: training loss",
          _curves(runs, tuning, "loss", training=True), "nats per document", ""),
         ("Fine-tuning: validation loss",
@@ -217,6 +221,31 @@ def _parts(runs: Sequence[RunFolder], names: Sequence[str]) -> Iterator[tuple[st
             if name in run.parts:
                 title = TITLES[name] + (f", {run.name}" if len(runs) > 1 else "")
                 yield title, name, run.parts[name], LINES[index % len(LINES)]
+
+
+def learning_rate_range(runs: Sequence[RunFolder]) -> Markup:
+    """Returns the loss against the learning rate, of runs with --lr_range."""
+    found, rows = [], []
+    for index, run in enumerate(runs):
+        report = run.report.get("lr_range") or {}
+        try:
+            points = [(each["learning_rate"], each["loss"]) for each in report["points"]]
+            x, y = [math.log10(rate) for rate, _ in points], [float(loss) for _, loss in points]
+            rows.append([run.name, report["stage"], f"{report['suggestion']:g}"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        found.append(Series(run.name, x, y, "pretrain", LINES[index % len(LINES)], dots=True))
+    if not rows:
+        return Markup("")
+    chart = charts.line_chart(
+        "Loss while the learning rate rises",
+        found,
+        "logarithm of the learning rate, base 10",
+        "training loss",
+        "The suggestion is a tenth of the rate with the lowest smoothed loss.",
+    )
+    head = ["Run", "Stage", "Suggested learning rate"]
+    return join([chart, charts.plain_table(head, rows, "Suggested learning rates")])
 
 
 def throughput(runs: Sequence[RunFolder]) -> Markup:
@@ -368,6 +397,9 @@ def mistakes(runs: Sequence[RunFolder]) -> Markup:
     """Returns confusion matrices, each class's figures, and how many mistakes are shared."""
     tables = []
     for title, _, found, _ in _predictions(runs):
+        if found.has_sets:
+            tables.append(_set_table(title, found))
+            continue
         names, group = grouped_classes(found)
         counts = confusion(group[found.label], group[found.predicted], len(names))
         if len(names) < len(group):
@@ -403,6 +435,26 @@ def _class_table(title: str, counts: np.ndarray, names: Sequence[str]) -> Markup
     return charts.plain_table(head, rows, f"By class: {title}")
 
 
+def _set_table(title: str, found: Predictions) -> Markup:
+    """Returns each label's figures, and those of all labels, of documents with sets of labels."""
+    rows = []
+    for name, row in zip(class_names(found), found.by_class(), strict=True):
+        figures = [f"{100 * row[each]:.1f} %" for each in ("precision", "recall", "f1")]
+        area = "-" if np.isnan(row["roc_auc"]) else f"{row['roc_auc']:.3f}"
+        rows.append([name, *figures, area, f"{row['threshold']:.2f}", f"{row['documents']:,.0f}"])
+    metrics, documents = found.means_over_classes(), f"{len(found.label):,}"
+    rows.sort(key=lambda row: -int(row[-1].replace(",", "")))
+    if len(rows) > LARGEST_CLASSES:
+        title += f". The {LARGEST_CLASSES} largest of {len(rows):,} labels"
+    for name, which in (("all labels, micro", "f1_micro"), ("all labels, macro", "f1_macro")):
+        area = f"{metrics['roc_auc']:.3f}" if which == "f1_macro" and "roc_auc" in metrics else "-"
+        figures = ["-", "-", f"{100 * metrics[which]:.1f} %", area, "-", documents]
+        rows.insert(0, [name, *figures])
+    head = ["label", "precision", "recall", "F1", "ROC AUC", "threshold", "documents"]
+    caption = f"By label: {title}. A document is wrong unless each of its labels is right."
+    return charts.plain_table(head, rows[: LARGEST_CLASSES + 2], caption)
+
+
 def _confusion_table(title: str, counts: np.ndarray, names: Sequence[str]) -> Markup:
     total = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     rows = []
@@ -427,7 +479,9 @@ def _confusion_table(title: str, counts: np.ndarray, names: Sequence[str]) -> Ma
 def calibrations(runs: Sequence[RunFolder]) -> Markup:
     """Returns how often classifiers are right, by their confidence."""
     found = [
-        (title, _calibration(each), name, look) for title, name, each, look in _predictions(runs)
+        (title, _calibration(each), name, look)
+        for title, name, each, look in _predictions(runs)
+        if not each.has_sets
     ]
     if not found or len({len(each.edges) for _, each, *_ in found}) > 1:
         return Markup("")
@@ -469,7 +523,10 @@ def _document(example: dict[str, Any], names: Sequence[str], is_open: bool) -> M
     added = np.array(example["contributions"][-EXAMPLE_TOKENS:], np.float64)
     largest = float(np.abs(added).max(initial=0.0)) or 1.0
     levels = np.rint(added / largest * LEVELS).astype(int).tolist()
-    label, predicted = names[example["label"]], names[example["predicted"]]
+    label, predicted = (_named(example[each], names) for each in ("label", "predicted"))
+    certainty = f" at {_percent(example['probability'])}"
+    if "explained" in example:
+        certainty = f"; shaded for {names[example['explained']]}," + certainty
     is_right = example["label"] == example["predicted"]
     words: list[Any] = []
     for piece, level in zip(pieces, levels, strict=True):
@@ -482,7 +539,7 @@ def _document(example: dict[str, Any], names: Sequence[str], is_open: bool) -> M
         "summary",
         tag("span", "right" if is_right else "wrong", class_=f"badge {is_right}".lower()),
         f" {label}" if is_right else f" {label}, predicted as {predicted}",
-        tag("span", f" at {_percent(example['probability'])}", class_="range"),
+        tag("span", certainty, class_="range"),
     )
     return tag(
         "details",
@@ -492,6 +549,13 @@ def _document(example: dict[str, Any], names: Sequence[str], is_open: bool) -> M
         class_="document",
         open=is_open,
     )
+
+
+def _named(classes: int | list[int], names: Sequence[str]) -> str:
+    """Returns the name of a class, or those of a set."""
+    if isinstance(classes, int):
+        return names[classes]
+    return ", ".join(names[c] for c in classes) or "no label"
 
 
 def _percent(probability: float) -> str:

@@ -2,8 +2,10 @@
 
 predictions.safetensors has, by document in the order of reading, `document` (its number in the
 split), `label`, `logits` and `loss`; for some documents it has the state in which the LSTM ended:
-`state/label`, `state/h`, `state/c`. predictions.json has the split, the tensors' shapes and some
-documents token by token: the most wrong ones and the surest right ones.
+`state/label`, `state/h`, `state/c`. With --labels=multi, `labels` has the classes of each document,
+`label` is the number of its set in the store, and there are no states. predictions.json has the
+split, the tensors' shapes and some documents token by token: the most wrong ones and the surest
+right ones.
 """
 
 import math
@@ -35,7 +37,8 @@ class Predictions:
     Attributes:
         tensors: document int64 [n], label int32 [n], logits float32 [n, 1] for two classes, else
             [n, classes], loss float32 [n] in nats (missing in older files); state/label int32 [m],
-            state/h and state/c float32 [m, units], of the last layer.
+            state/h and state/c float32 [m, units], of the last layer. With --labels=multi also
+            labels uint8 [n, classes], and logits are [n, classes] whatever their number.
         info: The content of predictions.json; empty before it is written.
     """
 
@@ -46,6 +49,22 @@ class Predictions:
     def label(self) -> np.ndarray:
         """The right classes: int32 [n]."""
         return self.tensors["label"]
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether documents have sets of labels."""
+        return "labels" in self.tensors
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """The probabilities from which classes of sets are answered: float64 [classes]."""
+        classes = self.tensors["logits"].shape[1]
+        return np.array(self.info.get("thresholds", [0.5] * classes))
+
+    def probabilities(self) -> np.ndarray:
+        """Returns the probability of each class of sets: float64 [n, classes]."""
+        with np.errstate(over="ignore"):  # to infinity, whose inverse is 0
+            return 1 / (1 + np.exp(-self.tensors["logits"].astype(np.float64)))
 
     def probability_of(self, classes: np.ndarray) -> np.ndarray:
         """Returns the probability of a class for each document: float64 [n].
@@ -67,34 +86,72 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """The most probable classes: int64 [n]."""
+        """The most probable classes: int64 [n]; of sets, bool [n, classes]."""
         logits = self.tensors["logits"]
+        if self.has_sets:
+            return self.probabilities() >= self.thresholds
         if logits.shape[1] == 1:
             return (logits[:, 0] > 0).astype(np.int64)
         return logits.argmax(axis=1)
 
     @property
     def is_wrong(self) -> np.ndarray:
-        """Bool [n]."""
+        """Bool [n]; a set is wrong unless each of its classes is right."""
+        if self.has_sets:
+            return (self.predicted != self.tensors["labels"]).any(axis=1)
         return self.predicted != self.label
 
     def metrics(self) -> dict[str, Any]:
-        """Returns error_percent, loss (nats), f1_macro, roc_auc and documents.
+        """Returns error_percent, loss (nats), f1_macro, roc_auc and documents; f1_micro of sets.
 
         f1_macro is the mean over the classes that a label or a prediction names. roc_auc is for two
-        classes, if the documents have both.
+        classes, if the documents have both; of sets, the mean of the classes that some documents
+        have and others have not.
         """
         from sklearn.metrics import f1_score, roc_auc_score  # a second, which few programs need
 
         found: dict[str, Any] = {
             "error_percent": float(100 * self.is_wrong.mean(dtype=np.float64)),
             "loss": float(self.tensors["loss"].mean(dtype=np.float64)),
-            "f1_macro": float(f1_score(self.label, self.predicted, average="macro")),
         }
+        if self.has_sets:
+            return found | self.means_over_classes() | {"documents": len(self.label)}
+        found["f1_macro"] = float(f1_score(self.label, self.predicted, average="macro"))
         logits = self.tensors["logits"]
         if logits.shape[1] == 1 and np.ptp(self.label):
             found["roc_auc"] = float(roc_auc_score(self.label, logits[:, 0]))
         return found | {"documents": len(self.label)}
+
+    def means_over_classes(self) -> dict[str, float]:
+        """Returns f1_micro, f1_macro and roc_auc of sets; see `metrics`."""
+        table = self.by_class()
+        figures = {name: np.array([row[name] for row in table]) for name in ("f1", "roc_auc")}
+        labels, predicted = self.tensors["labels"], self.predicted
+        named = labels.any(axis=0) | predicted.any(axis=0)
+        right, both = (labels & predicted).sum(), labels.sum() + predicted.sum()
+        found = {
+            "f1_micro": float(2 * right / max(both, 1)),
+            "f1_macro": float(figures["f1"][named].mean()) if named.any() else 0.0,
+        }
+        areas = figures["roc_auc"][~np.isnan(figures["roc_auc"])]
+        return found | ({"roc_auc": float(areas.mean())} if len(areas) else {})
+
+    def by_class(self) -> list[dict[str, float]]:
+        """Returns precision, recall, f1, roc_auc, threshold and documents of each class of sets.
+
+        What is undefined is 0; roc_auc NaN.
+        """
+        from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+        labels = self.tensors["labels"]
+        figures = precision_recall_fscore_support(labels, self.predicted, zero_division=0)
+        names = ("precision", "recall", "f1", "documents", "roc_auc", "threshold")
+        areas = [
+            roc_auc_score(truth, logits) if np.ptp(truth) else np.nan
+            for truth, logits in zip(labels.T, self.tensors["logits"].T, strict=True)
+        ]
+        rows = zip(*figures, areas, self.thresholds, strict=True)
+        return [dict(zip(names, map(float, row), strict=True)) for row in rows]
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -154,9 +211,10 @@ def read(folder: Path) -> Predictions:
 
 def _fault(info: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str | None:
     classes = info.get("classes")
-    if type(classes) is not int or classes < 2:
+    if type(classes) is not int or classes < (1 if "labels" in tensors else 2):
         return f"'classes' is {classes!r:.99}"
-    outputs = 1 if classes == 2 else classes
+    has_sets = "labels" in tensors
+    outputs = 1 if classes == 2 and not has_sets else classes
     shapes = {name: array.shape for name, array in tensors.items()}
     documents = len(tensors.get("label", ()))
     if shapes.get("logits") != (documents, outputs) or not documents:
@@ -169,9 +227,11 @@ def _fault(info: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str | 
             labels.dtype.kind != "i"
             or labels.ndim != 1
             or labels.size
-            and not 0 <= labels.min() <= labels.max() < classes
+            and not 0 <= labels.min() <= labels.max() < (2**31 if has_sets else classes)
         ):
             return f"{name!r} holds what is no class"
+    if has_sets and (fault := _sets_fault(info, tensors["labels"], (documents, classes))):
+        return fault
     rows = len(tensors.get("state/label", ()))
     for name in ("state/h", "state/c"):
         if len(shapes.get(name, ())) != 2 or shapes[name][0] != rows or not shapes[name][1]:
@@ -179,6 +239,15 @@ def _fault(info: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str | 
     if not all(np.isfinite(array).all() for array in tensors.values()):
         return "numbers that are not finite"
     return _examples_fault(info.get("examples"), classes)
+
+
+def _sets_fault(info: Mapping[str, Any], labels: np.ndarray, shape: tuple[int, int]) -> str | None:
+    if labels.shape != shape or labels.dtype != np.uint8 or labels.max() > 1:
+        return f"'labels' of shape {labels.shape} and type {labels.dtype} are no sets of classes"
+    found = info.get("thresholds")
+    if not isinstance(found, list) or len(found) != shape[1] or not all(map(_is_finite, found)):
+        return f"'thresholds' is {found!r:.99}"
+    return None
 
 
 def _examples_fault(examples: Any, classes: int) -> str | None:
@@ -191,13 +260,19 @@ def _examples_fault(examples: Any, classes: int) -> str | None:
                 len(pieces) == len(added)
                 and all(isinstance(piece, str) for piece in pieces)
                 and all(_is_finite(x) for x in [*added, example["probability"]])
-                and all(example[name] in range(classes) for name in ("label", "predicted"))
+                and all(_are_classes(example[name], classes) for name in ("label", "predicted"))
+                and example.get("explained", 0) in range(classes)
             )
         except (KeyError, TypeError) as error:
             return f"an example: {error!r:.99}"
         if not good:
             return "an example does not hold what it must"
     return None
+
+
+def _are_classes(value: Any, classes: int) -> bool:
+    """Returns whether it is a class, or a list of classes."""
+    return all(each in range(classes) for each in (value if isinstance(value, list) else [value]))
 
 
 def _is_finite(value: Any) -> bool:

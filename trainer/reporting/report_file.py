@@ -84,6 +84,10 @@ def comparison_table(report: dict[str, Any]) -> str:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
+    for name in starts:
+        if "f1_micro" in (tested := report.get("test", {}).get(name, {})):
+            micro, macro = (100 * tested[f"f1_{mean}"] for mean in ("micro", "macro"))
+            lines.append(f"{MODELS[name]}: F1 of labels {micro:.1f} % (micro), {macro:.1f} (macro)")
     if report.get("labels"):
         lines += ["", *label_table(report["labels"])]
     lines.append("")

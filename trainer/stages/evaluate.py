@@ -1,5 +1,6 @@
 """--stage=evaluate: a classifier bundle and a labelled split -> its error."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from data_pipelines.errors import InputError
 from trainer.distribution.steps import sum_over_batches
 from trainer.distribution.variables import assign
 from trainer.models import bundle
-from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.classifier import Classifier, losses_and_errors, targets
 from trainer.stages.predictions import predict, save
 from trainer.training.run import Run
 
@@ -39,6 +40,9 @@ def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dic
         info = {**info, "max_tokens": run.config.classify_max_tokens}
     run.log(f"evaluate: {classifier_folder} on {len(view):,} documents of {split}")
     predictions = predict(run, classifier, view, BATCH_SIZE, info["max_tokens"])
+    if classifier.multi_label:
+        of_bundle = {"thresholds": info["thresholds"]}
+        predictions = dataclasses.replace(predictions, info=of_bundle)
     if run.is_chief:
         save(folder / "predictions", predictions, run, classifier, split, info)
     return predictions.metrics()
@@ -47,24 +51,36 @@ def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dic
 def error_and_loss(
     run: Run, classifier: Classifier, batches: tf.data.Dataset
 ) -> Callable[[], dict[str, float]]:
-    """Returns a collective that gives error_percent, loss (nats) and documents over `batches`."""
+    """Returns a collective that gives error_percent, loss (nats) and documents over `batches`.
+
+    With sets of labels also `f1_error_percent`, 100 minus the micro F1 at thresholds of 0.5.
+    """
+    label_sets = run.store.label_sets
 
     def sums(rows: dict[str, tf.Tensor]) -> list[tf.Tensor]:
         logits = classifier.logits(
             rows["tokens"], rows["lengths"], training=False, contexts=rows.get("contexts")
         )
-        losses, errors = losses_and_errors(logits, rows["labels"])
-        weights = rows["weights"]
-        return [tf.reduce_sum(x * weights) for x in (errors, losses, tf.ones_like(losses))]
+        labels, weights = targets(rows["labels"], label_sets), rows["weights"]
+        losses, errors = losses_and_errors(logits, labels)
+        found = [errors, losses, tf.ones_like(losses)]
+        if label_sets is not None:
+            answered = tf.cast(logits > 0, tf.float32)
+            found += [tf.reduce_sum(abs(answered - labels), 1), tf.reduce_sum(answered + labels, 1)]
+        return [tf.reduce_sum(x * weights) for x in found]
 
     total = sum_over_batches(run.distributor, sums, batches, run.stop_request)
 
     def evaluated() -> dict[str, float]:
-        errors, loss, documents = total()
-        return {
+        errors, loss, documents, *of_sets = total()
+        found = {
             "error_percent": float(100 * errors / documents),
             "loss": float(loss / documents),
             "documents": int(documents),
         }
+        if of_sets:
+            wrong, named = of_sets
+            found["f1_error_percent"] = float(100 * wrong / max(named, 1))
+        return found
 
     return evaluated

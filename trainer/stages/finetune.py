@@ -19,11 +19,13 @@ from trainer.distribution.variables import assign, digest, values_of
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.text_model import TextModel
+from trainer.reporting import thresholds
 from trainer.stages.evaluate import error_and_loss
 from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.finetune_loss import FinetuneLoss
 from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.linear_head import fit_head
+from trainer.stages.predictions import predict
 from trainer.stages.pretrain import make_encoder, make_objective, pretraining_splits
 from trainer.training import loop
 from trainer.training.optimizer import Rate
@@ -48,13 +50,16 @@ def finetune(run: Run, folder: Path) -> dict[str, Any]:
         result = loop.train(run, task, batches)
     else:
         result = Result(task.evaluate(), steps=0, step=0, seconds=0.0, tokens_per_second=0.0)
+    of_sets: dict[str, float] = {}
+    if classifier.multi_label:
+        report["thresholds"], of_sets = choose_thresholds(run, classifier)
     report |= {
         "labelled_documents": len(batches.labelled.view),
         "steps": result.steps,
         "best_step": result.step,
         "seconds": round(result.seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1),
-        "validation": result.metrics,
+        "validation": result.metrics | of_sets,
     }
     if run.is_chief:
         save_classifier(run, folder / "classifier", classifier, report)
@@ -103,10 +108,12 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         folder=folder,
         stage=config.of_stage("finetune"),
         variables=trained | softmax_variables(objective),
-        loss_sum=FinetuneLoss(config, classifier, objective, class_weights(run, view)),
+        loss_sum=FinetuneLoss(
+            config, classifier, objective, class_weights(run, view), run.store.label_sets
+        ),
         evaluate=error_and_loss(run, classifier, validation),
         rates=encoder_rates(config, classifier),
-        select_by="error_percent",
+        select_by="f1_error_percent" if classifier.multi_label else "error_percent",
         # Each sitting of --stage=all writes its encoder again: on another number of workers its
         # mean state differs in the last bits.
         inputs={"--store": run.store.sha256} | ({} if config.trains_encoder else encoders),
@@ -122,16 +129,33 @@ def labelled_documents(run: Run) -> SplitView:
     return view.sample(wanted, run.config.seed) if wanted else view
 
 
+def choose_thresholds(run: Run, classifier: Classifier) -> tuple[list[float], dict[str, float]]:
+    """Returns the probability from which each class is answered, and the metrics with them.
+
+    A collective. They give each class its highest F1 on the validation split.
+    """
+    config, view = run.config, run.store.split("validation")
+    size = (config.finetune_batch_size, config.tokens_classified)
+    found = predict(run, classifier, view, *size)
+    best = thresholds.best(found.probabilities(), found.tensors["labels"])
+    return best, dataclasses.replace(found, info={"thresholds": best}).metrics()
+
+
 def class_weights(run: Run, view: SplitView) -> np.ndarray | None:
     """Returns the weights of --class_weights=balanced, float32 [classes]; None without.
 
-    The documents' mean weight is 1. A class without documents has weight 0.
+    The documents' mean weight is 1. A class without documents has weight 0. With sets of labels,
+    documents that have a class get its weight in its loss, and those that lack it 1.
     """
     if run.config.class_weights == "none":
         return None
-    counts = np.zeros(run.store.num_classes, np.int64)
+    sets = run.store.label_sets
+    counts = np.zeros(run.store.num_classes if sets is None else len(sets), np.int64)
     for chunk in chunks(len(view)):
         counts += np.bincount(view.labels_of(chunk), minlength=len(counts))
+    if sets is not None:
+        having = counts @ sets
+        return ((len(view) - having) / np.maximum(having, 1)).astype(np.float32)
     weights = len(view) / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return np.where(counts, weights, 0).astype(np.float32)
 
@@ -172,6 +196,7 @@ def make_classifier(run: Run) -> Classifier:
             pooling=config.pooling,
             backward=backward,
             num_contexts=len(run.store.context_names) if config.context_key else 0,
+            multi_label=run.store.label_sets is not None,
         )
 
     with run.distributor.scope():
@@ -352,6 +377,7 @@ def save_classifier(run: Run, folder: Path, classifier: Classifier, report: dict
         **_read_and_told(run),
         "model": bundle.classifier_model(classifier),
         **_contexts(run),
+        **({"thresholds": report["thresholds"]} if classifier.multi_label else {}),
         "tokenizer": run.store.tokenizer_config,
         "report": report,
         "config": dataclasses.asdict(run.config),

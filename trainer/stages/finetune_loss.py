@@ -14,7 +14,7 @@ from trainer.losses.adversarial import (
     virtual_adversarial_perturbation,
 )
 from trainer.losses.label_gain import linear_weights
-from trainer.models.classifier import Classifier, losses_and_errors
+from trainer.models.classifier import Classifier, losses_and_errors, targets
 from trainer.models.encoder import dropped_weights
 from trainer.models.text_model import TextModel
 from trainer.stages import pretrain
@@ -35,6 +35,8 @@ class FinetuneLoss:
     Args:
         objective: Model of joint training, on the classifier's encoder; None without.
         class_weights: Of the documents in the label's loss, [classes]; None counts all the same.
+            With sets of labels, of the classes that a document has; see `losses_and_errors`.
+        label_sets: Of the store; see `targets`.
     """
 
     def __init__(
@@ -43,10 +45,11 @@ class FinetuneLoss:
         classifier: Classifier,
         objective: TextModel | None = None,
         class_weights: np.ndarray | None = None,
+        label_sets: np.ndarray | None = None,
     ):
         self._config = config
         self._classifier = classifier
-        self._class_weights = class_weights
+        self._class_weights, self._label_sets = class_weights, label_sets
         self._objective_loss = objective and pretrain.loss_sum(objective, config)
 
     def __call__(
@@ -64,7 +67,8 @@ class FinetuneLoss:
         config, classifier = self._config, self._classifier
         tokens, lengths = rows["tokens"], rows["lengths"]
         labelled = rows["weights"] * tf.cast(rows["labels"] >= 0, tf.float32)
-        labels = tf.maximum(rows["labels"], 0)
+        labels = targets(tf.maximum(rows["labels"], 0), self._label_sets)
+        sets_weights = None if self._label_sets is None else self._class_weights
         read = functools.partial(
             classifier.read,
             lengths=lengths,
@@ -76,8 +80,8 @@ class FinetuneLoss:
         )
 
         def label_loss(logits: tf.Tensor) -> tf.Tensor:
-            losses = label_losses(logits, labels, lengths, config.label_smoothing)
-            if self._class_weights is not None:
+            losses = label_losses(logits, labels, lengths, config.label_smoothing, sets_weights)
+            if self._class_weights is not None and self._label_sets is None:
                 losses *= tf.gather(self._class_weights, labels)
             return tf.reduce_sum(losses * labelled)
 
@@ -116,10 +120,12 @@ class FinetuneLoss:
             [random_direction(e, rows["tokens"], seed + i) for i, e in enumerate(embedded)],
             lengths,
             self._config.perturbation_norm,
+            self._classifier.multi_label,
         )
         changes = divergence(
             tf.stop_gradient(at_end(logits, lengths)),
             at_end(read(_moved(embedded, moves)), lengths),
+            self._classifier.multi_label,
         )
         # The step divides the sum by the labelled documents, but this term is a mean over all.
         labelled_part = rows["global_counts"][:, 0] / rows["global_counts"][:, 1]
@@ -137,7 +143,11 @@ def _documents_per_token(rows: Rows) -> tf.Tensor:
 
 
 def label_losses(
-    logits: tf.Tensor, labels: tf.Tensor, lengths: tf.Tensor, smoothing: float = 0.0
+    logits: tf.Tensor,
+    labels: tf.Tensor,
+    lengths: tf.Tensor,
+    smoothing: float = 0.0,
+    positive_weights: np.ndarray | None = None,
 ) -> tf.Tensor:
     """Returns each document's cross-entropy: float32 [batch].
 
@@ -145,12 +155,13 @@ def label_losses(
         logits: Of the documents, or of all their steps; then the loss is the steps' mean, weighted
             by `linear_weights`.
         lengths: int32 [batch].
-        smoothing: As for `losses_and_errors`.
+        labels, smoothing, positive_weights: As for `losses_and_errors`.
     """
     if logits.shape.rank == 2:
-        return losses_and_errors(logits, labels, smoothing)[0]
+        return losses_and_errors(logits, labels, smoothing, positive_weights)[0]
     time = tf.shape(logits)[1]
-    losses, _ = losses_and_errors(logits, tf.repeat(labels[:, None], time, axis=1), smoothing)
+    at_steps = tf.repeat(labels[:, None], time, axis=1)
+    losses, _ = losses_and_errors(logits, at_steps, smoothing, positive_weights)
     return tf.reduce_sum(losses * linear_weights(lengths, time), axis=1)
 
 

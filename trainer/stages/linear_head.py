@@ -48,6 +48,8 @@ def fit_head(
 
     found = gather_rows(run.distributor, columns, batches, run.stop_request)
     label, features = found[:, 0].astype(np.int32), found[:, 1:]
+    if run.store.label_sets is not None:
+        label = run.store.label_sets[label]
     heads: dict[str, np.ndarray] | None = None
     if run.is_chief:
         parts = np.split(features, len(classifier.directions), axis=1)
@@ -74,7 +76,7 @@ def fitted(
 
     Args:
         features: [documents, width].
-        labels: int32 [documents].
+        labels: As `logistic_regression.fit` takes them.
         code: [width, dim]; None leaves features as they are.
     """
     mean = features.mean(axis=0, dtype=np.float64)

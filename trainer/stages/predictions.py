@@ -13,7 +13,7 @@ from data_pipelines.store.split_view import SplitView
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.distribution.steps import gather_rows
-from trainer.models.classifier import Classifier, losses_and_errors, reversed_words
+from trainer.models.classifier import Classifier, losses_and_errors, reversed_words, targets
 from trainer.models.encoder import token_mask
 from trainer.reporting.predictions import EXAMPLE_TOKENS, Predictions, write
 from trainer.training.run import Run
@@ -31,6 +31,7 @@ def predict(
 
     The same in every process, and whatever the number of workers.
     """
+    label_sets = run.store.label_sets
     plan = run.plan(view, batch_size, max_tokens, shuffle=False)
     steps = plan.steps_per_epoch
     batches = run.batches(view, plan)(0, steps)
@@ -39,7 +40,7 @@ def predict(
         logits = classifier.logits(
             rows["tokens"], rows["lengths"], training=False, contexts=rows.get("contexts")
         )
-        losses, _ = losses_and_errors(logits, rows["labels"])
+        losses, _ = losses_and_errors(logits, targets(rows["labels"], label_sets))
         beside = tf.stack([tf.cast(rows["labels"], tf.float32), losses], axis=1)
         return tf.concat([beside, tf.cast(logits, tf.float32)], axis=1)
 
@@ -48,14 +49,21 @@ def predict(
         return tf.concat([tf.cast(rows["labels"], tf.float32)[:, None], h, c], axis=1)
 
     found = gather_rows(run.distributor, columns, batches, run.stop_request)
-    some = run.some_documents(view, STATE_DOCUMENTS, batch_size, max_tokens)
-    kept = gather_rows(run.distributor, states, some, run.stop_request)
+    label = found[:, 0].astype(np.int32)
+    if label_sets is None:
+        some = run.some_documents(view, STATE_DOCUMENTS, batch_size, max_tokens)
+        kept = gather_rows(run.distributor, states, some, run.stop_request)
+        of_sets = {}
+    else:  # no one label to draw a state's mark by
+        kept = np.zeros((0, 1 + 2 * classifier.encoder.units), np.float32)
+        of_sets = {"labels": label_sets[label]}
     state_label, state = np.split(kept, [1], axis=1)
     state_h, state_c = np.split(state, 2, axis=1)
     return Predictions(
         {
             "document": np.concatenate([plan.indices(step) for step in range(steps)]),
-            "label": found[:, 0].astype(np.int32),
+            "label": label,
+            **of_sets,
             "logits": found[:, 2:],
             "loss": found[:, 1],
             "state/label": state_label[:, 0].astype(np.int32),
@@ -92,7 +100,10 @@ def telling_documents(predictions: Predictions) -> np.ndarray:
     Ties go to the row that comes first, so the choice depends on nothing else.
     """
     labels, is_wrong = predictions.label, predictions.is_wrong
-    order = np.argsort(predictions.probability_of(labels), kind="stable")
+    if predictions.has_sets:
+        order = np.argsort(-predictions.tensors["loss"], kind="stable")
+    else:
+        order = np.argsort(predictions.probability_of(labels), kind="stable")
     wrong = order[is_wrong[order]][:WRONG_EXAMPLES]
     surest = order[::-1][~is_wrong[order[::-1]]]
     surest = surest[np.argsort(labels[surest], kind="stable")]
@@ -100,6 +111,21 @@ def telling_documents(predictions: Predictions) -> np.ndarray:
     place = np.arange(len(surest)) - np.repeat(starts, counts)  # in its class
     right = surest[place < RIGHT_EXAMPLES_BY_CLASS][:MAX_RIGHT_EXAMPLES]
     return np.concatenate([wrong, right])
+
+
+def explained_classes(predictions: Predictions, rows: np.ndarray) -> np.ndarray:
+    """Returns the class that each document's words are shaded for: int32 [rows].
+
+    The predicted one. Of a set, the class that is most wrong; if all are right, the most probable.
+    """
+    if not predictions.has_sets:
+        return predictions.predicted[rows].astype(np.int32)
+    probability, truth = predictions.probabilities()[rows], predictions.tensors["labels"][rows]
+    wrong = predictions.predicted[rows] != truth
+    score = np.where(
+        wrong.any(axis=1, keepdims=True), wrong * abs(truth - probability), probability
+    )
+    return score.argmax(axis=1).astype(np.int32)
 
 
 def first_order_contributions(
@@ -112,7 +138,8 @@ def first_order_contributions(
     """Returns what each token adds to the class that was predicted: float32 [batch, time].
 
     To first order: the gradient of the class's logit (its margin over the mean of the others'
-    where there are more than two), times the token's embedding. Not a collective.
+    where there are more than two, unless a document has sets), times the token's embedding. Not a
+    collective.
 
     Args:
         tokens: int32 [batch, time], right-padded.
@@ -126,7 +153,9 @@ def first_order_contributions(
         tape.watch(embedded)
         start = classifier.start(tokens, lengths, contexts)
         logits = tf.cast(classifier.read(embedded, lengths, start, training=True), tf.float32)
-        if logits.shape[-1] == 1:
+        if classifier.multi_label:
+            margin = tf.gather(logits, predicted, batch_dims=1)
+        elif logits.shape[-1] == 1:
             margin = logits[:, 0] * np.where(predicted == 1, 1.0, -1.0)
         else:
             chosen = tf.gather(logits, predicted, batch_dims=1)
@@ -154,6 +183,21 @@ def pieces(tokenizer: Tokenizer, kind: str, ids: Sequence[int]) -> list[str]:
     return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
+def _answer(predictions: Predictions, row: int, explained: int) -> dict[str, Any]:
+    """Returns label, predicted and probability of a document for predictions.json."""
+    one = dataclasses.replace(
+        predictions, tensors={n: a[row : row + 1] for n, a in predictions.tensors.items()}
+    )
+    if not predictions.has_sets:
+        probability = float(one.probability_of(one.predicted)[0])
+        return {"label": int(one.label[0]), "predicted": explained, "probability": probability}
+    sets = (one.tensors["labels"][0], one.predicted[0])
+    label, predicted = ([int(c) for c in np.flatnonzero(each)] for each in sets)
+    probability = float(one.probabilities()[0, explained])
+    named = {"label": label, "predicted": predicted, "explained": explained}
+    return named | {"probability": probability}
+
+
 def save(
     folder: Path,
     predictions: Predictions,
@@ -174,19 +218,16 @@ def save(
     rows = telling_documents(predictions)
     documents = predictions.tensors["document"][rows]
     tokens, lengths = view.gather(documents, info["max_tokens"])
-    probability = predictions.probability_of(predictions.predicted)[rows]
-    predicted = predictions.predicted[rows].astype(np.int32)
+    explained = explained_classes(predictions, rows)
     contexts = view.contexts_of(documents) if classifier.num_contexts else None
-    added = first_order_contributions(classifier, tokens, lengths, predicted, contexts)
+    added = first_order_contributions(classifier, tokens, lengths, explained, contexts)
     tokenizer = load_tokenizer(run.store.vocab_path, run.store.tokenizer_config)
     kind = run.store.tokenizer_config["type"]
     shown = [slice(max(0, length - EXAMPLE_TOKENS), length) for length in lengths]
     examples = [
         {
             "document": int(documents[i]),
-            "label": int(predictions.label[row]),
-            "predicted": int(predicted[i]),
-            "probability": float(probability[i]),
+            **_answer(predictions, int(row), int(explained[i])),
             "pieces": pieces(tokenizer, kind, tokens[i, shown[i]].tolist()),
             "contributions": [round(float(x), 5) for x in added[i, shown[i]]],
         }
@@ -197,6 +238,7 @@ def save(
         **predictions.metrics(),
         "classes": info["model"]["num_classes"],
         "class_names": info.get("class_names"),
+        **({"thresholds": info["thresholds"]} if predictions.has_sets else {}),
         "init_weights": info["report"]["init_weights"],
         "initial_state": info["report"]["initial_state"],
         "vocab_sha256": info["vocab_sha256"],

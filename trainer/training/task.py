@@ -76,7 +76,7 @@ class Task:
     def is_evaluated(self, step: int) -> bool:
         """Returns whether the state after `step` steps is evaluated."""
         every, last = self.stage.evaluate_every_steps, self.stage.steps
-        return step > 0 and (step % every == 0 or step == last)
+        return step > 0 and every > 0 and (step % every == 0 or step == last)
 
 
 @dataclass(frozen=True)

@@ -340,3 +340,49 @@ def test_a_document_of_a_million_words(tmp_path: Path, read_all: Callable, kind:
     begin = time.process_time()
     assert [e.text for e in read_all(f"{kind}:{path}")] == [long]
     assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("csv", b"text,label\none,b|a\ntwo,\nthree, c | a|a \nfour,a\n"),
+        ("tsv", b"text\tlabel\none\ta|b\ntwo\t\nthree\ta|c\nfour\ta\n"),
+        (
+            "jsonl",
+            b'{"text": "one", "label": ["b", "a"]}\n{"text": "two", "label": []}\n'
+            b'{"text": "three", "label": "a|c"}\n{"text": "four", "label": ["a"]}\n',
+        ),
+    ],
+)
+def test_documents_have_sets_of_labels(
+    tmp_path: Path, read: Callable, kind: str, data: bytes
+) -> None:
+    train, test = write(tmp_path / "train", data), write(tmp_path / "test", data)
+    source = open_source(f"{kind}:train={train},test={test}", labels="multi")
+    assert source.class_names == ("a", "b", "c")
+    assert source.label_sets == ((), (0,), (0, 1), (0, 2))
+    for split in ("train", "test"):
+        found = {example.text: example.label for example in read(source, split)}
+        found |= {e.text: e.label for e in read(source, "validation")} if split == "train" else {}
+        assert found == {"one": 2, "two": 0, "three": 3, "four": 1}
+    assert "several a document" in source.note
+
+
+def test_faults_of_sets_of_labels(tmp_path: Path, read: Callable) -> None:
+    train = b'{"text": "x", "label": ["a", "b"]}\n' * 20
+    bad = (
+        b'{"text": "1", "label": ["c", "a"]}\n{"text": "2", "label": [["a"]]}\n'
+        b'{"text": "3"}\n{"text": "4", "label": "[\'a\', \'b\']"}\n{"text": "5", "label": ["b"]}\n'
+    )
+    paths = [write(tmp_path / name, data) for name, data in (("a", train), ("b", bad))]
+    source = open_source(f"jsonl:train={paths[0]},test={paths[1]}", labels="multi")
+    *faults, good = read(source, "test")
+    assert source.label_sets == ((0, 1), (1,)) and good.label == 1
+    assert [fault.why for fault in faults] == [
+        "label 'c' is not one of a, b",
+        "'label' is a list, not a word or a whole number",
+        "'label' is missing, not a word or a whole number",
+        "'label' is \"['a', 'b']\", a list written as text: write a|b",
+    ]
+    with pytest.raises(InputError, match="text:.*has one label a document: use --labels=single"):
+        open_source(f"text:{paths[0]}", labels="multi")

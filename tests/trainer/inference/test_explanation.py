@@ -21,7 +21,7 @@ def test_a_contribution_is_what_leaving_the_word_out_changes(
 
     text = "this was a very good film"
     label = model.predict([text])[0].label
-    found = contributions(model, text)
+    (found,) = contributions(model, text).values()
     words = text.split()
     assert [c.piece for c in found] == words
     for place, contribution in enumerate(found):
@@ -33,10 +33,26 @@ def test_a_contribution_is_what_leaving_the_word_out_changes(
 
 def test_only_what_is_read_is_explained(make_classifier_bundle: Callable[..., Path]) -> None:
     model = load_classifier(make_classifier_bundle(max_tokens=70))
-    assert contributions(model, "") == []
-    found = contributions(model, "one " * 30 + "two " * 69)  # more than a batch of them
+    assert list(contributions(model, "").values()) == [[]]
+    (found,) = contributions(model, "one " * 30 + "two " * 69).values()  # more than a batch
     assert [c.piece for c in found] == ["two"] * 69
     assert len(found) > explanation.BATCH_SIZE
+
+
+def test_each_label_of_a_set_is_explained(make_classifier_bundle: Callable[..., Path]) -> None:
+    names = ("bad", "so-so", "good")
+    model = load_classifier(make_classifier_bundle(names, multi_label=True))
+    text = "this was a very good film"
+    (answer,) = model.predict([text])
+    model.thresholds[[names.index(each) for each in answer.labels]] = 0.999
+    assert list(contributions(model, text)) == [answer.label]  # of an empty set, the most probable
+    model.thresholds[:] = 0.001
+    found = contributions(model, text)
+    assert list(found) == list(names)
+    without = model.predict([text.replace("very ", "")])[0].probabilities
+    for name in names:
+        odds = [np.log(p[name] / (1 - p[name])) for p in (answer.probabilities, without)]
+        assert found[name][3].log_odds == pytest.approx(odds[0] - odds[1], abs=2e-3)
 
 
 def test_marks() -> None:

@@ -58,6 +58,20 @@ def test_a_model_with_contexts_takes_them(
     assert len(set(found[:, 0].numpy().tolist())) == 3
 
 
+def test_a_model_of_label_sets_answers_labels(
+    make_classifier_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    import tensorflow as tf
+
+    folder = make_classifier_bundle(("a", "b"), multi_label=True)
+    export(folder, tmp_path / "1")
+    texts = ["A fine film.", "bad " * 9, "", "so long", "I liked it", "no"]
+    signature = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    found = [each.decode() for each in signature(texts=tf.constant(texts))["labels"].numpy()]
+    assert found == [each.answer for each in load_classifier(folder).predict(texts)]
+    assert len(set(found)) > 1
+
+
 def test_a_model_that_answers_otherwise_is_noticed(
     exported: Path, make_classifier_bundle: Callable[..., Path]
 ) -> None:

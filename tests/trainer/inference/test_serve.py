@@ -79,7 +79,7 @@ def get(port: int, path: str) -> tuple[int, http.client.HTTPMessage, bytes]:
 
 def test_one_text_and_many(server: tuple, classifier_bundle: Path) -> None:
     _, port = server
-    expected = [p._asdict() for p in load_classifier(classifier_bundle).predict(TEXTS)]
+    expected = [p.in_json() for p in load_classifier(classifier_bundle).predict(TEXTS)]
     status, answer = ask(port, {"texts": TEXTS})
     assert status == 200
     assert [a["label"] for a in answer["predictions"]] == [e["label"] for e in expected]
@@ -87,6 +87,18 @@ def test_one_text_and_many(server: tuple, classifier_bundle: Path) -> None:
         assert found["probabilities"] == pytest.approx(wanted["probabilities"], abs=2e-6)
     assert ask(port, {"text": TEXTS[0]})[1]["predictions"] == answer["predictions"][:1]
     assert ask(port, {"texts": []}) == (200, {"predictions": []})
+
+
+def test_sets_of_labels(make_classifier_bundle: Callable[..., Path]) -> None:
+    folder = make_classifier_bundle(("a", "b", "c"), multi_label=True)
+    expected = [prediction.labels for prediction in load_classifier(folder).predict(TEXTS)]
+    with served(folder) as (_, port):
+        status, answer = ask(port, {"texts": TEXTS})
+        assert status == 200
+        assert [each["labels"] for each in answer["predictions"]] == expected
+        _, opened = ask(port, {}, "/sessions")
+        _, fed = ask(port, {"text": TEXTS[0]}, f"/sessions/{opened['session']}")
+        assert fed["labels"] == expected[0]
 
 
 def test_many_clients_at_once_each_get_their_own_answer(server: tuple) -> None:

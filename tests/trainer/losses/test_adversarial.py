@@ -81,6 +81,15 @@ def test_losses_and_gradients_are_those_of_numpy(num_classes: int) -> None:
         assert difference < 3e-3 * np.abs(expected).max(), name
 
 
+def test_the_divergence_of_sets_is_the_sum_of_their_classes() -> None:
+    logits, others = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    found = adversarial.divergence(logits, others, multi_label=True)
+    pairs = zip(logits.T, others.T, strict=True)
+    classes = [adversarial.divergence(a[:, None], b[:, None]) for a, b in pairs]
+    np.testing.assert_allclose(found, np.sum(classes, axis=0), rtol=1e-5)
+    assert (found.numpy() > 0).all()
+
+
 def moved_loss(precision: str, bias: float, head: float, **weights: float) -> np.ndarray:
     """Returns the loss of two classes, all labels 0, with the head's weights times `head`."""
     classifier = make(2, precision)

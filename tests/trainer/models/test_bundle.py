@@ -161,6 +161,22 @@ def test_each_fact_of_a_classifier_needs_its_tensors(
         bundle.load(tmp_path / "classifier", "classifier", "--classifier")
 
 
+@pytest.mark.parametrize("found", [[0.5], [0.5, 1.0], [0.5, 1], "ab", None])
+def test_sets_of_labels_need_their_thresholds(tmp_path: Path, vocab: Path, found: object) -> None:
+    save_classifier(tmp_path / "classifier", vocab, multi_label=True)
+    path = tmp_path / "classifier" / "classifier.json"
+    info = {**safe_files.read_sealed(path), "thresholds": [0.5, 0.25]}
+    path.write_bytes(safe_files.sealed(info))
+    assert bundle.read_info(path.parent, "classifier", "--classifier")["thresholds"] == [0.5, 0.25]
+    path.write_bytes(safe_files.sealed({**info, "thresholds": found}))
+    with pytest.raises(InputError, match="'thresholds' is .*, not 2 probabilities"):
+        bundle.read_info(path.parent, "classifier", "--classifier")
+    model = info["model"] | {"multi_label": 3}
+    path.write_bytes(safe_files.sealed({**info, "model": model}))
+    with pytest.raises(InputError, match="'multi_label' is 3"):
+        bundle.read_info(path.parent, "classifier", "--classifier")
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

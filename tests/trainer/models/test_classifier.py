@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 
 from trainer import config
-from trainer.models.classifier import POOLED_VECTORS, Classifier, losses_and_errors
+from trainer.models.classifier import POOLED_VECTORS, Classifier, losses_and_errors, targets
 from trainer.models.encoder import Encoder
 
 VOCAB_SIZE, DIM, UNITS = 30, 4, 6
@@ -159,6 +159,21 @@ def test_losses_and_errors_of_more_classes() -> None:
     assert errors.numpy().tolist() == [0, 0]
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(losses, -np.log(probabilities.max(1)), rtol=1e-5)
+
+
+def test_losses_and_errors_of_sets() -> None:
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(5, 3)).astype(np.float32)
+    sets, labels = np.array([[0, 0, 0], [1, 0, 1], [1, 1, 1]], np.uint8), np.array([1, 0, 2, 2, 1])
+    truth = targets(tf.constant(labels, tf.int32), sets)
+    np.testing.assert_array_equal(truth, sets[labels])
+    assert targets(tf.constant(labels), None).numpy().tolist() == labels.tolist()
+    weights = np.array([2.0, 1.0, 0.5], np.float32)
+    losses, errors = losses_and_errors(tf.constant(logits), truth, 0.1, weights)
+    p, y = 1 / (1 + np.exp(-logits)), sets[labels] * 0.9 + 0.05
+    expected = -(weights * y * np.log(p) + (1 - y) * np.log(1 - p)).sum(axis=1)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_array_equal(errors, ((logits > 0) != sets[labels]).any(axis=1))
 
 
 @pytest.mark.parametrize("num_classes", [2, 4])

@@ -73,6 +73,32 @@ def page_of(*folders: Path) -> str:
     return html.page([run_folder.read(folder) for folder in folders], made_at=0)
 
 
+def test_sets_of_labels_have_a_table_and_no_matrix(tmp_path: Path) -> None:
+    run, random = write_run(tmp_path / "run"), np.random.default_rng(0)
+    sets = random.integers(0, 2, (300, 3)).astype(np.uint8)
+    example = EXAMPLE | {"label": [0, 2], "predicted": [], "explained": 2}
+    for part in ("scratch", "warm"):
+        info = {"class_names": ["a", "b", "<c>"], "classes": 3, "thresholds": [0.5, 0.4, 0.3]}
+        write_predictions(
+            run / part / "predictions",
+            info | {"examples": [example]},
+            document=np.arange(300),
+            label=np.zeros(300, np.int32),
+            labels=sets,
+            logits=random.normal(3 * sets - 1.5, 1).astype(np.float32),
+            **{
+                "state/label": np.zeros(0, np.int32),
+                "state/h": np.zeros((0, 4), np.float32),
+                "state/c": np.zeros((0, 4), np.float32),
+            },
+        )
+    page = page_of(run)
+    assert page.count("all labels, micro") == 2 and "Confusion matrix" not in page
+    assert ">Calibration</h2>" not in page and ">Where documents end</h2>" not in page
+    assert " a, &lt;c&gt;, predicted as no label" in page
+    assert "shaded for &lt;c&gt;" in page and "both wrong" not in page
+
+
 def test_a_whole_run_has_every_section_and_misses_nothing(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run"))
     for title in SECTIONS:

@@ -81,6 +81,10 @@ def test_balanced_classes_have_the_same_weight_in_all(small_store: Path) -> None
     counts = np.bincount(labels)
     np.testing.assert_allclose(class_weights(run, view) * counts, len(view) / 2)
     # A class without documents would divide by zero.
-    run.store = SimpleNamespace(num_classes=3)
+    run.store = SimpleNamespace(num_classes=3, label_sets=None)
     np.testing.assert_allclose(class_weights(run, view) * [*counts, 1], [len(view) / 2] * 2 + [0])
     assert class_weights(SimpleNamespace(config=Config()), view) is None
+    # Of sets: how many documents lack a class for each that has it.
+    run.store = SimpleNamespace(label_sets=np.array([[1, 0, 1], [1, 0, 0]], np.uint8))
+    weights = [0, 7, counts[1] / counts[0]]
+    np.testing.assert_allclose(class_weights(run, view), weights, rtol=1e-6)
