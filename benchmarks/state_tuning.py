@@ -1,6 +1,6 @@
-"""Test errors of what --train tunes on a frozen encoder, by the number of labels.
+r"""Test errors of what --train tunes on a frozen encoder, by the number of labels.
 
-    python -m benchmarks.state_tuning --encoder=runs/pre/encoder --store=runs/store \\
+    python -m benchmarks.state_tuning --encoder=runs/pre/encoder --store=runs/store \
         --run_dir=runs/tuning --out=state_tuning
 
 Beside full fine-tuning, and logistic regression on TF-IDF. Every method has the same steps and the
@@ -85,7 +85,9 @@ def row(args: argparse.Namespace, labels: int) -> dict[str, Any]:
         ]
         for train in METHODS
     }
-    wrong = {train: sum((f["wrong"] for f in found), []) for train, found in chosen.items()}
+    wrong = {
+        train: [wrong for f in found for wrong in f["wrong"]] for train, found in chosen.items()
+    }
     methods = {
         train: {
             "test_error_percent": [round(f["test_error_percent"], 2) for f in found],

@@ -53,7 +53,7 @@ def few_collections() -> Iterator[None]:
     """
     gc.collect()
     gc.freeze()
-    yield
+    return
 
 
 def pytest_report_header() -> str:

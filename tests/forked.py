@@ -31,7 +31,7 @@ import threading
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 
 import numpy
 from absl import flags
@@ -98,9 +98,9 @@ def _reset(environment: Mapping[str, str], folder: str) -> None:
 class _Pristine:
     """What there is before any program has run."""
 
-    modules: set[str] = set()
-    flags: set[str] = set()
-    path: list[str] = []
+    modules: ClassVar[set[str]] = set()
+    flags: ClassVar[set[str]] = set()
+    path: ClassVar[list[str]] = []
 
     @classmethod
     def note(cls) -> None:
@@ -200,9 +200,9 @@ class Popen(subprocess.Popen):
 
     def _execute_child(self, args, executable, *more):  # as in CPython 3.11 to 3.13
         (
-            preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+            preexec_fn, _close_fds, pass_fds, cwd, env, _startupinfo, _creationflags, shell,
             p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
-            restore_signals, gid, gids, uid, umask, start_new_session, process_group,
+            _restore_signals, _gid, _gids, _uid, _umask, start_new_session, _process_group,
         ) = more  # fmt: skip
         by_exec = os.environ.get("EXEC") == "1"
         if shell or isinstance(args, str) or by_exec or not is_python(args):

@@ -215,8 +215,11 @@ def copy_checkout(folder: Path) -> None:
 
 
 def run_tests(tests: list[str], cpu_seconds: int, seconds: float) -> tuple[bool, str, float]:
-    """Runs tests in a fork of this process; returns whether they passed, the end of what they
-    printed, and the CPU seconds."""
+    """Runs tests in a fork of this process.
+
+    Returns:
+        Whether they passed, the end of what they printed, and the CPU seconds.
+    """
     with tempfile.TemporaryFile() as printed:
         pid = os.fork()
         if not pid:

@@ -1,9 +1,9 @@
-"""warmstate: pretrain a recurrent encoder, hand over its weights and states, fine-tune an LSTM.
+r"""warmstate: pretrain a recurrent encoder, hand over its weights and states, fine-tune an LSTM.
 
   python -m trainer.main --stage=pretrain --run_dir=runs/a --store=runs/store
-  python -m trainer.main --stage=finetune --run_dir=runs/b --store=runs/store \\
+  python -m trainer.main --stage=finetune --run_dir=runs/b --store=runs/store \
       --encoder=runs/a/encoder --initial_state=learned
-  python -m trainer.main --stage=evaluate --run_dir=runs/c --store=runs/store \\
+  python -m trainer.main --stage=evaluate --run_dir=runs/c --store=runs/store \
       --classifier=runs/b/classifier
   python -m trainer.main --stage=replay --run_dir=runs/a --step=120
 

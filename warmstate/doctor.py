@@ -22,6 +22,7 @@ LEAST_MEMORY_BYTES = 2 << 30
 LEAST_DISK_BYTES = 2 << 30
 LEAST_OPEN_FILES = 1024
 TIMEOUT_SECONDS = 300
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  its size is read
 # Run in separate processes: a broken library may end its process.
 TENSORFLOW = """
 import tensorflow as tf, keras
@@ -139,9 +140,9 @@ def memory() -> Finding:
 def shared_memory() -> Finding:
     """Returns the size of /dev/shm, which NCCL and Gloo need on one machine."""
     try:
-        usage = shutil.disk_usage("/dev/shm")
+        usage = shutil.disk_usage(SHARED_MEMORY)
     except OSError as error:
-        return Finding("Shared memory", "none", f"/dev/shm: {error.strerror}")
+        return Finding("Shared memory", "none", f"{SHARED_MEMORY}: {error.strerror}")
     fault = ""
     if usage.free < LEAST_SHARED_MEMORY_BYTES:
         fault = "too little for NCCL: docker run --shm-size=1g, or an emptyDir with medium: Memory"

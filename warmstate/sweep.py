@@ -1,7 +1,7 @@
-"""`warmstate sweep`: searches flags with Optuna; each trial is a run, judged on validation.
+r"""`warmstate sweep`: searches flags with Optuna; each trial is a run, judged on validation.
 
-  warmstate sweep --out=runs/sweep --trials=20 \\
-      --search='finetune_learning_rate=1e-4:1e-2:log,hidden_units=0|30' -- \\
+  warmstate sweep --out=runs/sweep --trials=20 \
+      --search='finetune_learning_rate=1e-4:1e-2:log,hidden_units=0|30' -- \
       --stage=finetune --store=runs/store --encoder=runs/a/encoder
 
 OUT/sweep.db (SQLite) holds the trials, and OUT/trial-0003 is the run of one. The same command

@@ -1,0 +1,1 @@
+"""Global batches: which documents, in which order, as arrays."""

@@ -9,5 +9,5 @@ from data_pipelines.quiet_tensorflow import import_quietly
 import_quietly()
 import pyarrow.compute  # noqa: E402, F401
 
-import data_pipelines.prepare.drafts  # noqa: E402, F401
+import data_pipelines.prepare.drafts  # noqa: E402
 import data_pipelines.tokenizers.word  # noqa: E402, F401

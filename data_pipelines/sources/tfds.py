@@ -1,5 +1,6 @@
 """Text data sets that TensorFlow Datasets has prepared in a folder. Never downloads."""
 
+import itertools
 import json
 import os
 import re
@@ -101,7 +102,7 @@ class TfdsText:
         total = self._num_examples(official)
         count = max(1, min(total, -(-self._split_bytes[official] // PART_BYTES)))
         bounds = [total * i // count for i in range(count + 1)]
-        return [f"{official}[{a}:{b}]" for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [f"{official}[{a}:{b}]" for a, b in itertools.pairwise(bounds)]
 
     def examples(self, split: str, part: str) -> Iterator[Example | BadExample]:
         """Yields a part's documents in the files' order."""

@@ -1,0 +1,1 @@
+"""Token stores: tokenized documents on disk, written once and memory-mapped."""

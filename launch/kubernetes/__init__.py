@@ -1,0 +1,1 @@
+"""Launches trainers on Kubernetes."""

@@ -39,7 +39,7 @@ def problems(job: Document, selector: str, api: Api) -> list[str]:
     found = [*_of_pods(api.pods(selector, fieldSelector="status.phase=Pending", limit="50"))]
     if job.get("status", {}).get("terminating"):
         found += [line for pod in api.pods(selector) if (line := lost_node(pod))]
-    return list(dict.fromkeys(found + [*_of_events(job, api)]))
+    return list(dict.fromkeys([*found, *_of_events(job, api)]))
 
 
 def lost_node(pod: Document) -> str:

@@ -1,0 +1,1 @@
+"""Launches trainers on this machine."""

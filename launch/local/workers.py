@@ -237,7 +237,7 @@ def _start(command: Sequence[str], additions: dict[str, str], mask: set[int]) ->
 
 
 def _print_lines(pipe: BinaryIO, prefix: str) -> None:
-    """Prints whole lines; each state of a line that `\\r` redraws becomes a line.
+    r"""Prints whole lines; each state of a line that `\r` redraws becomes a line.
 
     The states of a live line (see screen.py) are shown in one place.
     """

@@ -18,8 +18,12 @@ from warmstate.command import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "k8s" / "README.md"]
-    + list((REPOSITORY / "docs").rglob("*.md"))
+    [
+        REPOSITORY / "README.md",
+        REPOSITORY / "CONTRIBUTING.md",
+        REPOSITORY / "k8s" / "README.md",
+        *list((REPOSITORY / "docs").rglob("*.md")),
+    ]
 )
 RUNNABLE = re.compile(r"<!-- runnable -->\n+```\w*\n(.*?)```", re.S)
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```", re.S | re.M)

@@ -64,8 +64,18 @@ def start(namespace: str, name: str, *flags: str) -> subprocess.Popen[str]:
     launcher = ["--platform=k8s", "--workers=2", f"--namespace={namespace}", f"--name={name}"]
     launcher += [f"--image={IMAGE}", "--run_volume=runs", "--data_volume=data", "--follow"]
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "launch.main", *launcher, "--", *SMALL, *FLAGS]
-        + [f"--run_dir=runs/{name}", *flags],
+        [
+            sys.executable,
+            "-u",
+            "-m",
+            "launch.main",
+            *launcher,
+            "--",
+            *SMALL,
+            *FLAGS,
+            f"--run_dir=runs/{name}",
+            *flags,
+        ],
         cwd=REPOSITORY,
         text=True,
         stdout=subprocess.PIPE,

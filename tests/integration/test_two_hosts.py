@@ -70,8 +70,15 @@ def test_two_hosts_train_as_two_workers_of_one(
             config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
             workers.append(
                 forked.Popen(
-                    [sys.executable, "-c", ON_HOST, name]
-                    + [*SMALL, *flags, f"--run_dir={tmp_path}/two"],
+                    [
+                        sys.executable,
+                        "-c",
+                        ON_HOST,
+                        name,
+                        *SMALL,
+                        *flags,
+                        f"--run_dir={tmp_path}/two",
+                    ],
                     cwd=REPOSITORY,
                     env=ENVIRONMENT | {"TF_CONFIG": json.dumps(config)},
                     stdout=subprocess.PIPE,

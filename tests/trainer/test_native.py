@@ -429,7 +429,7 @@ WRONG_SHAPES = [(name, shape) for name in "hc" for shape in WRONG_STATES]
 WRONG_SHAPES += [("mask", shape) for shape in WRONG_MASKS]
 
 
-@pytest.mark.parametrize("name, shape", WRONG_SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "shape"), WRONG_SHAPES, ids=str)
 def test_operands_of_wrong_shape_are_refused(
     name: str, shape: tuple[int, ...], either: None
 ) -> None:
@@ -645,7 +645,7 @@ def test_a_build_that_is_not_there_is_said(anew: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "measured, expected",
+    ("measured", "expected"),
     [
         (0.52, "lstm: TensorFlow's loops; the compiled ones (SET) were measured 0.52 times"),
         (1.5, "lstm: compiled loops (SET), measured 1.50 times as fast as TensorFlow's"),
@@ -677,7 +677,7 @@ def test_what_a_variable_asks_for_is_used_unmeasured(
 
 
 @pytest.mark.parametrize(
-    "most, expected",
+    ("most", "expected"),
     [
         ("", "avx512_bf16"),
         ("DEFAULT", "avx512_bf16"),

@@ -1,0 +1,1 @@
+"""Workers and their collectives, preemption, lost peers, and variables as bytes."""

@@ -100,7 +100,7 @@ def distributor_faults(kind: str, cluster: Cluster) -> list[str]:
     """Returns a line for each reason why --distributor=`kind` cannot run in this `cluster`."""
     if kind == "horovod" or (kind == "auto" and cluster.horovod):
         return _horovod_faults(cluster)
-    if kind == "auto" or cluster.size == 1 and not cluster.horovod:
+    if kind == "auto" or (cluster.size == 1 and not cluster.horovod):
         return []
     fitting = "horovod" if cluster.horovod else "multi_worker"
     if kind == fitting:

@@ -23,8 +23,10 @@ class Preempted(Exception):
 
 
 class StopRequest:
-    """Receives TERM. Make it in the main thread, after the distributor: TensorFlow's multi-worker
-    strategy installs another handler, which swallows the signal.
+    """Receives TERM.
+
+    Make it in the main thread, after the distributor: TensorFlow's multi-worker strategy installs
+    another handler, which swallows the signal.
 
     A thread receives the signals: Python runs no handlers while the main thread hangs in
     TensorFlow, but a second signal or the end of the grace time must still end the process. A

@@ -1,0 +1,1 @@
+"""A trained model in use: files, HTTP, export, explanations."""

@@ -1,0 +1,1 @@
+"""Losses: softmax, adversarial perturbations, label gain, bags of words."""

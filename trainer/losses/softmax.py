@@ -34,7 +34,6 @@ def cross_entropy(
         kernel: [vocab_size, units].
         bias: [vocab_size].
     """
-
     targets = tf.convert_to_tensor(targets)
 
     @tf.custom_gradient

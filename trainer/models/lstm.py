@@ -503,7 +503,7 @@ class _CompiledLoops(NamedTuple):
         self, upstream: tuple[tf.Tensor, ...], tensors: tuple[tf.Tensor, ...], kept: Any
     ) -> tuple[tf.Tensor | None, ...]:
         """Returns the gradients of `tensors`; each is computed only if it is asked for."""
-        inputs, h, c, kernel, recurrent, _ = tensors
+        inputs, _h, c, _kernel, recurrent, _ = tensors
         d_outputs, dh, dc = map(_whole, upstream)
         if not self.mode.return_sequences:
             dh, d_outputs = dh + d_outputs[:, 0], tf.zeros([0])

@@ -1,0 +1,1 @@
+"""report.html, from the files of a run."""

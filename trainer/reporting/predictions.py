@@ -226,8 +226,10 @@ def _fault(info: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str | 
         if (
             labels.dtype.kind != "i"
             or labels.ndim != 1
-            or labels.size
-            and not 0 <= labels.min() <= labels.max() < (2**31 if has_sets else classes)
+            or (
+                labels.size
+                and not 0 <= labels.min() <= labels.max() < (2**31 if has_sets else classes)
+            )
         ):
             return f"{name!r} holds what is no class"
     if has_sets and (fault := _sets_fault(info, tensors["labels"], (documents, classes))):

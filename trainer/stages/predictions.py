@@ -1,6 +1,7 @@
 """A classifier's output for each document of a split, and the documents that say most."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def pieces(tokenizer: Tokenizer, kind: str, ids: Sequence[int]) -> list[str]:
         texts = [tokenizer.decode([i]) for i in ids]
     else:
         upto = [tokenizer.decode(ids[:stop]) for stop in range(len(ids) + 1)]
-        texts = [after[len(before) :] for before, after in zip(upto, upto[1:], strict=False)]
+        texts = [after[len(before) :] for before, after in itertools.pairwise(upto)]
     return [text.encode("utf-8", "replace").decode() for text in texts]
 
 

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,7 +103,7 @@ def test_resuming_anywhere_continues_exactly(
 def test_shards_partition_every_batch(rows: int, num_shards: int) -> None:
     slices = [shard_rows(rows, shard, num_shards) for shard in range(num_shards)]
     assert slices[0][0] == 0 and slices[-1][1] == rows
-    assert all(a[1] == b[0] for a, b in zip(slices, slices[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(slices))
     lengths = [stop - start for start, stop in slices]
     assert min(lengths) >= 0 and max(lengths) - min(lengths) <= 1
 

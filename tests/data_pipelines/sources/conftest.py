@@ -39,4 +39,4 @@ def no_proxy_or_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError(f"a source opened a connection: {arguments[1:]}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    yield
+    return

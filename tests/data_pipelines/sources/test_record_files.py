@@ -193,7 +193,7 @@ def test_dirty_records_are_told_once_with_file_and_line(
     assert list(told) == [f"{path}, line {line}" for line in bad]
     assert len(told) == sum(isinstance(e, BadExample) for e in found)
     assert all(re.search(w, t) for w, t in zip(bad.values(), told.values(), strict=True))
-    assert re.sub(r"\s", "", [e.text for e in found if isinstance(e, Example)][0]) == "good"
+    assert re.sub(r"\s", "", next(e.text for e in found if isinstance(e, Example))) == "good"
 
 
 @pytest.mark.parametrize(

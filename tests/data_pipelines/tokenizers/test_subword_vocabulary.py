@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -29,7 +30,7 @@ def written_out(word_counts: dict[str, int], size: int, min_count: int) -> set[s
     while len(known) < size:
         pairs = Counter()
         for word, pieces in words.items():
-            for pair in zip(pieces, pieces[1:], strict=False):
+            for pair in itertools.pairwise(pieces):
                 if all(len(p.removeprefix("##")) > 1 or p in alphabet for p in pair):
                     pairs[pair] += word_counts[word]
         pairs = {pair: count for pair, count in pairs.items() if count >= min_count}

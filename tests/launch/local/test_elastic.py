@@ -276,7 +276,7 @@ def faults(*flags: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "flags, expected",
+    ("flags", "expected"),
     [
         (["--elastic"], ["--elastic: needs --min_workers", "--elastic: needs --max_workers"]),
         (
@@ -317,7 +317,7 @@ def test_faults_are_told_all_at_once(flags, expected):
     assert faults(*flags) == expected
 
 
-@pytest.mark.parametrize("start, count", [([], 3), (["--workers=2"], 2)])
+@pytest.mark.parametrize(("start", "count"), [([], 3), (["--workers=2"], 2)])
 def test_dry_run_prints_the_first_workers(start, count):
     result = subprocess.run(
         [sys.executable, "-m", "launch.main", "--elastic", *FROM_2_TO_3, *start, "--dry_run"],

@@ -35,7 +35,7 @@ def test_a_single_worker_and_horovods_see_all(four: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "value, seen", [("2,0", ["2", "0"]), ("GPU-a, GPU-b,-1,3", ["GPU-a", "GPU-b"]), ("", [])]
+    ("value", "seen"), [("2,0", ["2", "0"]), ("GPU-a, GPU-b,-1,3", ["GPU-a", "GPU-b"]), ("", [])]
 )
 def test_the_user_s_choice_is_divided(four: None, value: str, seen: list[str]) -> None:
     environ = {gpus.VARIABLE: value}

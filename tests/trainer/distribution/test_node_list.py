@@ -53,8 +53,24 @@ def test_several_brackets_run_like_digits() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ",", "a,", ",a", "a,,b", "a[", "a]", "a[]", "a[1-]", "a[3-1]", "a[1,]", "a[[1]]", "a[x]"]
-    + ["a b", f"a[1-{MAX_HOSTS + 1}]", "a[1-999][1-999]"],
+    [
+        "",
+        ",",
+        "a,",
+        ",a",
+        "a,,b",
+        "a[",
+        "a]",
+        "a[]",
+        "a[1-]",
+        "a[3-1]",
+        "a[1,]",
+        "a[[1]]",
+        "a[x]",
+        "a b",
+        f"a[1-{MAX_HOSTS + 1}]",
+        "a[1-999][1-999]",
+    ],
 )
 def test_what_is_no_list_of_hosts(text: str) -> None:
     with pytest.raises(InputError, match="X="):

@@ -177,7 +177,7 @@ def test_recurrent_weight_dropout_reaches_cudnn(request: pytest.FixtureRequest) 
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    ("options", "said"),
     [
         ({"activation": "relu"}, "activation='relu'"),
         ({"use_bias": False}, "use_bias=False"),

@@ -96,7 +96,7 @@ def test_equals_keras(mask_name: str, sequences: bool, backwards: bool, given_st
     assert_close(results_and_gradients(ours, inputs, mask, state), expected, TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("batch, steps", [(3, 6), (1, 1), (1, 6), (3, 1)])
+@pytest.mark.parametrize(("batch", "steps"), [(3, 6), (1, 1), (1, 6), (3, 1)])
 @pytest.mark.parametrize("mask_name", ["none", "empty_row"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_equals_keras_in_sizes_and_types(
@@ -148,7 +148,7 @@ def test_equals_keras_with_options(options: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(bool(tf.config.list_logical_devices("GPU")), reason="a GPU runs Keras's path")
 @pytest.mark.parametrize(
-    "options, own",
+    ("options", "own"),
     [
         ({"dropout": 0.5, "use_bias": False, "stateful": True}, True),
         ({"recurrent_activation": "hard_sigmoid"}, False),
@@ -435,7 +435,7 @@ def test_reset_state_takes_rows_for_the_whole_batch(stateful: WarmLSTM) -> None:
 
 
 @pytest.mark.parametrize(
-    "states, message",
+    ("states", "message"),
     [
         ([np.zeros(UNITS)], r"decoder.* expects 2 states, \[h, c\]; got 1"),
         ([np.ones(UNITS), np.zeros(7)], r"decoder.* c of shape \(3, 5\) or \(5,\); got \(7,\)"),

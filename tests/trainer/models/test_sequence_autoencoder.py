@@ -71,7 +71,7 @@ def test_padding_and_rows_of_no_weight_change_nothing(model: SequenceAutoencoder
 
 def test_a_document_is_read_before_it_is_written(model: SequenceAutoencoder) -> None:
     # The first written token depends on the last read one: the state is handed over.
-    tokens, lengths = documents([4], time=4)
+    tokens, _lengths = documents([4], time=4)
     mask = tf.ones([1, 4], bool)
     embedded = model.encoder.embed(tokens)
     first = model.predicting_outputs(embedded, embedded, mask, training=False)

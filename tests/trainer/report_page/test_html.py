@@ -1,6 +1,7 @@
 """The page: what it says of runs that are whole, dead, damaged and hostile; then in a browser."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -117,7 +118,7 @@ def test_the_page_is_one_file_that_fetches_nothing_and_names_every_target(tmp_pa
         assert f'id="{target}"' in page
     headings = [int(level) for level in re.findall(r"<h(\d)", page)]
     assert headings[0] == 1 and headings.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(headings, headings[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(headings))
 
 
 def test_strangers_text_stays_text(tmp_path: Path) -> None:

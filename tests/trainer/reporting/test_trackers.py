@@ -127,7 +127,8 @@ def test_a_run_that_does_not_finish_is_closed(run: Path, error: BaseException, s
 def test_a_run_that_finishes_is_closed_once(run: Path) -> None:
     notes = Notes()
     guarded = trackers.Guarded("notes", notes, pytest.fail)
-    with pytest.raises(OSError), trackers.following([guarded], run, {"seed": 3}):
+    raised = pytest.raises(OSError, match="of what comes after")
+    with raised, trackers.following([guarded], run, {"seed": 3}):
         guarded.end("finished", {"test_error_percent": {}})
         raise OSError("of what comes after")
     assert notes.told == [("begin", 3), ("finished", {})]

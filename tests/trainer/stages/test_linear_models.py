@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def test_words_and_pairs_are_counted_as_one_would_by_hand(
 ) -> None:
     view = store.split("train")
     documents = [view.gather(np.array([i]), 10_000)[0][0].tolist() for i in range(len(view))]
-    pairs = [{p for p in zip(d, d[1:], strict=False) if min(p) > 2} for d in documents]
+    pairs = [{p for p in itertools.pairwise(d) if min(p) > 2} for d in documents]
     frequent = sorted({p for d in pairs for p in d if sum(p in other for other in pairs) >= 2})
     counts = models.counts(view).toarray()
     assert counts.shape == (len(view), store.vocab_size + len(frequent))
