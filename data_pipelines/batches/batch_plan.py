@@ -112,6 +112,11 @@ class BatchPlan(_Epochs):
         self._windows = _Recent(self._make_window)
         self._orders = _Recent(self._make_order)
 
+    @property
+    def rows_vary(self) -> bool:
+        """Whether batches have different numbers of examples, beside an epoch's last one."""
+        return self._global_batch is None
+
     def indices(self, step: int) -> np.ndarray:
         """Returns the examples of global batch `step`: int64 [n], read-only.
 

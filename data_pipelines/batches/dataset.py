@@ -127,6 +127,13 @@ def _options() -> tf.data.Options:
     return options
 
 
+def most_shapes(plan: BatchPlan | PackedPlan) -> int | None:
+    """Returns how many shapes a slice's tokens have at most; None where rows vary without bound."""
+    if isinstance(plan, PackedPlan):
+        return 2  # an epoch's last batch has another
+    return None if plan.rows_vary else 2 * padded(plan.max_tokens) // TIME_MULTIPLE
+
+
 def read_bucketed(
     view: SplitView, plan: BatchPlan, step: int, shards: range, num_shards: int
 ) -> dict[str, np.ndarray]:

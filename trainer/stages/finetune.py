@@ -102,6 +102,7 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         f"epoch, {config.finetune_steps:,} steps to do; weights: {config.init_weights}, "
         f"state: {config.initial_state}"
     )
+    run.log_shapes(folder.name, plan)
     objective = joint_objective(run, classifier) if config.joint_weight else None
     task = Task(
         name="finetune",

@@ -96,6 +96,7 @@ def set_up(run: Run, folder: Path) -> tuple[TextModel, Task, StoreBatches, dict[
         f"pretrain: {view.num_tokens:,} tokens in {len(view):,} documents or pieces, "
         f"{plan.steps_per_epoch:,} steps an epoch, {config.pretrain_steps:,} steps to do"
     )
+    run.log_shapes("pretrain", plan)
     validation = validation_pieces(run, config.pretrain_evaluate_documents)
     task = Task(
         name="pretrain",

@@ -8,10 +8,11 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.batches.batch_plan import BatchPlan, PackedPlan
-from data_pipelines.batches.dataset import make_dataset
+from data_pipelines.batches.dataset import make_dataset, most_shapes
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers import load_tokenizer
+from trainer import native
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.preemption import StopRequest
@@ -68,6 +69,13 @@ class Run:
     def batches(self, view: SplitView, plan: BatchPlan | PackedPlan) -> "StoreBatches":
         """Returns the batches of `view` in the plan's order."""
         return StoreBatches(view, plan, self.distributor, self.store)
+
+    def log_shapes(self, stage: str, plan: BatchPlan | PackedPlan) -> None:
+        """On a GPU, prints for how many shapes of batches cuDNN has to plan its kernels."""
+        if native.has_gpu():
+            bound = most_shapes(plan)
+            said = f"at most {bound}" if bound else "any number, because their rows vary"
+            self.log(f"{stage}: batches have shapes: {said}")
 
     def some_documents(
         self, view: SplitView, documents: int, batch_size: int, max_tokens: int

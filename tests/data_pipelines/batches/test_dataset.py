@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from data_pipelines.batches.batch_plan import BatchPlan, PackedPlan
-from data_pipelines.batches.dataset import make_dataset
+from data_pipelines.batches.dataset import make_dataset, most_shapes
 from data_pipelines.reserved_ids import END_ID
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
@@ -214,6 +214,22 @@ def test_carried_spec_has_one_more_entry(view: SplitView, carried: PackedPlan) -
     )
     assert dataset.element_spec["carries"] == tf.TensorSpec([None], tf.float32)
     assert [batch["tokens"].shape for batch in dataset] == [(5, 24)]
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_shapes_are_bounded(
+    view: SplitView, plan: BatchPlan, carried: PackedPlan, num_shards: int
+) -> None:
+    packed = PackedPlan(view, max_tokens=24, global_batch=5, seed=0)
+    for each in (plan, packed, carried):
+        stop = 2 * each.steps_per_epoch
+        found = {
+            batch["tokens"].shape
+            for batch in elements(view, each, stop_step=stop, num_shards=num_shards)
+        }
+        assert 1 <= len(found) <= most_shapes(each)
+    varying = BatchPlan(view, max_tokens=24, tokens_per_batch=48, seed=0)
+    assert most_shapes(varying) is None
 
 
 @pytest.fixture
