@@ -106,6 +106,11 @@ bench: native ## speed, measured beside Keras and PyTorch: docs/performance.md
 bench-gpu: $(INSTALLED) ## the same on a GPU
 	$(BIN)/python -m benchmarks.all --gpu
 
+gpu-check: venv ## all that only a GPU can prove: docs/gpu.md (DATA_DIR=: TFDS's reviews; DRY_RUN=1: on the CPU)
+	$(if $(DRY_RUN),,$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    -c constraints.txt -c constraints-gpu.txt 'tensorflow[and-cuda]')
+	$(BIN)/python -m benchmarks.gpu_check $(if $(DATA_DIR),--data_dir=$(DATA_DIR)) $(if $(DRY_RUN),--dry_run_on_cpu)
+
 sanitize: $(INSTALLED) ## 1,000 sets of operands for the compiled loops, under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.trainer.fuzz_native --sanitize --sets=1000
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import allreduce
 from benchmarks.machine import facts
+from benchmarks.processes import markdown_table
 from tests.integration.equivalence import (
     TOLERANCES,
     Case,
@@ -227,15 +228,6 @@ def simulated(rows: float) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """Returns records with the same keys as a Markdown table."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |"]
-    lines.append("|" + "---|" * len(names))
-    lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def scaling_table(found: dict[str, Any]) -> str:

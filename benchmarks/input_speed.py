@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.machine import facts
-from benchmarks.processes import min_and_median, write_results
+from benchmarks.processes import markdown_table, min_and_median, write_results
 from data_pipelines.batches.batch_plan import BatchPlan, shard_rows
 from data_pipelines.batches.dataset import make_dataset, padded
 from data_pipelines.store.split_view import SplitView
@@ -82,8 +82,6 @@ def measure(store: Path, seconds: float, repeats: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    from benchmarks.distribution import markdown_table
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=3.0)

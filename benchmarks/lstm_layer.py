@@ -8,7 +8,7 @@ and writes benchmarks/results/lstm_layer.json:
 
 `limit` is the time in which this machine could do it: the recurrent products at the rate of the
 bare [4 units, units] x [units, batch] product, all others at a large one's, and nothing else.
-On a GPU only Keras (cuDNN) is there to compare with.
+On a GPU, Keras (cuDNN) is there to compare with, and PyTorch if .venv-bench has one for CUDA.
 """
 
 import argparse
@@ -280,15 +280,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="in place of each shape's own number")
     args = parser.parse_args()
     torch = None
-    if not tf.config.list_physical_devices("GPU") and torch_is_there():
+    if torch_is_there():
         torch = Program("benchmarks.torch_programs", "layer", python=TORCH_PYTHON)
+        if tf.config.list_physical_devices("GPU") and torch.ask("device") != "cuda":
+            print("PyTorch is left out: it has no GPU")
+            torch.close()
+            torch = None
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for i in args.shapes:
             shape = (*SHAPES[i][:4], args.repeats or SHAPES[i][4])
             results.append(measure(shape, False, torch, Path(folder)))
             print(table(results[-1:]), flush=True)
-        results.append(measure((*SHAPES[0][:4], args.repeats or 7), True, None, Path(folder)))
+        padded = (*SHAPES[args.shapes[0]][:4], args.repeats or 7)
+        results.append(measure(padded, True, None, Path(folder)))
     if torch:
         torch.close()
     print(table(results))

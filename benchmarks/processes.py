@@ -112,3 +112,12 @@ def write_results(name: str, machine: Mapping[str, Any], results: Any) -> None:
     """Writes benchmarks/results/NAME.json."""
     out = Path("benchmarks/results") / f"{name}.json"
     out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Returns records with the same keys as a Markdown table."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    lines.append("|" + "---|" * len(names))
+    lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines)

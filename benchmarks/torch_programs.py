@@ -1,4 +1,5 @@
-"""What PyTorch does of the benchmarks, in .venv-bench; see processes.py.
+"""What PyTorch does of the benchmarks, in .venv-bench; see processes.py. The layer runs on a GPU if
+there is one.
 
 PyTorch at its best on a CPU: denormal numbers are flushed (its backward pass is many times slower
 without), padded batches (packed sequences are slower), Adam fused, tables by sparse gradients.
@@ -15,6 +16,13 @@ from benchmarks.processes import answer_requests, peak_megabytes
 
 torch.set_flush_denormal(True)
 BASE_MEGABYTES = peak_megabytes()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _wait() -> None:
+    """Waits until a GPU has computed what was asked of it."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 class Layer:
@@ -22,15 +30,18 @@ class Layer:
 
     def load(self, path: str) -> str:
         held = np.load(path)
-        self._inputs = torch.tensor(held["inputs"], requires_grad=True)
+        self._inputs = torch.tensor(held["inputs"], device=DEVICE, requires_grad=True)
         units = held["recurrent"].shape[0]
-        self._lstm = torch.nn.LSTM(self._inputs.shape[2], units, batch_first=True)
+        self._lstm = torch.nn.LSTM(self._inputs.shape[2], units, batch_first=True, device=DEVICE)
         with torch.no_grad():
             self._lstm.weight_ih_l0.copy_(torch.tensor(held["kernel"].T))
             self._lstm.weight_hh_l0.copy_(torch.tensor(held["recurrent"].T))
             self._lstm.bias_ih_l0.copy_(torch.tensor(held["bias"]))
             self._lstm.bias_hh_l0.zero_()
         return torch.__version__
+
+    def device(self) -> str:
+        return DEVICE
 
     def _step(self) -> list[torch.Tensor]:
         outputs, _ = self._lstm(self._inputs)
@@ -46,17 +57,19 @@ class Layer:
         return [outputs.detach(), *gradients]
 
     def results(self, path: str) -> None:
-        np.savez(path, *(tensor.numpy() for tensor in self._step()))
+        np.savez(path, *(tensor.cpu().numpy() for tensor in self._step()))
 
     def seconds(self) -> float:
         began = time.perf_counter()
         self._step()
+        _wait()
         return time.perf_counter() - began
 
     def inference_seconds(self) -> float:
         began = time.perf_counter()
         with torch.inference_mode():
             self._lstm(self._inputs)
+        _wait()
         return time.perf_counter() - began
 
 

@@ -38,7 +38,7 @@ SECTIONS = {
         "how-it-works.md", "where-things-are.md", "data-batches.md", "distribution.md",
         "faults.md", "reliability.md",
         "learned-states.md", "learned-states-imdb.md", "label-efficiency.md", "reproduction.md",
-        "performance.md",
+        "performance.md", "gpu.md",
         "decisions.md",
     ],
     "Project": ["changelog.md", "contributing.md", "licences.md"],
