@@ -41,8 +41,13 @@ $(HOROVOD_INSTALLED): $(INSTALLED) $(wildcard launch/horovod_build/*)
 demo: venv ## the main job on this machine: two workers, real IMDB text, scratch against warm start
 	$(BIN)/python -m launch.main --platform=local --workers=2 -- --flagfile=trainer/configs/demo.cfg
 
-# Two processes on two cores, each test file in one of them. ISA=avx2 computes as on a processor without AVX-512.
-PYTEST := HOROVOD=$(HOROVOD) $(if $(filter avx2,$(ISA)),ONEDNN_MAX_CPU_ISA=AVX2) $(BIN)/python -m pytest -n logical --maxprocesses=4
+# One process more than cores, for tests wait for what they start; each test file is in one of them.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+PROCESSES := $(shell echo $$(($(CORES) < 4 ? $(CORES) + 1 : 4)))
+# Bytecode is kept even if the environment says otherwise: hundreds of processes would compile all modules again.
+export PYTHONDONTWRITEBYTECODE :=
+# ISA=avx2 computes as on a processor without AVX-512.
+PYTEST := HOROVOD=$(HOROVOD) $(if $(filter avx2,$(ISA)),ONEDNN_MAX_CPU_ISA=AVX2) $(BIN)/python -m pytest -n $(PROCESSES)
 QUICK := not slow$(if $(filter avx2,$(ISA)), and not bfloat16)
 
 test: $(TESTED) lint ## lint, and the tests but those that are marked slow: some minutes (HOROVOD=0: and but Horovod's)
@@ -59,7 +64,7 @@ snapshots: $(INSTALLED) ## help, faults and tables as people read them, after a 
 
 coverage: $(TESTED) ## make test, with the branches that it takes: build/coverage
 	rm -rf build/coverage && mkdir -p build/coverage
-	HOROVOD=$(HOROVOD) $(BIN)/coverage run -m pytest -n logical --maxprocesses=4 -q -m "not slow"
+	HOROVOD=$(HOROVOD) $(BIN)/coverage run -m pytest -n $(PROCESSES) -q -m "not slow"
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage html -q
 	$(BIN)/coverage report --skip-covered --sort=miss

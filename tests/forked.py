@@ -17,6 +17,7 @@ import functools
 import gc
 import io
 import json
+import multiprocessing.util
 import os
 import runpy
 import select
@@ -45,6 +46,7 @@ PRELOADED = ("tensorflow", "keras", "absl.app", "safetensors.numpy", "yaml")
 PRODUCT = ("data_pipelines", "launch", "trainer", "warmstate", "tests")  # imported anew
 _LENGTH = struct.Struct("!I")
 _CHUNK = 1 << 16
+_SPAWN = multiprocessing.util.spawnv_passfds
 
 
 def is_python(command: Sequence[str]) -> bool:
@@ -124,6 +126,7 @@ def _run(command: Sequence[str]) -> int:
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__builtins__ = __builtins__
     subprocess.Popen = _ForkingPopen
+    multiprocessing.util.spawnv_passfds = _fork_a_server
     code: object = 0
     try:
         _customize()
@@ -251,17 +254,31 @@ class Popen(subprocess.Popen):
         return self.returncode
 
 
-def _tensorflow_runs() -> bool:
-    """Returns whether TensorFlow has started its threads in this process."""
+def _can_fork() -> bool:
+    """Returns whether this process has no threads, neither Python's nor TensorFlow's."""
     context = sys.modules.get("tensorflow.python.eager.context")
-    return context is not None and context.context()._initialized
+    tensorflow_runs = context is not None and context.context()._initialized
+    return threading.active_count() == 1 and not tensorflow_runs
+
+
+def _fork_a_server(path: bytes, arguments: Sequence[Any], pass_fds: Sequence[int]) -> int:
+    """Does what multiprocessing's `spawnv_passfds` does, by which it starts its servers."""
+    if not _can_fork():
+        return _SPAWN(path, arguments, pass_fds)
+    # Before "-c" are the interpreter's own options, which this process has.
+    command = [sys.executable, *map(os.fsdecode, arguments[arguments.index("-c") :])]
+    pid = os.fork()
+    if not pid:
+        _close_all_but([0, 1, 2, *pass_fds])
+        become({"command": command, "environment": dict(os.environ), "folder": os.getcwd()})
+    return pid
 
 
 class _ForkingPopen(Popen):
     """The `Popen` of a forked program: that forks itself, unless it has threads."""
 
     def _execute_child(self, args, executable, *more):
-        if threading.active_count() > 1 or _tensorflow_runs():
+        if not _can_fork():
             return super(Popen, self)._execute_child(args, executable, *more)  # by exec
         return super()._execute_child(args, executable, *more)
 

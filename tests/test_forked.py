@@ -77,6 +77,26 @@ def test_tensorflow_is_there_and_computes() -> None:
         assert done.stdout == f"{os.environ.get('EXEC') != '1'} {300**3}\n", done.stderr
 
 
+def test_the_server_of_multiprocessing_has_tensorflow_already(tmp_path: Path) -> None:
+    """Where a forked program starts it; and its processes end with the program."""
+    (tmp_path / "there.py").write_text(
+        "import os, sys\ndef there(): return 'tensorflow' in sys.modules, os.getppid()\n"
+    )
+    program = (
+        "import multiprocessing, os, there\n"
+        "with multiprocessing.get_context('forkserver').Pool(2) as pool:\n"
+        "    loaded, parent = pool.apply(there.there)\n"
+        "print(loaded, parent == os.getpid())"
+    )
+    done = forked.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{os.environ.get('EXEC') != '1'} False\n", done.stderr
+
+
 def test_a_process_can_be_hurt_and_waited_for() -> None:
     program = "import signal; print('ready', flush=True); signal.pause()"
     command = [sys.executable, "-c", program]

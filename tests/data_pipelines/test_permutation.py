@@ -41,6 +41,7 @@ def test_any_size_is_permuted_inside_itself(size: int, data: st.DataObject) -> N
     assert all(0 <= value < size for value in values.tolist())
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_all_orders_of_few_elements_are_as_likely(size: int) -> None:
     orders = Counter(map(tuple, drawn(size).tolist()))
@@ -48,6 +49,7 @@ def test_all_orders_of_few_elements_are_as_likely(size: int) -> None:
     assert chi_square(counts) < chi_square_limit(len(counts) - 1)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("size", [7, 10, 16, 37])
 def test_positions_and_neighbours_are_uniform(size: int) -> None:
     values = drawn(size)

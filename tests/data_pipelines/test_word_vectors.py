@@ -110,6 +110,7 @@ def test_any_bytes_are_read_or_refused_by_line(
         assert set(found) <= set(WORDS) and np.isfinite(list(found.values())).all()
 
 
+@pytest.mark.seconds
 def test_memory_is_that_of_the_words_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "v.txt.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:

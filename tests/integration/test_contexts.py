@@ -87,6 +87,7 @@ def test_two_workers_are_one_worker(store: Path, trained: Path, tmp_path: Path) 
     np.testing.assert_allclose(list(two.values())[:40], list(one.values())[:40], rtol=1e-4)
 
 
+@pytest.mark.slow("quick: the resumed fine-tuning of test_training.py")
 def test_a_resumed_run_ends_with_the_same_bits(store: Path, trained: Path, tmp_path: Path) -> None:
     flags = (*FLAGS, f"--store={store}", f"--run_dir={tmp_path}")
     assert train_until("step 65/120", signal.SIGKILL, 1, *flags) == -signal.SIGKILL

@@ -56,7 +56,17 @@ def test_what_is_frozen_stays_and_what_is_trained_is_the_task(
 
 
 @pytest.mark.parametrize(
-    "kind", ["multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
+    "kind",
+    [
+        "multi_worker",
+        pytest.param(
+            "horovod",
+            marks=[
+                pytest.mark.horovod,
+                pytest.mark.slow("quick: multi_worker's, and Horovod's two workers are one worker"),
+            ],
+        ),
+    ],
 )
 def test_on_two_workers_only_the_task_travels(
     kind: str, tuned: Path, small_store: Path, encoder_bundle: Path, tmp_path: Path

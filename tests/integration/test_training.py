@@ -130,10 +130,13 @@ def test_a_carried_state_resumes_with_the_same_bits_and_on_other_workers(
 @pytest.mark.parametrize(
     "flag",
     [
-        "--pretrain_tokens_per_batch=240",
+        pytest.param(
+            "--pretrain_tokens_per_batch=240",
+            marks=pytest.mark.slow("quick: two workers are one, and test_batch_plan.py"),
+        ),
         pytest.param(
             "--pretrain_packing=concat",
-            marks=pytest.mark.slow("quick: the case before it"),
+            marks=pytest.mark.slow("quick: the same"),
         ),
     ],
 )
@@ -239,7 +242,7 @@ def test_pretraining_writes_what_writes_texts_again(encoder: Path) -> None:
     ("state", "workers"),
     [  # The whole job, below, has zero and learned.
         pytest.param("zero", 1, marks=pytest.mark.slow("quick: the whole job")),
-        ("mean", 1),
+        pytest.param("mean", 1, marks=pytest.mark.slow("quick: encode; and a run from mean below")),
         pytest.param("learned", 2, marks=pytest.mark.slow("quick: the whole job")),
         ("encode", 2),
     ],
@@ -353,17 +356,19 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert not (tmp_path / "run" / "pretrain").exists()
 
 
-def test_an_encoder_of_another_vocabulary_is_refused(
-    tmp_path: Path, encoder: Path, small_store: Path
-) -> None:
+def test_an_encoder_of_another_vocabulary_is_refused(tmp_path: Path, encoder: Path) -> None:
+    lines = [f"a line about number {i % 7}\t{i % 2}\n" for i in range(100)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.tsv").write_text("text\tlabel\n" + "".join(lines))
     done = run(
         1,
         "--stage=finetune",
         f"--run_dir={tmp_path}/run",
         f"--store={tmp_path}/store",
-        "--vocab_size=900",
+        f"--source=tsv:train={tmp_path}/train.tsv,test={tmp_path}/test.tsv",
+        "--vocab_size=11",
         f"--encoder={encoder}",
-        "--sampled_softmax=64",
+        "--sampled_softmax=5",
     )
     assert done.returncode == 2
     assert "was made with another vocabulary" in done.stderr

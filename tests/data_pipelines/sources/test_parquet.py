@@ -116,6 +116,7 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.seconds
 def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
     text = "".join(chr(97 + i * i % 26) for i in range(2000))
     rows = pa.table({"text": pa.array([f"{i} {text}" for i in range(200_000)])})  # 400 MB

@@ -341,6 +341,7 @@ def undamaged(tmp_path_factory: pytest.TempPathFactory, write_store: MakeStore) 
     return folder
 
 
+@pytest.mark.seconds
 @FUZZ
 @given(st.data())
 def test_no_damage_ends_in_anything_but_an_input_error(

@@ -92,6 +92,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: ApiServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # it and delayed acknowledgements add 40 ms to each answer
 
     def _serve(self) -> None:
         if self.server.away:

@@ -51,12 +51,15 @@ def test_only_the_cluster_port_is_moved_to_loopback(capfdbinary: pytest.CaptureF
     assert [json.loads(line.partition(b"BOUND")[2]) for line in lines] == [expected] * 2
 
 
-def test_tensorflow_servers_listen_on_loopback(capfdbinary: pytest.CaptureFixture) -> None:
-    assert run_local([sys.executable, "-c", TENSORFLOW], workers=2) == 0
-    lines = [line for line in capfdbinary.readouterr().out.splitlines() if b"LISTENS" in line]
+def test_tensorflow_servers_listen_on_loopback() -> None:
+    from tests.integration.equivalence import run_workers  # with it, TensorFlow
+
+    done = run_workers([sys.executable, "-c", TENSORFLOW], 2)
+    assert done.returncode == 0, done.stdout
+    lines = [line for line in done.stdout.splitlines() if "LISTENS" in line]
     assert len(lines) == 2
     for line in lines:
-        addresses = json.loads(line.partition(b"LISTENS")[2].replace(b"'", b'"'))
+        addresses = json.loads(line.partition("LISTENS")[2].replace("'", '"'))
         assert addresses and all(a.endswith("127.0.0.1") for a in addresses), line
 
 

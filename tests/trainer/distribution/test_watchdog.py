@@ -1,6 +1,5 @@
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
+from tests import forked
 from tests.integration.equivalence import run_workers
 from trainer.distribution.tf_distribute import TfDistributor
 from trainer.distribution.watchdog import LOCAL_WORK_SECONDS, Judge, Record, Watchdog
@@ -215,7 +215,7 @@ threading.Event().wait(60)
 @pytest.mark.parametrize(("does", "code"), [("ends", 3), ("hangs", 75)])
 def test_a_main_thread_that_does_not_end_is_ended(does: str, code: int) -> None:
     began = time.monotonic()
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", PROGRAM, does],
         cwd=REPOSITORY,
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},

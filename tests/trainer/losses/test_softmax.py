@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests import forked
 from trainer.losses import softmax
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -122,8 +122,8 @@ print(json.dumps(peaks))
 
 def test_chunks_take_a_fraction_of_the_memory() -> None:
     # The logits of a batch of 64 x 50 words, out of 30,000, are 366 MiB.
-    done = subprocess.run([sys.executable, "-c", PEAK_MEMORY], cwd=REPOSITORY, text=True,
-                          capture_output=True, timeout=300)  # fmt: skip
+    done = forked.run([sys.executable, "-c", PEAK_MEMORY], cwd=REPOSITORY, text=True,
+                      capture_output=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, chunked, plain = json.loads(done.stdout.splitlines()[-1])
     print(f"peak above {before:.0f} MiB: {chunked - before:.0f} MiB, plain {plain - before:.0f}")

@@ -261,6 +261,7 @@ def test_a_screen_reader_finds_names_on_all_that_it_can_reach(browser_page: Page
     assert {"main", "navigation", "heading", "table", "button"} <= roles
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("classes", "documents"), [(1_000, 3_000), (30_000, 400)])
 def test_many_classes_are_the_largest_thirty_and_the_rest(
     tmp_path: Path, classes: int, documents: int
