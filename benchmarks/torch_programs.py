@@ -1,8 +1,8 @@
-"""What PyTorch does of the benchmarks, in .venv-bench; see processes.py. The layer runs on a GPU if
-there is one.
+"""What PyTorch does of the benchmarks, in .venv-bench; see processes.py.
 
-PyTorch at its best on a CPU: denormal numbers are flushed (its backward pass is many times slower
-without), padded batches (packed sequences are slower), Adam fused, tables by sparse gradients.
+The layer runs on a GPU if there is one. On a CPU, PyTorch is at its best: denormal numbers are
+flushed (its backward pass is many times slower without), padded batches (packed sequences are
+slower), Adam fused, tables by sparse gradients.
 """
 
 import sys

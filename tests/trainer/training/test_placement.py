@@ -43,6 +43,7 @@ PRETRAINING = {
     "exact softmax, float16": {"sampled_softmax": 0, "precision": "mixed_float16"},
 }
 PRETRAINING_SLOW = {
+    "bag autoencoder": {"pretrain_objective": "bag_autoencoder", "recurrent_weight_dropout": 0.3},
     "micro-batches": {"accumulate_steps": 2},
     "one layer": {"num_layers": 1},
     "dense tables": {"sparse_reduce": "dense"},
