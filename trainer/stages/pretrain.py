@@ -73,6 +73,7 @@ def pretrain(run: Run, folder: Path) -> dict[str, Any]:
         encoder_sha256 = save_encoder(run, folder / "encoder", model, mean, code, report)
         if isinstance(model, SequenceAutoencoder):
             save_decoder(run, folder / "decoder", model, encoder_sha256)
+        run.saved()
     return report
 
 

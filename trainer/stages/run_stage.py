@@ -1,6 +1,5 @@
 """Runs a stage in this process, from the checks before it to the report after it."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +14,8 @@ import absl.logging
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
+from data_pipelines.files import is_remote
+from data_pipelines.store.fetch import fetched
 from data_pipelines.store.token_store import TokenStore
 from trainer import native, preflight
 from trainer.config import Config
@@ -22,6 +23,7 @@ from trainer.distribution import run_lock
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.make import make_distributor
 from trainer.distribution.preemption import StopRequest
+from trainer.mirror import mirrored
 from trainer.report_page import html
 from trainer.reporting import environment, report_file
 from trainer.reporting.console import Console
@@ -43,14 +45,24 @@ def run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | Non
         InputError: The flags, the data or a file that they name are wrong, or another run uses the
             folder.
         Preempted: A worker received TERM; the state is saved.
+        BehindError: --mirror lacks the last state.
     """
-    writes = cluster.rank == 0 and config.stage != "replay"
-    lock = run_lock.held(Path(config.run_dir), log or print) if writes else contextlib.nullcontext()
-    with lock:
-        _run_stage(config, cluster, log)
+    if cluster.rank != 0 or config.stage == "replay":
+        return _run_stage(config, cluster, log, lambda: None)
+    folder, say = Path(config.run_dir), log or print
+    with (
+        run_lock.held(folder, say),
+        mirrored(config.mirror, folder, config.resume == "never", say) as saved,
+    ):
+        _run_stage(config, cluster, log, saved)
 
 
-def _run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | None) -> None:
+def _run_stage(
+    config: Config,
+    cluster: Cluster,
+    log: Callable[[str], None] | None,
+    saved: Callable[[], None],
+) -> None:
     """Checks, prepares the data, makes the distributor, runs the stage, writes the report."""
     began = time.perf_counter()
     chief = cluster.rank == 0
@@ -67,7 +79,7 @@ def _run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | No
     vitals = Vitals(stall_seconds=config.stall_seconds)
     if cluster.is_first_of_host and config.status_port:
         serve(config.status_host, config.status_port, vitals)
-    store = open_store(config, cluster)
+    store = open_store(config, cluster, log)
     read = preflight.vocabulary_faults(config, store.vocab_sha256) if chief else []
     preflight.raise_if(preflight.store_faults(config, store) + read)
     if writes:
@@ -82,7 +94,7 @@ def _run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | No
     config = precision.resolved(config, distributor, config_folder, log)
     config = exact_if_small(config, store.vocab_size, log)
     trackers = make_trackers(config.track, log) if writes else []
-    run = Run(config, distributor, store, stop_request, log, vitals, trackers)
+    run = Run(config, distributor, store, stop_request, log, vitals, trackers, saved)
     if config.step:
         replayed = replay.replay(run)
         log("\n".join(["", *replay.describe(replayed, distributor.num_shards)]))
@@ -138,18 +150,20 @@ def _result(run: Run) -> dict[str, Any]:
     return compare.compare(run)
 
 
-def open_store(config: Config, cluster: Cluster) -> TokenStore:
-    """Returns the token store, made from --source if it is missing.
+def open_store(config: Config, cluster: Cluster, log: Callable[[str], None]) -> TokenStore:
+    """Returns the token store, fetched if --store is an address, made from --source if missing.
 
     Every process may call this at once: the `prepare` program locks the folder. It is a separate
     program because it runs TensorFlow operations, after which this process could no longer make a
     multi-worker strategy.
 
     Raises:
-        InputError: The store is damaged.
+        InputError: The store is damaged, or cannot be fetched.
     """
     folder = config.store or str(Path(config.run_dir) / "store")
-    if not config.store or not (Path(config.store) / "manifest.json").exists():
+    if is_remote(config.store):
+        folder = str(fetched(config.store, log if cluster.rank == 0 else lambda line: None))
+    elif not config.store or not (Path(config.store) / "manifest.json").exists():
         command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={folder}"]
         command += [f"--tokenizer={config.tokenizer}"]
         if config.vocab_size != Config.vocab_size:  # the default may be larger than the data

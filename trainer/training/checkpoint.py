@@ -24,7 +24,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from data_pipelines.durable import Buffer, flush_file, flush_folder, remove, write_folder
+from data_pipelines.durable import (
+    Buffer,
+    discard,
+    flush_file,
+    flush_folder,
+    remove,
+    write_folder,
+)
 from data_pipelines.errors import InputError
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.variables import assign, digest
@@ -59,6 +66,7 @@ class Checkpointer:
     Attributes:
         saved: Time of the last write in this process, by time.monotonic(); None before.
         flushed_first: Files of the run that are to be on the disk before a checkpoint is.
+        written: Called, in the writing thread, after each write.
     """
 
     def __init__(
@@ -85,6 +93,7 @@ class Checkpointer:
         self._error = ""
         self.saved: float | None = None
         self.flushed_first: Sequence[Path] = ()
+        self.written: Callable[[], None] = lambda: None
 
     def save(
         self,
@@ -229,6 +238,7 @@ class Checkpointer:
             write_folder(beside, self._folder / f"step-{step:08d}", files, pause)
             self.saved = time.monotonic()
             self._remove_old()
+            self.written()
         except OSError as error:
             self.report(self._what_to_do(step, error))
             with contextlib.suppress(OSError):  # frees the space of half a checkpoint
@@ -246,7 +256,7 @@ class Checkpointer:
             ranked = sorted(known, key=lambda folder: values[folder])
             older = [folder for folder in older if folder not in ranked[: self._keep_best]]
         for folder in older:
-            remove(folder)
+            discard(folder)
 
     def _what_to_do(self, step: int, error: OSError) -> str:
         kept = []

@@ -91,6 +91,7 @@ class Training:
             config.checkpoint_errors, config.keep_best, task.inputs,
         )  # fmt: skip
         self.checkpoints.flushed_first = [task.folder / "metrics.jsonl"]
+        self.checkpoints.written = run.saved
         self.progress = Progress(run, task, batches, self.checkpoints, self._averages)
         profiled = step_range(config.profile_steps) if run.is_chief else None
         self.profiler = Profiler(*(profiled or (0, 0)), task.folder / "profile", run.log)

@@ -22,7 +22,11 @@ from trainer.reporting.trackers import Tracker
 
 @dataclass(frozen=True)
 class Run:
-    """One sitting of a run in one process."""
+    """One sitting of a run in one process.
+
+    Attributes:
+        saved: To be called by the chief when a checkpoint, a bundle or a report is whole.
+    """
 
     config: Config
     distributor: Distributor
@@ -31,6 +35,7 @@ class Run:
     log: Callable[[str], None]
     vitals: Vitals = field(default_factory=Vitals)
     trackers: Sequence[Tracker] = ()
+    saved: Callable[[], None] = lambda: None
 
     @property
     def folder(self) -> Path:
