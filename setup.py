@@ -57,7 +57,12 @@ setup(
         "azure": ["adlfs"],  # reads az://
         # Needs protobuf < 7 and pyarrow < 26, so an environment of its own: docs/data-preparing.md.
         "beam": ["apache-beam>=2.77,<3"],
-        "docs": ["mkdocs-material", "mkdocstrings", "mkdocstrings-python"],  # make docs
+        "docs": [  # make docs
+            "mkdocs-material",
+            "mkdocstrings",
+            "mkdocstrings-python",
+            "properdocs",
+        ],
         "gcs": ["gcsfs"],  # reads gs://
         "hf": ["datasets"],  # reads hf:
         "http": ["aiohttp"],  # reads http:// and https://

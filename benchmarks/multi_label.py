@@ -28,27 +28,30 @@ from data_pipelines.sources.text import text_fault
 from trainer.reporting import thresholds
 from trainer.reporting.predictions import Predictions
 
-STRENGTHS = (3.0, 10.0, 30.0)
+STRENGTHS = (10.0, 30.0)
 PRETRAINING: dict[str, Any] = {
     "pretrain_objective": "bag_autoencoder",
-    "pretrain_steps": 800,
+    "pretrain_steps": 500,
+    "pretrain_evaluate_every_steps": 500,
+    "pretrain_evaluate_documents": 200,
+    "mean_state_documents": 200,
     "pretrain_batch_size": 32,
-    "pretrain_max_tokens": 200,
-    "pretrain_learning_rate": 3e-3,
-    "embedding_dim": 128,
-    "units": 192,
+    "pretrain_max_tokens": 120,
+    "pretrain_learning_rate": 5e-3,
+    "embedding_dim": 96,
+    "units": 128,
 }
 FINE_TUNING: dict[str, Any] = {
-    "embedding_dim": 128,
-    "units": 192,
+    "embedding_dim": 96,
+    "units": 128,
     "pooling": "mean",
     "hidden_units": 0,
-    "finetune_steps": 900,
-    "finetune_evaluate_every_steps": 150,
+    "finetune_steps": 800,
+    "finetune_evaluate_every_steps": 200,
     "finetune_batch_size": 32,
-    "finetune_learning_rate": 2e-3,
+    "finetune_learning_rate": 3e-3,
     "finetune_schedule": "triangular",
-    "finetune_max_tokens": 200,
+    "finetune_max_tokens": 150,
 }
 
 

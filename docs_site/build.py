@@ -47,21 +47,20 @@ PACKAGES = ("warmstate", "data_pipelines", "trainer", "launch")
 
 
 def main() -> int:
-    """Builds the site; returns the exit code of MkDocs."""
+    """Builds the site; returns the exit code of ProperDocs."""
     shutil.rmtree(PAGES, ignore_errors=True)
     copy_pages()
     reference = write_reference()
-    config = yaml.safe_load((REPOSITORY / "docs_site" / "mkdocs.yml").read_text())
+    config = yaml.safe_load((REPOSITORY / "docs_site" / "properdocs.yml").read_text())
     config |= {"docs_dir": "pages", "site_dir": "site", "nav": navigation(reference)}
-    path = BUILD / "mkdocs.yml"
+    path = BUILD / "properdocs.yml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(path)]
-    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # an advertisement, not about this site
-    return subprocess.run(command, env=quiet).returncode
+    command = [sys.executable, "-m", "properdocs", "build", "--strict", "-f", str(path)]
+    return subprocess.run(command).returncode
 
 
 def copy_pages() -> None:
-    """Copies pages and pictures to where MkDocs reads them."""
+    """Copies pages and pictures to where ProperDocs reads them."""
     shutil.copytree(REPOSITORY / "docs", PAGES)
     for source, target in MOVED.items():
         shutil.copyfile(REPOSITORY / source, PAGES / target)

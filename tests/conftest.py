@@ -46,14 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_collections() -> Iterator[None]:
+def few_collections() -> None:
     """Keeps what earlier modules left, such as TensorFlow's graphs, out of the garbage collector.
 
     It would go through all of it again and again: a fifth of the suite's time.
     """
     gc.collect()
     gc.freeze()
-    return
 
 
 def pytest_report_header() -> str:

@@ -119,6 +119,22 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as the site and GitHub make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = (
+        re.sub(r"[^\w\s-]", "", h).strip().lower() for h in re.findall("^#+ (.*)", text, re.M)
+    )
+    return {re.sub(r"[-\s]+", "-", heading) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(REPOSITORY).as_posix())
+def test_anchors_of_links_are_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s:]*\.md|)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    places = {(page.parent / name if name else page, anchor) for name, anchor in links}
+    assert not [f"{p.name}#{anchor}" for p, anchor in places if anchor not in anchors(p)]
+
+
 def test_every_page_is_in_the_readme_and_has_a_place_on_the_site() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     listed = {page for pages in SECTIONS.values() for page in pages}

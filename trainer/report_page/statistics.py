@@ -4,14 +4,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
-Z95 = 1.959964  # 95 % of the normal distribution lie within
-# 97.5 % quantile of Student's t by degrees of freedom from 1; above 30 the normal's is close.
-T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
+Z95 = float(ndtri(0.975))  # 95 % of the normal distribution lie within
 
 
 class Interval(NamedTuple):
@@ -53,8 +48,7 @@ def unpaired_difference(first: Interval, second: Interval) -> Interval:
 def mean_of_runs(values: list[float]) -> Interval:
     """Returns the mean of at least two values, with Student's interval."""
     degrees = len(values) - 1
-    t = T95[degrees - 1] if degrees <= len(T95) else Z95
-    half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stdtrit(degrees, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     mean = float(np.mean(values))
     return Interval(mean, mean - half, mean + half)
 

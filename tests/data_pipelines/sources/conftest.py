@@ -1,6 +1,6 @@
 """Helpers for the tests of sources."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -31,7 +31,7 @@ def read_all() -> Callable[..., Documents]:
 
 
 @pytest.fixture(autouse=True)
-def no_proxy_or_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_proxy_or_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening a socket fails: no source may ask the network for anything."""
     import socket
 
@@ -39,4 +39,3 @@ def no_proxy_or_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError(f"a source opened a connection: {arguments[1:]}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    return

@@ -43,6 +43,8 @@ def test_the_mean_of_runs_has_students_interval() -> None:
     found = statistics.mean_of_runs([4.7, 2.3, 3.4])
     # By hand: mean 3.4667, deviation 1.2014, t(2) = 4.303.
     assert found == pytest.approx((3.4667, 0.4819, 6.4514), abs=1e-3)
+    many = statistics.mean_of_runs([0.0, 2.0] * 20)  # deviation 1.0127, t(39) = 2.0227
+    assert many == pytest.approx((1, 0.6761, 1.3239), abs=1e-4)
 
 
 def test_confusion_counts_labels_by_row() -> None:
