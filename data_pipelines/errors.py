@@ -1,5 +1,7 @@
 """The exception for mistakes that the user can fix."""
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """A wrong flag, file or folder.
@@ -7,3 +9,9 @@ class InputError(ValueError):
     Each line of `str(error)` is a fault and names the flag or file to change. Programs print it and
     exit with code 2.
     """
+
+
+def raise_if(faults: Sequence[str]) -> None:
+    """Raises InputError with all the faults, if there are any."""
+    if faults:
+        raise InputError("\n".join(faults))

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import app, flags
 
-import data_pipelines.flag_fields as flag_fields
+from data_pipelines import flag_fields
 from data_pipelines.flag_fields import fields_of, flag
 from launch.kubernetes.platform import Kubernetes
 from launch.local.platform import Local
@@ -84,8 +84,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         faults += [f"{word} is not a flag{advice}" for word in words]
     choice = flag_fields.from_flags(Choice)
     if wrong := flag_fields.value_faults(choice):
-        readers = [each.options_class for each in PLATFORMS.values()]
-        wrong += [f for reader in readers for f in flag_fields.value_faults(_options(reader))]
+        for table in TABLES[1:]:
+            wrong += flag_fields.value_faults(flag_fields.from_flags(table))
         faults += dict.fromkeys(wrong)
     else:
         platform = _platform(choice.platform)
@@ -98,11 +98,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _platform(name: str) -> Platform[Any]:
     kind = PLATFORMS[name]
-    return kind(_options(kind.options_class))
-
-
-def _options(table: type) -> Any:
-    return flag_fields.from_flags(table)
+    return kind(flag_fields.from_flags(kind.options_class))
 
 
 def _start_faults(platform: Platform[Any]) -> list[str]:

@@ -7,6 +7,7 @@ import abc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar, Generic, TypeVar
 
 from data_pipelines.flag_fields import flag
@@ -89,9 +90,11 @@ class Platform(abc.ABC, Generic[OptionsType]):
     Attributes:
         options_class: The flags that the platform reads.
         action_flags: Those of them that status, logs and cancel read.
+        actions: The module whose functions status, logs and cancel do so.
     """
 
     options_class: ClassVar[type[Options]]
+    actions: ClassVar[ModuleType]
     action_flags: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: OptionsType):
@@ -109,17 +112,17 @@ class Platform(abc.ABC, Generic[OptionsType]):
         """Returns one line for each reason why status, logs and cancel cannot work here."""
         return []
 
-    @abc.abstractmethod
     def status(self, name: str) -> int:
         """Prints the state of the job; returns 1 if there is no job of that name, else 0."""
+        return self.actions.status(name)
 
-    @abc.abstractmethod
     def logs(self, name: str, follow: bool) -> int:
         """Prints the log of the job, with `follow` until the job ends; returns the exit code."""
+        return self.actions.logs(name, follow)
 
-    @abc.abstractmethod
     def cancel(self, name: str) -> int:
         """Stops the job, whose workers save their state first; returns the exit code."""
+        return self.actions.cancel(name)
 
     def trainer_command(self, trainer_flags: Sequence[str]) -> list[str]:
         """Returns the command of each worker, for platforms that share this Python."""

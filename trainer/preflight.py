@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -347,12 +347,6 @@ def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
         for name, value in dataclasses.asdict(config).items()
         if name not in FREE_ON_RESUME and name in saved and saved[name] != value
     ]
-
-
-def raise_if(faults: Sequence[str]) -> None:
-    """Raises InputError with all the faults, if there are any."""
-    if faults:
-        raise InputError("\n".join(faults))
 
 
 def encoders_of(config: Config) -> list[tuple[str, str, str]]:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, raise_if
 from data_pipelines.flag_fields import did_you_mean
 
 if TYPE_CHECKING:
@@ -82,11 +82,7 @@ def prepare(folder: str | Path, *, log: Log = print, **settings: Setting | None)
 
 
 def pretrain(
-    run_dir: str | Path,
-    store: "TokenStore | str | Path",
-    *,
-    log: Log = print,
-    **settings: Setting,
+    run_dir: str | Path, store: "TokenStore | str | Path", *, log: Log = print, **settings: Setting
 ) -> Trained:
     """Trains an encoder on a store's text, or resumes the run in `run_dir`.
 
@@ -120,12 +116,9 @@ def finetune(
     """Trains a classifier on a store's labelled text, or resumes the run in `run_dir`.
 
     Args:
-        run_dir: Folder that the run writes.
-        store: From `prepare`, or its folder.
+        run_dir, store, log, settings: As for `pretrain`.
         encoder: Bundle that weights, states and sizes of the model come from; None trains from
             scratch.
-        log: Receives lines of progress.
-        **settings: The trainer's flags.
 
     Returns:
         The classifier's bundle, and steps, seconds, validation metrics, and digests by worker.
@@ -156,12 +149,9 @@ def evaluate(
     """Returns error_percent, loss (nats) and documents of a classifier on a labelled split.
 
     Args:
-        run_dir: Folder that the run writes.
-        store: The store that the classifier was trained on, or its folder.
+        run_dir, store, log, settings: As for `pretrain`.
         classifier: Folder of the bundle.
         split: "train", "validation" or "test".
-        log: Receives lines of progress.
-        **settings: The trainer's flags.
 
     Raises:
         InputError: A setting, the store or the classifier is wrong.
@@ -248,12 +238,11 @@ def _run(
     """Runs a stage in this process; returns its report."""
     from data_pipelines.store.token_store import TokenStore
     from trainer.distribution.cluster import Cluster
-    from trainer.preflight import faults_of, raise_if
+    from trainer.preflight import faults_of
 
     opened = store if isinstance(store, TokenStore) else TokenStore(store)
-    config = _config(
-        {"stage": stage, "run_dir": str(run_dir), "store": str(opened.folder), **settings}
-    )
+    places = {"run_dir": str(run_dir), "store": str(opened.folder)}
+    config = _config({"stage": stage, **places, **settings})
     alone = Cluster(rank=0, size=1)
     raise_if(faults_of(config, alone))
     with _process_kept():
@@ -265,7 +254,6 @@ def _run(
 
 def _config(settings: dict[str, Setting]) -> "Config":
     from trainer.config import Config
-    from trainer.preflight import raise_if
 
     kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
     _check_names(settings, list(kinds))
@@ -282,12 +270,13 @@ def _config(settings: dict[str, Setting]) -> "Config":
 
 def _check_names(settings: dict[str, Any], known: list[str]) -> None:
     """Raises InputError if a setting is not among `known`; the message has the nearest."""
-    faults = []
-    for name in settings:
-        if name not in known:
-            faults.append(f"{name} is no setting{did_you_mean(name, known)}")
-    if faults:
-        raise InputError("\n".join(faults))
+    raise_if(
+        [
+            f"{name} is no setting{did_you_mean(name, known)}"
+            for name in settings
+            if name not in known
+        ]
+    )
 
 
 def _sizes(encoder: Path) -> dict[str, Setting]:
@@ -297,11 +286,8 @@ def _sizes(encoder: Path) -> dict[str, Setting]:
     from trainer.models import bundle
 
     model = bundle.read_info(encoder, "encoder", "encoder")["model"]
-    return {
-        name: model[name]
-        for name in model
-        if name in Config.__dataclass_fields__ and name != "vocab_size"
-    }
+    sizes = model.keys() & Config.__dataclass_fields__.keys() - {"vocab_size"}
+    return {name: model[name] for name in sizes}
 
 
 @contextlib.contextmanager

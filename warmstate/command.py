@@ -11,32 +11,17 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data_pipelines.flag_fields import (
-    HELP_WORDS,
-    USAGE_EXIT_CODE,
-    Field,
-    did_you_mean,
-    help_text,
-)
+from data_pipelines.flag_fields import HELP_WORDS, USAGE_EXIT_CODE, Field, did_you_mean, help_text
 from warmstate import flag_tables
 
 
 class Command(NamedTuple):
-    """A command of `warmstate`.
+    """A command of `warmstate`."""
 
-    Attributes:
-        group: Heading in the help.
-        summary: One line for the help.
-        module: Runs as `python -m` does.
-        stage: The trainer's --stage, "" for other programs.
-        examples: Without the leading `warmstate`.
-    """
-
-    group: str
-    summary: str
-    module: str
-    stage: str = ""
-    examples: tuple[str, ...] = ()
+    group: str  # heading in the help
+    summary: str  # one line for the help
+    module: str  # runs as `python -m` does; the trainer with the command's name as its --stage
+    examples: tuple[str, ...]  # without the leading `warmstate`
 
 
 TRAINER = "trainer.main"
@@ -45,7 +30,7 @@ COMMANDS = {
         "Training",
         "turn text into a token store on disk",
         "data_pipelines.prepare",
-        examples=(
+        (
             "prepare --source=movie_reviews --out=runs/store",
             "prepare --source='csv:reviews.csv' --label_key=stars --out=runs/store",
         ),
@@ -54,14 +39,12 @@ COMMANDS = {
         "Training",
         "train an encoder and its states on unlabelled text",
         TRAINER,
-        "pretrain",
         ("pretrain --run_dir=runs/a --store=runs/store",),
     ),
     "finetune": Command(
         "Training",
         "train a classifier on labelled text, from an encoder or from scratch",
         TRAINER,
-        "finetune",
         (
             "finetune --run_dir=runs/b --store=runs/store --encoder=runs/a/encoder",
             "finetune --run_dir=runs/c --store=runs/store --init_weights=random "
@@ -72,21 +55,18 @@ COMMANDS = {
         "Training",
         "measure a classifier on a labelled split",
         TRAINER,
-        "evaluate",
         ("evaluate --run_dir=runs/d --store=runs/store --classifier=runs/b/classifier",),
     ),
     "all": Command(
         "Training",
         "pretrain, fine-tune from the encoder and from scratch, and compare",
         TRAINER,
-        "all",
         ("all --flagfile=trainer/configs/demo.cfg --run_dir=runs/mine --seed=1",),
     ),
     "predict": Command(
         "Using a classifier",
         "predict labels and probabilities of texts",
         TRAINER,
-        "predict",
         (
             "predict --classifier=runs/b/classifier 'A fine film.' --explain",
             "predict --classifier=runs/b/classifier --input=in.csv --output=out.jsonl",
@@ -98,34 +78,31 @@ COMMANDS = {
         "Using a classifier",
         "export a classifier as a SavedModel that takes raw text",
         TRAINER,
-        "export",
         ("export --classifier=runs/b/classifier --output=exported/1",),
     ),
     "serve": Command(
         "Using a classifier",
         "serve a classifier over HTTP, with a page to try sentences",
         TRAINER,
-        "serve",
         ("serve --classifier=runs/b/classifier --port=8000",),
     ),
     "report": Command(
         "Looking at runs",
         "write report.html of one run, finished or not, or of several",
         "trainer.report_page.html",
-        examples=("report runs/a runs/b --out=report.html",),
+        ("report runs/a runs/b --out=report.html",),
     ),
     "replay": Command(
         "Looking at runs",
         "repeat one step of a run: its loss, gradients and texts",
         TRAINER,
-        "replay",
         ("replay --run_dir=runs/a --step=120",),
     ),
     "launch": Command(
         "Many workers",
         "start trainers on this machine, on SLURM or on Kubernetes",
         "launch.main",
-        examples=(
+        (
             "launch --workers=2 -- --stage=pretrain --run_dir=runs/a --store=runs/store",
             "launch --platform=k8s --workers=4 --gpus_per_worker=1 --dry_run -- "
             "--flagfile=trainer/configs/demo.cfg",
@@ -144,13 +121,13 @@ COMMANDS = {
         "This machine",
         "check this machine: what it has and what is wrong with it",
         "warmstate.doctor",
-        examples=("doctor",),
+        ("doctor",),
     ),
     "completion": Command(
         "This machine",
         "print the completion of bash, zsh or fish",
         "warmstate.completion",
-        examples=('completion bash  # eval "$(warmstate completion bash)" in ~/.bashrc',),
+        ('completion bash  # eval "$(warmstate completion bash)" in ~/.bashrc',),
     ),
 }
 
@@ -186,7 +163,7 @@ def _run(words: list[str]) -> int:
         print(help_of(name))
         return 0
     # Behind the flags, because a flagfile may name another stage, but before `--`.
-    stage = [f"--stage={command.stage}"] if command.stage else []
+    stage = [f"--stage={name}"] if command.module == TRAINER else []
     sys.argv = [f"warmstate {name}", *rest[:end], *stage, *rest[end:]]
     runpy.run_module(command.module, run_name="__main__", alter_sys=True)
     return 0
@@ -207,7 +184,7 @@ def overview() -> str:
             lines += ["", f"{group}:"]
         lines.append(f"  {name:<11} {command.summary}")
     lines += ["", "Examples:"]
-    lines += [f"  warmstate {c.examples[0]}" for c in COMMANDS.values() if c.examples]
+    lines += [f"  warmstate {command.examples[0]}" for command in COMMANDS.values()]
     lines += [
         "",
         "`warmstate COMMAND --help` lists a command's flags. --flagfile=FILE reads flags from "
@@ -228,4 +205,4 @@ def help_of(name: str) -> str:
 
 def flags_of(name: str) -> list[Field]:
     """Returns a command's flags, in the order of its help."""
-    return flag_tables.flags_of(name, COMMANDS[name].stage)
+    return flag_tables.flags_of(name, is_stage=COMMANDS[name].module == TRAINER)

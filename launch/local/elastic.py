@@ -14,21 +14,13 @@ from launch.local import workers as local
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the number of workers.
+    """Limits of the number of workers."""
 
-    Attributes:
-        minimum: The job ends below it.
-        maximum: Also the number that is allowed while there is no `available_file`.
-        start: The number to begin with; None for as many as are allowed.
-        available_file: Holds the number that is allowed now.
-        max_losses: The number of losses to survive; None for any.
-    """
-
-    minimum: int
-    maximum: int
-    start: int | None = None
-    available_file: Path | None = None
-    max_losses: int | None = None
+    minimum: int  # the job ends below it
+    maximum: int  # also the number that is allowed while there is no `available_file`
+    start: int | None = None  # the number to begin with; None for as many as are allowed
+    available_file: Path | None = None  # holds the number that is allowed now
+    max_losses: int | None = None  # the number of losses to survive; None for any
 
 
 class AvailableWorkers:

@@ -8,24 +8,12 @@ import importlib.util
 import threading
 from collections.abc import Iterator
 
-VARIABLES = tuple(
-    f"HOROVOD_{name}"
-    for name in (
-        "RANK",
-        "SIZE",
-        "LOCAL_RANK",
-        "LOCAL_SIZE",
-        "CROSS_RANK",
-        "CROSS_SIZE",
-        "HOSTNAME",
-        "CONTROLLER",
-        "CPU_OPERATIONS",
-        "GLOO_IFACE",
-        "GLOO_RENDEZVOUS_ADDR",
-        "GLOO_RENDEZVOUS_PORT",
-        "ELASTIC",
-    )
+_NAMES = (
+    *("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "HOSTNAME"),
+    *("CONTROLLER", "CPU_OPERATIONS", "GLOO_IFACE", "GLOO_RENDEZVOUS_ADDR"),
+    *("GLOO_RENDEZVOUS_PORT", "ELASTIC"),
 )
+VARIABLES = tuple(f"HOROVOD_{name}" for name in _NAMES)
 _LOOPBACK = "127.0.0.1"
 
 

@@ -78,14 +78,8 @@ def recorded(name: str, command: Sequence[str], workers: int) -> Iterator[Job]:
     folder = _folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.getpid()
-    job = Job(
-        command=list(command),
-        workers=workers,
-        host=socket.gethostname(),
-        pid=pid,
-        pid_started=_started(pid) or 0,
-        began=time.time(),
-    )
+    host, started = socket.gethostname(), _started(pid) or 0
+    job = Job(list(command), workers, host, pid, started, began=time.time())
     with open(folder / "log", "wb", buffering=0) as log, local.lines_copied_to(log):
         _write(folder, job)
         yield job

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 
 from data_pipelines.flag_fields import flag
 from launch.local import elastic, gpus, horovod, jobs, workers
@@ -33,6 +35,7 @@ class Local(Platform[LocalOptions]):
     """Workers as processes of this machine."""
 
     options_class = LocalOptions
+    actions: ClassVar[ModuleType] = jobs
 
     def faults(self) -> list[str]:
         options, faults = self.options, self.action_faults() + self.options.elastic_faults()
@@ -92,12 +95,3 @@ class Local(Platform[LocalOptions]):
         except OSError as error:  # too many processes, ports or open files
             workers.say(f"--workers={count}: cannot be started: {error.strerror}; start fewer")
             return workers.CONFIGURATION_EXIT_CODE
-
-    def status(self, name: str) -> int:
-        return jobs.status(name)
-
-    def logs(self, name: str, follow: bool) -> int:
-        return jobs.logs(name, follow)
-
-    def cancel(self, name: str) -> int:
-        return jobs.cancel(name)

@@ -43,19 +43,12 @@ Say = Callable[[str], object]  # prints a line; the result is not used
 
 @dataclass(frozen=True)
 class Ending:
-    """How workers that were started together ended.
+    """How workers that were started together ended."""
 
-    Attributes:
-        exit_code: 0 if all were 0.
-        lines: Lines to print; the last names the worker at fault.
-        stopped: Whether a signal to the launcher ended them.
-        asked: Whether `asks_stop` ended them before they were done.
-    """
-
-    exit_code: int
-    lines: list[str]
-    stopped: bool = False
-    asked: bool = False
+    exit_code: int  # 0 if all were 0
+    lines: list[str]  # lines to print; the last names the worker at fault
+    stopped: bool = False  # whether a signal to the launcher ended them
+    asked: bool = False  # whether `asks_stop` ended them before they were done
 
     @property
     def is_final(self) -> bool:

@@ -22,8 +22,8 @@ def status(name: str) -> int:
     """
     jobs = _jobs(name)
     for job in jobs:
-        state = f"{job['JobState']} ({job['Reason']})" if _is_pending(job) else job["JobState"]
-        print(f"{job['JobId']} {job['JobName']}: {state}")
+        why = f" ({job['Reason']})" if job["JobState"] == "PENDING" else ""
+        print(f"{job['JobId']} {job['JobName']}: {job['JobState']}{why}")
         if "Restarts" in job:
             print(f"  restarts: {job['Restarts']}")
         print(f"  run time: {job['RunTime']}")
@@ -81,8 +81,7 @@ def follow(number: str, quietly: bool = False) -> int:
     log_files.print_file(Path("/dev/null") if quietly else _log(job), is_over)
     code = _exit_code(job)
     print(f"launch: job {number} {job['JobState']}, code {code}", file=sys.stderr)
-    report = _report(job)
-    if report and code == 0:
+    if code == 0 and (report := _report(job)):
         print(f"launch: report: {report}", file=sys.stderr)
     return code
 
@@ -134,10 +133,6 @@ def _lines(command: list[str]) -> list[str]:
         return subprocess.run(command, text=True, capture_output=True).stdout.splitlines()
     except FileNotFoundError:
         return []
-
-
-def _is_pending(job: Shown) -> bool:
-    return job["JobState"] == "PENDING"
 
 
 def _log(job: Shown) -> Path:

@@ -3,6 +3,8 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 
 from launch.platform import Platform
 from launch.slurm import jobs, script
@@ -13,6 +15,7 @@ class Slurm(Platform[SlurmOptions]):
     """Workers as tasks of a SLURM job."""
 
     options_class = SlurmOptions
+    actions: ClassVar[ModuleType] = jobs
 
     def faults(self) -> list[str]:
         return script.faults(self.options)
@@ -30,12 +33,3 @@ class Slurm(Platform[SlurmOptions]):
         if code == 0 and (options.wait or options.follow):
             code = jobs.follow(number, quietly=not options.follow)
         return code
-
-    def status(self, name: str) -> int:
-        return jobs.status(name)
-
-    def logs(self, name: str, follow: bool) -> int:
-        return jobs.logs(name, follow)
-
-    def cancel(self, name: str) -> int:
-        return jobs.cancel(name)

@@ -16,9 +16,8 @@ from data_pipelines.flag_fields import flag
 from launch.platform import NAME, ClusterOptions
 
 SAVE_SECONDS = 60  # TERM comes so long before the time limit; SLURM may be 60 seconds earlier
-WAIT_SECONDS = (
-    120  # from the first worker's end to KILL for the others; above the collective timeout
-)
+# From the first worker's end to KILL for the others; above the collective timeout.
+WAIT_SECONDS = 120
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}", re.ASCII)  # sbatch(1), --time
 
 

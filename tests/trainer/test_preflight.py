@@ -7,7 +7,6 @@ from absl import flags
 from hypothesis import given
 
 from data_pipelines import flag_fields
-from data_pipelines.errors import InputError
 from tests.fuzzing import FUZZ
 from trainer import config as configuration
 from trainer import preflight
@@ -242,12 +241,6 @@ def test_a_resumed_run_may_not_change_what_shapes_it() -> None:
     assert preflight.differences(Config(run_dir="b", units=8, log_every_steps=3), saved) == []
     (line,) = preflight.differences(Config(run_dir="a", units=9), saved)
     assert line == "--units was 8 and is now 9"
-
-
-def test_raise_if() -> None:
-    preflight.raise_if([])
-    with pytest.raises(InputError, match="a\nb"):
-        preflight.raise_if(["a", "b"])
 
 
 def test_faults_of_stages_that_use_a_model() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import absl.logging
 import tensorflow as tf
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, raise_if
 from data_pipelines.files import is_remote
 from data_pipelines.store.fetch import fetched
 from data_pipelines.store.token_store import TokenStore
@@ -75,13 +75,13 @@ def _run_stage(
     native.use_in_inference()
     if chief:
         resumes = preflight.resume_faults(config, config_folder) if writes else []
-        preflight.raise_if(preflight.bundle_faults(config) + resumes)
+        raise_if(preflight.bundle_faults(config) + resumes)
     vitals = Vitals(stall_seconds=config.stall_seconds)
     if cluster.is_first_of_host and config.status_port:
         serve(config.status_host, config.status_port, vitals)
     store = open_store(config, cluster, log)
     read = preflight.vocabulary_faults(config, store.vocab_sha256) if chief else []
-    preflight.raise_if(preflight.store_faults(config, store) + read)
+    raise_if(preflight.store_faults(config, store) + read)
     if writes:
         remember_config(config)
     for line in (f"data: {store.note}" if store.note else "", loops(config)):
