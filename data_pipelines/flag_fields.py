@@ -55,12 +55,7 @@ class Unreadable:
 
 
 def flag(
-    group: str,
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    **bounds: float,
+    group: str, default: Any, help: str, *, choices: Sequence[str] = (), **bounds: float
 ) -> Any:
     """Returns a dataclass field that is also a flag.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import raise_if
 from data_pipelines.permutation import Permutation
 from data_pipelines.store.split_view import BLOCK_DOCUMENTS, block_sums, chunks
 
@@ -92,8 +92,7 @@ class BatchPlan(_Epochs):
             )
         if bucket_batches < 1:
             faults.append(f"bucket_batches={bucket_batches} must be at least 1")
-        if faults:
-            raise InputError("\n".join(faults))
+        raise_if(faults)
         self.num_examples = len(examples)
         self.max_tokens = max_tokens
         self._examples = examples
@@ -185,19 +184,12 @@ class BatchPlan(_Epochs):
 
 
 class Parts(NamedTuple):
-    """Parts of examples that follow one another in rows; all int64 [parts].
+    """Parts of examples that follow one another in rows; all int64 [parts]."""
 
-    Attributes:
-        row: the row that the part is in, not falling.
-        example: which it is of.
-        start: its first token, counted from the example's start.
-        stop: the token to stop before.
-    """
-
-    row: np.ndarray
-    example: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
+    row: np.ndarray  # the row that the part is in, not falling
+    example: np.ndarray  # which it is of
+    start: np.ndarray  # its first token, counted from the example's start
+    stop: np.ndarray  # the token to stop before
 
 
 class PackedPlan(_Epochs):
@@ -233,8 +225,7 @@ class PackedPlan(_Epochs):
         faults = _common_faults(examples, max_tokens, seed)
         if global_batch < 1:
             faults.append(f"a global batch of {global_batch} rows: it must be at least 1")
-        if faults:
-            raise InputError("\n".join(faults))
+        raise_if(faults)
         self.num_examples = len(examples)
         self.max_tokens = max_tokens
         self.carried = carried

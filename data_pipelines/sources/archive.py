@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar, cast
 
 from data_pipelines import files
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, raise_if
 from data_pipelines.sources.source import BadExample
 
 T = TypeVar("T")
@@ -59,8 +59,7 @@ class Archive:
             for what, pattern in wanted.items()
             if not any(re.search(pattern, name) for name in self.names)
         ]
-        if missing:
-            raise InputError("\n".join(missing))
+        raise_if(missing)
 
     def parse(
         self, wanted: Callable[[str], object], parse: Parser[T], report_links: bool

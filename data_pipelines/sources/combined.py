@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, raise_if
 from data_pipelines.sources.registry import open_source
 from data_pipelines.sources.source import BadExample, Example, Source, label_sets_of
 
@@ -33,8 +33,7 @@ class Combined:
             faults.append(f"--labelled={labelled.name} has no labelled training documents")
         if not set(TRAINING) & set(unlabelled.splits):
             faults.append(f"--unlabelled={unlabelled.name} has no training text")
-        if faults:
-            raise InputError("\n".join(faults))
+        raise_if(faults)
         self.name = f"{unlabelled.name} + {labelled.name}"
         self.class_names = labelled.class_names
         self.label_sets = label_sets_of(labelled)
@@ -95,6 +94,5 @@ def open_combined(
             sources.append(open_source(spec, data_dir, flag=flag, **keys))
         except InputError as error:
             faults.append(str(error))
-    if faults:
-        raise InputError("\n".join(faults))
+    raise_if(faults)
     return Combined(*sources)

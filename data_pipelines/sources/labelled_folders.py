@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import raise_if
 from data_pipelines.sources.archive import Archive
 from data_pipelines.sources.source import BadExample, Example
 from data_pipelines.sources.splits import hash_split
@@ -15,20 +15,13 @@ TAR_PART = "archive"
 
 
 class Layout(NamedTuple):
-    """How a data set's folders are named.
+    """How a data set's folders are named."""
 
-    Attributes:
-        pattern: of a document's name, with the groups `split` and `label`.
-        labels: the labels' folders, in the order of the classes.
-        unlabelled: the folder of unlabelled documents, or "".
-        percents: how the official training documents are divided.
-    """
-
-    pattern: str
-    labels: tuple[str, ...]
-    unlabelled: str
+    pattern: str  # of a document's name, with the groups `split` and `label`
+    labels: tuple[str, ...]  # the labels' folders, in the order of the classes
+    unlabelled: str  # the folder of unlabelled documents, or ""
     encoding: str
-    percents: Mapping[str, int]
+    percents: Mapping[str, int]  # how the official training documents are divided
     note: str
 
 
@@ -118,8 +111,7 @@ class LabelledFolders:
             for split, label in wanted
             if (split, label) not in found
         ]
-        if faults:
-            raise InputError("\n".join(faults))
+        raise_if(faults)
 
     def _origin(self, match: re.Match[str]) -> str:
         return "unsupervised" if match["label"] == self._layout.unlabelled else match["split"]

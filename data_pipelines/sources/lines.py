@@ -12,19 +12,13 @@ PART_BYTES = 8 << 20
 
 
 class Range(NamedTuple):
-    """The lines (or records) of a file that start in a range of its uncompressed bytes.
-
-    Attributes:
-        stop: end of the range, exclusive; None means the end of the file.
-        line: number of the range's first line, from 1; None if unknown.
-        unit: what `line` counts.
-    """
+    """The lines (or records) of a file that start in a range of its uncompressed bytes."""
 
     path: str
     start: int = 0
-    stop: int | None = None
-    line: int | None = 1
-    unit: str = "line"
+    stop: int | None = None  # end of the range, exclusive; None means the end of the file
+    line: int | None = 1  # number of the range's first line, from 1; None if unknown
+    unit: str = "line"  # what `line` counts
 
     def where(self, line_index: int) -> str:
         """Returns "PATH, line N" of a line; may read what lies before the range to count lines."""
@@ -42,17 +36,11 @@ class Range(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line with its ending; `data` is None if it is longer than MAX_DOCUMENT_BYTES.
+    """A line with its ending; `data` is None if it is longer than MAX_DOCUMENT_BYTES."""
 
-    Attributes:
-        offset: start of the line in the uncompressed file, in bytes.
-        end: start of the next line.
-        line_index: 0 for the first line of the range.
-    """
-
-    offset: int
-    end: int
-    line_index: int
+    offset: int  # start of the line in the uncompressed file, in bytes
+    end: int  # start of the next line
+    line_index: int  # 0 for the first line of the range
     data: bytes | None
 
 
@@ -121,19 +109,12 @@ def strip_ending(data: bytes) -> bytes:
 
 
 class CsvRecord(NamedTuple):
-    """A record of a CSV file.
+    """A record of a CSV file."""
 
-    Attributes:
-        offset: start of the record in the uncompressed file, in bytes.
-        line_index: of its first line within the range.
-        row: its fields, as `text.decode` gives them.
-        fault: why the record has no fields, or "".
-    """
-
-    offset: int
-    line_index: int
-    row: list[str]
-    fault: str
+    offset: int  # start of the record in the uncompressed file, in bytes
+    line_index: int  # of its first line within the range
+    row: list[str]  # its fields, as `text.decode` gives them
+    fault: str  # why the record has no fields, or ""
 
 
 def read_csv(part: Range) -> Iterator[CsvRecord]:

@@ -5,17 +5,11 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, raise_if
 from data_pipelines.files import is_compressed, size_bytes
 from data_pipelines.sources import hub, parquet
 from data_pipelines.sources.lines import PART_BYTES, Range, line_ranges
-from data_pipelines.sources.records import (
-    Record,
-    kind_of,
-    read_columns,
-    read_records,
-    record_fault,
-)
+from data_pipelines.sources.records import Record, kind_of, read_columns, read_records, record_fault
 from data_pipelines.sources.source import BadExample, Example, SourceOptions
 from data_pipelines.sources.splits import describe, find_origins, hash_split, lay_out, short_names
 from data_pipelines.sources.text import text_fault
@@ -214,8 +208,7 @@ class RecordFiles:
             for name, key in keys.items():
                 if columns[path] and key and key not in columns[path]:
                     faults.append(_lacks(path, key, f"{name}_key", columns[path]))
-        if faults:
-            raise InputError("\n".join(faults))
+        raise_if(faults)
         return {path: keys for path, keys in columns.items() if keys}
 
     def _find_label_key(self, origins: dict[str, list[str]], options: SourceOptions) -> str:

@@ -10,19 +10,12 @@ from data_pipelines.sources.text import MAX_DOCUMENT_BYTES, TOO_LONG, decode, te
 
 
 class Record(NamedTuple):
-    """A line of text, or a record of a table.
+    """A line of text, or a record of a table."""
 
-    Attributes:
-        offset: start of the record in the uncompressed file, in bytes.
-        line_index: of its first line within the range.
-        values: by column or key; a line of text has "text".
-        fault: why there are no values, or "".
-    """
-
-    offset: int
-    line_index: int
-    values: Mapping[str, Any]
-    fault: str
+    offset: int  # start of the record in the uncompressed file, in bytes
+    line_index: int  # of its first line within the range
+    values: Mapping[str, Any]  # by column or key; a line of text has "text"
+    fault: str  # why there are no values, or ""
 
 
 def record_fault(record: Record, text_key: str) -> str:

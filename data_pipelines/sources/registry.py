@@ -6,7 +6,7 @@ To add a kind: a class with the methods of `Source`, a line in SPECS and a case 
 import difflib
 from typing import Any
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, raise_if
 from data_pipelines.sources.source import Source, SourceOptions
 
 # Kinds and how to write them; docs/data-sources.md says what each one reads.
@@ -62,8 +62,7 @@ def _open(spec: str, options: SourceOptions) -> Source:
     ]
     if options.labels == "multi" and kind in SPECS and kind not in _WITH_SETS:
         unused.append("has one label a document: use --labels=single")
-    if unused:
-        raise InputError("\n".join(unused))
+    raise_if(unused)
     # A kind's module is imported only when it is used: their requirements differ.
     match kind:
         case "movie_reviews":

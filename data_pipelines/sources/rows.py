@@ -17,19 +17,12 @@ STANDARD_INPUT = "/dev/stdin"
 
 
 class Row(NamedTuple):
-    """A line of text or a record of a table.
+    """A line of text or a record of a table."""
 
-    Attributes:
-        where: the file and the line, e.g. "reviews.csv, line 17".
-        text: the document, "" if there is a fault.
-        values: the row by column or key; a line of text has "text".
-        fault: why the row has no document, or "".
-    """
-
-    where: str
-    text: str
-    values: Mapping[str, Any]
-    fault: str
+    where: str  # the file and the line, e.g. "reviews.csv, line 17"
+    text: str  # the document, "" if there is a fault
+    values: Mapping[str, Any]  # the row by column or key; a line of text has "text"
+    fault: str  # why the row has no document, or ""
 
 
 def kind_and_path(spec: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from data_pipelines import files
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, raise_if
 from data_pipelines.sources.source import SPLITS
 
 LABELLED_PERCENTS = {"train": 80, "validation": 10, "test": 10}
@@ -87,8 +87,7 @@ def find_origins(text: str) -> dict[str, list[str]]:
     ]
     if not {"train", "unsupervised"} & set(origins):
         faults.append("names neither train=PATTERN nor unsupervised=PATTERN")
-    if faults:
-        raise InputError("\n".join(faults))
+    raise_if(faults)
     return origins
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, raise_if
 from data_pipelines.quiet_tensorflow import import_quietly
 from data_pipelines.sources.source import SPLITS, BadExample, Example, SourceOptions
 from data_pipelines.sources.splits import hash_split
@@ -78,8 +78,7 @@ class TfdsText:
             for name, _ in shards
             if not (self._folder / name).is_file()
         ]
-        if faults:
-            raise InputError("\n".join(faults))
+        raise_if(faults)
 
     def _check_imdb(self) -> None:
         faults = [
@@ -87,8 +86,7 @@ class TfdsText:
             for split, size in IMDB_SIZES.items()
             if self._num_examples(split) != size
         ]
-        if faults:
-            raise InputError("\n".join(faults))
+        raise_if(faults)
 
     def _num_examples(self, official: str) -> int:
         return sum(length for _, length in self._shards.get(official, []))
@@ -260,8 +258,7 @@ def _choose_features(description: dict[str, Any], options: SourceOptions) -> tup
                 f"choose one of the features with --{flag}"
             )
         chosen.append(key or "".join(found[:1]))
-    if faults:
-        raise InputError("\n".join(faults))
+    raise_if(faults)
     return chosen[0], chosen[1], classes.get(chosen[1], 0)
 
 

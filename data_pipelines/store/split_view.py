@@ -22,17 +22,11 @@ SAMPLE_KEY = 1
 
 
 class Located(NamedTuple):
-    """The places of documents.
+    """The places of documents."""
 
-    Attributes:
-        document: numbers in the whole split, int64 [n].
-        start: start of the words in the shard's tokens, int64 [n].
-        stop: end of the words, before the end token, int64 [n].
-    """
-
-    document: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
+    document: np.ndarray  # numbers in the whole split, int64 [n]
+    start: np.ndarray  # start of the words in the shard's tokens, int64 [n]
+    stop: np.ndarray  # end of the words, before the end token, int64 [n]
 
 
 class SplitView(ABC):

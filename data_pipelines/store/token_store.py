@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, raise_if
 from data_pipelines.store.manifest import (
     OFFSET_DTYPE,
     kinds_of,
@@ -146,8 +146,7 @@ class TokenStore:
         Raises:
             InputError: one line for each fault of each file.
         """
-        if faults := list(store_faults(self.folder, self.manifest)):
-            raise InputError("\n".join(faults))
+        raise_if(list(store_faults(self.folder, self.manifest)))
 
 
 def _size_fault(path: Path, size: int) -> str:

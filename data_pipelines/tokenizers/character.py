@@ -17,12 +17,7 @@ import tensorflow as tf
 from data_pipelines.errors import InputError
 from data_pipelines.reserved_ids import END_ID, PADDING_ID, UNKNOWN_ID
 from data_pipelines.tokenizers.tokenizer import Tokenizer, lower, utf8
-from data_pipelines.tokenizers.vocabulary import (
-    FIRST_ID,
-    is_character,
-    line_character,
-    piece_lines,
-)
+from data_pipelines.tokenizers.vocabulary import FIRST_ID, is_character, line_character, piece_lines
 
 # A character at the end of a text of which bytes are missing.
 _INCOMPLETE = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")

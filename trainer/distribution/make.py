@@ -1,6 +1,6 @@
 """Makes the distributor that --distributor names."""
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import raise_if
 from trainer.distribution import horovod, tf_distribute
 from trainer.distribution.cluster import Cluster, distributor_faults
 from trainer.distribution.distributor import Distributor
@@ -14,8 +14,7 @@ def make_distributor(kind: str, cluster: Cluster, collective_timeout_seconds: fl
     Raises:
         InputError: `kind` does not fit the environment.
     """
-    if faults := distributor_faults(kind, cluster):
-        raise InputError("\n".join(faults))
+    raise_if(distributor_faults(kind, cluster))
     if kind == "auto":
         several = "horovod" if cluster.horovod else "multi_worker"
         kind = several if cluster.size > 1 else "one_device"

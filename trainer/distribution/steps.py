@@ -8,10 +8,7 @@ import tensorflow as tf
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.preemption import Preempted, StopRequest
 
-PER_ROW = (
-    *("tokens", "lengths", "labels", "weights", "contexts", "carries"),
-    "global_counts",
-)
+PER_ROW = (*("tokens", "lengths", "labels", "weights", "contexts", "carries"), "global_counts")
 
 
 def local_rows(distributor: Distributor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -113,7 +113,7 @@ def multi_worker(cluster: Cluster, collective_timeout_seconds: float) -> TfDistr
     gpus = tf.config.get_visible_devices("GPU")
     options = tf.distribute.experimental.CommunicationOptions(
         # Without timeout_seconds, with which each collective keeps a thread for that long.
-        implementation=communication.NCCL if gpus else communication.RING,
+        implementation=communication.NCCL if gpus else communication.RING
     )
     if cluster.size > 1:
         configure_heartbeats(cluster.size, collective_timeout_seconds)

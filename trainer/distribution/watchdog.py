@@ -30,13 +30,9 @@ _watchdogs: "list[Watchdog]" = []  # of this process: one, if it has peers
 
 
 class Store(Protocol):
-    """A key-value store that all workers reach. A failed request raises an error.
+    """A key-value store that all workers reach. A failed request raises an error."""
 
-    Attributes:
-        on_worker_0: Whether it is lost with worker 0.
-    """
-
-    on_worker_0: bool
+    on_worker_0: bool  # whether it is lost with worker 0
 
     def put(self, key: str, value: str) -> None:
         """Sets or replaces the value of a key."""
@@ -46,19 +42,12 @@ class Store(Protocol):
 
 
 class Record(NamedTuple):
-    """State of a worker, as published by itself.
+    """State of a worker, as published by itself."""
 
-    Attributes:
-        beat: Grows as long as the process runs.
-        joined: Number of collectives that it has started.
-        finished: Number of collectives that it has completed.
-        works_alone: Whether it does something long that needs no other worker.
-    """
-
-    beat: int = 0
-    joined: int = 0
-    finished: int = 0
-    works_alone: bool = False
+    beat: int = 0  # grows as long as the process runs
+    joined: int = 0  # number of collectives that it has started
+    finished: int = 0  # number of collectives that it has completed
+    works_alone: bool = False  # whether it does something long that needs no other worker
 
 
 class Verdict(NamedTuple):

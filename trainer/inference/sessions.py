@@ -56,10 +56,7 @@ class SessionReader:
         facts = [held, tokenizer.sha256, str(sorted(bundle.classifier_model(classifier).items()))]
         self.sha256 = hashlib.sha256("\n".join(facts).encode()).digest()
         self.shape = tuple(classifier.unread().shape)
-        vectors, ids = (
-            tf.TensorSpec([None, *self.shape]),
-            tf.TensorSpec([None, None], "int32"),
-        )
+        vectors, ids = (tf.TensorSpec([None, *self.shape]), tf.TensorSpec([None, None], "int32"))
         lengths = tf.TensorSpec([None], tf.int32)
         self._read = tf.function(
             classifier.read_on, input_signature=[vectors, ids, lengths], autograph=False

@@ -102,15 +102,10 @@ class ChronoBias(keras.initializers.Initializer):
 
 
 class Initial(NamedTuple):
-    """How an encoder's weights are drawn.
+    """How an encoder's weights are drawn."""
 
-    Attributes:
-        memory_steps: Longest initial memory of a cell; see ChronoBias.
-        embedding_scale: Embeddings are uniform between minus and plus this.
-    """
-
-    memory_steps: int = 100
-    embedding_scale: float = 0.05
+    memory_steps: int = 100  # longest initial memory of a cell; see ChronoBias
+    embedding_scale: float = 0.05  # embeddings are uniform between minus and plus this
 
 
 class Encoder(keras.layers.Layer):

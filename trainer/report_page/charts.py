@@ -103,11 +103,7 @@ def line_chart(
         for s in series
     )
     lines = [
-        {
-            "name": s.name,
-            "x": [round(v, 3) for v in s.x],
-            "y": [float(f"{v:.5g}") for v in s.y],
-        }
+        {"name": s.name, "x": [round(v, 3) for v in s.x], "y": [float(f"{v:.5g}") for v in s.y]}
         for s in series
     ]
     data = {"xLabel": x_label, "yLabel": y_label, "x": [*x], "series": lines}

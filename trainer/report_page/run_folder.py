@@ -42,25 +42,15 @@ class Part:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The content of a run's folder.
+    """The content of a run's folder."""
 
-    Attributes:
-        name: Of the folder.
-        report: report.json; empty before the run has ended.
-        config: The run's flags.
-        environment: Its machine and programs.
-        parts: By name.
-        faults: A line for each file that could not be read.
-        last_written: Unix time of the last line of metrics; 0 without metrics.
-    """
-
-    name: str
-    report: dict[str, Any]
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    parts: dict[str, Part]
-    faults: list[str]
-    last_written: float
+    name: str  # of the folder
+    report: dict[str, Any]  # report.json; empty before the run has ended
+    config: dict[str, Any]  # the run's flags
+    environment: dict[str, Any]  # its machine and programs
+    parts: dict[str, Part]  # by name
+    faults: list[str]  # a line for each file that could not be read
+    last_written: float  # unix time of the last line of metrics; 0 without metrics
 
 
 def read(folder: Path) -> RunFolder:

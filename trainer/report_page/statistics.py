@@ -77,21 +77,13 @@ def by_class(counts: np.ndarray) -> np.ndarray:
 
 
 class Calibration(NamedTuple):
-    """Accuracy by confidence.
+    """Accuracy by confidence."""
 
-    Attributes:
-        edges: Of the bins of confidence, [bins + 1].
-        confidence: Mean in each bin, NaN in an empty one, [bins].
-        accuracy: In each bin, NaN in an empty one, [bins].
-        documents: Number in each bin, [bins].
-        error: Expected calibration error: |accuracy - confidence|, averaged over documents.
-    """
-
-    edges: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    documents: np.ndarray
-    error: float
+    edges: np.ndarray  # of the bins of confidence, [bins + 1]
+    confidence: np.ndarray  # mean in each bin, NaN in an empty one, [bins]
+    accuracy: np.ndarray  # in each bin, NaN in an empty one, [bins]
+    documents: np.ndarray  # number in each bin, [bins]
+    error: float  # expected calibration error: |accuracy - confidence|, averaged over documents
 
 
 def calibration(
@@ -117,15 +109,10 @@ def calibration(
 
 
 class Projection(NamedTuple):
-    """Points projected to the plane in which they spread most.
+    """Points projected to the plane in which they spread most."""
 
-    Attributes:
-        points: [n, 2].
-        explained: Share of the variance on each axis, [2].
-    """
-
-    points: np.ndarray
-    explained: np.ndarray
+    points: np.ndarray  # [n, 2]
+    explained: np.ndarray  # share of the variance on each axis, [2]
 
 
 def principal_plane(rows: np.ndarray) -> Projection:

@@ -25,25 +25,15 @@ TITLES = {
 
 
 class Outcome(NamedTuple):
-    """The errors of a run's classifiers, in percent of the split's documents.
+    """The errors of a run's classifiers, in percent of the split's documents."""
 
-    Attributes:
-        run: The run's name.
-        seed: None if unknown.
-        split: The evaluated split.
-        documents: Of the split.
-        errors: By the part's name.
-        difference: scratch - warm, in points; None if one is missing.
-        is_paired: Whether the difference is taken document by document.
-    """
-
-    run: str
-    seed: int | None
-    split: str
-    documents: int
-    errors: dict[str, Interval]
-    difference: Interval | None
-    is_paired: bool
+    run: str  # the run's name
+    seed: int | None  # none if unknown
+    split: str  # the evaluated split
+    documents: int  # of the split
+    errors: dict[str, Interval]  # by the part's name
+    difference: Interval | None  # scratch - warm, in points; None if one is missing
+    is_paired: bool  # whether the difference is taken document by document
 
 
 class Verdict(NamedTuple):
@@ -185,9 +175,7 @@ def _of_one(outcomes: Sequence[Outcome]) -> Verdict:
     evaluated = [(each, name) for each in outcomes for name in each.errors]
     if not evaluated:
         return Verdict(
-            "No classifier has been evaluated yet",
-            "The sections below show the run so far.",
-            "",
+            "No classifier has been evaluated yet", "The sections below show the run so far.", ""
         )
     lines = []
     for each, name in evaluated:

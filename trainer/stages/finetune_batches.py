@@ -17,13 +17,10 @@ class FinetuneBatches:
 
     Elements are those of `make_dataset`, and `global_counts`. In each shard unlabelled rows, with
     labels of -1, follow the labelled ones.
-
-    Attributes:
-        unlabelled: Documents read besides, in a separate order; or None.
     """
 
     labelled: StoreBatches
-    unlabelled: StoreBatches | None = None
+    unlabelled: StoreBatches | None = None  # documents read besides, in a separate order; or None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,10 +66,7 @@ def joined(
 ) -> dict[str, tf.Tensor]:
     """Joins two elements of the same step: each shard's rows, labelled ones first."""
     time = tf.maximum(tf.shape(labelled["tokens"])[1], tf.shape(unlabelled["tokens"])[1])
-    parts = [
-        labelled,
-        {**unlabelled, "labels": tf.fill(tf.shape(unlabelled["labels"]), NO_LABEL)},
-    ]
+    parts = [labelled, {**unlabelled, "labels": tf.fill(tf.shape(unlabelled["labels"]), NO_LABEL)}]
     for part in parts:
         padding = time - tf.shape(part["tokens"])[1]
         part["tokens"] = tf.pad(part["tokens"], [[0, 0], [0, padding]])

@@ -45,17 +45,11 @@ Predict = Callable[[Matrix], np.ndarray]
 
 
 class Errors(NamedTuple):
-    """Errors of the model that validation chose, in percent of the documents.
+    """Errors of the model that validation chose, in percent of the documents."""
 
-    Attributes:
-        validation: On the validation split.
-        test: On the test split.
-        choice: What was chosen, in words.
-    """
-
-    validation: float
-    test: float
-    choice: str
+    validation: float  # on the validation split
+    test: float  # on the test split
+    choice: str  # what was chosen, in words
 
     def in_record(self) -> dict[str, Any]:
         """Returns them as report.json has them."""

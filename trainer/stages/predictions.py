@@ -75,10 +75,7 @@ def predict(
 
 
 def final_state(
-    classifier: Classifier,
-    tokens: tf.Tensor,
-    lengths: tf.Tensor,
-    contexts: tf.Tensor | None = None,
+    classifier: Classifier, tokens: tf.Tensor, lengths: tf.Tensor, contexts: tf.Tensor | None = None
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the state in which the last layer ends: h and c, float32 [batch, units] each.
 

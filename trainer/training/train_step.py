@@ -31,19 +31,12 @@ Batch = dict[str, tf.Tensor]
 
 
 class Outcome(NamedTuple):
-    """The result of a step on the global batch, the same in every worker.
+    """The result of a step on the global batch, the same in every worker."""
 
-    Attributes:
-        loss: Mean loss, a scalar.
-        tokens: Number of tokens read, a scalar.
-        stops: Number of shards that were asked to stop, a scalar.
-        norms: Norm of each variable's gradient before clipping, [variables].
-    """
-
-    loss: tf.Tensor
-    tokens: tf.Tensor
-    stops: tf.Tensor
-    norms: tf.Tensor
+    loss: tf.Tensor  # mean loss, a scalar
+    tokens: tf.Tensor  # number of tokens read, a scalar
+    stops: tf.Tensor  # number of shards that were asked to stop, a scalar
+    norms: tf.Tensor  # norm of each variable's gradient before clipping, [variables]
 
     def is_finite(self) -> bool:
         """Returns whether the loss and the gradients are finite."""
