@@ -101,8 +101,6 @@ def read_error(path: str, error: OSError, progress: str) -> InputError:
     """Returns the error for a file that cannot be read further, e.g. a truncated download.
 
     Args:
-        path: the file.
-        error: what reading raised.
         progress: how far reading came, e.g. "after line 17".
     """
     message = error_text(error)

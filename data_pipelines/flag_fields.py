@@ -231,19 +231,10 @@ def help_text(fields: Iterable[Field]) -> str:
 def _help_of(item: Field) -> str:
     values = "|".join(choices_of(item)) or kind_of(item).__name__
     default = "" if item.default in (None, "") else f"  (default: {_written(item.default)})"
-    return "\n".join(
-        [
-            f"  --{item.name}={values}{default}",
-            *textwrap.wrap(
-                item.metadata["help"],
-                width=94,
-                initial_indent=" " * 6,
-                subsequent_indent=" " * 6,
-                break_long_words=False,
-                break_on_hyphens=False,
-            ),
-        ]
+    lines = textwrap.wrap(
+        item.metadata["help"], width=88, break_long_words=False, break_on_hyphens=False
     )
+    return "\n      ".join([f"  --{item.name}={values}{default}", *lines])
 
 
 def program_help(title: str, tables: Iterable[type]) -> str:

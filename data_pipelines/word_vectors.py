@@ -4,6 +4,7 @@ A line is a word and its numbers, separated by spaces; the first line may give t
 and of dimensions. Only the requested words are kept.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -22,7 +23,7 @@ def read_word_vectors(path: str, words: Sequence[str], dim: int) -> tuple[np.nda
 
     Args:
         path: of the file, which may be compressed (see `files.open_decompressed`).
-        words: the words, case-sensitive.
+        words: case-sensitive.
         dim: dimensions of a vector.
 
     Returns:
@@ -91,10 +92,9 @@ def _vector(numbers: Sequence[bytes], path: str, line: int) -> list[float]:
     """Returns the numbers; raises InputError if one is not finite in float32."""
     found = []
     for text in numbers:
-        try:
+        value = math.nan
+        with contextlib.suppress(ValueError):
             value = math.nan if b"_" in text else float(text)
-        except ValueError:
-            value = math.nan
         if not abs(value) <= LARGEST:
             raise InputError(f"{path}, line {line}: {text[:60]!r} is not a finite number")
         found.append(value)

@@ -54,14 +54,10 @@ def make_dataset(
     has the same `time`: the longest row of the global batch, rounded up to a multiple of 8.
 
     Args:
-        view: the examples.
-        plan: made of this view. Its `max_tokens` is the width: of a longer example a `BatchPlan`
+        plan: made of `view`. Its `max_tokens` is the width: of a longer example a `BatchPlan`
             keeps the LAST tokens, a `PackedPlan` all, in several rows.
-        start_step: the first global step, anywhere in an epoch.
-        stop_step: the global step to stop before.
-        first_shard: this process's first shard.
-        num_local_shards: number of this process's shards.
-        num_shards: number of shards of all processes.
+        start_step: a global step, anywhere in an epoch.
+        first_shard: this process's first one of `num_shards`.
         prefetch_batches: batches prepared ahead.
 
     Raises:
@@ -140,11 +136,8 @@ def read_bucketed(
     """Returns one element of a `BatchPlan` in NumPy; the module describes the arrays.
 
     Args:
-        view: the examples.
-        plan: made of this view.
-        step: the global step.
-        shards: the requested shards.
-        num_shards: number of shards of all processes.
+        plan: made of `view`.
+        shards: the requested ones, of `num_shards` of all processes.
     """
     indices = plan.indices(step)
     rows, row_starts = _rows_of(len(indices), shards, num_shards)

@@ -68,7 +68,6 @@ class Archive:
 
         Args:
             wanted: from a name to a true value if the file is wanted.
-            parse: a `Parser`.
             report_links: whether wanted links of an archive, which are not followed, are bad
                 examples. One split reports them when several share the files.
 

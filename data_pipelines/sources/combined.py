@@ -78,8 +78,7 @@ def open_combined(
     """Opens the sources of --unlabelled and --labelled.
 
     Args:
-        unlabelled: a spec of `open_source`; its labels are not looked for.
-        labelled: a spec of `open_source`.
+        unlabelled, labelled: specs of `open_source`; labels of the first are not looked for.
         data_dir: for both; see `SourceOptions`.
         unlabelled_text_key: the `text_key` of the unlabelled source.
         **options: the other fields of `SourceOptions`, for the labelled source.

@@ -40,18 +40,16 @@ def read_range(part: Range, names: list[str]) -> Iterator[Record]:
 
     Args:
         part: one of `ranges`.
-        names: the columns to read.
+
 
     Raises:
         InputError: the file cannot be read.
     """
-    index = 0
     with _opened(part.path) as file:
         batches = file.iter_batches(READ_ROWS, row_groups=[part.start], columns=names)
-        for batch in batches:
-            for values in batch.to_pylist():
-                yield Record((part.line or 1) - 1 + index, index, values, "")
-                index += 1
+        rows = (values for batch in batches for values in batch.to_pylist())
+        for index, values in enumerate(rows):
+            yield Record((part.line or 1) - 1 + index, index, values, "")
 
 
 @contextlib.contextmanager

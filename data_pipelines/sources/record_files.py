@@ -234,8 +234,6 @@ def _word(record: Record, key: str, missing: str | None = None) -> str:
     """Returns a label, id or context: text, or a whole number or truth value of JSON as text.
 
     Args:
-        record: the record.
-        key: column or key.
         missing: returned for a value that is missing or empty; None makes it unusable.
     """
     value = record.values.get(key)

@@ -23,11 +23,9 @@ def record_fault(record: Record, text_key: str) -> str:
     if record.fault:
         return record.fault
     text = record.values.get(text_key)
-    if isinstance(text, str) and len(text) > MAX_DOCUMENT_BYTES:
-        return TOO_LONG
-    return (
-        text_fault(text) if isinstance(text, str) else f"{text_key!r} is {kind_of(text)}, not text"
-    )
+    if not isinstance(text, str):
+        return f"{text_key!r} is {kind_of(text)}, not text"
+    return TOO_LONG if len(text) > MAX_DOCUMENT_BYTES else text_fault(text)
 
 
 def read_columns(kind: str, path: str) -> list[str]:

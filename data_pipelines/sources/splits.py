@@ -24,7 +24,6 @@ def hash_split(text: str, percents: Mapping[str, int]) -> str:
     """Returns the split of a text. Equal texts get equal splits, on every machine.
 
     Args:
-        text: the document.
         percents: whole percents by split, adding up to 100. The order matters.
 
     Raises:
@@ -43,15 +42,10 @@ def hash_split(text: str, percents: Mapping[str, int]) -> str:
 
 
 class SplitFiles(NamedTuple):
-    """The files of a split.
+    """The files of a split."""
 
-    Attributes:
-        origin: the split that the user gave the files for; "" for a bare pattern.
-        percents: the share of each split by `hash_split`, if several splits share the files.
-    """
-
-    origin: str
-    percents: Mapping[str, int] | None
+    origin: str  # the split that the user gave the files for; "" for a bare pattern
+    percents: Mapping[str, int] | None  # shares by `hash_split`, if several splits share the files
 
 
 def find_origins(text: str) -> dict[str, list[str]]:

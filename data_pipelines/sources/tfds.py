@@ -49,7 +49,9 @@ class TfdsText:
         self._folder = _version_folder(Path(root), name)
         description = _read_json(self._folder / "dataset_info.json")
         self._file_format, self._shards, self._split_bytes = _described(self._folder, description)
-        self._check_files()
+        paths = [self._folder / name for shards in self._shards.values() for name, _ in shards]
+        missing = [path for path in paths if not path.is_file()]
+        raise_if([f"{path} is missing; prepare the data set again" for path in missing])
         features = _read_json(self._folder / "features.json")
         self._text_key, self._label_key, num_classes = _choose_features(features, options)
         self.class_names = _class_names(self._folder, self._label_key, num_classes)
@@ -69,16 +71,6 @@ class TfdsText:
         if ignored := sorted(set(self._shards) - set(SPLITS)):
             parts.append(f"not read: {', '.join(ignored)}")
         return f"{self.name}: {'; '.join(parts)}"
-
-    def _check_files(self) -> None:
-        """Raises InputError unless every record file that the description names exists."""
-        faults = [
-            f"{self._folder / name} is missing; prepare the data set again"
-            for shards in self._shards.values()
-            for name, _ in shards
-            if not (self._folder / name).is_file()
-        ]
-        raise_if(faults)
 
     def _check_imdb(self) -> None:
         faults = [
@@ -119,9 +111,8 @@ class TfdsText:
                 yield Example(f"{official}-{position:05d}", text, label)
 
     def _label_fault(self, label: int | None) -> str:
-        if label is None or 0 <= label < len(self.class_names):
-            return ""
-        return f"label {label} is not in 0 .. {len(self.class_names) - 1}"
+        last = len(self.class_names) - 1
+        return "" if label is None or 0 <= label <= last else f"label {label} is not in 0 .. {last}"
 
     def _records(self, official: str, start: int, stop: int) -> Iterator[tuple[bytes, int | None]]:
         """Yields texts and labels (None without a label key)."""
@@ -176,8 +167,8 @@ def _version_folder(root: Path, name: str) -> Path:
         configs = [config for config in _folders(base) if _versions(base / config)]
         if len(configs) > 1:
             raise InputError(
-                f"{base} holds several configs: write tfds:{name}/CONFIG with one "
-                f"of {', '.join(configs)}"
+                f"{base} holds several configs: write tfds:{name}/CONFIG with one of "
+                f"{', '.join(configs)}"
             )
         if configs:
             base /= configs[0]
@@ -199,9 +190,7 @@ def _versions(folder: Path) -> list[str]:
 
 
 def _folders(folder: Path) -> list[str]:
-    return (
-        sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    )
+    return sorted(path.name for path in folder.glob("*/"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -86,9 +86,7 @@ def _check(manifest: dict[str, Any]) -> None:
     if fault := config_fault(_typed(manifest, "tokenizer", dict)):
         raise ValueError(fault)
     classes = _count(manifest, "num_classes", MAX_CLASSES)
-    names = manifest.get("class_names", [""] * classes)  # a store of before has no names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("class_names is not a list of names")
+    names = _names(manifest, "class_names", [""] * classes)  # a store of before has no names
     if len(names) != classes:
         raise ValueError(f"{len(names)} class_names for {classes} classes")
     sets = manifest.get("label_sets", [[]])  # most stores have one label a document
@@ -98,9 +96,7 @@ def _check(manifest: dict[str, Any]) -> None:
         raise ValueError(f"{len(sets)} label_sets of {classes} classes")
     if any(type(c) is not int or not 0 <= c < classes for each in sets for c in each):
         raise ValueError("label_sets names a class that does not exist")
-    contexts = manifest.get("context_names", [""])  # most stores have none
-    if not isinstance(contexts, list) or not all(isinstance(name, str) for name in contexts):
-        raise ValueError("context_names is not a list of names")
+    contexts = _names(manifest, "context_names", [""])  # most stores have none
     if not 0 < len(contexts) <= MAX_CONTEXTS or len(set(contexts)) < len(contexts):
         raise ValueError(f"{len(contexts)} context_names, or a repeated one")
     if _count(manifest, "vocab_size", 2**31 - 1) < len(RESERVED):
@@ -137,6 +133,13 @@ def _check_split(split: str, entry: Any, dtype: np.dtype, kinds: tuple[str, ...]
     for count in ("examples", "tokens"):
         if _count(entry, count) != sum(shard[count] for shard in shards):
             raise ValueError(f"split {split}: its shards do not add up to its {count}")
+
+
+def _names(manifest: dict[str, Any], key: str, missing: list[str]) -> list[str]:
+    names = manifest.get(key, missing)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{key} is not a list of names")
+    return names
 
 
 def _check_file(entry: dict[str, Any]) -> int:

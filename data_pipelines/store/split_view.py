@@ -79,11 +79,7 @@ class SplitView(ABC):
         return self._shards.numbers(kind, located.document)
 
     def labels_of(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the labels of documents, -1 for none: int32 [n].
-
-        Raises:
-            IndexError: an index is out of range.
-        """
+        """Returns the labels of documents, -1 for none: int32 [n]; see `lengths_of`."""
         return self.numbers("labels", self.located(indices))
 
     @property
@@ -92,38 +88,31 @@ class SplitView(ABC):
         return self._shards.has_contexts
 
     def contexts_of(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the contexts of documents, -1 for unknown ones: int32 [n].
-
-        Raises:
-            IndexError: an index is out of range.
-        """
+        """Returns the contexts of documents, -1 for unknown ones: int32 [n]; see `lengths_of`."""
         return self.numbers("contexts", self.located(indices))
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """Returns the frequency of each id in all documents: int64 [vocab_size]."""
         counts = np.zeros(vocab_size, np.int64)
-        for start in range(0, len(self), BLOCK_DOCUMENTS):
-            documents = np.arange(start, min(start + BLOCK_DOCUMENTS, len(self)))
-            lengths = self.lengths_of(documents)
-            tokens = self.gather_parts(documents, np.zeros_like(lengths), lengths)
+        for _, tokens in self._blocks():
             counts += np.bincount(tokens, minlength=vocab_size)
         return counts
 
     def document_counts(self, vocab_size: int) -> np.ndarray:
-        """Returns how many documents have each id: int64 [ids].
-
-        Args:
-            vocab_size: ids are 0 .. vocab_size - 1.
-        """
+        """Returns how many documents have each id: int64 [vocab_size]."""
         counts = np.zeros(vocab_size, np.int64)
+        for document, tokens in self._blocks():
+            distinct = np.unique(document * vocab_size + tokens)
+            counts += np.bincount(distinct % vocab_size, minlength=vocab_size)
+        return counts
+
+    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields, for a block of documents at a time, each token's document in it and its id."""
         for start in range(0, len(self), BLOCK_DOCUMENTS):
             documents = np.arange(start, min(start + BLOCK_DOCUMENTS, len(self)))
             lengths = self.lengths_of(documents)
             tokens = self.gather_parts(documents, np.zeros_like(lengths), lengths)
-            of_document = np.repeat(np.arange(len(documents)), lengths)
-            distinct = np.unique(of_document * vocab_size + tokens)
-            counts += np.bincount(distinct % vocab_size, minlength=vocab_size)
-        return counts
+            yield np.repeat(documents - start, lengths), tokens
 
     def sample(self, documents: int, seed: int) -> "SplitView":
         """Returns a view of `documents` random documents, in random order.
@@ -250,12 +239,10 @@ class WholeSplit(SplitView):
     """Every document of the shards, in stored order."""
 
     def __len__(self) -> int:
-        """Returns the number of documents."""
         return int(self._shards.first[-1])
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, including end tokens."""
         return self._shards.num_tokens
 
     def _locate(self, indices: np.ndarray) -> Located:
@@ -273,12 +260,10 @@ class _Sample(SplitView):
         self._order = Permutation(len(base), (seed, SAMPLE_KEY))
 
     def __len__(self) -> int:
-        """Returns the number of documents."""
         return self._documents
 
     @functools.cached_property
     def num_tokens(self) -> int:
-        """Tokens of all documents, including end tokens."""
         return sum(int(self.lengths_of(chunk).sum()) for chunk in chunks(len(self)))
 
     def _locate(self, indices: np.ndarray) -> Located:
@@ -302,12 +287,10 @@ class _Pieces(SplitView):
         return np.maximum(1, -(-words // self._max_words))
 
     def __len__(self) -> int:
-        """Returns the number of pieces."""
         return int(self._block_first[-1])
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all pieces, end tokens included."""
         return self._base.num_tokens - len(self._base) + len(self)
 
     def _locate(self, indices: np.ndarray) -> Located:

@@ -35,9 +35,6 @@ class ByteTokenizer(Tokenizer):
 
         Leaves out padding and end. Bytes that are not UTF-8 become lone surrogates, so
         decode(encode(text)).encode("utf-8", "surrogateescape") is the text, whatever its bytes.
-
-        Raises:
-            ValueError: an id is outside the vocabulary.
         """
         return b"".join(map(_bytes_of, self._checked(ids))).decode("utf-8", "surrogateescape")
 

@@ -83,9 +83,6 @@ class CharacterTokenizer(Tokenizer):
 
         Leaves out padding and end, so decode(encode(text)) is the text (in lower case if
         `lowercase`) if the vocabulary has all its characters.
-
-        Raises:
-            ValueError: an id is outside the vocabulary.
         """
         characters = ["", "\ufffd", "", *map(line_character, self._lines)]
         assert characters[PADDING_ID] == characters[END_ID] == ""

@@ -113,11 +113,7 @@ class SubwordTokenizer(Tokenizer):
         return pieces.with_flat_values(tf.cast(self._table.lookup(pieces.flat_values), tf.int32))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the words of one document [pieces], joined by spaces, without padding.
-
-        Raises:
-            ValueError: an id is outside the vocabulary.
-        """
+        """Returns the words of one document [pieces], joined by spaces, without padding."""
         pieces = (*RESERVED, *self._lines)
         text = " ".join(pieces[i] for i in self._checked(ids) if i != PADDING_ID)
         # No word and no piece but the continued ones has the mark after a space.

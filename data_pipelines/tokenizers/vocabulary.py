@@ -75,10 +75,6 @@ def vocabulary_lines(vocab_path: str | Path) -> list[str]:
 def read_pieces(vocab_path: str | Path, kind: str | None) -> list[str]:
     """Returns the pieces of a vocabulary, without the reserved ones: for bytes, their lines.
 
-    Args:
-        vocab_path: path of `vocab.txt`.
-        kind: the tokenizer's type.
-
     Raises:
         InputError: the file is missing or not a vocabulary of this kind.
     """

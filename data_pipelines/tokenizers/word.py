@@ -49,10 +49,6 @@ class WordTokenizer(Tokenizer):
         return words.with_flat_values(tf.cast(self._table.lookup(words.flat_values), tf.int32))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the tokens of one document [tokens], joined by spaces, without padding.
-
-        Raises:
-            ValueError: an id is outside the vocabulary.
-        """
+        """Returns the tokens of one document [tokens], joined by spaces, without padding."""
         tokens = (*RESERVED, *self._lines)
         return " ".join(tokens[i] for i in self._checked(ids) if i != PADDING_ID)
