@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from data_pipelines.errors import InputError
 from trainer.distribution.node_list import expand_counts, expand_hosts
@@ -12,12 +13,8 @@ from trainer.distribution.node_list import expand_counts, expand_hosts
 HOROVOD_VARIABLES = ("HOROVOD_RANK", "HOROVOD_SIZE")
 OPEN_MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
 SLURM_VARIABLES = (
-    "SLURM_JOB_ID",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_STEP_NODELIST",
-    "SLURM_STEP_TASKS_PER_NODE",
-    "SLURM_PROCID",
-    "SLURM_NODEID",
+    *("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
+    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_PROCID", "SLURM_NODEID"),
 )
 TRAIN_JOB_VARIABLES = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR")
 DEFAULT_PORT = 20_000
@@ -80,7 +77,10 @@ def resolve(environ: Mapping[str, str]) -> Cluster:
     Raises:
         InputError: The variables are unusable, incomplete or contradictory.
     """
-    readers = (_of_tf_config, _of_horovod, _of_open_mpi, _of_hosts, _of_train_job, _of_slurm)
+    readers = (
+        *(_of_tf_config, partial(_of_two_numbers, HOROVOD_VARIABLES)),
+        *(partial(_of_two_numbers, OPEN_MPI_VARIABLES), _of_hosts, _of_train_job, _of_slurm),
+    )
     found = [cluster for read in readers if (cluster := read(environ))]
     if not found:
         _check_alone(environ)
@@ -157,15 +157,7 @@ def _of_tf_config(environ: Mapping[str, str]) -> Cluster | None:
     return Cluster(rank, len(addresses), addresses, named_by="TF_CONFIG")
 
 
-def _of_horovod(environ: Mapping[str, str]) -> Cluster | None:
-    return _of_two_numbers(environ, HOROVOD_VARIABLES)
-
-
-def _of_open_mpi(environ: Mapping[str, str]) -> Cluster | None:
-    return _of_two_numbers(environ, OPEN_MPI_VARIABLES)
-
-
-def _of_two_numbers(environ: Mapping[str, str], names: tuple[str, str]) -> Cluster | None:
+def _of_two_numbers(names: tuple[str, str], environ: Mapping[str, str]) -> Cluster | None:
     variables = _given(environ, names)
     if not variables:
         return None

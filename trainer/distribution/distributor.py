@@ -100,11 +100,7 @@ class Distributor:
             return list(slices)
         counts = tf.cast(counts, tf.int32)
         capacities = tf.unstack(_rounded_up(tf.reduce_max(counts, axis=0)), num=len(slices))
-        # Indices travel as floats of the same bits, in one more column.
-        parts = [
-            tf.concat([_matrix(each), _as_floats(each.indices, each.values.dtype)], axis=1)
-            for each in slices
-        ]
+        parts = [_with_indices(each) for each in slices]
         padded = [
             tf.reshape(tf.pad(part, [[0, capacity - tf.shape(part)[0]], [0, 0]]), [-1])
             for part, capacity in zip(parts, capacities, strict=True)
@@ -236,14 +232,11 @@ def _rounded_up(counts: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.bitcast(bits, tf.float32), tf.int32)
 
 
-def _matrix(slices: tf.IndexedSlices) -> tf.Tensor:
-    """Returns the values as [rows, width]."""
-    return tf.reshape(slices.values, [-1, math.prod(slices.values.shape[1:])])
-
-
-def _as_floats(indices: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Returns the bits of the indices as [rows, 1] of `dtype`."""
-    return tf.bitcast(tf.cast(indices, _INTEGERS[dtype]), dtype)[:, None]
+def _with_indices(slices: tf.IndexedSlices) -> tf.Tensor:
+    """Returns the values, and in one more column the bits of the indices: [rows, width + 1]."""
+    values = tf.reshape(slices.values, [-1, math.prod(slices.values.shape[1:])])
+    indices = tf.bitcast(tf.cast(slices.indices, _INTEGERS[values.dtype]), values.dtype)
+    return tf.concat([values, indices[:, None]], axis=1)
 
 
 def _travelling_dtype(dtype: str) -> np.dtype:

@@ -48,10 +48,8 @@ class StopRequest:
         self._pipe, written = os.pipe()
         os.set_blocking(written, False)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        for number in self._numbers:
-            signal.signal(
-                number, lambda number, frame: None
-            )  # without a handler nothing is written to the pipe
+        for number in self._numbers:  # without a handler nothing is written to the pipe
+            signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._watch, name="stop request", daemon=True).start()
 
     def _watch(self) -> None:

@@ -54,7 +54,6 @@ async def body_of(request: Request, max_bytes: int, add_bytes: Callable[[int], N
     """Returns the body of a request.
 
     Args:
-        request: The request.
         max_bytes: Up to READ_AND_DROPPED times as many are read before a larger body is refused:
             a client that is still sending would not see the answer.
         add_bytes: Called with the size of each part that is kept; may raise Refusal.

@@ -17,19 +17,12 @@ BATCH_SIZE = 64
 
 
 class Reconstruction(NamedTuple):
-    """A text and its reconstruction.
-
-    Attributes:
-        text: As given.
-        read: As the model read it: cut to its length, unknown words as <unk>.
-        written: As the model wrote it.
-        exact: Whether it wrote the same tokens as it read, including the end token.
-    """
+    """A text and its reconstruction."""
 
     text: str
-    read: str
-    written: str
-    exact: bool
+    read: str  # as the model read it: cut to its length, unknown words as <unk>
+    written: str  # as the model wrote it
+    exact: bool  # whether it wrote the same tokens as it read, including the end token
 
 
 def reconstructor(
@@ -75,11 +68,7 @@ def reconstructor(
 
 
 def load_autoencoder(encoder_folder: Path, loaded: bundle.Bundle) -> SequenceAutoencoder:
-    """Returns the autoencoder of an encoder bundle and the decoder bundle beside it.
-
-    Args:
-        encoder_folder: Of the encoder bundle.
-        loaded: The encoder bundle.
+    """Returns the autoencoder of an encoder bundle, `loaded`, and the decoder bundle beside it.
 
     Raises:
         InputError: As `reconstructor`.

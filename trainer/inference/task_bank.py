@@ -33,10 +33,6 @@ Folder = str | Path
 def load_task(encoder: Folder, task: Folder) -> TextClassifier:
     """Returns a task with its encoder, as a classifier.
 
-    Args:
-        encoder: Folder of the encoder bundle.
-        task: Folder of the task bundle.
-
     Raises:
         InputError: A bundle is missing or damaged, or the task belongs to another encoder.
     """
@@ -138,7 +134,6 @@ class TaskBank:
         Texts of similar length are read together, whatever their tasks.
 
         Args:
-            texts: Any number.
             tasks: The name of each text's task.
             batch_size: Of texts.
 
@@ -161,7 +156,6 @@ class TaskBank:
         """Returns the predictions in the order of the texts.
 
         Args:
-            texts: Any number.
             tasks: The name of each text's task, or of the task of all.
 
         Raises:
@@ -176,14 +170,9 @@ class TaskBank:
         return prediction_of(probabilities, self.class_names[task])
 
     def number(self, task: str) -> int:
-        """Returns the number of a task.
-
-        Raises:
-            InputError: There is no task of that name.
-        """
+        """Returns the number of a task; raises InputError if there is none of that name."""
         if task not in self._number:
-            hint = did_you_mean(task, self._number)
-            raise InputError(f"there is no task {task!r:.99}{hint}")
+            raise InputError(f"there is no task {task!r:.99}{did_you_mean(task, self._number)}")
         return self._number[task]
 
 
@@ -247,13 +236,8 @@ def _of_lstms(
     There are no biases if no task has its own, which costs nothing then.
     """
     layers = range(encoder.info["model"]["num_layers"])
-    states = [
-        [
-            tf.stack([task.tensors[f"initial_state/{layer}/{part}"] for task in tasks])
-            for part in "hc"
-        ]
-        for layer in layers
-    ]
+    names = [[f"initial_state/{layer}/{part}" for part in "hc"] for layer in layers]
+    states = [[tf.stack([task.tensors[name] for task in tasks]) for name in pair] for pair in names]
     if not any("lstm/0/bias" in task.tensors for task in tasks):
         return states, []
     biases = [
@@ -273,10 +257,7 @@ def _of_heads(hidden_units: int, tasks: Sequence[Bundle]) -> list[tuple[tf.Tenso
     for task in tasks:
         kernel, bias = task.tensors["output/kernel"], task.tensors["output/bias"]
         if task.info["model"]["num_classes"] == 2:  # the softmax of both is the logit's sigmoid
-            kernel, bias = (
-                np.concatenate([-kernel, kernel], 1) / 2,
-                np.concatenate([-bias, bias]) / 2,
-            )
+            kernel, bias = (np.concatenate([-x, x], axis=-1) / 2 for x in (kernel, bias))
         missing = most - len(bias)
         kernels.append(np.pad(kernel, ((0, 0), (0, missing))))
         biases.append(np.pad(bias, (0, missing), constant_values=-np.inf))

@@ -14,7 +14,6 @@ from trainer.report_page.charts import LEVELS, Series
 from trainer.report_page.markup import Markup, join, tag
 from trainer.report_page.run_folder import Part, RunFolder
 from trainer.report_page.statistics import (
-    Calibration,
     Interval,
     by_class,
     calibration,
@@ -275,7 +274,8 @@ def learned_states(runs: Sequence[RunFolder]) -> Markup:
     for run in runs:
         states = next((part.states for part in run.parts.values() if part.states), {})
         rows, pictures = [], []
-        for name, values in sorted(states.items(), key=lambda pair: _state_order(pair[0])):
+        # By layer, h before c.
+        for name, values in sorted(states.items(), key=lambda s: (s[0][:-1], s[0].endswith("c"))):
             title, sizes = _state_title(name), np.abs(values)
             pictures.append(charts.heat_map(title, values, float(sizes.max())))
             figures = (values.min(), values.max(), sizes.mean(), np.linalg.norm(values))
@@ -296,11 +296,6 @@ def learned_states(runs: Sequence[RunFolder]) -> Markup:
         "picture. Each picture has its own scale."
     )
     return join([tag("p", text), blocks])
-
-
-def _state_order(name: str) -> tuple[str, bool]:
-    """Returns a sort key that puts h before c."""
-    return name[:-1], name.endswith("c")
 
 
 def _state_title(name: str) -> str:
@@ -478,11 +473,12 @@ def _confusion_table(title: str, counts: np.ndarray, names: Sequence[str]) -> Ma
 
 def calibrations(runs: Sequence[RunFolder]) -> Markup:
     """Returns how often classifiers are right, by their confidence."""
-    found = [
-        (title, _calibration(each), name, look)
-        for title, name, each, look in _predictions(runs)
-        if not each.has_sets
-    ]
+    found = []
+    for title, name, each, look in _predictions(runs):
+        if not each.has_sets:
+            confidence = each.probability_of(each.predicted)
+            measured = calibration(confidence, ~each.is_wrong, each.info["classes"])
+            found.append((title, measured, name, look))
     if not found or len({len(each.edges) for _, each, *_ in found}) > 1:
         return Markup("")
     tiles = [
@@ -491,11 +487,6 @@ def calibrations(runs: Sequence[RunFolder]) -> Markup:
     ]
     chart = charts.reliability_chart("Accuracy by confidence", found)
     return join([tag("dl", tiles, class_="tiles"), chart])
-
-
-def _calibration(found: Predictions) -> Calibration:
-    confidence = found.probability_of(found.predicted)
-    return calibration(confidence, ~found.is_wrong, found.info["classes"])
 
 
 def documents(runs: Sequence[RunFolder]) -> Markup:
@@ -524,7 +515,8 @@ def _document(example: dict[str, Any], names: Sequence[str], is_open: bool) -> M
     largest = float(np.abs(added).max(initial=0.0)) or 1.0
     levels = np.rint(added / largest * LEVELS).astype(int).tolist()
     label, predicted = (_named(example[each], names) for each in ("label", "predicted"))
-    certainty = f" at {_percent(example['probability'])}"
+    sure = example["probability"]
+    certainty = " at more than 99.9 %" if sure > 0.999 else f" at {100 * sure:.1f} %"
     if "explained" in example:
         certainty = f"; shaded for {names[example['explained']]}," + certainty
     is_right = example["label"] == example["predicted"]
@@ -556,10 +548,6 @@ def _named(classes: int | list[int], names: Sequence[str]) -> str:
     if isinstance(classes, int):
         return names[classes]
     return ", ".join(names[c] for c in classes) or "no label"
-
-
-def _percent(probability: float) -> str:
-    return "more than 99.9 %" if probability > 0.999 else f"{100 * probability:.1f} %"
 
 
 def settings(runs: Sequence[RunFolder]) -> Markup:

@@ -10,7 +10,6 @@ Where standard output goes decides how:
 
 import shutil
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Self, TextIO
 
 from data_pipelines.printable import printable
@@ -72,12 +71,7 @@ class Console:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Erases the live line, so that later output starts on an empty line."""
         if self._redraws and self._shown:
             self._shown = ""

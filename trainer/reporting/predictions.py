@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from data_pipelines.durable import Buffer, write_folder
 from trainer.safe_files import (
@@ -67,22 +68,12 @@ class Predictions:
             return 1 / (1 + np.exp(-self.tensors["logits"].astype(np.float64)))
 
     def probability_of(self, classes: np.ndarray) -> np.ndarray:
-        """Returns the probability of a class for each document: float64 [n].
-
-        Args:
-            classes: Integers [n].
-        """
-        logits = self.tensors["logits"]
+        """Returns the probability of each document's class in `classes` [n]: float64 [n]."""
+        logits, found = self.tensors["logits"], []
         rows = max(1, CHUNK_LOGITS // logits.shape[1])
-        chunks = [
-            np.take_along_axis(
-                probabilities(logits[start : start + rows]),
-                classes[start : start + rows, None],
-                axis=1,
-            )[:, 0]
-            for start in range(0, len(logits), rows)
-        ]
-        return np.concatenate(chunks)
+        for some in (slice(i, i + rows) for i in range(0, len(logits), rows)):
+            found.append(probabilities(logits[some])[np.arange(len(classes[some])), classes[some]])
+        return np.concatenate(found)
 
     @property
     def predicted(self) -> np.ndarray:
@@ -163,8 +154,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     logits = np.asarray(logits, np.float64)
     if logits.shape[1] == 1:
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
-    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+    return special.softmax(logits, axis=1)
 
 
 def start_of(values: Mapping[str, Any]) -> str:

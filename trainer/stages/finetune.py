@@ -18,7 +18,6 @@ from trainer.distribution.divergence import check_equal
 from trainer.distribution.variables import assign, digest, values_of
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
-from trainer.models.text_model import TextModel
 from trainer.reporting import thresholds
 from trainer.stages.evaluate import error_and_loss
 from trainer.stages.finetune_batches import FinetuneBatches
@@ -104,12 +103,18 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         f"state: {config.initial_state}"
     )
     run.log_shapes(folder.name, plan)
-    objective = joint_objective(run, classifier) if config.joint_weight else None
+    objective, softmax = None, {}
+    if config.joint_weight:
+        with run.distributor.scope():
+            objective = make_objective(run, classifier.encoder)
+        # Its variables besides the encoder's; no bundle holds them.
+        decoder = bundle.decoder_variables(objective)
+        softmax = {f"objective/{name}": variable for name, variable in decoder.items()}
     task = Task(
         name="finetune",
         folder=folder,
         stage=config.of_stage("finetune"),
-        variables=trained | softmax_variables(objective),
+        variables=trained | softmax,
         loss_sum=FinetuneLoss(
             config, classifier, objective, class_weights(run, view), run.store.label_sets
         ),
@@ -232,17 +237,19 @@ def warm_start(
     began = time.perf_counter()
     config = run.config
     read = _received if config.train == "all" else _read_by_all
-    received, size = read(run, Path(config.encoder), "--encoder")
-    encoders = {"--encoder": received.info["tensors_sha256"]}
-    held = _take_over(config, classifier, received)
-    codes = [received.tensors.get(bundle.CODE_KERNEL)]
-    if classifier.backward is not None:
-        received, more = read(run, Path(config.backward_encoder), "--backward_encoder")
-        size += more
-        encoders["--backward_encoder"] = received.info["tensors_sha256"]
-        theirs = _take_over(config, classifier.backward, received)
+    named = (
+        ("--encoder", config.encoder, ""),
+        ("--backward_encoder", config.backward_encoder, "backward/"),
+    )
+    size, encoders, codes = 0, {}, []
+    held: dict[str, np.ndarray] = {}
+    for direction, (flag, folder, prefix) in zip(classifier.directions, named, strict=False):
+        received, sent = read(run, Path(folder), flag)
+        size += sent
+        encoders[flag] = received.info["tensors_sha256"]
         codes.append(received.tensors.get(bundle.CODE_KERNEL))
-        held |= {f"backward/{name}": value for name, value in theirs.items()}
+        taken = _take_over(config, direction, received)
+        held |= {prefix + name: value for name, value in taken.items()}
     if config.train != "all":
         of_chief = run.distributor.broadcast_arrays(values_of(trained))
         assign(trained, of_chief)
@@ -336,20 +343,6 @@ def trained_variables(config: Config, classifier: Classifier) -> dict[str, keras
         part = kind[-1] if kind[0] == "lstm" else kind[0]
         variable.trainable = trains.get(part, weights)
     return {name: variable for name, variable in variables.items() if variable.trainable}
-
-
-def joint_objective(run: Run, classifier: Classifier) -> TextModel:
-    """Returns the model of --pretrain_objective on the classifier's encoder, its softmax new."""
-    with run.distributor.scope():
-        return make_objective(run, classifier.encoder)
-
-
-def softmax_variables(objective: TextModel | None) -> dict[str, keras.Variable]:
-    """Returns the objective's variables besides the encoder's; no bundle holds them."""
-    if objective is None:
-        return {}
-    decoder = bundle.decoder_variables(objective)
-    return {f"objective/{name}": variable for name, variable in decoder.items()}
 
 
 def encoder_rates(config: Config, classifier: Classifier) -> dict[str, Rate]:

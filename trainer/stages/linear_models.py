@@ -119,11 +119,7 @@ class LinearModels:
         return normalize(places[:, :size])
 
     def counts(self, view: SplitView) -> sparse.csr_matrix:
-        """Returns how often each document has each word and each frequent pair.
-
-        Returns:
-            float64 [documents, words and pairs].
-        """
+        """Returns each document's counts of words and frequent pairs: float64 [documents, both]."""
         rows, columns = [], []
         for first, document, words, pairs in _words_and_pairs(view, self._vocab_size):
             place = np.searchsorted(self._pairs, pairs)

@@ -79,10 +79,7 @@ def final_state(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the state in which the last layer ends: h and c, float32 [batch, units] each.
 
-    Args:
-        tokens: int32 [batch, time], right-padded.
-        lengths: int32 [batch].
-        contexts: See `Classifier.start`.
+    Arguments as for `Classifier.start`.
     """
     encoder = classifier.encoder
     states = classifier.start(tokens, lengths, contexts)[0]
@@ -140,10 +137,8 @@ def first_order_contributions(
     collective.
 
     Args:
-        tokens: int32 [batch, time], right-padded.
-        lengths: int32 [batch].
+        tokens, lengths, contexts: See `Classifier.start`.
         predicted: The classes, int32 [batch].
-        contexts: int32 [batch]; see `Classifier.start`.
     """
     tokens, lengths = tf.constant(tokens), tf.constant(lengths)
     embedded = classifier.embed(tokens, lengths)

@@ -14,6 +14,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.flag_fields import kind_of
 from trainer.config import FREE_ON_RESUME, Config
 from trainer.stages import finetune, pretrain
+from trainer.training.health import largest_first
 from trainer.training.loop import Training
 from trainer.training.run import Run
 
@@ -35,15 +36,13 @@ def replay(run: Run) -> dict[str, Any]:
     _, task, batches, _ = (pretrain if stage == "pretrain" else finetune).set_up(run, run.folder)
     outcome, start, notes = Training(run, task, batches).replay(batches, step)
     norms = dict(zip(task.variables, outcome.norms.numpy().tolist(), strict=True))
-    # Non-finite ones come first.
-    largest = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
     return {
         "step": step,
         "start_step": start,
         "shards_of_the_run": notes.get("shards"),
         "loss": float(outcome.loss),
         "global_norm": math.hypot(*norms.values()),
-        "gradient_norms": {name: norms[name] for name in largest},
+        "gradient_norms": largest_first(norms),
         "examples": batches.texts(step - 1),
     }
 

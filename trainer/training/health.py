@@ -4,7 +4,6 @@ import faulthandler
 import math
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 from data_pipelines.errors import InputError
 
@@ -25,9 +24,8 @@ def describe_nonfinite(
         norms: Norm of each variable's gradient, before clipping.
         examples: Numbers of the global batch's examples in the stage's data; may be empty.
     """
-    # Non-finite ones come first.
-    largest = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
-    gradients = ", ".join(f"{name} {norms[name]:.4g}" for name in largest[:SHOWN_GRADIENTS])
+    largest = list(largest_first(norms).items())[:SHOWN_GRADIENTS]
+    gradients = ", ".join(f"{name} {norm:.4g}" for name, norm in largest)
     shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES])) or "unknown"
     more = len(examples) - SHOWN_EXAMPLES
     shown += f" and {more} more" if more > 0 else ""
@@ -35,6 +33,12 @@ def describe_nonfinite(
         f"step {step} is not finite: loss {loss:.6g}; largest gradients by their norm: "
         f"{gradients}; examples of the batch: {shown}"
     )
+
+
+def largest_first(norms: Mapping[str, float]) -> dict[str, float]:
+    """Returns the norms by name, the largest first, those that are not finite before all others."""
+    names = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
+    return {name: norms[name] for name in names}
 
 
 class StallWatchdog:
@@ -63,12 +67,7 @@ class StallWatchdog:
         self.beat()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()
             self._set = -math.inf

@@ -26,11 +26,8 @@ HEARTBEAT_SECONDS = 60.0  # longest time without a line in metrics.jsonl and the
 
 def steps_until_due(config: Config, task: Task, step: int) -> int:
     """Returns how many steps follow `step` before something else than a step is due."""
-    periods = (
-        config.log_every_steps,
-        config.checkpoint_every_steps,
-        task.stage.evaluate_every_steps,
-    )
+    periods = [config.log_every_steps, config.checkpoint_every_steps]
+    periods.append(task.stage.evaluate_every_steps)
     first, last = step_range(config.profile_steps) or (0, 0)
     stops = [task.stage.steps, first - 1, last, *(step - step % p + p for p in periods)]
     return min(stop for stop in stops if stop > step) - step
@@ -184,9 +181,8 @@ class Progress:
         """Counts and reports a step that is not finite, or raises NonFiniteError."""
         name, config = self._task.name, self._run.config
         norms = dict(zip(self._task.variables, outcome.norms.numpy().tolist(), strict=True))
-        said = describe_nonfinite(
-            step, float(outcome.loss), norms, self._batches.examples(step - 1)
-        )
+        examples = self._batches.examples(step - 1)
+        said = describe_nonfinite(step, float(outcome.loss), norms, examples)
         advice = f"{self._replay_command(step)} shows the step; try a lower "
         advice += f"--{name}_learning_rate or --clip_norm"
         if config.on_nonfinite == "stop":

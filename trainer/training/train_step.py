@@ -179,13 +179,8 @@ class TrainStep:
             loss, *others = self._task.loss_sum(rows, batch["step"], part)
             return (loss * self._loss_scale.factor() if self._loss_scale else loss, *others)
 
-        return loss_and_gradients(
-            loss_sum,
-            self._variables,
-            rows,
-            self._distributor.shard(),
-            self._config.accumulate_steps,
-        )
+        shard, parts = self._distributor.shard(), self._config.accumulate_steps
+        return loss_and_gradients(loss_sum, self._variables, rows, shard, parts)
 
     def _choose_rows(self, first: tf.data.Dataset) -> None:
         """Chooses which gradients travel as rows, and which tables are trained by rows."""
