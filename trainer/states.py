@@ -26,8 +26,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distribution.distributor import Distributor
+from trainer.distribution.over_batches import sum_over_batches
 from trainer.distribution.preemption import StopRequest
-from trainer.distribution.steps import sum_over_batches
 from trainer.models import bundle, keras_states
 from trainer.models.context_state import ContextState
 from trainer.models.encoder import Encoder, LearnedState

@@ -122,11 +122,11 @@ import_quietly()
 from data_pipelines.errors import InputError
 from trainer.distribution import cluster
 from trainer.distribution.make import make_distributor
-from trainer.stages import finetune
+from trainer.stages import warm_start
 distributor = make_distributor("auto", cluster.resolve(os.environ), 60.0)
 run = SimpleNamespace(distributor=distributor)
 try:
-    finetune._read_by_all(run, Path(sys.argv[1 + distributor.rank]), "--encoder")
+    warm_start._read_by_all(run, Path(sys.argv[1 + distributor.rank]), "--encoder")
 except InputError as error:
     print(error)
 """

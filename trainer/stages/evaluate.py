@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
-from trainer.distribution.steps import sum_over_batches
+from trainer.distribution.over_batches import sum_over_batches
 from trainer.distribution.variables import assign
 from trainer.models import bundle
 from trainer.models.classifier import Classifier, losses_and_errors, targets

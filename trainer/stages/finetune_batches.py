@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from data_pipelines.batches.batch_plan import BatchPlan
 from data_pipelines.store.manifest import NO_LABEL
-from trainer.distribution.steps import PER_ROW
+from trainer.distribution.over_batches import PER_ROW
 from trainer.training.run import StoreBatches
 
 

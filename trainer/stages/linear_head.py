@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.store.split_view import SplitView
-from trainer.distribution.steps import gather_rows
+from trainer.distribution.over_batches import gather_rows
 from trainer.models.classifier import Classifier
 from trainer.training import logistic_regression
 from trainer.training.run import Run

@@ -13,7 +13,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.tokenizers.tokenizer import Tokenizer
-from trainer.distribution.steps import gather_rows
+from trainer.distribution.over_batches import gather_rows
 from trainer.models.classifier import Classifier, losses_and_errors, reversed_words, targets
 from trainer.models.encoder import token_mask
 from trainer.reporting.predictions import EXAMPLE_TOKENS, Predictions, write

@@ -17,7 +17,7 @@ from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
 from trainer import states
 from trainer.config import Config
-from trainer.distribution.steps import gather_rows, sum_over_batches
+from trainer.distribution.over_batches import gather_rows, sum_over_batches
 from trainer.distribution.variables import digest, values_of
 from trainer.models import bundle
 from trainer.models.bag_autoencoder import BagAutoencoder

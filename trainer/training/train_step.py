@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor
-from trainer.distribution.steps import local_rows
+from trainer.distribution.over_batches import local_rows
 from trainer.training.gradients import (
     Gradient,
     LossAndGradients,

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.make import make_distributor
-from trainer.distribution.steps import local_rows
+from trainer.distribution.over_batches import local_rows
 from trainer.models.bag_autoencoder import BagAutoencoder
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder

@@ -19,8 +19,8 @@ from tests import loop_settings
 from trainer import safe_files
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.make import make_distributor
+from trainer.distribution.over_batches import sum_over_batches
 from trainer.distribution.preemption import Preempted
-from trainer.distribution.steps import sum_over_batches
 from trainer.reporting.status_server import Vitals, serve
 from trainer.training import checkpoint, loop, progress
 from trainer.training.health import NonFiniteError
