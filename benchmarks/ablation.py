@@ -9,7 +9,7 @@ and at the scale of the results, with the flags that its flagfile names,
 Each classifier starts from one of four states, with the encoder's weights or random ones, after
 each objective of pretraining, over several seeds; a seed chooses the weights, the order of the data
 and the labelled documents, so that states are compared within a seed. What is done is not done
-again: a run that was interrupted goes on.
+again: an interrupted run resumes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Programs side by side: each in a process of its own, asked in turn, one at a time.
+"""Programs side by side: each in a separate process, asked in turn, one at a time.
 
 So PyTorch needs no place in the product's environment, no program's threads disturb another's,
 and each has its own peak memory. A process that is not asked waits for a line and costs nothing.

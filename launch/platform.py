@@ -28,7 +28,7 @@ class Options:
         "from the last checkpoint after a failure. Default: 0; on k8s: 3. With --elastic: number "
         "of lost workers to survive; default: any.", at_least=0)
     name: str | None = flag("Start", None, "Name of the job, for status, logs and cancel. Default: "
-        "warmstate; local: none, and a named job is recorded in local-jobs/.")
+        "warmstate; on this machine: none. A named local job is recorded in local-jobs/.")
     dry_run: bool = flag("Start", False, "Print what would be started, and start nothing.")
     # fmt: on
 
@@ -43,8 +43,8 @@ class ElasticOptions(Options):
     """Flags of platforms whose jobs can change their number of workers."""
 
     # fmt: off
-    elastic: bool = flag("Elastic", False, "Continue with one worker less after a failure, and "
-        "with more workers when there is room for them.")
+    elastic: bool = flag("Elastic", False, "Continue with one worker fewer after a failure, and "
+        "with more workers when more are allowed.")
     min_workers: int | None = flag("Elastic", None, "Number of workers below which an elastic job "
         "ends.", at_least=1)
     max_workers: int | None = flag("Elastic", None, "Largest number of workers of an elastic job.",
@@ -74,10 +74,10 @@ class ClusterOptions(Options):
     # fmt: off
     gpus_per_worker: int | None = flag("Cluster (slurm, k8s)", None, "Number of GPUs for each "
         "worker.", at_least=1)
-    wait: bool = flag("Cluster (slurm, k8s)", False, "Return when the job has ended, with its exit "
-        "code.")
-    follow: bool = flag("Cluster (slurm, k8s)", False, "Like --wait; print what the chief prints, "
-        "and fetch the report.")
+    wait: bool = flag("Cluster (slurm, k8s)", False, "Wait until the job has ended, and exit "
+        "with its exit code.")
+    follow: bool = flag("Cluster (slurm, k8s)", False, "Like --wait, and also print the chief's "
+        "output and fetch the report.")
     # fmt: on
 
 

@@ -48,10 +48,11 @@ class RunConfig:
         "random weights, and compare.", choices=STAGES)
     starts: str = _run("both", "Which classifiers --stage=all trains and tests: from the "
         "pretrained encoder (warm), from random weights (scratch), or both.", choices=STARTS)
-    label_counts: str = _run("", "Also compare both starts and linear models with fewer labels: "
-        "numbers of labelled documents, separated by commas. Up to 500 the warm start is a linear "
-        "head on the frozen encoder.")
-    label_draws: int = _run(3, "Number of samples of each number in --label_counts.", at_least=1)
+    label_counts: str = _run("", "Numbers of labelled documents, separated by commas, with which "
+        "--stage=all also compares both starts and linear models. Up to 500 the warm start is a "
+        "linear head on the frozen encoder.")
+    label_draws: int = _run(3, "Number of random samples of each size in --label_counts.",
+        at_least=1)
     run_dir: str = _run("", "Folder for the run's checkpoints, metrics, bundles and report.")
     mirror: str = _run("", "Address in an object store, such as s3://bucket/run, to which finished "
         "checkpoints, bundles and reports are copied while the run trains. A run with an empty "
@@ -269,9 +270,9 @@ class FineTuningConfig:
         at_least=0)
     perturbation_norm: float = _finetune(5.0, "Norm of the adversarial perturbation of a "
         "document's normalised embeddings, over all its words.", above=0)
-    scratch_perturbation_norm: float = _finetune(0.0, "--perturbation_norm of the start from "
-        "scratch in --stage=all: untrained embeddings bear a tenth of what trained ones do. 0: the "
-        "same.", at_least=0)
+    scratch_perturbation_norm: float = _finetune(0.0, "Perturbation norm for the start from "
+        "scratch in --stage=all, whose untrained embeddings tolerate about a tenth of the usual "
+        "norm. 0: --perturbation_norm.", at_least=0)
     unlabelled_batch_size: int = _finetune(0, "Number of unlabelled documents in each step for the "
         "virtual adversarial loss. 0: labelled documents only.", at_least=0)
 
