@@ -9,6 +9,7 @@ import importlib.util
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ def _faults(config: Config, cluster: Cluster) -> list[str]:
         *distributor_faults(config.distributor, cluster),
         *_batch_size_faults(config, cluster),
         *_pretraining_faults(config),
-        *_bag_faults(config),
         *_step_faults(config),
         *_finetuning_faults(config),
         *_frozen_faults(config),
@@ -102,8 +102,15 @@ def _batch_size_faults(config: Config, cluster: Cluster) -> Iterator[str]:
             )
 
 
+def _together(config: Config, name: str, other: str, why: str) -> str:
+    """Returns the fault of two flags that do not go together."""
+    values = [f"--{each}={getattr(config, each)}" for each in (name, other)]
+    return f"{values[0]} with {values[1]}: {why}"
+
+
 def _pretraining_faults(config: Config) -> Iterator[str]:
     """Yields which flags of pretraining do not go together."""
+    together = partial(_together, config)
     if config.samples_at_least(config.vocab_size):
         yield (
             f"--sampled_softmax={config.sampled_softmax} must be below --vocab_size="
@@ -115,39 +122,24 @@ def _pretraining_faults(config: Config) -> Iterator[str]:
             f"--pretrain_tokens_per_batch={tokens} must be at least --pretrain_max_tokens="
             f"{config.pretrain_max_tokens}, the longest row; 0 counts rows instead"
         )
-    packing = config.pretrain_packing
+    packing, objective = config.pretrain_packing, config.pretrain_objective
     if tokens and packing != "none":
-        yield (
-            f"--pretrain_tokens_per_batch={tokens} with --pretrain_packing={packing}: its rows "
-            "have one length; set --pretrain_batch_size instead"
-        )
-    if config.reconstruct_documents and config.pretrain_objective != "sequence_autoencoder":
-        yield (
-            f"--reconstruct_documents={config.reconstruct_documents} with --pretrain_objective="
-            f"{config.pretrain_objective}: only a sequence_autoencoder writes texts again"
-        )
-    if packing == "stream" and config.pretrain_objective != "language_model":
-        yield (
-            f"--pretrain_packing=stream with --pretrain_objective={config.pretrain_objective}: "
-            "only a language model carries its state from row to row; use concat or none"
-        )
-
-
-def _bag_faults(config: Config) -> Iterator[str]:
-    """Yields flags of pretraining that do not go with --pretrain_objective=bag_autoencoder."""
-    if config.pretrain_objective != "bag_autoencoder":
+        why = "its rows have one length; set --pretrain_batch_size instead"
+        yield together("pretrain_tokens_per_batch", "pretrain_packing", why)
+    if config.reconstruct_documents and objective != "sequence_autoencoder":
+        why = "only a sequence_autoencoder writes texts again"
+        yield together("reconstruct_documents", "pretrain_objective", why)
+    if packing == "stream" and objective != "language_model":
+        why = "only a language model carries its state from row to row; use concat or none"
+        yield together("pretrain_packing", "pretrain_objective", why)
+    if objective != "bag_autoencoder":
         return
-    if config.pretrain_packing != "none":
-        yield (
-            f"--pretrain_packing={config.pretrain_packing} with --pretrain_objective="
-            "bag_autoencoder: a bag holds one document's words, so each row must be one document; "
-            "use none"
-        )
+    if packing != "none":
+        why = "a bag holds one document's words, so each row must be one document; use none"
+        yield together("pretrain_packing", "pretrain_objective", why)
     if config.pretrain_subsampling:
-        yield (
-            f"--pretrain_subsampling={config.pretrain_subsampling} with --pretrain_objective="
-            "bag_autoencoder: the bag weights words by inverse document frequency already; use 0"
-        )
+        why = "the bag weights words by inverse document frequency already; use 0"
+        yield together("pretrain_subsampling", "pretrain_objective", why)
 
 
 def _step_faults(config: Config) -> Iterator[str]:
@@ -165,36 +157,28 @@ def _step_faults(config: Config) -> Iterator[str]:
             f"--profile_steps={config.profile_steps} must be A:B, two step numbers from 1, A at "
             "most B, as in --profile_steps=20:30"
         )
+    several = partial(_together, config, "steps_per_call")
     if config.steps_per_call > 1 and config.on_nonfinite == "skip":
-        yield (
-            f"--steps_per_call={config.steps_per_call} with --on_nonfinite=skip: whether a step is "
-            "left out is decided after each; set --steps_per_call=1 or --on_nonfinite=stop"
-        )
+        why = "whether a step is left out is decided after each; set --steps_per_call=1"
+        yield several("on_nonfinite", f"{why} or --on_nonfinite=stop")
     if config.steps_per_call > 1 and config.precision == "mixed_float16":
-        yield (
-            f"--steps_per_call={config.steps_per_call} with --precision=mixed_float16: a step that "
-            "overflows is tried again; set --steps_per_call=1 or --precision=mixed_bfloat16"
-        )
+        why = "a step that overflows is tried again; set --steps_per_call=1"
+        yield several("precision", f"{why} or --precision=mixed_bfloat16")
     if config.steps_per_call > 1 and config.finetune_ema:
-        yield (
-            f"--steps_per_call={config.steps_per_call} with --finetune_ema={config.finetune_ema}: "
-            "the weights are averaged after each step; set one of them back"
-        )
+        why = "the weights are averaged after each step; set one of them back"
+        yield several("finetune_ema", why)
 
 
 def _finetuning_faults(config: Config) -> Iterator[str]:
     """Yields which flags of fine-tuning do not go together."""
+    together = partial(_together, config)
     for name in ("encoder_frozen_steps", "unfreeze_every_steps"):
         if config.optimizer == "adamw" and getattr(config, name):
-            yield (
-                f"--{name}={getattr(config, name)} with --optimizer=adamw: its weight decay would "
-                "move the frozen weights; use --optimizer=adam"
-            )
+            why = "its weight decay would move the frozen weights; use --optimizer=adam"
+            yield together(name, "optimizer", why)
     if config.label_gain == "linear" and config.pooling != "last":
-        yield (
-            f"--label_gain=linear with --pooling={config.pooling}: a label after every word is "
-            "predicted from that word's output; use --pooling=last"
-        )
+        why = "a label after every word is predicted from that word's output; use --pooling=last"
+        yield together("label_gain", "pooling", why)
     is_head_alone = config.hidden_units == 0 and config.init_weights == "encoder"
     if not config.finetune_steps and not is_head_alone:
         yield (
@@ -207,10 +191,8 @@ def _finetuning_faults(config: Config) -> Iterator[str]:
     if vectors and "://" not in vectors and not Path(vectors).is_file():
         yield f"--init_embeddings={vectors} is not a file"
     if vectors and config.stage == "finetune" and config.init_weights == "encoder":
-        yield (
-            f"--init_embeddings={vectors} with --init_weights=encoder: the encoder has embeddings; "
-            "set --init_weights=random, or leave one out"
-        )
+        why = "the encoder has embeddings; set --init_weights=random, or leave one out"
+        yield together("init_embeddings", "init_weights", why)
     if config.unlabelled_batch_size and not config.virtual_adversarial_weight:
         yield (
             f"--unlabelled_batch_size={config.unlabelled_batch_size} needs "
@@ -222,27 +204,19 @@ def _frozen_faults(config: Config) -> Iterator[str]:
     """Yields flags of fine-tuning that do not go with a frozen encoder."""
     if config.train == "all" or config.stage not in ("all", "finetune"):
         return
-    for name, value, why in (
-        ("init_weights", "random", "random weights would stay random; use --init_weights=encoder"),
-        ("initial_state", "encode", "a task has one state; use zero, mean or learned"),
-    ):
-        if getattr(config, name) == value:
-            yield f"--train={config.train} with --{name}={value}: {why}"
-    if config.context_key:
-        yield (
-            f"--train={config.train} with --context_key={config.context_key}: a task has one "
-            "state for all documents; use --train=all"
-        )
-    if config.joint_weight:
-        yield (
-            f"--train={config.train} with --joint_weight={config.joint_weight}: joint training "
-            "trains the encoder; use --train=all"
-        )
-    if config.backward_encoder:
-        yield (
-            f"--train={config.train} with --backward_encoder={config.backward_encoder}: a task "
-            "belongs to one encoder; leave it out, or use --train=all"
-        )
+    for name, is_wrong, why in (
+        ("init_weights", config.init_weights == "random", "random weights would stay random; use "
+         "--init_weights=encoder"),
+        ("initial_state", config.initial_state == "encode", "a task has one state; use zero, mean "
+         "or learned"),
+        ("context_key", config.context_key, "a task has one state for all documents; use "
+         "--train=all"),
+        ("joint_weight", config.joint_weight, "joint training trains the encoder; use --train=all"),
+        ("backward_encoder", config.backward_encoder, "a task belongs to one encoder; leave it "
+         "out, or use --train=all"),
+    ):  # fmt: skip
+        if is_wrong:
+            yield _together(config, "train", name, why)
 
 
 def _label_set_faults(config: Config) -> Iterator[str]:
