@@ -272,7 +272,7 @@ def _check_names(settings: dict[str, Any], known: list[str]) -> None:
     """Raises InputError if a setting is not among `known`; the message has the nearest."""
     raise_if(
         [
-            f"{name} is no setting{did_you_mean(name, known)}"
+            f"{name} is not a setting{did_you_mean(name, known)}"
             for name in settings
             if name not in known
         ]

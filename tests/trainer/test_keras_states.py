@@ -167,7 +167,7 @@ def test_from_encoder_says_what_it_lacks() -> None:
         states.from_encoder(layers.LSTM(2), X)
     inputs = keras.Input((STEPS, WIDTH))
     _, h = layers.GRU(2, return_state=True, name="gru")(inputs)
-    with pytest.raises(ValueError, match="gru is no LSTM"):
+    with pytest.raises(ValueError, match="gru is not an LSTM"):
         states.from_encoder(keras.Model(inputs, [h, h]), X)
 
 

@@ -78,7 +78,7 @@ def test_the_stages_one_after_the_other(small_store: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"pretrain_step": 3}, "pretrain_step is no setting; did you mean pretrain_steps?"),
+        ({"pretrain_step": 3}, "pretrain_step is not a setting; did you mean pretrain_steps?"),
         ({"units": "12"}, "units='12' is not of type int"),
         ({"units": True}, "units=True is not of type int"),
         ({"units": 0, "seed": -1}, "--seed=-1 must be at least 0\n--units=0 must be at least 1"),
@@ -102,7 +102,7 @@ def test_what_is_not_there_raises(tmp_path: Path) -> None:
         warmstate.load_encoder(tmp_path)
     with pytest.raises(InputError, match="put it in a list"):
         warmstate.predict(tmp_path, "a text")
-    with pytest.raises(InputError, match="sorce is no setting; did you mean source"):
+    with pytest.raises(InputError, match="sorce is not a setting; did you mean source"):
         warmstate.prepare(tmp_path / "store", sorce="movie_reviews")
     with pytest.raises(AttributeError):
         _ = warmstate.no_such_thing

@@ -33,7 +33,7 @@ def reads_states(encoder: Any, layers: Sequence[str] | None) -> Callable[[Any], 
     """
     if isinstance(encoder, RECURRENT):
         if not is_lstm(encoder):
-            raise ValueError(f"{encoder.name} is no LSTM: its states are not h and c")
+            raise ValueError(f"{encoder.name} is not an LSTM: its states are not h and c")
         if not encoder.built:
             raise ValueError(f"{encoder.name} was never called: it has no trained weights to read")
         copy = _returning_state(encoder)
@@ -84,7 +84,7 @@ def _refuse_other_states(model: keras.models.Model) -> None:
     for output in tf.nest.flatten(model.outputs):
         layer, _, index = output._keras_history
         if index and isinstance(layer, RECURRENT) and not is_lstm(layer):
-            raise ValueError(f"{layer.name} is no LSTM: its states are not h and c")
+            raise ValueError(f"{layer.name} is not an LSTM: its states are not h and c")
 
 
 def _ending_in(model: keras.models.Model, names: Sequence[str] | None) -> keras.models.Model:

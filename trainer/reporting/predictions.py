@@ -221,7 +221,7 @@ def _fault(info: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str | 
                 and not 0 <= labels.min() <= labels.max() < (2**31 if has_sets else classes)
             )
         ):
-            return f"{name!r} holds what is no class"
+            return f"{name!r} holds a number that is not a class"
     if has_sets and (fault := _sets_fault(info, tensors["labels"], (documents, classes))):
         return fault
     rows = len(tensors.get("state/label", ()))
@@ -244,7 +244,7 @@ def _sets_fault(info: Mapping[str, Any], labels: np.ndarray, shape: tuple[int, i
 
 def _examples_fault(examples: Any, classes: int) -> str | None:
     if not isinstance(examples, list):
-        return "'examples' is no list"
+        return "'examples' is not a list"
     for example in examples:
         try:
             pieces, added = example["pieces"], example["contributions"]

@@ -66,7 +66,7 @@ def _remembered(path: Path) -> str:
     with opened(path) as file:
         said = file.read(99).decode(errors="replace").removesuffix("\n")
     if said not in CHOICES:
-        raise DamagedError(f"{path} holds {said!r}, none of {', '.join(CHOICES)}")
+        raise DamagedError(f"{path} holds {said!r}, not one of {', '.join(CHOICES)}")
     return said
 
 

@@ -39,7 +39,7 @@ def test_what_cannot_be_remembered_is_said(tmp_path: Path, monkeypatch: pytest.M
 def test_a_damaged_choice_is_not_made_again(tmp_path: Path, content: bytes) -> None:
     """A resumed run would continue in another precision."""
     (tmp_path / "precision.txt").write_bytes(content)
-    with pytest.raises(InputError, match="precision.txt holds .*, none of float32, mixed"):
+    with pytest.raises(InputError, match="precision.txt holds .*, not one of float32, mixed"):
         precision.resolved(Config(precision="auto"), one_device(), tmp_path, print)
 
 
