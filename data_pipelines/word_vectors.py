@@ -22,7 +22,7 @@ def read_word_vectors(path: str, words: Sequence[str], dim: int) -> tuple[np.nda
     """Returns the vectors that a file has for `words`; the first one if a word is repeated.
 
     Args:
-        path: of the file, which may be compressed (see `files.open_decompressed`).
+        path: a file, which may be compressed (see `files.open_decompressed`).
         words: case-sensitive.
         dim: dimensions of a vector.
 

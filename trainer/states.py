@@ -98,7 +98,7 @@ def from_encoder(
         how: "mean": averaged over the documents, h and c are [units]; "encode": for each document,
             [documents, units].
         layers: The names of the layers, for a model with several LSTMs.
-        batch_size: Of documents, if `data` is not batched.
+        batch_size: Number of documents in a batch, if `data` is not batched.
 
     Raises:
         ValueError: The states are ambiguous, `data` is empty, or `how` is unknown.
@@ -125,7 +125,6 @@ def load(folder: str | Path, name: str = "learned") -> list[LearnedState]:
     """Returns a state of an encoder bundle from pretraining: a LearnedState for each layer.
 
     Args:
-        folder: Of the bundle.
         name: "learned", the state trained with the encoder's weights, or "mean", its final state
             averaged over the pretraining corpus.
 

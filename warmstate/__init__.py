@@ -63,7 +63,7 @@ def prepare(folder: str | Path, *, log: Log = print, **settings: Setting | None)
     """Makes a token store, or opens the one in `folder`.
 
     Args:
-        folder: Of the store.
+        folder: The store's.
         log: Receives lines of progress.
         **settings: Fields of `data_pipelines.prepare.PrepareConfig`: either `source`, or
             `unlabelled` and `labelled`, and others.
@@ -203,7 +203,7 @@ def predict(
     Args:
         classifier: From `load_classifier`, or a bundle's folder.
         texts: Any number.
-        contexts: Of each text, such as its author, for a classifier of --context_key.
+        contexts: Each text's context, such as its author, for a classifier of --context_key.
 
     Raises:
         InputError: There is no classifier bundle in the folder, it is damaged, or contexts do not

@@ -60,7 +60,7 @@ class BatchPlan(_Epochs):
         tokens_per_batch: tokens a step, over all workers, padding not counted: batches have varying
             numbers of examples and about this many tokens. It is a mean, not a limit: on reviews
             the largest batch is a few percent above it.
-        seed: of the shuffling; not negative.
+        seed: for the shuffling; not negative.
         shuffle: False keeps the order of the windows, the same in every epoch, and begins each
             with its shortest examples: for evaluation.
         bucket_batches: more means less padding, and batches that are less random.
@@ -204,7 +204,7 @@ class PackedPlan(_Epochs):
         examples: what the rows are made of.
         max_tokens: tokens a row.
         global_batch: rows a step, over all workers.
-        seed: of the shuffling; not negative.
+        seed: for the shuffling; not negative.
         carried: False gives rows in the order of the stream. True cuts the stream into
             `global_batch` streams of equal length, one for each row of a batch, and row r of a step
             continues row r of the step before: for truncated backpropagation with carried state.

@@ -22,8 +22,8 @@ class Archive:
     """A folder or a tar archive (.tar, .tar.gz, .tgz, .tar.zst).
 
     Attributes:
-        path: of the folder or the archive.
-        names: of the files: a folder's sorted, an archive's in its order.
+        path: the folder or the archive.
+        names: the files' names: a folder's sorted, an archive's in its order.
 
     Raises:
         InputError: the folder or archive is missing, or the archive is damaged: opening reads it

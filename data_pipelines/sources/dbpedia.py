@@ -36,7 +36,7 @@ class Dbpedia:
     line break. Labels are class - 1; ids are SPLIT@OFFSET, the byte at which the line starts.
 
     Args:
-        path: of the folder or the tar archive (dbpedia_csv.tar.gz).
+        path: the folder or the tar archive (dbpedia_csv.tar.gz).
 
     Raises:
         InputError: the path or one of the files is missing.

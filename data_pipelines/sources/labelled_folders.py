@@ -63,7 +63,7 @@ class LabelledFolders:
 
     Args:
         kind: one of `LAYOUTS`: "aclimdb" (Maas et al. 2011) or "newsgroups20" (20news-bydate).
-        path: of the folder or the archive.
+        path: the folder or the archive.
 
     Raises:
         InputError: the path or one of the folders is missing.

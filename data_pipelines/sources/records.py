@@ -51,7 +51,7 @@ def read_records(kind: str, part: Range, columns: Sequence[str]) -> Iterator[Rec
     Args:
         kind: "text", "csv", "tsv" or "jsonl".
         part: starts with a record.
-        columns: of a table; [] takes those that the file's first line names, if the range has it.
+        columns: a table's; [] takes those that the file's first line names, if the range has it.
 
     Raises:
         InputError: the file cannot be read to the end of the range, or names no columns, or one

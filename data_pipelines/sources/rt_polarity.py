@@ -20,7 +20,7 @@ class RtPolarity:
     The data set has no official split. Ids are FILE:LINE.
 
     Args:
-        path: of the folder or the tar archive (rt-polaritydata.tar.gz) that holds the two files.
+        path: the folder or the tar archive (rt-polaritydata.tar.gz) that holds the two files.
 
     Raises:
         InputError: the path or one of the files is missing.

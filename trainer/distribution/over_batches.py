@@ -35,7 +35,7 @@ def sum_over_batches(
     Args:
         sums: Maps rows (tokens, lengths, labels, weights) to tensors to sum; rows of weight 0 must
             add nothing.
-        stop_request: Of this process. Once any process has received one, the function raises
+        stop_request: This process's. Once any process has received one, the function raises
             Preempted in all of them, after the same batch.
     """
 

@@ -69,7 +69,7 @@ def lookup(table: tf.Variable, indices: tf.Tensor) -> tf.Tensor:
 
     Args:
         table: [rows, ...], a variable's `value`.
-        indices: Of any shape; the result's shape begins with it.
+        indices: Integers of any shape; the result's shape begins with it.
     """
     return getattr(table, _LOOKUP, lambda indices: take_rows(table, indices))(indices)
 

@@ -76,7 +76,7 @@ def log_odds(model: TextClassifier, ids: np.ndarray, context: int = UNKNOWN) -> 
 
     Args:
         ids: int32 [batch, time], without padding.
-        context: Of all rows; see `TextClassifier.context_numbers`.
+        context: The context of all rows; see `TextClassifier.context_numbers`.
     """
     lengths = np.full(len(ids), ids.shape[1], np.int32)
     contexts = np.full(len(ids), context, np.int32)

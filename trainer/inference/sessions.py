@@ -40,7 +40,7 @@ class SessionReader:
     """Reads the pieces of any number of sessions of one classifier, as a batch.
 
     Attributes:
-        shape: Of what is carried on.
+        shape: Shape of what a session carries on.
         sha256: Digest of the classifier and its tokenizer, 32 bytes: equal digests read alike.
 
     Raises:

@@ -135,7 +135,7 @@ class TaskBank:
 
         Args:
             tasks: The name of each text's task.
-            batch_size: Of texts.
+            batch_size: Number of texts that are read together.
 
         Raises:
             InputError: There is no task of a name.

@@ -47,16 +47,12 @@ class TextEncoder(tf.Module):
         return self.of_texts(texts)[1]
 
 
-def load_encoder(folder: str | Path, flag: str = "folder") -> TextEncoder:
+def load_encoder(folder: str | Path) -> TextEncoder:
     """Returns the encoder of a bundle from pretraining, with its learned state.
-
-    Args:
-        folder: Of the bundle.
-        flag: The flag that names the folder, for errors.
 
     Raises:
         InputError: There is no encoder bundle in `folder`, or it is damaged.
     """
     folder = Path(folder)
-    loaded = bundle.load(folder, "encoder", flag)
-    return TextEncoder(bundle.encoder_of(loaded), bundle_tokenizer(folder, loaded.info, flag))
+    loaded = bundle.load(folder, "encoder", "folder")
+    return TextEncoder(bundle.encoder_of(loaded), bundle_tokenizer(folder, loaded.info, "folder"))

@@ -67,7 +67,7 @@ def divergence(logits: tf.Tensor, others: tf.Tensor, multi_label: bool = False) 
     """Returns the Kullback-Leibler divergence of two predictions, in nats: [batch].
 
     Args:
-        logits, others: Of both predictions, [batch, classes], or [batch, 1] for two classes.
+        logits, others: Both predictions', [batch, classes], or [batch, 1] for two classes.
         multi_label: Whether each class has a probability; the divergence is then their sum.
     """
     if multi_label or logits.shape[-1] == 1:
@@ -94,7 +94,7 @@ def adversarial_perturbation(
 
     Args:
         loss_of: Maps logits to the sum of the documents' losses.
-        logits: Of `embedded`, [batch, ...].
+        logits: What the model gives for `embedded`, [batch, ...].
         tape: Recorded `logits`, and watches `embedded`.
         embedded: Each [batch, time, dim].
         lengths: int32 [batch].
@@ -126,7 +126,7 @@ def virtual_adversarial_perturbation(
     gradient at a small perturbation is the Hessian times that perturbation.
 
     Args:
-        logits: Of `embedded`.
+        logits: What the model gives for `embedded`.
         logits_of: Maps embeddings to logits.
         embedded: Each [batch, time, dim].
         directions: The random starts, shaped as `embedded`.

@@ -22,7 +22,7 @@ class BagAutoencoder(LanguageModel):
     """A language model whose mean output also reconstructs the bag of words that it read.
 
     Attributes:
-        bag_weight: Of the reconstruction's squared error beside the next words' nats.
+        bag_weight: Weight of the reconstruction's squared error, beside the next words' nats.
         idf: [vocab_size], the inverse document frequencies of the words; set by `set_idf`.
     """
 

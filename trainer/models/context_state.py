@@ -43,12 +43,12 @@ class ContextState(keras.layers.Layer):
         """Takes one of `ids`, `hidden_units` and `burn_in`.
 
         Args:
-            units: Of the LSTM.
+            units: Number of units of the LSTM.
             ids: The known ids: names, or how many, for integers 0, 1, ... from inputs.
             hidden_units: Size of the network's hidden layer.
             burn_in: Number of steps.
             noise: Standard deviation of the noise.
-            seed: Of new weights and of the noise.
+            seed: Seed for new weights and the noise.
 
         Raises:
             ValueError: None or several of the three are given, ids are repeated, or a number is

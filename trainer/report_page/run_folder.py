@@ -31,7 +31,7 @@ class Part:
         name: "pretrain", "scratch", "warm", or "classifier" if its start is unknown.
         metrics: The lines of metrics.jsonl.
         predictions: None if missing.
-        states: Of its encoder bundle, by name ("learned/h"), float32 [units].
+        states: Those of its encoder bundle, by name ("learned/h"), float32 [units].
     """
 
     name: str

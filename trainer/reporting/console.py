@@ -23,7 +23,7 @@ class Console:
 
     Args:
         stream: Where to print.
-        environment: Of the process.
+        environment: The process's environment variables.
         is_silent: Prints nothing; for workers other than the chief.
 
     Attributes:

@@ -38,9 +38,7 @@ class LiveStatus:
 
     Args:
         console: A console, or a function that prints a line.
-        name: Of the stage.
-        steps: Of the stage.
-        steps_per_epoch: Of an epoch.
+        name, steps: The stage's.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class Profiler:
 
     Args:
         first, last: Numbers of steps.
-        folder: Of the profile, for TensorBoard.
+        folder: Folder for the profile, for TensorBoard.
         log: Prints a line.
     """
 

@@ -178,7 +178,7 @@ def write_projector(folder: Path) -> None:
     """Writes the embeddings of the most frequent words for TensorBoard's projector.
 
     Args:
-        folder: Of the run. An encoder bundle in it, or in its part "pretrain", has the embeddings;
+        folder: The run's. An encoder bundle in it, or in its part "pretrain", has the embeddings;
             without one nothing is written.
     """
     from data_pipelines.tokenizers.vocabulary import vocabulary_lines
@@ -250,7 +250,7 @@ def tell(trackers: Sequence[Tracker], folder: Path, stage: str, line: Mapping[st
     """Sends a line of a part's metrics.jsonl to the trackers.
 
     Args:
-        folder: Of the part.
+        folder: The part's.
         stage: "pretrain" or "finetune".
     """
     part = folder.name if folder.name in ("pretrain", "warm", "scratch") else stage

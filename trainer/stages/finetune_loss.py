@@ -34,9 +34,9 @@ class FinetuneLoss:
 
     Args:
         objective: Model of joint training, on the classifier's encoder; None without.
-        class_weights: Of the documents in the label's loss, [classes]; None counts all the same.
+        class_weights: Weights of the documents in the label's loss, [classes]; None: all equal.
             With sets of labels, of the classes that a document has; see `losses_and_errors`.
-        label_sets: Of the store; see `targets`.
+        label_sets: The store's; see `targets`.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ def label_losses(
     """Returns each document's cross-entropy: float32 [batch].
 
     Args:
-        logits: Of the documents, or of all their steps; then the loss is the steps' mean, weighted
+        logits: The documents', or those of all steps; then the loss is the steps' mean, weighted
             by `linear_weights`.
         lengths: int32 [batch].
         labels, smoothing, positive_weights: As for `losses_and_errors`.

@@ -27,7 +27,7 @@ def part_config(config: Config, start: str, count: int, draw: int) -> Config:
     """Returns the configuration of a classifier of `count` labels.
 
     Args:
-        config: Of the same start with all labels.
+        config: That of the same start with all labels.
     """
     passes = -(-PASSES * count // config.finetune_batch_size)
     steps = min(config.finetune_steps, passes)
@@ -55,7 +55,7 @@ def rows(run: Run, report: Row) -> list[Row]:
     """Trains and tests the classifiers of --label_counts, one folder each.
 
     Args:
-        report: Of both starts with all labels.
+        report: That of both starts with all labels.
 
     Returns:
         A row a classifier, also of those in `report`: model, labels, draw, errors in percent.

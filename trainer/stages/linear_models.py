@@ -64,7 +64,7 @@ class LinearModels:
     """The words and pairs of a store's documents, and models fitted to some of them.
 
     Attributes:
-        names: Of the models that suit the data; nbsvm is for two classes.
+        names: The models that suit the data; nbsvm is for two classes.
     """
 
     def __init__(self, store: TokenStore):
@@ -213,7 +213,7 @@ def table(store: TokenStore, counts: Sequence[int], draws: int, seed: int) -> li
     Args:
         counts: 0 is all of the train split.
         draws: Samples of each count below all.
-        seed: Of the first sample; the next ones have the next seeds.
+        seed: Seed of the first sample; the next ones have the next seeds.
     """
     models, train, rows = LinearModels(store), store.split("train"), []
     for count in counts:

@@ -202,7 +202,7 @@ def save(
     """Writes the folder of predictions; only the chief.
 
     Args:
-        info: Of the classifier's bundle.
+        info: The classifier bundle's.
 
     Raises:
         InputError: It cannot be written.

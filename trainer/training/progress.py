@@ -51,7 +51,7 @@ class Notes:
         seconds: Duration over all sittings.
         tokens: Read in the steps whose time counts.
         step_seconds: Duration of these steps.
-        metrics: Of the best evaluation or, if the task does not select, of the last one.
+        metrics: The best evaluation's or, if the task does not select, the last one's.
         step: Step of these metrics.
         skipped_steps: Number of steps skipped so far.
         evaluated_step: The last step after which there was an evaluation.

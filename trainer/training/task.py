@@ -84,11 +84,11 @@ class Result:
     """What a stage ended with.
 
     Attributes:
-        metrics: Of the last evaluation, or of the best one if the task selects by a metric.
+        metrics: The last evaluation's, or the best one's if the task selects by a metric.
         steps: Number taken, over all sittings.
         step: Step of these metrics.
         seconds: Duration over all sittings, with evaluations and checkpoints.
-        tokens_per_second: Of all workers together, in training steps only.
+        tokens_per_second: Sum over all workers, in training steps only.
     """
 
     metrics: dict[str, float]
