@@ -12,7 +12,7 @@ from trainer.distribution.over_batches import sum_over_batches
 from trainer.distribution.variables import assign
 from trainer.models import bundle
 from trainer.models.classifier import Classifier, losses_and_errors, targets
-from trainer.stages.predictions import predict, save
+from trainer.stages.split_predictions import predict, save
 from trainer.training.run import Run
 
 BATCH_SIZE = 64
@@ -21,7 +21,7 @@ BATCH_SIZE = 64
 def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dict[str, Any]:
     """Returns the classifier's error_percent, loss and the number of documents of `split`.
 
-    What it says of each document goes to `folder`/predictions; see predictions.py.
+    What it says of each document goes to `folder`/predictions; see reporting/predictions.py.
     """
     loaded = bundle.load(classifier_folder, "classifier", "--classifier") if run.is_chief else None
     info = run.distributor.gather_objects(loaded.info if loaded else None)[0]

@@ -11,7 +11,7 @@ from trainer.distribution.tf_distribute import TfDistributor, one_device
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
 from trainer.reporting.predictions import Predictions, probabilities
-from trainer.stages import predictions
+from trainer.stages import split_predictions as predictions
 from trainer.stages.evaluate import error_and_loss
 from trainer.training.run import Run
 
