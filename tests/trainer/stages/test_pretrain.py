@@ -7,7 +7,7 @@ import pytest
 
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
-from tests.trainer.stages.test_predictions import NeverStops
+from tests.trainer.stages.test_split_predictions import NeverStops
 from trainer.config import Config
 from trainer.distribution.tf_distribute import one_device
 from trainer.stages import pretrain

@@ -11,7 +11,7 @@ from trainer.distribution.tf_distribute import TfDistributor, one_device
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
 from trainer.reporting.predictions import Predictions, probabilities
-from trainer.stages import split_predictions as predictions
+from trainer.stages import split_predictions
 from trainer.stages.evaluate import error_and_loss
 from trainer.training.run import Run
 
@@ -44,7 +44,7 @@ def make_classifier(run: Run, num_classes: int = 2, with_reader: bool = False) -
 
 
 def predicted(run: Run, classifier: Classifier) -> Predictions:
-    return predictions.predict(run, classifier, run.store.split("test"), 7, 30)
+    return split_predictions.predict(run, classifier, run.store.split("test"), 7, 30)
 
 
 @pytest.mark.parametrize("with_reader", [False, True])
@@ -83,7 +83,7 @@ def test_the_kept_state_is_what_the_classifier_reads(small_store: Path, tmp_path
     run = make_run(small_store, tmp_path, one_device())
     classifier = make_classifier(run, with_reader=True)
     tokens, lengths = run.store.split("test").gather(np.arange(5), 30)
-    h, _ = predictions.final_state(classifier, tf.constant(tokens), tf.constant(lengths))
+    h, _ = split_predictions.final_state(classifier, tf.constant(tokens), tf.constant(lengths))
     logits = classifier.logits(tf.constant(tokens), tf.constant(lengths), training=False)
     np.testing.assert_allclose(classifier.output_layer(classifier.hidden(h)), logits, atol=1e-6)
 
@@ -105,7 +105,7 @@ def test_contributions_are_what_a_small_change_of_a_word_changes(
         chosen = log_odds[[0, 1], [1, 0]]
         return chosen - (log_odds.sum(axis=1) - chosen) / 2
 
-    added = predictions.first_order_contributions(
+    added = split_predictions.first_order_contributions(
         classifier, tokens, lengths, np.array([1, 0], np.int32)
     )
     assert added.shape == tokens.shape and not added[0, 4:].any()
@@ -129,7 +129,7 @@ def test_the_most_wrong_come_first_then_the_surest_of_each_label() -> None:
     found = Predictions({"label": label, "logits": logits})
     wrong = probabilities(logits).argmax(axis=1) != label
     np.testing.assert_array_equal(found.is_wrong, wrong)
-    rows = predictions.telling_documents(found)
+    rows = split_predictions.telling_documents(found)
     assert rows.tolist() == [1, 14, 2, 13, 3, 12, 0, 15]
 
 
@@ -144,7 +144,7 @@ def test_pieces_put_together_are_the_text(kind: str) -> None:
     lines, options = vocabulary[kind]
     tokenizer = make_tokenizer(lines, {"type": kind, **options})
     ids = tokenizer.encode(tf.constant(["a good film"]))[0].numpy().tolist()
-    found = predictions.pieces(tokenizer, kind, ids)
+    found = split_predictions.pieces(tokenizer, kind, ids)
     assert len(found) == len(ids)
     assert "".join(found) == tokenizer.decode(ids)
 
@@ -155,7 +155,7 @@ def test_saved_predictions_can_be_read(
 ) -> None:
     from trainer.report_page import run_folder
 
-    monkeypatch.setattr(predictions, "EXAMPLE_TOKENS", kept_tokens)
+    monkeypatch.setattr(split_predictions, "EXAMPLE_TOKENS", kept_tokens)
     run = make_run(small_store, tmp_path, one_device())
     classifier = make_classifier(run)
     found = predicted(run, classifier)
@@ -165,7 +165,7 @@ def test_saved_predictions_can_be_read(
         "vocab_sha256": run.store.vocab_sha256,
         "report": {"init_weights": "random", "initial_state": "zero"},
     }
-    predictions.save(tmp_path / "predictions", found, run, classifier, "test", info)
+    split_predictions.save(tmp_path / "predictions", found, run, classifier, "test", info)
     read = run_folder.read(tmp_path)
     assert not read.faults and list(read.parts) == ["scratch"]
     kept = read.parts["scratch"].predictions
