@@ -26,24 +26,16 @@ FOLDER = "local-jobs"
 
 @dataclass
 class Job:
-    """The content of job.json.
+    """The content of job.json. Process ids are reused, so it has the start of the launcher's."""
 
-    Attributes:
-        command: The command of each worker.
-        host, pid, pid_started: The launcher's process. `pid_started` is in clock ticks since the
-            boot, because process ids are reused.
-        began, ended: Seconds since 1970.
-        exit_code: None until the job has ended, and forever if the launcher was killed.
-    """
-
-    command: Sequence[str]
+    command: Sequence[str]  # each worker's
     workers: int
     host: str
-    pid: int
-    pid_started: int
-    began: float
+    pid: int  # the launcher's
+    pid_started: int  # in clock ticks since the boot
+    began: float  # seconds since 1970
     ended: float | None = None
-    exit_code: int | None = None
+    exit_code: int | None = None  # None until the job has ended, and if the launcher was killed
 
     @property
     def is_running(self) -> bool:

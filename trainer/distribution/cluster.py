@@ -28,20 +28,13 @@ _SLURM_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # of a batch script or salloc's shell, n
 
 @dataclass(frozen=True)
 class Cluster:
-    """A process's place among its peers.
+    """A process's place among its peers."""
 
-    Attributes:
-        rank: Index of this process; 0 is the chief.
-        size: Number of processes.
-        addresses: "host:port" of every process, by rank; empty if the platform does not name them.
-        horovod: Whether a launcher for Horovod started them.
-        named_by: The variable with the number of processes; empty for a single process.
-    """
-
-    rank: int
-    size: int
-    addresses: tuple[str, ...] = ()
-    horovod: bool = False
+    rank: int  # index of this process; 0 is the chief
+    size: int  # number of processes
+    addresses: tuple[str, ...] = ()  # "host:port" by rank; () if the platform names none
+    horovod: bool = False  # whether a launcher for Horovod started them
+    # The variable with the number of processes; empty for a single process.
     named_by: str = field(default="", compare=False)
 
     @property

@@ -22,22 +22,14 @@ DASHES = {"": None, "dashed": "7 5", "dotted": "2 4"}
 
 
 class Series(NamedTuple):
-    """One line of a chart.
+    """One line of a chart."""
 
-    Attributes:
-        name: Shown in the legend.
-        x, y: Numbers [n], x in rising order.
-        colour: A class of page.css: "scratch", "warm", "pretrain" or "validation".
-        line: One of DASHES.
-        dots: Whether each point is marked; for few points.
-    """
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: str
-    line: str = ""
-    dots: bool = False
+    name: str  # shown in the legend
+    x: Sequence[float]  # [n], in rising order
+    y: Sequence[float]  # [n]
+    colour: str  # a class of page.css: "scratch", "warm", "pretrain" or "validation"
+    line: str = ""  # one of DASHES
+    dots: bool = False  # whether each point is marked; for few points
 
 
 class Scale(NamedTuple):

@@ -25,18 +25,12 @@ YEAR_10000 = 253402300800.0
 
 @dataclass(frozen=True)
 class Part:
-    """A training or an evaluation.
+    """A training or an evaluation."""
 
-    Attributes:
-        name: "pretrain", "scratch", "warm", or "classifier" if its start is unknown.
-        metrics: The lines of metrics.jsonl.
-        predictions: None if missing.
-        states: Those of its encoder bundle, by name ("learned/h"), float32 [units].
-    """
-
-    name: str
-    metrics: list[dict[str, Any]]
+    name: str  # "pretrain", "scratch", "warm", or "classifier" if its start is unknown
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
     predictions: Predictions | None = None
+    # Its encoder bundle's, by name ("learned/h"), float32 [units].
     states: dict[str, np.ndarray] = field(default_factory=dict)
 
 

@@ -25,26 +25,16 @@ MAX_SECONDS = 10.0  # for a whole request, however slowly the client sends it
 
 @dataclass
 class Vitals:
-    """The state of a run, set by the training loop and read by the server.
+    """The state of a run, set by the training loop and read by the server. Times are monotonic."""
 
-    Attributes:
-        stage: "" before and between stages.
-        step: Steps done in this stage, of `steps`.
-        loss: Of the last step.
-        tokens_per_second: At the last status line.
-        beat: time.monotonic() at the end of the last step or evaluation, or the start of training.
-        saved: time.monotonic() of the last checkpoint since the process started.
-        stall_seconds: --stall_seconds; 0 for no limit.
-    """
-
-    stage: str = ""
-    step: int = 0
+    stage: str = ""  # "" before and between stages
+    step: int = 0  # done in this stage, of `steps`
     steps: int = 0
-    loss: float = math.nan
-    tokens_per_second: float = math.nan
-    beat: float = field(default_factory=time.monotonic)
-    saved: float | None = None
-    stall_seconds: float = 0.0
+    loss: float = math.nan  # the last step's
+    tokens_per_second: float = math.nan  # at the last status line
+    beat: float = field(default_factory=time.monotonic)  # end of the last step or evaluation
+    saved: float | None = None  # the last checkpoint since the process started
+    stall_seconds: float = 0.0  # --stall_seconds; 0 for no limit
     _first: int = 0  # step after which this sitting began the stage
     _has_stepped: bool = False
 

@@ -45,27 +45,17 @@ class Totals:
 
 @dataclass
 class Notes:
-    """What a checkpoint holds of a run besides its variables.
+    """What a checkpoint holds of a run besides its variables."""
 
-    Attributes:
-        seconds: Duration over all sittings.
-        tokens: Read in the steps whose time counts.
-        step_seconds: Duration of these steps.
-        metrics: The best evaluation's or, if the task does not select, the last one's.
-        step: Step of these metrics.
-        skipped_steps: Number of steps skipped so far.
-        evaluated_step: The last step after which there was an evaluation.
-        shards: Number of shards when it was saved.
-    """
-
-    seconds: float = 0.0
-    tokens: float = 0.0
-    step_seconds: float = 0.0
+    seconds: float = 0.0  # duration over all sittings
+    tokens: float = 0.0  # read in the steps whose time counts
+    step_seconds: float = 0.0  # duration of these steps
+    # The best evaluation's or, if the task does not select, the last one's.
     metrics: dict[str, float] = field(default_factory=dict)
-    step: int = 0
-    skipped_steps: int = 0
-    evaluated_step: int = 0
-    shards: int = 0
+    step: int = 0  # of these metrics
+    skipped_steps: int = 0  # so far
+    evaluated_step: int = 0  # the last step after which there was an evaluation
+    shards: int = 0  # when it was saved
 
 
 class Progress:

@@ -81,18 +81,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage ended with.
+    """What a stage ended with."""
 
-    Attributes:
-        metrics: The last evaluation's, or the best one's if the task selects by a metric.
-        steps: Number taken, over all sittings.
-        step: Step of these metrics.
-        seconds: Duration over all sittings, with evaluations and checkpoints.
-        tokens_per_second: Sum over all workers, in training steps only.
-    """
-
-    metrics: dict[str, float]
-    steps: int
-    step: int
-    seconds: float
-    tokens_per_second: float
+    metrics: dict[str, float]  # the last evaluation's, or the best one's if the task selects
+    steps: int  # taken over all sittings
+    step: int  # of these metrics
+    seconds: float  # over all sittings, with evaluations and checkpoints
+    tokens_per_second: float  # of all workers together, in training steps only
