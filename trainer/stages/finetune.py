@@ -19,8 +19,8 @@ from trainer.stages.finetune_batches import FinetuneBatches
 from trainer.stages.finetune_loss import FinetuneLoss
 from trainer.stages.init_embeddings import init_embeddings
 from trainer.stages.linear_head import fit_head
-from trainer.stages.split_predictions import predict
 from trainer.stages.pretrain import make_encoder, make_objective, pretraining_splits
+from trainer.stages.split_predictions import predict
 from trainer.stages.warm_start import warm_start
 from trainer.training import loop
 from trainer.training.optimizer import Rate
