@@ -96,7 +96,7 @@ def test_a_half_written_line_is_left_out_and_a_damaged_one_is_told(tmp_path: Pat
     [
         ({"classes": 3}, {}, "logits of shape (4, 1)"),
         ({"classes": 1}, {}, "'classes' is 1"),
-        ({}, {"label": np.array([0, 1, 0, 2], np.int32)}, "no class"),
+        ({}, {"label": np.array([0, 1, 0, 2], np.int32)}, "not a class"),
         ({}, {"label": np.array([0, 1, 0], np.int32)}, "for 3 labels"),
         ({}, {"logits": np.full((4, 1), np.nan, np.float32)}, "not finite"),
         ({}, {"state/h": np.zeros((2, 5), np.float32)}, "'state/h' is of shape (2, 5)"),
