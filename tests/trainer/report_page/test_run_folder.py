@@ -105,7 +105,7 @@ def test_a_half_written_line_is_left_out_and_a_damaged_one_is_told(tmp_path: Pat
         ({"examples": [EXAMPLE | {"pieces": [1, 2]}]}, {}, "an example"),
         ({"examples": [EXAMPLE | {"probability": "x"}]}, {}, "an example"),
         ({"examples": [3]}, {}, "an example"),
-        ({"examples": {}}, {}, "no list"),
+        ({"examples": {}}, {}, "not a list"),
         ({"tensors": {}}, {}, "damaged"),
     ],
 )
