@@ -80,6 +80,7 @@ test-s3: $(INSTALLED) ## tests against moto's S3 server, which .venv-s3 holds
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-s3 -r tests/s3_requirements.txt
 	PYTHONPATH=.venv-s3 $(BIN)/python -m pytest -n0 tests/trainer/test_mirror.py tests/data_pipelines/test_object_stores.py \
 	    tests/data_pipelines/store/test_fetch.py tests/integration/test_mirror.py
+	PYTHONPATH=.venv-s3 $(BIN)/python -m pytest -n0 tests/integration/test_kubernetes.py -k without_a_shared_volume
 
 test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTATE_K8S_IMAGE=...
 	$(BIN)/python -m pytest tests/integration/test_kubernetes_cluster.py

@@ -9,7 +9,7 @@ from launch.platform import ClusterOptions, ElasticOptions
 LONGEST_NAME = 40  # controllers append to it, and a pod's name must stay a DNS label of 63
 _RFC_1035 = "[a-z]([-a-z0-9]*[a-z0-9])?"  # name of a Service, and so of a job
 _RFC_1123 = "[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
-OVERLAYS = ("indexed-job", "jobset", "gpu-nodes", "mpijob", "trainjob", "elastic")
+OVERLAYS = ("indexed-job", "jobset", "gpu-nodes", "mpijob", "trainjob", "elastic", "object-store")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class KubernetesOptions(ElasticOptions, ClusterOptions):
             )
         if kind in ("mpijob", "elastic") and gpus > 1:
             faults.append(f"{given}: with Horovod a worker has one GPU; ask for more --workers")
+        for name in ("run_volume", "data_volume") if kind == "object-store" else ():
+            if value := getattr(self, name):
+                faults.append(
+                    f"--{name}={value} with --overlay=object-store: its pods have no shared volumes"
+                )
         if kind == "trainjob" and self.max_restarts is not None:
             faults.append(
                 f"--max_restarts={self.max_restarts}: with --overlay=trainjob the runtime sets it, "

@@ -37,6 +37,9 @@ class Kubernetes(Platform[KubernetesOptions]):
         from launch.kubernetes import jobs, manifests
 
         options = self.options
+        names = {flag.partition("=")[0] for flag in trainer_flags}
+        if options.kind == "object-store" and not names & {"--mirror", "--flagfile"}:
+            return _fail("--overlay=object-store keeps nothing without the trainer's --mirror", 2)
         documents = manifests.render(options, trainer_flags)
         if options.dry_run:
             print(manifests.to_yaml(documents), end="")

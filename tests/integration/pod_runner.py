@@ -35,6 +35,7 @@ from typing import Any
 import pytest
 
 from tests.integration.programs import REPOSITORY
+from tests.s3_server import PACKAGES as S3_PACKAGES
 
 INDEX = "batch.kubernetes.io/job-completion-index"
 # Where k8s/Dockerfile has it, and where no volume of a pod hides it.
@@ -190,6 +191,10 @@ class Kubelet:
         self.pods: list[Pod] = []
         self.events: queue.Queue[tuple[Pod, str | None]] = queue.Queue()
 
+    def add_network(self) -> tuple[str, str]:
+        """Returns a network namespace and its address, for a server that pods reach."""
+        return self._network.add_pod()
+
     def run(self, manifest: dict[str, Any], index: int) -> Pod:
         """Starts a pod."""
         namespace, address = self._network.add_pod()
@@ -336,6 +341,8 @@ class Kubelet:
 
         for folder in filter(os.path.isdir, _IMAGE_FOLDERS):
             bind(folder, folder)
+        if S3_PACKAGES.is_dir():
+            bind(S3_PACKAGES, "/opt/s3")
         bind(sys.prefix, _VIRTUAL_ENVIRONMENT)
         if self._horovodrun.exists():
             bind(self._horovodrun, f"{_VIRTUAL_ENVIRONMENT}/bin/horovodrun")

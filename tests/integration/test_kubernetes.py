@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 from launch.kubernetes import manifests as kubernetes
 from launch.kubernetes.options import KubernetesOptions
 from tests.integration import operators, pod_runner
-from tests.integration.programs import REPOSITORY, SMALL, metrics, train
+from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL, metrics, train
+from tests.s3_server import needs_s3, s3_server
 from trainer.distribution import cluster
 
 FLAGS = ("--stage=pretrain", "--pretrain_steps=24")
@@ -74,6 +77,49 @@ def test_a_killed_pod_costs_one_restart(small_store: Path, tmp_path: Path) -> No
     assert victim.exit_code == 137
     assert running.pods[0].exit_code == 75, running.log()  # it lost a peer
     assert len(running.pods) == 4 and running.counted == 2
+
+
+@needs_s3
+@pytest.mark.slow("pods that train; quick: one that fails, and what a controller sets")
+def test_two_pods_without_a_shared_volume_lose_one_and_end_with_the_same_bits(
+    small_store: Path, tmp_path: Path
+) -> None:
+    train(2, *FLAGS, f"--store={small_store}", f"--run_dir={tmp_path}/two")
+    urls = ("--mirror=s3://bucket/run", "--store=s3://bucket/store", "--run_dir=runs/run")
+    documents = kubernetes.render(
+        KubernetesOptions(workers=2, overlay="object-store"), [*SMALL, *FLAGS, *urls]
+    )
+    assert not any(document["kind"] == "PersistentVolumeClaim" for document in documents)
+    by_kind = {document["kind"]: document for document in documents}
+    with pod_runner.kubelet({}, tmp_path / "pods", by_kind["Service"]) as node:
+        namespace, address = node.add_network()
+        inside = ["ip", "netns", "exec", namespace]
+        with s3_server(address, inside) as server:
+            put_store = f"""
+from pathlib import Path
+from data_pipelines.object_store import ObjectStore
+for path in Path({str(small_store)!r}).iterdir():
+    ObjectStore("s3://bucket/store").upload(path, path.name)
+"""
+            environment = ENVIRONMENT | server.environment
+            command = [*inside, sys.executable, "-c", put_store]
+            subprocess.run(command, check=True, env=environment, cwd=REPOSITORY)
+            (container,) = by_kind["Job"]["spec"]["template"]["spec"]["containers"]
+            # In place of the secret, and of the driver in the image.
+            variables = server.environment | {"PYTHONPATH": "/app:/opt/s3"}
+            container["env"] += [{"name": n, "value": v} for n, v in variables.items()]
+            running = pod_runner.IndexedJob(by_kind["Job"], node)
+            running.start()
+            running.wait_for_line(r"pretrain step 14/")
+            running.running(1).process.kill()  # its peer loses it, and its folder with its pod
+            assert running.wait()[0] == "Complete", running.log()
+    printed = running.log()
+    assert len(running.pods) == 4 and printed.count("mirror: fetched") == 1, printed
+    assert "pretrain: resumed after step" in printed
+    (last,) = (pod for pod in running.pods[2:] if pod.index == 0)
+    run = last.hosts.parent / "runs" / "run"
+    assert metrics(run) == metrics(tmp_path / "two")
+    assert encoder(run) == encoder(tmp_path / "two")
 
 
 @pytest.mark.slow("pods that train; quick: one that fails, and what a controller sets")
