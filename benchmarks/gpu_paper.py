@@ -130,9 +130,10 @@ def estimate(gpu: Gpu, size: Size = Size(), persistent: bool = False) -> dict[st
 
 
 def rows() -> list[dict[str, str | float]]:
-    """Returns the table: each GPU as it is, then what would help on an H100."""
+    """Returns the table: each GPU as it is, then an H100 with few rows and with what helps."""
     found = [estimate(gpu) for gpu in GPUS]
     best = GPUS[1]
+    found.append(estimate(best, replace(Size(), rows=16)))
     found.append(estimate(best, persistent=True))
     found.append(estimate(best, replace(Size(), rows=512)))
     found.append(estimate(best, replace(Size(), rows=512), persistent=True))
