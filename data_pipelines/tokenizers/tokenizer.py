@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from data_pipelines.reserved_ids import END_ID, RESERVED, UNKNOWN_ID
@@ -55,6 +56,19 @@ class Tokenizer(tf.Module):
         ids = self._ids(texts)
         ends = tf.fill([ids.nrows(), 1], tf.constant(END_ID, tf.int32))
         return tf.concat([ids, tf.RaggedTensor.from_tensor(ends)], axis=1)
+
+    def rows(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
+        """Returns what `encode` returns, a row for each text, outside of any graph."""
+        if not texts:
+            return []
+        ids = self._encode(tf.constant(list(texts), tf.string))
+        return np.split(ids.flat_values.numpy(), ids.row_splits.numpy()[1:-1])
+
+    @functools.cached_property
+    def _encode(self) -> tf.types.experimental.PolymorphicFunction:
+        return tf.function(
+            self.encode, input_signature=[tf.TensorSpec([None], tf.string)], autograph=False
+        )
 
     def settled(self, text: bytes) -> int:
         """Returns how many leading bytes of a text can be encoded now, whatever text follows.

@@ -8,16 +8,22 @@ The rule, in this order:
    stays in the word ("don't", "o'clock"); every other character is a token.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import tensorflow as tf
 
-from data_pipelines.reserved_ids import PADDING_ID, RESERVED
+from data_pipelines.reserved_ids import END_ID, PADDING_ID, RESERVED, UNKNOWN_ID
 from data_pipelines.tokenizers.tokenizer import Tokenizer, lower, piece_table, utf8
 
 _SEPARATOR = r"(?i:<\s*/?\s*br\s*/?\s*>)|[\s\p{Z}\p{C}]+"
 _WORD = r"[\p{L}\p{M}\p{N}]"
 _TOKEN = rf"{_WORD}+(?:['\x{{2019}}]{_WORD}+)*|[^\s\p{{L}}\p{{M}}\p{{N}}]"
+
+# The same rule for ASCII texts.
+_ASCII_BREAK = re.compile(r"(?i:<[\t\n\f\r ]*/?[\t\n\f\r ]*br[\t\n\f\r ]*/?[\t\n\f\r ]*>)")
+_ASCII_TOKEN = re.compile(r"[A-Za-z0-9]+(?:'[A-Za-z0-9]+)*|[!-/:-@\[-`{-~]")
 
 
 class WordTokenizer(Tokenizer):
@@ -34,6 +40,7 @@ class WordTokenizer(Tokenizer):
     def __init__(self, words: Sequence[str], lowercase: bool = True) -> None:
         super().__init__("word", words, lowercase)
         self._table = piece_table(words)
+        self._numbers = {word: number for number, word in enumerate((*RESERVED, *words))}
 
     def split(self, texts: tf.Tensor) -> tf.RaggedTensor:
         """Splits string [documents] into tokens: ragged string [documents, (tokens)]."""
@@ -47,6 +54,17 @@ class WordTokenizer(Tokenizer):
     def _ids(self, texts: tf.Tensor) -> tf.RaggedTensor:
         words = self.split(texts)
         return words.with_flat_values(tf.cast(self._table.lookup(words.flat_values), tf.int32))
+
+    def rows(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
+        """Returns what `encode` returns; ASCII texts, which most are, spare TensorFlow."""
+        others = iter(super().rows([text for text in texts if not text.isascii()]))
+        return [self._row_of_ascii(text) if text.isascii() else next(others) for text in texts]
+
+    def _row_of_ascii(self, text: str) -> list[int]:
+        text = _ASCII_BREAK.sub(" ", text) if "<" in text else text
+        text = text.lower() if self.lowercase else text
+        number = self._numbers.get
+        return [*(number(token, UNKNOWN_ID) for token in _ASCII_TOKEN.findall(text)), END_ID]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the tokens of one document [tokens], joined by spaces, without padding."""

@@ -229,9 +229,9 @@ def application(model: TextClassifier | TaskBank, config: Config, only_loopback:
         return JSONResponse({"predictions": answers})
 
     routes = [
+        Route("/predict", answered(predict), methods=["POST"]),  # first: most requests are these
         Route("/", index),
         Route("/healthz", health),
-        Route("/predict", answered(predict), methods=["POST"]),
     ]
     if isinstance(model, TextClassifier):
         classifier = model
@@ -330,6 +330,8 @@ def server_of(app: Starlette) -> uvicorn.Server:
         uvicorn.Config(
             app,
             http=HttpConnection,
+            ws="none",
+            proxy_headers=False,
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -86,9 +86,6 @@ class TaskBank:
         self._encoder = bundle.encoder_of(loaded)
         self._states, self._biases = _of_lstms(loaded, list(found.values()))
         self._layers = _of_heads(_shared(found, "hidden_units"), list(found.values()))
-        self._encode = tf.function(
-            self.tokenizer.encode, input_signature=[tf.TensorSpec([None], tf.string)]
-        )
 
     def head_inputs(self, tokens: tf.Tensor, lengths: tf.Tensor, tasks: tf.Tensor) -> tf.Tensor:
         """Returns what the heads read: [batch, vectors * units], the bits of each task alone.
@@ -144,7 +141,7 @@ class TaskBank:
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(texts)
         if not len(texts):
             return found
-        ids = self._encode(tf.constant(list(texts), tf.string))
+        ids = self.tokenizer.rows(texts)
         limits = self._max_tokens[numbers]
         for rows, tokens, lengths in batches_by_length(ids, limits, batch_size):
             values = tf.nn.softmax(self.logits(tokens, lengths, numbers[rows])).numpy()

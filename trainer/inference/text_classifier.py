@@ -12,6 +12,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.distribution.variables import assign
+from trainer.inference.compiled_reader import CompiledReader, compiled_reader
 from trainer.inference.sessions import Session, SessionReader
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
@@ -163,11 +164,25 @@ class TextClassifier(tf.Module):
         found = np.zeros((len(texts), len(self.class_names)), np.float32)
         if not len(texts):
             return found
-        ids = self.token_ids(tf.constant(list(texts), tf.string))
+        ids = self.tokenizer.rows(texts)
         for rows, tokens, lengths in batches_by_length(ids, self.max_tokens, batch_size):
-            logits = self.logits(tokens, lengths, numbers[rows])
-            found[rows] = self.classifier.probabilities(logits).numpy()
+            found[rows] = self._probabilities(tokens, lengths, numbers[rows])
         return found
+
+    def _probabilities(
+        self, tokens: np.ndarray, lengths: np.ndarray, contexts: np.ndarray
+    ) -> np.ndarray:
+        """Returns the probabilities of a batch; arguments as for `logits`."""
+        if self._reader is None:
+            logits = self.logits(tokens, lengths, contexts)
+        else:
+            found = self._reader.logits(tokens, lengths, contexts)
+            logits = self.classifier.class_logits(tf.constant(found))
+        return self.classifier.probabilities(logits).numpy()
+
+    @functools.cached_property
+    def _reader(self) -> CompiledReader | None:
+        return compiled_reader(self.classifier)
 
     @functools.cached_property
     def session_reader(self) -> SessionReader:
@@ -221,26 +236,24 @@ def prediction_of(probabilities: np.ndarray, class_names: Sequence[str]) -> Pred
 
 
 def batches_by_length(
-    ids: tf.RaggedTensor, most_tokens: int | np.ndarray, batch_size: int
+    ids: Sequence[Sequence[int] | np.ndarray], most_tokens: int | np.ndarray, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields batches of texts of similar length: their rows, tokens and lengths.
 
     Rows are [batch]. Tokens are int32 [batch, time], right-padded; lengths int32 [batch].
 
     Args:
-        ids: int32 [texts, (tokens)].
+        ids: Of each text [tokens], from `Tokenizer.rows`.
         most_tokens: How many last tokens are read, of each text or of all.
         batch_size: Of texts.
     """
-    flat, splits = ids.flat_values.numpy(), ids.row_splits.numpy()
-    lengths = np.minimum(np.diff(splits), most_tokens).astype(np.int32)
+    lengths = np.minimum([len(row) for row in ids], most_tokens).astype(np.int32)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         tokens = np.zeros((len(rows), lengths[rows[-1]]), np.int32)
         for place, row in enumerate(rows):
-            end = splits[row + 1]
-            tokens[place, : lengths[row]] = flat[end - lengths[row] : end]
+            tokens[place, : lengths[row]] = ids[row][-lengths[row] :]
         yield rows, tokens, lengths[rows]
 
 

@@ -188,12 +188,12 @@ class Classifier(keras.layers.Layer):
         else:
             _, states = self.reader(tokens, lengths)
             states = tf.nest.map_structure(tf.stop_gradient, states)
-        states = self._in_context(states, contexts)
+        states = self.in_context(states, contexts)
         if self.backward is None:
             return [states]
         return [states, *self.backward.start(reversed_words(tokens, lengths), lengths, contexts)]
 
-    def _in_context(self, states: States, contexts: tf.Tensor | None) -> States:
+    def in_context(self, states: States, contexts: tf.Tensor | None) -> States:
         """Returns `states` and what the documents' contexts add to them."""
         if not self.num_contexts:
             return states
@@ -250,7 +250,7 @@ class Classifier(keras.layers.Layer):
 
     def unread(self, context: int = UNKNOWN) -> tf.Tensor:
         """Returns what `read_on` carries on before the first token: float32 [vectors, units]."""
-        states = self._in_context(self.encoder.start(1), tf.constant([context]))
+        states = self.in_context(self.encoder.start(1), tf.constant([context]))
         state = [part for pair in states for part in pair]
         outputs = [tf.zeros_like(state[0]), tf.fill(state[0].shape, state[0].dtype.min)]
         return tf.concat([*state, *outputs[: _CARRIED_VECTORS[self.pooling]]], axis=0)

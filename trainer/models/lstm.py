@@ -266,9 +266,7 @@ class WarmLSTM(keras.layers.LSTM):
             initial_state: `[h, c]`, each [batch, units].
             training: Whether to keep activations.
         """
-        compiled = native.operations(training)
-        fits = words.rows.dtype == tf.float32 and self.units % native.UNITS_MULTIPLE == 0
-        if compiled and fits and self.compute_dtype == "float32" and self._runs_own_loop():
+        if native.operations(training) and words.rows.dtype == tf.float32 and self.fits_compiled():
             return self._run(words.rows, words.index, initial_state, mask, training)
         sequences = tf.gather(words.rows, words.index)
         return self(sequences, mask=mask, initial_state=initial_state, training=training)
@@ -332,6 +330,11 @@ class WarmLSTM(keras.layers.LSTM):
         # Read here, not in the loops: a custom gradient may not capture variables.
         with record.stop_recording() if _is_frozen(variable) else contextlib.nullcontext():
             return tf.cast(tf.convert_to_tensor(variable), self.compute_dtype)
+
+    def fits_compiled(self) -> bool:
+        """Returns whether the compiled loops can run this layer in float32."""
+        of_size = self.units % native.UNITS_MULTIPLE == 0
+        return of_size and self.compute_dtype == "float32" and self._runs_own_loop()
 
     def _runs_own_loop(self) -> bool:
         standard = (

@@ -73,6 +73,22 @@ def test_ids_are_the_same_wherever_a_text_is_encoded(
     assert (pieces.row_lengths() + 1).numpy().tolist() == expected.row_lengths().numpy().tolist()
 
 
+ASCII_TEXTS = st.lists(
+    st.sampled_from([*map(chr, range(128)), "<br />", "< BR\t>", "Don't", "film", " "])
+).map("".join)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text() | ASCII_TEXTS, max_size=4), st.booleans())
+@example(["a'b''c'", "<br\x0b>", "a<b<br>r>", "İ", "A\x1cB", ""], True)
+@example(["".join(map(chr, range(128)))], False)
+def test_rows_outside_of_a_graph_are_the_same(kind: str, texts: list[str], lowercase: bool) -> None:
+    tokenizer, *_ = prepared(kind, lowercase)
+    expected = tokenizer.encode(tf.constant(texts, tf.string)).to_list()
+    assert [list(row) for row in tokenizer.rows(texts)] == expected
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_loaded_tokenizer_is_the_saved_one(kind: str, tmp_path: Path) -> None:
     config = config_of(kind, False)

@@ -175,6 +175,24 @@ def test_the_bound_of_a_body_does_not_trust_what_is_said_of_its_length(server: t
     assert b" 400 " in raw(port, cut, b'{"text": "a"}').partition(b"\r\n")[0]
 
 
+def test_headers_are_bounded_and_bodies_are_not_taken_for_them(server: tuple) -> None:
+    _, port = server
+    endless = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+    assert b" 400 " in raw(port, endless, *[b"X: " + b"x" * 9_000 + b"\r\n"] * 60).splitlines()[0]
+    body = json.dumps({"text": "fine " * 20_000}).encode()
+    whole = HEAD.replace(b"close", b"keep-alive") + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    assert raw(port, whole, whole[:99], whole[99:], HEAD + b"\r\n").count(b"HTTP/1.1 200") == 2
+
+
+def test_requests_sent_at_once_are_answered_in_order(server: tuple) -> None:
+    _, port = server
+    page = b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    answer = raw(port, page + b"GET /none HTTP/1.1\r\nHost: localhost\r\n\r\n" + last)
+    statuses = [part.split()[0] for part in answer.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [b"200", b"404", b"200"]
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from trainer import native
@@ -48,7 +47,7 @@ def test_each_row_is_read_as_by_its_task_alone(
     bank = TaskBank(tuned_encoder, tasks_in(tmp_path, make_task, train, **sizes))
     names = [[*CLASSES][row % 3] for row in range(len(TEXTS))]
     numbers = np.array([[*bank.class_names].index(name) for name in names], np.int32)
-    (batch,) = batches_by_length(bank.tokenizer.encode(tf.constant(TEXTS)), 30, 64)
+    (batch,) = batches_by_length(bank.tokenizer.rows(TEXTS), 30, 64)
     rows, tokens, lengths = batch
     together = bank.head_inputs(tokens, lengths, numbers[rows]).numpy()
     mixed = bank.probabilities(TEXTS, names)
