@@ -57,6 +57,6 @@ def test_subwords_are_cut_from_words() -> None:
 
 
 def test_a_table_that_forgets_gives_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_CHUNKS", 2)
-    for texts in (["a b c d"], ["d e"], ["a a e"]):
+    monkeypatch.setattr(module, "MAX_RUNS", 2)
+    for texts in (["ä b ç d é"], ["d é"], ["ä ä e"]):
         assert pieces_of(texts, CONFIGS[0]) == [text.encode().split() for text in texts]
