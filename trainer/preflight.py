@@ -299,8 +299,11 @@ def _using_faults(config: Config, cluster: Cluster) -> Iterator[str]:
             f"--stage={stage} needs --classifier: a bundle that --stage=finetune wrote"
             + ("" if stage == "export" else f"; or --encoder and --{flag}")
         )
-    if stage == "export" and not config.output:
-        yield "--stage=export needs --output: the folder that the model is written to"
+    if stage == "export" and not (config.output or config.hub_dir):
+        yield (
+            "--stage=export needs --output, the folder that the model is written to, or --hub_dir, "
+            "the one for a model hub"
+        )
     missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]
     if stage == "serve" and missing:
         yield (

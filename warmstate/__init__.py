@@ -166,6 +166,9 @@ def evaluate(
 def load_encoder(folder: str | Path) -> "TextEncoder":
     """Returns an encoder with its tokenizer: raw text in, (h, c) of each layer out.
 
+    Args:
+        folder: The bundle's, or its address, such as https://host/bundle: it is fetched once.
+
     Raises:
         InputError: There is no encoder bundle in `folder`, or it is damaged.
 
@@ -180,6 +183,9 @@ def load_encoder(folder: str | Path) -> "TextEncoder":
 
 def load_classifier(folder: str | Path) -> "TextClassifier":
     """Returns a classifier with its tokenizer: raw text in, probabilities out.
+
+    Args:
+        folder: The bundle's, or its address, such as https://host/bundle: it is fetched once.
 
     Raises:
         InputError: There is no classifier bundle in `folder`, or it is damaged.

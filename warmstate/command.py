@@ -63,6 +63,12 @@ COMMANDS = {
         TRAINER,
         ("all --flagfile=trainer/configs/demo.cfg --run_dir=runs/mine --seed=1",),
     ),
+    "demo": Command(
+        "Training",
+        "train the demo's classifiers on real film reviews, in minutes",
+        "warmstate.demo",
+        ("demo", "demo --scale=smoke --run_dir=runs/smoke"),
+    ),
     "predict": Command(
         "Using a classifier",
         "predict labels and probabilities of texts",
@@ -78,7 +84,10 @@ COMMANDS = {
         "Using a classifier",
         "export a classifier as a SavedModel that takes raw text",
         TRAINER,
-        ("export --classifier=runs/b/classifier --output=exported/1",),
+        (
+            "export --classifier=runs/b/classifier --output=exported/1",
+            "export --classifier=runs/b/classifier --hub_dir=hub --hub_licence=apache-2.0",
+        ),
     ),
     "serve": Command(
         "Using a classifier",

@@ -18,7 +18,7 @@ STAGE_GROUPS = {
 }
 # Flags of those groups that a stage does not read.
 STAGE_NOT = {
-    "predict": ("evaluate_split",),
+    "predict": ("evaluate_split", "hub_dir", "hub_licence"),
     "export": ("evaluate_split", "input", "text_key", "explain", "stream", "task", "reconstruct"),
     "serve": ("evaluate_split",),
 }
@@ -42,8 +42,8 @@ class _Report:
 
 def flags_of(name: str, is_stage: bool) -> list[Field]:
     """Returns the flags of a command; if it is a stage of the trainer, those that this reads."""
-    if is_stage:
-        return _trainer_flags(name)
+    if is_stage or name == "demo":
+        return _trainer_flags("all" if name == "demo" else name)
     if name == "prepare":
         from data_pipelines.prepare.command import Options
 

@@ -1,8 +1,6 @@
 """Runs that lose their folder, killed in the middle of an upload, continue from --mirror."""
 
 import json
-import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import forked
-from tests.integration.jobs import Job, job, wait_until_gone
+from tests.integration.jobs import Job
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, command, metrics, train
 from tests.processes import ended
 from tests.s3_server import Server, needs_s3, s3_server
@@ -53,11 +51,8 @@ def test_a_run_that_is_killed_in_an_upload_continues_elsewhere_with_the_same_bit
     )
     with ended(process, 300):
         assert "/objects/" in server.wait_until_held()
-        pids = Job(process).worker_pids(workers) if workers > 1 else {}
-        for pid in (process.pid, *pids.values()):
-            os.kill(pid, signal.SIGKILL)
+        process.kill()  # a launcher's workers die with it
         process.wait()
-        wait_until_gone(pids.values(), seconds=60)
     server.work()
     printed = train(workers, *flags, f"--run_dir={tmp_path}/again")
     assert "mirror: fetched" in printed and "pretrain: resumed after step" in printed
@@ -75,8 +70,18 @@ def test_term_leaves_its_checkpoint_at_the_store_and_frozen_encoders_are_broadca
     """All stages, with a frozen encoder that only the first worker's folder has."""
     flags = (f"--store={small_store}", "--stage=all", "--starts=warm", "--train=state+bias")
     flags += ("--pretrain_steps=8", "--finetune_steps=16", "--mirror=s3://bucket/run")
-    with job("multi_worker", tmp_path / "job", *flags, f"--run_dir={tmp_path}/lost",
-             launcher_flags=("--grace_seconds=60",)) as running:  # fmt: skip
+    words = command(2, *flags, f"--run_dir={tmp_path}/lost")
+    begin = words.index("--")
+    process = forked.Popen(
+        [*words[:begin], "--grace_seconds=60", *words[begin:]],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    with ended(process, 300):
+        running = Job(process)
         running.wait_for("finetune step 12/")
         running.process.terminate()
         assert running.finish() == 143

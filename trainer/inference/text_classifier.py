@@ -9,10 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
+from data_pipelines.files import is_remote
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.distribution.variables import assign
 from trainer.inference.compiled_reader import CompiledReader, compiled_reader
+from trainer.inference.hub import fetched_bundle
 from trainer.inference.sessions import Session, SessionReader
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
@@ -210,13 +212,13 @@ def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClass
     """Returns the classifier of a bundle from fine-tuning.
 
     Args:
-        folder: Of the bundle.
+        folder: Of the bundle, or its address.
         flag: The flag that names the folder, for errors.
 
     Raises:
         InputError: There is no classifier bundle in `folder`, or it is damaged.
     """
-    folder = Path(folder)
+    folder = fetched_bundle(str(folder), "classifier") if is_remote(str(folder)) else Path(folder)
     loaded = bundle.load(folder, "classifier", flag)
     classifier = bundle.new_classifier(loaded.info["model"])
     assign(bundle.classifier_variables(classifier), loaded.tensors)

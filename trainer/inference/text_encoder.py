@@ -4,7 +4,9 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from data_pipelines.files import is_remote
 from data_pipelines.tokenizers.tokenizer import Tokenizer
+from trainer.inference.hub import fetched_bundle
 from trainer.inference.text_classifier import bundle_tokenizer
 from trainer.models import bundle
 from trainer.models.encoder import Encoder, States
@@ -50,9 +52,11 @@ class TextEncoder(tf.Module):
 def load_encoder(folder: str | Path) -> TextEncoder:
     """Returns the encoder of a bundle from pretraining, with its learned state.
 
+    The bundle may be at an address.
+
     Raises:
         InputError: There is no encoder bundle in `folder`, or it is damaged.
     """
-    folder = Path(folder)
+    folder = fetched_bundle(str(folder), "encoder") if is_remote(str(folder)) else Path(folder)
     loaded = bundle.load(folder, "encoder", "folder")
     return TextEncoder(bundle.encoder_of(loaded), bundle_tokenizer(folder, loaded.info, "folder"))
