@@ -1,10 +1,12 @@
 """Do the tests notice a wrong line? Changes one thing at a time in a module and runs its tests.
 
     python -m tests.mutation trainer/training/checkpoint.py --out=build/mutation.json
-    python -m tests.mutation --again=build/mutation.json --out=build/again.json
+    python -m tests.mutation --again=build/mutation.json --out=build/mutation.json
+    python -m tests.mutation --table=build/mutation.json
 
 A mutant is killed if a test fails. The tests of a module are those in the file that mirrors it, and
-those in MORE_TESTS. `--again` tries only what survived, after tests were added. All happens in a
+those in MORE_TESTS. `--again` tries only what survived, after tests were added; `--out` keeps what
+it has of other mutants. `--table` writes the scores into CONTRIBUTING.md. All happens in a
 copy of the checkout, so processes that tests start see the mutant too. What a mutant is: another
 comparison or operator, a number one greater, a condition negated or half of it left out, a call
 left out, `return None`. Texts, assertions and annotations stay as they are. The sample depends on
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipelines.quiet_tensorflow import import_quietly
+from tests import timing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMPARISONS = {
@@ -289,6 +292,22 @@ def chosen_mutants(given: argparse.Namespace) -> dict[Path, list[Mutant]]:
     }
 
 
+def table(results: dict[str, list[dict]]) -> str:
+    """Returns rows of scores by module."""
+    lines = ["| module | mutants | killed |", "|---|---:|---:|"]
+    for module, tried_ones in sorted(results.items()):
+        killed = sum(result["killed"] for result in tried_ones)
+        share = 100 * killed / len(tried_ones)
+        lines.append(f"| {module} | {len(tried_ones)} | {killed} ({share:.0f} %) |")
+    return "\n".join(lines) + "\n"
+
+
+def merged(results: list[dict], result: dict) -> list[dict]:
+    """Returns results with what became of one mutant, instead of what was known of it."""
+    others = [each for each in results if any(each[f] != result[f] for f in Mutant._fields)]
+    return sorted([*others, result], key=lambda each: (each["start"], each["new"]))
+
+
 def main() -> None:
     """Tries mutants, and writes what became of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -297,7 +316,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", type=Path, metavar="FILE", help="only what survived there")
     parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="try nothing: write its table")
     given = parser.parse_args()
+    if given.table:
+        return timing.write_section("mutation", table(json.loads(given.table.read_text())))
     out = given.out.resolve() if given.out else None
     chosen = chosen_mutants(given)
     sys.dont_write_bytecode = True  # two mutants of one second and one size are not one
@@ -310,10 +332,10 @@ def main() -> None:
         importlib.import_module("keras")
         for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "data_pipelines")]:
             del sys.modules[name]  # they are imported from the copy
-        results: dict[str, list[dict]] = {}
+        results = json.loads(out.read_text()) if out and out.exists() else {}
         for module, of_module in chosen.items():
             for result in tried(module, of_module):
-                results.setdefault(str(module), []).append(result)
+                results[str(module)] = merged(results.get(str(module), []), result)
                 if out:
                     out.parent.mkdir(parents=True, exist_ok=True)
                     out.write_text(json.dumps(results, indent=1))

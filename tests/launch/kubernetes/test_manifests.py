@@ -435,6 +435,16 @@ def dry_run(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def named_by_manifests() -> set[str]:
+    """Returns the files of /app that the manifests and their commands name."""
+    words = json.dumps([kubernetes.render(options(overlay)) for overlay in OVERLAYS])
+    assert "/usr/sbin/sshd" in words and "horovodrun" in words
+    named = set(re.findall(r"(?:/app/|--flagfile=)([\w./-]+)", words)) - {"runs"}
+    named |= {f"{module.replace('.', '/')}.py" for module in ("trainer.main", "launch.main")}
+    assert {"k8s/sshd_config", "trainer/configs/demo.cfg"} <= named
+    return named
+
+
 def test_what_the_manifests_name_is_in_the_image() -> None:
     """By the Dockerfile's COPY lines, the context that .dockerignore leaves, and its packages."""
     text = (REPOSITORY / "k8s" / "Dockerfile").read_text()
@@ -447,15 +457,23 @@ def test_what_the_manifests_name_is_in_the_image() -> None:
             assert (REPOSITORY / source).exists(), source
             assert any(Path(source).is_relative_to(each) for each in context), source
             copied.add(source)
-    words = json.dumps([kubernetes.render(options(overlay)) for overlay in OVERLAYS])
-    named = set(re.findall(r"(?:/app/|--flagfile=)([\w./-]+)", words)) - {"runs"}
-    named |= {f"{module.replace('.', '/')}.py" for module in ("trainer.main", "launch.main")}
-    assert {"k8s/sshd_config", "trainer/configs/demo.cfg"} <= named
-    for name in named:
+    for name in named_by_manifests():
         assert (REPOSITORY / name).is_file(), name
         assert any(Path(name).is_relative_to(source) for source in copied), name
-    for program, package in (("/usr/sbin/sshd", "openssh-server"), ("horovodrun", "horovod")):
-        assert program in words and package in text
+    assert "openssh-server" in text and "horovod" in text
+
+
+def test_a_built_image_has_what_the_manifests_name() -> None:
+    folder = os.environ.get("WARMSTATE_IMAGE_ROOT")
+    if folder is None:
+        pytest.skip("set WARMSTATE_IMAGE_ROOT to the root of an image: k8s/README.md")
+    root = Path(folder)
+    programs = ("usr/sbin/sshd", "opt/venv/bin/horovodrun")
+    for name in (*programs, *(f"app/{name}" for name in named_by_manifests())):
+        assert (root / name).is_file(), name
+    assert list((root / "app/trainer/native/build").glob("lstm-*.so"))
+    assert not (root / "app/tests").exists()
+    assert "warmstate:x:10001:10001:" in (root / "etc/passwd").read_text()
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

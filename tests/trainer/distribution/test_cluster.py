@@ -109,7 +109,9 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
 
 
 def test_tasks_of_srun() -> None:
-    assert resolve(SRUN) == Cluster(1, 3, ("n1:23919", "n1:23920", "n2:23921"))
+    for rank in (0, 1):
+        environ = SRUN | {"SLURM_PROCID": str(rank)}
+        assert resolve(environ) == Cluster(rank, 3, ("n1:23919", "n1:23920", "n2:23921"))
     third = SRUN | {"SLURM_PROCID": "2", "SLURM_NODEID": "1", "WARMSTATE_PORT": "5000"}
     assert resolve(third) == Cluster(2, 3, ("n1:5000", "n1:5001", "n2:5002"))
 
@@ -210,6 +212,8 @@ def test_an_inner_launcher_in_a_pod_or_step_of_one() -> None:
         *((without(TRAIN_JOB, name), name) for name in clusters.TRAIN_JOB_VARIABLES),
         (TRAIN_JOB | {"PET_NNODES": "1:4"}, "PET_NNODES='1:4'"),
         (TRAIN_JOB | {"PET_MASTER_ADDR": "10.0.0.1"}, "PET_MASTER_ADDR='10.0.0.1'"),
+        (TRAIN_JOB | {"PET_MASTER_ADDR": "mine-node-0-0"}, "PET_MASTER_ADDR='mine-node-0-0'"),
+        (SRUN | {"SLURM_JOB_ID": "x"}, "contradict each other"),
         (TRAIN_JOB | INDEXED_JOB | {"WARMSTATE_RANK": "0"}, "WARMSTATE_HOSTS and PET_NNODES"),
     ],
 )
@@ -220,10 +224,11 @@ def test_a_platform_that_is_half_there_or_contradicts_another(
         resolve(environ)
 
 
-ALONE, BY_TF_CONFIG, BY_HOROVOD = (
+ALONE, BY_TF_CONFIG, BY_HOROVOD, ONE_BY_HOROVOD = (
     Cluster(0, 1),
     Cluster(0, 2, ("a:1", "b:2"), named_by="TF_CONFIG"),
     Cluster(0, 2, (), True, named_by="HOROVOD_SIZE"),
+    Cluster(0, 1, (), True, named_by="HOROVOD_SIZE"),
 )
 
 
@@ -232,6 +237,7 @@ ALONE, BY_TF_CONFIG, BY_HOROVOD = (
     [
         ("multi_worker", BY_HOROVOD, "use --distributor=horovod or unset HOROVOD_SIZE"),
         ("mirrored", BY_HOROVOD, "runs in one process, but HOROVOD_SIZE names 2 workers"),
+        ("multi_worker", ONE_BY_HOROVOD, "use --distributor=horovod or unset HOROVOD_SIZE"),
         ("one_device", BY_TF_CONFIG, "use --distributor=multi_worker or unset TF_CONFIG"),
         ("horovod", BY_TF_CONFIG, "launch.main --distributor=horovod (before the --)"),
     ],
