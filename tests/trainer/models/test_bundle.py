@@ -161,6 +161,22 @@ def test_each_fact_of_a_classifier_needs_its_tensors(
         bundle.load(tmp_path / "classifier", "classifier", "--classifier")
 
 
+@pytest.mark.parametrize("fact", ["reads_first", "normalised", "bidirectional"])
+def test_facts_of_a_classifier_are_true_or_false(tmp_path: Path, vocab: Path, fact: str) -> None:
+    save_classifier(tmp_path / "classifier", vocab, **{fact: 1})
+    with pytest.raises(InputError, match=f"the model's '{fact}' is 1"):
+        bundle.load(tmp_path / "classifier", "classifier", "--classifier")
+
+
+@pytest.mark.parametrize("tokens", [0, 2**31])
+def test_a_classifier_reads_a_number_of_tokens(tmp_path: Path, vocab: Path, tokens: int) -> None:
+    save_classifier(tmp_path / "classifier", vocab)
+    path = tmp_path / "classifier" / "classifier.json"
+    path.write_bytes(safe_files.sealed({**safe_files.read_sealed(path), "max_tokens": tokens}))
+    with pytest.raises(InputError, match=f"'max_tokens' is {tokens}"):
+        bundle.read_info(path.parent, "classifier", "--classifier")
+
+
 @pytest.mark.parametrize("found", [[0.5], [0.5, 1.0], [0.5, 1], "ab", None])
 def test_sets_of_labels_need_their_thresholds(tmp_path: Path, vocab: Path, found: object) -> None:
     save_classifier(tmp_path / "classifier", vocab, multi_label=True)
@@ -250,6 +266,18 @@ def test_a_classifiers_bundle_holds_all_its_variables() -> None:
     classifier.build()
     named = {id(v) for v in bundle.classifier_variables(classifier).values()}
     assert named == {id(v) for v in classifier.weights}
+
+
+def test_a_bundle_of_before_contexts_and_sets_of_labels_has_neither() -> None:
+    model = bundle.classifier_model(Classifier(Encoder(4, 2, 3, seed=0), 2))
+    assert not {"num_contexts", "multi_label"} & model.keys()  # as all bundles were once
+    made = bundle.new_classifier(model)
+    assert (made.num_contexts, made.multi_label) == (0, False)
+
+
+def test_a_state_has_two_parts() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        bundle.state_tensors("mean", [(np.zeros(3), np.zeros(3), np.zeros(3))])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
