@@ -70,7 +70,8 @@ coverage: $(TESTED) ## make test, with the branches that it takes: build/coverag
 	$(BIN)/coverage report --skip-covered --sort=miss
 
 mutation: $(INSTALLED) ## do the tests notice a wrong line: 50 mutants of each of seven modules, hours
-	$(BIN)/python -m tests.mutation --out=build/mutation.json
+	$(BIN)/python -m tests.mutation --out=benchmarks/results/mutation.json
+	$(BIN)/python -m tests.mutation --table=benchmarks/results/mutation.json
 
 timing: $(TESTED) ## make test, and the table of where its time goes in CONTRIBUTING.md
 	$(PYTEST) -m "not slow" --timing=build/timing.json

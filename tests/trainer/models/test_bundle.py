@@ -206,8 +206,12 @@ def test_sets_of_labels_need_their_thresholds(tmp_path: Path, vocab: Path, found
 def test_contexts_need_their_names(tmp_path: Path, vocab: Path, values: dict, says: str) -> None:
     save_classifier(tmp_path / "classifier", vocab, num_contexts=2)
     path = tmp_path / "classifier" / "classifier.json"
-    path.write_bytes(safe_files.sealed({**safe_files.read_sealed(path), **values}))
+    info = safe_files.read_sealed(path)
+    path.write_bytes(safe_files.sealed({**info, **values}))
     with pytest.raises(InputError, match=says):
+        bundle.read_info(tmp_path / "classifier", "classifier", "--classifier")
+    path.write_bytes(safe_files.sealed({**info, "model": info["model"] | {"num_contexts": 2.0}}))
+    with pytest.raises(InputError, match="'num_contexts' is 2.0, for 2 'context_names'"):
         bundle.read_info(tmp_path / "classifier", "classifier", "--classifier")
 
 
