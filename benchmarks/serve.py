@@ -124,13 +124,14 @@ def measure(classifier: str, requests: int, clients: int) -> dict:
 
 def table(found: dict) -> str:
     """Returns the row of docs/performance.md."""
-    milliseconds = found["milliseconds"]
+    milliseconds, load = found["milliseconds"], found["load_average_before"]
+    busy = f"\n\nOther programs ran: the load average was {load} before." if load > 1 else ""
     return (
         "| requests | clients | errors | requests/s | of processor time | p50, p95, p99 ms |\n"
         "|---|---|---|---|---|---|\n"
         f"| {found['requests']:,} | {found['clients']} | {found['errors']} "
         f"| {found['requests_per_second']:,.0f} | {found['requests_per_processor_second']:,.0f} "
-        f"| {milliseconds['p50']:.0f}, {milliseconds['p95']:.0f}, {milliseconds['p99']:.0f} |"
+        f"| {milliseconds['p50']:.0f}, {milliseconds['p95']:.0f}, {milliseconds['p99']:.0f} |{busy}"
     )
 
 

@@ -417,19 +417,24 @@ def test_commands_that_start_together_make_one_store(tmp_path: Path) -> None:
 
 # A prepare that kills itself when the content, not yet the name, of its file COUNT is written.
 KILLED = """
-import os, signal
+import os, signal, stat
 from pathlib import Path
 from data_pipelines.prepare import PrepareConfig, build_store
 from data_pipelines.sources import SourceOptions
 from data_pipelines.sources.record_files import RecordFiles
-written, fsync = 0, os.fsync
-def counted(descriptor):
+written, fsync, rename = 0, os.fsync, os.rename
+def count(is_one):
     global written
-    written += 1
-    if written == COUNT:
+    written += is_one
+    if is_one and written == COUNT:
         os.kill(os.getpid(), signal.SIGKILL)
+def flushed(descriptor):
+    count(stat.S_ISREG(os.fstat(descriptor).st_mode))
     fsync(descriptor)
-os.fsync = counted
+def renamed(source, target):
+    count(os.path.isdir(source))
+    rename(source, target)
+os.fsync, os.rename = flushed, renamed
 source = RecordFiles("jsonl", PATTERN, SourceOptions(), part_bytes=50_000)
 build_store(PrepareConfig("the fixture", vocab_size=VOCAB_SIZE), source, Path(STORE))
 """
