@@ -28,15 +28,16 @@ from data_pipelines.sources.text import text_fault
 from trainer.reporting import thresholds
 from trainer.reporting.predictions import Predictions
 
-STRENGTHS = (10.0, 30.0)
+STRENGTHS = (3.0, 30.0)
+FEATURES = 40_000  # the most frequent words and pairs
 PRETRAINING: dict[str, Any] = {
     "pretrain_objective": "bag_autoencoder",
-    "pretrain_steps": 500,
-    "pretrain_evaluate_every_steps": 500,
+    "pretrain_steps": 300,
+    "pretrain_evaluate_every_steps": 300,
     "pretrain_evaluate_documents": 200,
     "mean_state_documents": 200,
     "pretrain_batch_size": 32,
-    "pretrain_max_tokens": 120,
+    "pretrain_max_tokens": 100,
     "pretrain_learning_rate": 5e-3,
     "embedding_dim": 96,
     "units": 128,
@@ -46,12 +47,12 @@ FINE_TUNING: dict[str, Any] = {
     "units": 128,
     "pooling": "mean",
     "hidden_units": 0,
-    "finetune_steps": 800,
+    "finetune_steps": 600,
     "finetune_evaluate_every_steps": 200,
     "finetune_batch_size": 32,
     "finetune_learning_rate": 3e-3,
     "finetune_schedule": "triangular",
-    "finetune_max_tokens": 150,
+    "finetune_max_tokens": 120,
 }
 
 
@@ -75,7 +76,7 @@ def write_posts(newsgroups: str, folder: Path) -> dict[str, list[tuple[str, list
 
 def linear(posts: dict[str, list[tuple[str, list[str]]]]) -> dict[str, Any]:
     """Returns the test figures of the regressions that validation chose."""
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), max_features=FEATURES, sublinear_tf=True)
     binarizer = MultiLabelBinarizer().fit([labels for _, labels in posts["train"]])
     inputs = {"train": vectorizer.fit_transform([text for text, _ in posts["train"]])}
     inputs |= {s: vectorizer.transform([t for t, _ in posts[s]]) for s in ("validation", "test")}
