@@ -136,7 +136,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=60)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    Path("build").mkdir(exist_ok=True)  # which git ignores
+    with tempfile.TemporaryDirectory(dir="build") as folder:
         result = {"machine": facts(), **summary(measure(options.blocks, Path(folder)))}
     for name, value in result.items():
         print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")

@@ -165,12 +165,13 @@ def make_folder(folder: Path) -> None:
 def flush_folder(folder: Path) -> None:
     """Flushes the names in `folder` to the disk, without which a rename is not safe.
 
-    Some file systems (FUSE, CIFS) refuse it; there is no other way to flush names on them.
+    Some file systems (FUSE, CIFS) refuse it, and so does a folder that may be written but not read;
+    there is no other way to flush names there.
     """
     try:
         _flush(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in (*_UNSUPPORTED, errno.EACCES):
             raise
 
 

@@ -1,4 +1,4 @@
-"""The exception for mistakes that the user can fix."""
+"""The exceptions for mistakes that the user can fix, and for what a restart may fix."""
 
 from collections.abc import Sequence
 
@@ -15,3 +15,10 @@ def raise_if(faults: Sequence[str]) -> None:
     """Raises InputError with all the faults, if there are any."""
     if faults:
         raise InputError("\n".join(faults))
+
+
+class TransientError(InputError):
+    """A fault of this process or moment, such as too many open files.
+
+    The same command may succeed when it is started again; the trainer exits with 75.
+    """

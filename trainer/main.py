@@ -21,7 +21,7 @@ from typing import NoReturn
 from absl import app
 
 from data_pipelines import flag_fields
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, TransientError
 from data_pipelines.printable import printable
 from data_pipelines.quiet_tensorflow import import_quietly
 from trainer import config as configuration
@@ -72,9 +72,11 @@ def main(argv: Sequence[str]) -> None:
             run_stage(config, cluster)
     except InputError as error:
         _print_faults(str(error))
+        is_transient = isinstance(error, TransientError)
+        code = LOST_WORKER_EXIT_CODE if is_transient else CONFIGURATION_EXIT_CODE
         if cluster.size > 1:
-            _exit_at_once(CONFIGURATION_EXIT_CODE)
-        sys.exit(CONFIGURATION_EXIT_CODE)
+            _exit_at_once(code)
+        sys.exit(code)
     except BehindError as error:
         _print_faults(str(error))
         _exit_at_once(BEHIND_EXIT_CODE)

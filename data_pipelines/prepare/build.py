@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.durable import write_file
+from data_pipelines.durable import make_folder, write_file
 from data_pipelines.errors import InputError
 from data_pipelines.prepare.bad_examples import BadExamples
 from data_pipelines.prepare.beam import BeamRunner
@@ -61,6 +61,8 @@ def ensure_store(
         with _locked(folder, log):
             if not (folder / "manifest.json").exists():
                 build_store(config, source, folder, log)
+    # A build that is killed at its very end leaves its drafts.
+    shutil.rmtree(_building(folder), ignore_errors=True)
     store = TokenStore(folder)
     # Stores of before there was a choice do not name it.
     found = {"tokenizer": "word", "labels": "single", **store.manifest["prepare_config"]}
@@ -82,7 +84,7 @@ def _locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Holds FOLDER.lock. The file stays: removing it would let two processes in at once."""
     path = folder.with_name(folder.name + ".lock")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         file = path.open("a")
     except OSError as error:
         raise InputError(f"{folder} cannot be written (--store, --out): {error}") from error
@@ -125,13 +127,17 @@ def build_store(
         )
     if source.note:
         log(source.note)
-    building = folder.with_name(folder.name + ".building")
+    building = _building(folder)
     try:
         _Build(config, source, building, log).run(folder)
     except InputError:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    shutil.rmtree(building)
+    shutil.rmtree(building, ignore_errors=True)  # the store is whole without that
+
+
+def _building(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".building")
 
 
 class _Build:

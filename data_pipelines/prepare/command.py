@@ -63,4 +63,12 @@ def main(_: list[str]) -> int:
     except WorkerDiedError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        where = f"{error.filename or options.out}: {error.strerror or error}"
+        print(
+            printable(f"{where}: make room, or make it readable and writable, and run the same "
+                      "command again: it continues"),
+            file=sys.stderr,
+        )  # fmt: skip
+        return flag_fields.USAGE_EXIT_CODE
     return 0

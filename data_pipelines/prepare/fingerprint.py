@@ -7,6 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+from data_pipelines.durable import make_folder
 from data_pipelines.sources import Source
 
 
@@ -42,7 +43,7 @@ def digest(*values: bytes) -> str:
 def keyed_folder(parent: Path, kind: str, key: str) -> Path:
     """Returns parent/KIND-KEY, created if missing, and removes others of its kind."""
     wanted = parent / f"{kind}-{key}"
-    wanted.mkdir(parents=True, exist_ok=True)
+    make_folder(wanted)
     for path in parent.glob(f"{kind}-*"):
         if path != wanted:
             shutil.rmtree(path)

@@ -1,16 +1,19 @@
 """Two workers in two network namespaces: other addresses, as on two hosts, and not only ports."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import forked
+from tests.integration.jobs import Job
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL, metrics, train
 
 PORT = 20_000  # free: each namespace is new
@@ -59,26 +62,17 @@ def hosts() -> Iterator[dict[str, str]]:
             ip("netns", "delete", name)
 
 
-def test_two_hosts_train_as_two_workers_of_one(
-    hosts: dict[str, str], small_store: Path, tmp_path: Path
-) -> None:
-    flags = (*FLAGS, f"--store={small_store}")
+@contextlib.contextmanager
+def workers_on(hosts: dict[str, str], *flags: str) -> Iterator[list[forked.Popen]]:
+    """Yields a worker on each host; ends those that still run."""
     cluster = {"worker": [f"{address}:{PORT}" for address in hosts.values()]}
-    workers = []
+    workers: list[forked.Popen] = []
     try:
         for index, name in enumerate(hosts):
             config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
             workers.append(
                 forked.Popen(
-                    [
-                        sys.executable,
-                        "-c",
-                        ON_HOST,
-                        name,
-                        *SMALL,
-                        *flags,
-                        f"--run_dir={tmp_path}/two",
-                    ],
+                    [sys.executable, "-u", "-c", ON_HOST, name, *SMALL, *flags],
                     cwd=REPOSITORY,
                     env=ENVIRONMENT | {"TF_CONFIG": json.dumps(config)},
                     stdout=subprocess.PIPE,
@@ -86,14 +80,54 @@ def test_two_hosts_train_as_two_workers_of_one(
                     text=True,
                 )
             )
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+        yield workers
     finally:
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()
                 worker.wait()
+
+
+def assert_same(one: Path, two: Path) -> None:
+    """Compares every loss and the bundles."""
+    assert metrics(two) == metrics(one)
+    bundles = [folder / "encoder" / "encoder.safetensors" for folder in (one, two)]
+    assert bundles[0].read_bytes() == bundles[1].read_bytes()
+
+
+def test_two_hosts_train_as_two_workers_of_one(
+    hosts: dict[str, str], small_store: Path, tmp_path: Path
+) -> None:
+    flags = (*FLAGS, f"--store={small_store}")
+    with workers_on(hosts, *flags, f"--run_dir={tmp_path}/two") as workers:
+        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     train(2, *flags, f"--run_dir={tmp_path}/one")
-    assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
-    bundles = [tmp_path / name / "encoder" / "encoder.safetensors" for name in ("one", "two")]
-    assert bundles[0].read_bytes() == bundles[1].read_bytes()
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow(
+    "a cut cable, with both sides alive; quick: trainer/distribution/test_watchdog.py"
+)
+def test_a_cut_cable_ends_both_sides_and_the_run_resumes(
+    hosts: dict[str, str], small_store: Path, tmp_path: Path
+) -> None:
+    steps = "--pretrain_steps=400"  # the cable is cut long before
+    flags = ("--stage=pretrain", steps, f"--store={small_store}", "--checkpoint_every_steps=4")
+    two = (*flags, f"--run_dir={tmp_path}/two", "--collective_timeout_seconds=8")
+    first = next(iter(hosts))
+    with workers_on(hosts, *two) as workers:
+        Job(workers[0]).wait_for("pretrain step 9/")
+        ip("-n", first, "link", "set", "cable0", "down")
+        began = time.monotonic()
+        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+        print(f"both sides ended after {time.monotonic() - began:.0f} s")
+    assert [worker.returncode for worker in workers] == [75, 75], outputs
+    assert all("lost a peer" in output for output in outputs), outputs
+    ip("-n", first, "link", "set", "cable0", "up")
+    with workers_on(hosts, *two) as workers:
+        outputs = [worker.communicate(timeout=400)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert "resumed after step" in outputs[0]
+    train(2, *flags, f"--run_dir={tmp_path}/one")
+    assert_same(tmp_path / "one", tmp_path / "two")

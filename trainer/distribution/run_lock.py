@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from data_pipelines.durable import make_folder
 from data_pipelines.errors import InputError
 from trainer.safe_files import without_links
 
@@ -37,7 +38,7 @@ def held(
     """
     path = folder / FILE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         descriptor = without_links(str(path), os.O_RDWR | os.O_CREAT | os.O_APPEND)
     except OSError as error:
         raise InputError(

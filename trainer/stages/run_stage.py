@@ -13,6 +13,7 @@ from typing import Any
 import absl.logging
 import tensorflow as tf
 
+from data_pipelines.durable import make_folder
 from data_pipelines.errors import InputError, raise_if
 from data_pipelines.files import is_remote
 from data_pipelines.store.fetch import fetched
@@ -198,7 +199,7 @@ def remember_config(config: Config) -> None:
     """
     folder = Path(config.run_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name, values in (
             ("config.json", dataclasses.asdict(config)),
             ("environment.json", environment.describe()),

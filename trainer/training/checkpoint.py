@@ -12,6 +12,7 @@ the end, TERM. All workers learn then whether the write succeeded, and continue 
 """
 
 import contextlib
+import errno
 import math
 import re
 import threading
@@ -32,7 +33,7 @@ from data_pipelines.durable import (
     remove,
     write_folder,
 )
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, TransientError
 from trainer.distribution.distributor import Distributor
 from trainer.distribution.variables import assign, digest
 from trainer.safe_files import (
@@ -51,6 +52,7 @@ Restored = tuple[int, dict[str, Any], dict[str, np.ndarray]]  # step, notes, arr
 NAME = re.compile(r"step-(\d{8,12})")
 RETRY_SECONDS = (0.1, 0.5, 2.0)  # pauses between tries to read a checkpoint
 READ_TRIES = len(RETRY_SECONDS) + 1
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # of the process; a new one has its own
 SHARE_OF_A_CORE = 0.03  # of the writing thread, while nobody waits for it
 PACED_BYTES = 4 << 20  # smaller ones are written at once, in some milliseconds
 
@@ -90,7 +92,7 @@ class Checkpointer:
         self._inputs = dict(inputs or {})
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
-        self._error = ""
+        self._error, self._is_transient = "", False
         self.saved: float | None = None
         self.flushed_first: Sequence[Path] = ()
         self.written: Callable[[], None] = lambda: None
@@ -110,7 +112,8 @@ class Checkpointer:
             value: Rank of the state, lower is better; None if it was not evaluated.
 
         Raises:
-            InputError: In every worker, if `errors` is "stop" and the write before failed.
+            InputError: In every worker, if `errors` is "stop" and the write before failed. A
+                TransientError if this process has too many open files.
         """
         self.wait()
         if not self._distributor.is_chief:
@@ -133,17 +136,20 @@ class Checkpointer:
         """
         with self._distributor.watchdog.local_work():
             self.close()
-        error = self._distributor.gather_objects(self._error)[0]
-        self._error = ""
+        mine = [self._error, self._is_transient]
+        error, is_transient = self._distributor.gather_objects(mine)[0]
+        self._error, self._is_transient = "", False
         if error and self._errors == "stop":
-            raise InputError(error)
+            raise (TransientError if is_transient else InputError)(error)
         if error:
             self._log(f"warning: {error}")
         return not error
 
-    def report(self, error: str) -> None:
+    def report(self, error: str, cause: OSError | None = None) -> None:
         """Makes `wait` report this error of the chief, which other workers cannot see."""
-        self._error = self._error or error
+        if not self._error:
+            self._error = error
+            self._is_transient = cause is not None and cause.errno in NO_DESCRIPTORS
 
     def close(self) -> None:
         """Waits for the write; no collective, for a run that ends with an error."""
@@ -240,7 +246,7 @@ class Checkpointer:
             self._remove_old()
             self.written()
         except OSError as error:
-            self.report(self._what_to_do(step, error))
+            self.report(self._what_to_do(step, error), error)
             with contextlib.suppress(OSError):  # frees the space of half a checkpoint
                 remove(beside)
         except Exception as error:  # a thread's error would be lost

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from data_pipelines.durable import make_folder
 from data_pipelines.errors import InputError
 from trainer.config import Config, step_range
 from trainer.distribution.divergence import check_equal
@@ -115,7 +116,7 @@ class Progress:
         if self._run.is_chief:
             folder = self._task.folder
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 evaluated = not self.evaluation_is_due(start)
                 if damaged := self._metrics.forget_after(start, evaluated):
                     self._run.log(f"warning: {damaged} damaged lines of metrics.jsonl were dropped")
@@ -127,7 +128,8 @@ class Progress:
         path = self._task.folder / "metrics.jsonl"
         self._checkpoints.report(
             f"{path} cannot {what} after step {step}: {error.strerror}: make room or make it "
-            "writable, or train on without with --checkpoint_errors=warn"
+            "writable, or train on without with --checkpoint_errors=warn",
+            error,
         )
 
     def count(

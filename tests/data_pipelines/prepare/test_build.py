@@ -671,3 +671,24 @@ def test_escape_sequences_of_the_data_do_not_reach_the_terminal(tmp_path: Path) 
     assert "\x1b" not in result.stdout + result.stderr and r"\x1b[31mneg=1" in result.stdout
     names = TokenStore(tmp_path / "store").class_names
     assert names == tuple(sorted([*labels, "\x1b[2J"]))
+
+
+SMALL_FILES = """
+import resource, runpy, sys
+# As on a full disk: each write of more than so many bytes of a file fails.
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+runpy.run_module("data_pipelines.prepare", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_next_prepare_continues(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text("text\n" + "".join(f"a film {i % 9}\n" for i in range(600)))
+    flags = [f"--source=csv:train={table}", f"--out={tmp_path / 'store'}", "--processes=1"]
+    command = [sys.executable, "-c", SMALL_FILES]
+    full = forked.run([*command, "4000", *flags], capture_output=True, text=True)
+    assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
+    assert "File too large: make room" in full.stderr
+    done = forked.run([*command, "1000000", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    TokenStore(tmp_path / "store").verify()

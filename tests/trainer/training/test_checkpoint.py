@@ -363,3 +363,32 @@ def test_a_pause_leaves_the_writer_its_share_of_a_core(monkeypatch: pytest.Monke
         pass
     pace()
     assert time.monotonic() - began >= 0.08
+
+
+NO_DESCRIPTORS = """
+import resource, sys
+from pathlib import Path
+import tests.conftest
+from data_pipelines.errors import TransientError
+from tests.trainer.training.test_checkpoint import Setup
+
+setup = Setup(Path(sys.argv[1]))
+setup.save(1, {})
+limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+setup.checkpoints.save(2, {})
+try:
+    setup.checkpoints.wait()
+except TransientError as error:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    print(error)
+    print(setup.checkpoints.restore()[0])
+"""
+
+
+def test_too_many_open_files_are_an_error_that_a_restart_may_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NO_DESCRIPTORS, str(tmp_path)]
+    repository = Path(__file__).parents[3]
+    done = forked.run(command, cwd=repository, text=True, capture_output=True)
+    assert "step 2 cannot be written" in done.stdout, done.stderr
+    assert "Too many open files" in done.stdout and done.stdout.endswith("\n1\n")
