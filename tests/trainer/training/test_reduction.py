@@ -68,6 +68,18 @@ def test_auto_takes_the_fewer_bytes(two_shards: object, vocab_size: int, rows: b
     assert dense_bytes(100, two_shards) == 100
 
 
+def test_auto_counts_the_mean_of_two_processes_and_sends_a_tie_whole() -> None:
+    class Two:
+        num_shards = size = 2
+
+        def sum_over_processes(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+            return [2 * array for array in arrays]
+
+    sizes = [(101, 10), (100, 10), (99, 10)]  # ten rows of ten bytes, or the whole
+    chosen = choose_rows(Two(), "auto", [True] * 3, lambda batch: [10] * 3, [{}], sizes)
+    assert chosen == [True, False, False]
+
+
 def test_one_shard_sends_nothing() -> None:
     from trainer.distribution.tf_distribute import one_device
 
