@@ -1,7 +1,7 @@
 """Keeps a run in results/*.json and its classifier beside it, and renders README's table from them.
 
   python -m benchmarks.kept_runs record RUN_DIR --out=results/NAME.json
-  python -m benchmarks.kept_runs halve RUN_DIR/warm/classifier --out=results/NAME
+  python -m benchmarks.kept_runs halve RUN_DIR/warm/classifier --out=results/NAME     # or an encoder
   python -m benchmarks.kept_runs table            # README.md and docs/reproduction.md
 
 Only the published rows below are typed by hand.
@@ -260,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_run.add_argument("--out", type=Path, required=True)
     of_run.add_argument("--evaluation", type=Path, help="of the bundle that `halve` wrote")
     of_run.add_argument("--again", type=Path, action="append", default=[], help="other seeds")
-    of_half = commands.add_parser("halve", help="keep a classifier in float16")
-    of_half.add_argument("classifier", type=Path)
+    of_half = commands.add_parser("halve", help="keep an encoder or a classifier in float16")
+    of_half.add_argument("bundle", type=Path)
     of_half.add_argument("--out", type=Path, required=True)
     of_table = commands.add_parser("table", help="write the tables into the README and the docs")
     of_table.add_argument("--results", type=Path, default=Path("results"))
@@ -272,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "record":
             record(options.run_dir, options.out, options.evaluation, options.again)
         elif options.command == "halve":
-            halve(options.classifier, options.out, "classifier")
+            is_encoder = (options.bundle / "encoder.json").is_file()
+            halve(options.bundle, options.out, "encoder" if is_encoder else "classifier")
         else:
             write_table(options.readme, options.results, HEADLINE)
             write_table(options.page, options.results)
