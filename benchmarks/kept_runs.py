@@ -1,7 +1,7 @@
 """Keeps a run in results/*.json and its classifier beside it, and renders README's table from them.
 
   python -m benchmarks.kept_runs record RUN_DIR --out=results/NAME.json
-  python -m benchmarks.kept_runs halve RUN_DIR/warm/classifier --out=results/NAME     # or an encoder
+  python -m benchmarks.kept_runs halve RUN_DIR/warm/classifier --out=results/NAME   # or an encoder
   python -m benchmarks.kept_runs table            # README.md and docs/reproduction.md
 
 Only the published rows below are typed by hand.
