@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 from trainer.distribution.variables import lookup
 
@@ -46,6 +47,53 @@ def cross_entropy(
         return losses, gradient
 
     return run(*map(tf.convert_to_tensor, (hidden, kernel, bias)))
+
+
+def cross_entropy_sum(
+    hidden: tf.Tensor, targets: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+) -> tf.Tensor:
+    """Returns the sum of `cross_entropy`; arguments as there.
+
+    Where a tape records, the gradients are computed together with the sum, whose weight is one for
+    all tokens: three products instead of four.
+    """
+    tensors = [tf.convert_to_tensor(tensor) for tensor in (hidden, kernel, bias)]
+    if not record.should_record_backprop(tensors):
+        return tf.reduce_sum(cross_entropy(hidden, targets, kernel, bias))
+    targets = tf.convert_to_tensor(targets)
+
+    @tf.custom_gradient
+    def run(hidden: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> Any:
+        total, *gradients = _sum_and_gradients(hidden, targets, kernel, bias)
+        return total, lambda upstream: [upstream * gradient for gradient in gradients]
+
+    return run(*tensors)
+
+
+def _sum_and_gradients(
+    hidden: tf.Tensor, targets: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the sum of the losses, and its gradients in hidden, kernel and bias."""
+
+    def chunk(start: tf.Tensor, stop: tf.Tensor, sums: list[Any], number: tf.Tensor) -> list[Any]:
+        total, d_hidden, d_kernel, d_bias = sums
+        some = hidden[start:stop]
+        logits = tf.matmul(some, kernel, transpose_b=True) + bias  # [chunk, vocab]
+        losses, d_logits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
+            features=logits, labels=targets[start:stop]
+        )
+        return [
+            total + tf.reduce_sum(losses),
+            d_hidden.write(number, tf.matmul(d_logits, kernel)),
+            d_kernel + tf.matmul(d_logits, some, transpose_a=True),
+            d_bias + tf.reduce_sum(d_logits, axis=0),
+        ]
+
+    size = _chunk_tokens(kernel, CHUNK_LOGITS)
+    sums = [_array(hidden, size, [hidden.shape[1]]), tf.zeros_like(kernel), tf.zeros_like(bias)]
+    zero = tf.zeros([], hidden.dtype)
+    total, d_hidden, d_kernel, d_bias = _over_chunks(hidden, size, chunk, [zero, *sums])
+    return total, d_hidden.concat(), d_kernel, d_bias
 
 
 def _losses(

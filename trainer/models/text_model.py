@@ -107,7 +107,7 @@ class TextModel(keras.layers.Layer):
         with tf.name_scope("softmax"):
             if noise.num_sampled:
                 half = self.encoder.precision == "mixed_bfloat16"
-                losses = softmax.sampled_cross_entropy(
+                sampled = softmax.sampled_cross_entropy(
                     hidden,
                     targets,
                     kernel,
@@ -116,9 +116,10 @@ class TextModel(keras.layers.Layer):
                     noise.softmax_seed,
                     products=tf.bfloat16 if half else tf.float32,
                 )
+                total = tf.reduce_sum(sampled)
             else:
-                losses = softmax.cross_entropy(hidden, targets, kernel, bias)
-        return tf.reduce_sum(losses), tf.cast(tf.size(targets), tf.float32)
+                total = softmax.cross_entropy_sum(hidden, targets, kernel, bias)
+        return total, tf.cast(tf.size(targets), tf.float32)
 
     def logits(self, outputs: tf.Tensor) -> tf.Tensor:
         """Returns the logits of words given outputs [rows, units]: [rows, vocab]."""

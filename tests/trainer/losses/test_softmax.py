@@ -46,6 +46,46 @@ def test_no_tokens_have_no_loss() -> None:
         assert not gradient.numpy().any()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kept", [0, 37])
+def test_a_sum_has_the_gradients_of_its_losses(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, kept: int
+) -> None:
+    hidden, targets, kernel, bias = problem()
+    tensors = [tf.constant(x) for x in (hidden[:kept], kernel, bias)]
+
+    def results(loss: Callable) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            h, k, b = tensors
+            total = 3 * loss(h, targets[:kept], k, b)
+        return [total, *tape.gradient(total, tensors)]
+
+    expected = results(lambda *operands: tf.reduce_sum(plain_cross_entropy(*operands)))
+    run = tf.function(results) if compiled else results
+    for tokens in (8, 100):
+        monkeypatch.setattr(softmax, "CHUNK_LOGITS", 50 * tokens)
+        for found, wanted in zip(run(softmax.cross_entropy_sum), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        run = tf.function(results) if compiled else results
+
+
+def test_a_sum_without_a_tape_computes_no_gradients() -> None:
+    def products(training: bool) -> int:
+        def run(*tensors: tf.Tensor) -> None:
+            with tf.GradientTape() as tape:
+                if training:
+                    tape.watch(tensors)
+                softmax.cross_entropy_sum(tensors[0], targets, *tensors[1:])
+
+        graph = tf.function(run).get_concrete_function(hidden, kernel, bias).graph
+        inner = [graph, *(f.graph for f in graph._functions.values())]
+        return sum(o.type == "MatMul" for g in inner for o in g.get_operations())
+
+    hidden, targets, kernel, bias = map(tf.constant, problem())
+    assert (products(False), products(True)) == (1, 3)
+
+
 def plain_cross_entropy(hidden, targets, kernel, bias) -> tf.Tensor:
     logits = tf.matmul(hidden, kernel, transpose_b=True) + bias
     return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
