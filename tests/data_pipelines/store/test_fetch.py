@@ -73,7 +73,7 @@ def test_another_content_is_refused_and_not_kept(there: Path) -> None:
 def test_what_is_missing_or_cannot_be_written_is_named(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="--store=file:///none cannot be fetched: .*exist"):
+    with pytest.raises(InputError, match="--store=file:///none cannot be fetched: No such file"):
         fetched("file:///none", print)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     with pytest.raises(InputError, match="set XDG_CACHE_HOME to another folder"):
