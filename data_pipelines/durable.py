@@ -19,6 +19,7 @@ import numpy as np
 
 Buffer = bytes | np.ndarray
 PIECE_BYTES = 1 << 20  # between two pauses of a writer that has time
+DISCARDED = "removed.old"
 _AT_FDCWD, _EXCHANGE = -100, 2  # of renameat2(2)
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 
@@ -192,8 +193,8 @@ def remove(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder, which has another name before the first of its files is gone."""
-    aside = folder.with_name("removed.old")
+    """Removes a folder, which is called DISCARDED before the first of its files is gone."""
+    aside = folder.with_name(DISCARDED)
     remove(aside)  # left by a killed process
     folder.rename(aside)
     remove(aside)

@@ -84,7 +84,7 @@ def test_bad_writes_are_found(tmp_path: Path) -> None:
 
 
 def test_some_operations_of_some_writes() -> None:
-    names = ("checkpoint, the first", "encoder bundle, replaced", "metrics.jsonl, a line")
+    names = ("checkpoint, one more", "encoder bundle, replaced", "metrics.jsonl, a line")
     said = run("everywhere", "--operations=3", *(f"--only={name}" for name in names))
     assert said.count(" operations, ") == 3
 

@@ -26,6 +26,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_pipelines.durable import (
+    DISCARDED,
     Buffer,
     discard,
     flush_file,
@@ -254,6 +255,7 @@ class Checkpointer:
 
     def _remove_old(self) -> None:
         """Removes all but the newest and the best."""
+        remove(self._folder / DISCARDED)  # left where removing it failed
         folders = self._folders()
         older = folders[: -self._keep]
         if self._keep_best:
