@@ -147,7 +147,7 @@ def verify_store(folder: Path) -> str:
     if not (folder / "store" / "manifest.json").exists():
         return "(the store is made again from --source)"  # minutes of work, not for this table
     try:
-        open_store(Config(store=str(folder / "store"), verify=True), Cluster(0, 1))
+        open_store(Config(store=str(folder / "store"), verify=True), Cluster(0, 1), print)
     except InputError as error:
         return str(error)
     return "not noticed"

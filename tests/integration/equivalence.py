@@ -235,14 +235,19 @@ class RandomDocuments:
         """Returns the tokens of documents."""
         return self._lengths[indices]
 
-    def labels_of(self, indices: np.ndarray) -> np.ndarray:
+    def located(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the places of documents: their numbers."""
+        return indices
+
+    def numbers(self, kind: str, indices: np.ndarray) -> np.ndarray:
         """Returns the labels of documents."""
+        assert kind == "labels"
         return self._labels[indices]
 
-    def gather(
+    def gather_located(
         self, indices: np.ndarray, max_tokens: int, pad_to: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens and lengths, as `SplitView.gather` does."""
+        """Returns tokens and lengths, as `SplitView.gather_located` does."""
         lengths = self._lengths[indices]
         tokens = np.zeros((len(indices), pad_to), np.int32)
         for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):

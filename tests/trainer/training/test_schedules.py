@@ -50,4 +50,4 @@ def test_rates_are_positive_and_at_most_the_peak(kind: str, steps: int, warmup: 
 
 
 def test_every_schedule_has_a_flag() -> None:
-    assert tuple(FACTORS) == config.SCHEDULES
+    assert tuple(FACTORS) == (*config.SCHEDULES, "range")  # the last one is --lr_range's
