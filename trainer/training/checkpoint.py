@@ -7,7 +7,7 @@ Only the chief reads and writes. It broadcasts the state, so workers need no sha
 data order is a function of the step and needs no state.
 
 The chief writes in a separate thread while training continues, in pieces with pauses, so that the
-steps meanwhile take no longer. The thread hurries as soon as somebody waits for it: the next save,
+steps meanwhile lose little. The thread hurries as soon as somebody waits for it: the next save,
 the end, TERM. All workers learn then whether the write succeeded, and continue or stop together.
 """
 
