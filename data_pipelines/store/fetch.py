@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipelines.durable import flush_folder
+from data_pipelines.durable import flush_folder, write_file
 from data_pipelines.errors import InputError
 from data_pipelines.object_store import ObjectStore, StoreError, patiently
 from data_pipelines.store.manifest import kinds_of, read_manifest, shards_of
@@ -56,7 +56,7 @@ def fetched(url: str, log: Callable[[str], None]) -> Path:
 def _fetch(store: ObjectStore, data: bytes, folder: Path, log: Callable[[str], None]) -> None:
     beside = Path(f"{folder}.building")
     beside.mkdir(exist_ok=True)
-    (beside / "manifest.json").write_bytes(data)
+    write_file(beside / "manifest.json", [data])
     manifest = read_manifest(beside)  # refuses names outside of the folder
     files = {"vocab.txt": manifest["vocab_file"]}
     for shard in shards_of(manifest):

@@ -114,7 +114,7 @@ class Workers:
 
 
 def master(folder: Path, size: int, log: Path, channel: socket.socket) -> None:
-    """Trains as it is told over `channel`, one JSON a line, and answers so."""
+    """Trains on the requests of `channel`, one JSON a line, and answers the same way."""
     lines = channel.makefile("rw", buffering=1)
 
     def say(**values: Any) -> None:

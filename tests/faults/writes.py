@@ -1,4 +1,4 @@
-"""Every kind of write of the product, small: what is there before, the write, and how it is read.
+"""Every kind of write of the product, small: the state before it, the write, and how it is read.
 
 `read` returns what a program that comes later finds, as text. It raises if that is damaged or
 mixed: then the write is not safe.
@@ -41,7 +41,7 @@ class Write:
     """One kind of write, below a folder.
 
     Attributes:
-        before: Makes what is there already.
+        before: Makes the state before the write.
         write: May raise InputError or OSError if it cannot write.
         read: Returns what is found; equal texts mean that the same is found.
         is_kept: Whether the disk has the new content when `write` returns.
