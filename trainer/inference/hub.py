@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.durable import flush_folder, remove, write_folder
+from data_pipelines.durable import flush_folder, remove, write_file, write_folder
 from data_pipelines.errors import InputError
 from data_pipelines.object_store import ObjectStore, StoreError, patiently
 from data_pipelines.store.fetch import RETRY_SECONDS, cache_folder
@@ -138,7 +138,7 @@ def fetched_bundle(url: str, name: str, log: Callable[[str], None] = print) -> P
         beside = folder.with_name(f"{folder.name}.building")
         remove(beside)
         beside.mkdir(parents=True)
-        (beside / f"{name}.json").write_bytes(data)
+        write_file(beside / f"{name}.json", [data])
         for file in (f"{name}.safetensors", "vocab.txt"):
             patiently(lambda f=file: store.download(f, beside / f), RETRY_SECONDS, log, url)  # type: ignore[misc]
         bundle.load(beside, name, url)  # compares digests, before it counts as fetched
