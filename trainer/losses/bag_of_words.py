@@ -11,6 +11,8 @@ where E'x and b'x are sums over the words of the document alone.
 
 import tensorflow as tf
 
+from trainer.distribution.weight_statistics import of_weights
+
 
 def tfidf_shares(tokens: tf.Tensor, mask: tf.Tensor, idf: tf.Tensor) -> tf.Tensor:
     """Returns what each token adds to the TF-IDF vector of its row: [batch, time].
@@ -47,14 +49,19 @@ def reconstruction_error(
         words: int32 [batch, time].
         shares: [batch, time], from `tfidf_shares`.
     """
-    gram = tf.matmul(embeddings, embeddings, transpose_a=True)  # [dim, dim]
-    of_bias = tf.linalg.matvec(embeddings, bias, transpose_a=True)  # [dim]
+    gram, of_bias, bias_square = of_weights(
+        lambda: (
+            tf.matmul(embeddings, embeddings, transpose_a=True),  # [dim, dim]
+            tf.linalg.matvec(embeddings, bias, transpose_a=True),  # [dim]
+            tf.reduce_sum(tf.square(bias)),
+        )
+    )
     target = tf.einsum("btd,bt->bd", tf.gather(embeddings, words), shares)  # [batch, dim]
     bias_target = tf.reduce_sum(tf.gather(bias, words) * shares, axis=1)  # [batch]
     reconstructed = (
         tf.reduce_sum(tf.matmul(codes, gram) * codes, axis=1)
         + 2 * tf.linalg.matvec(codes, of_bias)
-        + tf.reduce_sum(tf.square(bias))
+        + bias_square
     )
     has_words = tf.cast(tf.reduce_any(shares > 0, axis=1), codes.dtype)  # x'x
     return reconstructed - 2 * (tf.reduce_sum(codes * target, axis=1) + bias_target) + has_words

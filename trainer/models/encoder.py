@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distribution.variables import lookup
+from trainer.distribution.weight_statistics import of_weights
 from trainer.models.lstm import WarmLSTM, Words
 
 # For each layer of a stack, from the lowest: [h, c], each [batch, units].
@@ -31,8 +32,19 @@ def token_mask(tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
 
 
 def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
-    """Returns `x` with a fraction `rate` of its elements zeroed and the rest scaled up."""
-    return tf.nn.experimental.stateless_dropout(x, rate, seed) if rate else x
+    """Returns `x` with a fraction `rate` of its elements zeroed and the rest scaled up.
+
+    Sixteen random bits decide for an element, so the fraction is a multiple of 2^-16.
+    """
+    if not rate:
+        return x
+    shape = tf.shape(x)
+    size = tf.reduce_prod(shape)
+    words = tf.random.stateless_uniform([(size + 1) // 2], seed, None, None, tf.uint32)
+    bits = tf.reshape(tf.bitcast(words, tf.uint16), [-1])[:size]
+    dropped = max(1, round(rate * 2**16))
+    kept = tf.cast(tf.reshape(bits, shape) >= tf.constant(dropped, tf.uint16), x.dtype)
+    return x * (kept * (2**16 / (2**16 - dropped)))
 
 
 @contextlib.contextmanager
@@ -148,7 +160,7 @@ class Encoder(keras.layers.Layer):
     def _make_lstm(self, layer: int) -> WarmLSTM:
         initializers = keras.initializers
         seed = self.seed + _SEEDS_PER_LAYER * layer
-        return WarmLSTM(
+        lstm = WarmLSTM(
             self.units,
             return_sequences=True,
             return_state=True,
@@ -161,6 +173,8 @@ class Encoder(keras.layers.Layer):
             initial_state="learned",
             name=f"lstm_{layer}",
         )
+        lstm.right_padded = True  # see `token_mask`
+        return lstm
 
     def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
         """Creates the weights, which do not depend on the shape of the tokens."""
@@ -186,7 +200,7 @@ class Encoder(keras.layers.Layer):
         """Returns the tokens' embeddings: [batch, time, embedding_dim]."""
         if not self.normalised:
             return lookup(self.embeddings.value, tokens)
-        mean, deviation = self.moments()
+        mean, deviation = of_weights(self.moments)
         return (tf.gather(self.embeddings.value, tokens) - mean) / deviation
 
     def words(self, tokens: tf.Tensor) -> Words:

@@ -165,6 +165,8 @@ class WarmLSTM(keras.layers.LSTM):
     # Biases of the rows of a batch, [batch, 4 * units], in place of the bias; see
     # `encoder.row_biases`.
     row_bias: tf.Tensor | None = None
+    # Whether masks hide only the ends of rows: no output comes before a row's first step.
+    right_padded: bool = False
     # Whether training keeps no activations, and the backward pass runs the forward loop again.
     recompute: bool = False
 
@@ -300,7 +302,9 @@ class WarmLSTM(keras.layers.LSTM):
             of_matrices=_is_recorded(kernel, recurrent),
         )
         outputs, h, c = lstm(inputs, h, c, (kernel, recurrent, bias), mask, mode, index)
-        return [outputs if mask is None else self._mask_outputs(outputs, mask), h, c]
+        if mask is not None and not (self.right_padded and not self.zero_output_for_mask):
+            outputs = self._mask_outputs(outputs, mask)
+        return [outputs, h, c]
 
     def _checked(
         self, sequences: tf.Tensor, states: list[tf.Tensor], mask: tf.Tensor | None

@@ -1,16 +1,45 @@
 """The gradients of one shard's rows: at once, or in micro-batches to save memory."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
+
+from trainer.distribution.weight_statistics import WeightStatistics, collected
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 # (rows, slice) -> summed loss, its weight, and the state at the rows' ends if rows have `carried`.
 # Rows are tokens, lengths, labels, weights; the number of the slice seeds random draws.
 MicroBatchLoss = Callable[[dict[str, tf.Tensor], int | tf.Tensor], tuple[tf.Tensor, ...]]
-# Summed loss, its weight, the loss's gradients, and [carried] or [].
-LossAndGradients = tuple[tf.Tensor, tf.Tensor, list[Gradient], list[tf.Tensor]]
+
+
+class ShardGradients(NamedTuple):
+    """What a shard's rows give.
+
+    Attributes:
+        loss, weight: The summed loss, and its weight.
+        gradients: Of the loss, in the variables; what they have through `statistics` is left out.
+        carried: The state that rows carry on: [rows, ...] or none.
+        statistics: The statistics of the weights that the loss reads.
+        of_statistics: The gradients of the loss in these.
+    """
+
+    loss: tf.Tensor
+    weight: tf.Tensor
+    gradients: list[Gradient]
+    carried: list[tf.Tensor]
+    statistics: WeightStatistics | None = None
+    of_statistics: list[tf.Tensor] = []  # noqa: RUF012 (never changed)
+
+    def through_statistics(self, upstream: Sequence[tf.Tensor]) -> list[tf.Tensor | None]:
+        """Returns the gradients in the variables through the statistics; None: there is none.
+
+        Args:
+            upstream: `of_statistics`, or their sum over all shards.
+        """
+        if self.statistics is None:
+            return [None] * len(self.gradients)
+        return self.statistics.gradients(upstream)
 
 
 def loss_and_gradients(
@@ -19,24 +48,27 @@ def loss_and_gradients(
     rows: dict[str, tf.Tensor],
     shard: int | tf.Tensor,
     parts: int = 1,
-) -> LossAndGradients:
+) -> ShardGradients:
     """Returns the summed loss of `rows`, its weight and its gradients, inside a step.
 
     Args:
         rows: Tensors whose first axis is the examples.
         parts: Number of micro-batches. The result is that of one batch up to rounding, except for
-            random draws.
-
-    Returns:
-        Loss, weight, gradients, and in a list the state that rows carry on: [rows, ...] or none.
+            random draws. With several, no statistics are kept apart: a loop computes them.
     """
     if parts > 1:
         return _in_parts(loss_sum, variables, rows, shard, parts)
     # What is frozen is not watched, so that layers keep no activations for it.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(variables)
-        loss, weight, *carried = loss_sum(rows, shard)
-    return loss, weight, tape.gradient(loss, variables), carried
+        with collected(variables, tape) as statistics:
+            loss, weight, *carried = loss_sum(rows, shard)
+    gradients, found = tape.gradient(loss, [list(variables), statistics.leaves])
+    of_statistics = [
+        tf.zeros_like(leaf) if gradient is None else gradient
+        for leaf, gradient in zip(statistics.leaves, found, strict=True)
+    ]
+    return ShardGradients(loss, weight, gradients, carried, statistics, of_statistics)
 
 
 def _in_parts(
@@ -45,7 +77,7 @@ def _in_parts(
     rows: dict[str, tf.Tensor],
     shard: int | tf.Tensor,
     parts: int,
-) -> LossAndGradients:
+) -> ShardGradients:
     """Adds up the gradients of micro-batches; the indices of sparse ones are kept."""
     count = tf.shape(rows["lengths"])[0]
     sparse: list[bool] = []
@@ -60,8 +92,10 @@ def _in_parts(
     ) -> tuple[Any, ...]:
         start, stop = count * part // parts, count * (part + 1) // parts
         some = {name: tensor[start:stop] for name, tensor in rows.items()}
-        found = loss_and_gradients(loss_sum, variables, some, shard * parts + part)
-        part_loss, part_weight, gradients, handed_on = found
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(variables)
+            part_loss, part_weight, *handed_on = loss_sum(some, shard * parts + part)
+        gradients = tape.gradient(part_loss, variables)
         sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in gradients]
         sums = [total + dense(gradient) for total, gradient in zip(sums, gradients, strict=True)]
         touched = [
@@ -88,7 +122,7 @@ def _in_parts(
         only_rows(total, array.concat()) if is_sparse else total
         for total, array, is_sparse in zip(sums, touched, sparse, strict=True)
     ]
-    return loss, weight, gradients, [array.concat() for array in carried]
+    return ShardGradients(loss, weight, gradients, [array.concat() for array in carried])
 
 
 def dense(gradient: Gradient) -> tf.Tensor:
@@ -97,6 +131,14 @@ def dense(gradient: Gradient) -> tf.Tensor:
         return gradient
     rows = int(tf.get_static_value(gradient.dense_shape)[0])
     return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
+
+
+def added(gradients: Sequence[Gradient], others: Sequence[tf.Tensor | None]) -> list[Gradient]:
+    """Returns the sums of gradients and dense ones, if there are."""
+    return [
+        gradient if other is None else dense(gradient) + other
+        for gradient, other in zip(gradients, others, strict=True)
+    ]
 
 
 def distinct_rows(gradient: tf.IndexedSlices) -> tf.IndexedSlices:

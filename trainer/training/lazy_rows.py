@@ -29,7 +29,7 @@ import tensorflow as tf
 
 from trainer.distribution.distributor import Distributor, update_each_copy
 from trainer.distribution.variables import looked_up_by, take_rows
-from trainer.training.gradients import Gradient
+from trainer.training.gradients import ShardGradients
 
 SETTLED_ROWS = 4096
 
@@ -218,8 +218,8 @@ class Traced(NamedTuple):
     """What one trace of a shard's gradients shows, by variable.
 
     Attributes:
-        is_sparse: Whether the gradient has a few rows only.
-        is_table: Whether the variable is also read by `lookup`.
+        is_sparse: Whether the batch gives a few rows of the gradient only.
+        is_table: Whether all of the gradient is these rows, and the variable is read by `lookup`.
         count_rows: Batch -> number of distinct rows of each gradient on the first local shard; 0
             for a dense one. It uses indices only, so that TensorFlow computes nothing else.
     """
@@ -232,28 +232,30 @@ class Traced(NamedTuple):
 def trace_gradients(
     distributor: Distributor,
     variables: Sequence[keras.Variable],
-    gradients: Callable[[dict[str, tf.Tensor]], Sequence[Gradient]],
+    gradients: Callable[[dict[str, tf.Tensor]], ShardGradients],
     batch_spec: Any,
 ) -> Traced:
     """Traces the gradients once, to see which have a few rows; computes nothing.
 
     Args:
-        gradients: Batch -> a shard's gradients, inside a step.
+        gradients: Batch -> what a shard gives, inside a step.
         batch_spec: Types and shapes of a batch.
     """
     read: set[int] = set()
     sparse: list[bool] = []
+    whole: list[bool] = []
 
     def remember(i: int, indices: tf.Tensor) -> tf.Tensor:
         read.add(i)
         return take_rows(variables[i].value, indices)
 
     def count(batch: dict[str, tf.Tensor]) -> list[tf.Tensor]:
-        found = gradients(batch)
-        sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in found]
+        shard = gradients(batch)
+        sparse[:] = [isinstance(gradient, tf.IndexedSlices) for gradient in shard.gradients]
+        whole[:] = [g is not None for g in shard.through_statistics(shard.of_statistics)]
         return [
             tf.size(tf.unique(g.indices)[0]) if isinstance(g, tf.IndexedSlices) else tf.constant(0)
-            for g in found
+            for g in shard.gradients
         ]
 
     count_rows = tf.function(
@@ -262,5 +264,8 @@ def trace_gradients(
     lookups = [(v.value, functools.partial(remember, i)) for i, v in enumerate(variables)]
     with looked_up_by(lookups):
         count_rows.get_concrete_function()
-    is_table = [is_sparse and i in read for i, is_sparse in enumerate(sparse)]
+    is_table = [
+        is_sparse and i in read and not is_whole
+        for i, (is_sparse, is_whole) in enumerate(zip(sparse, whole, strict=True))
+    ]
     return Traced(sparse, is_table, count_rows)

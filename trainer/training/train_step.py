@@ -16,7 +16,8 @@ from trainer.distribution.distributor import Distributor
 from trainer.distribution.over_batches import local_rows
 from trainer.training.gradients import (
     Gradient,
-    LossAndGradients,
+    ShardGradients,
+    added,
     divided,
     loss_and_gradients,
     norms_of,
@@ -140,10 +141,11 @@ class TrainStep:
         config, distributor = self._config, self._distributor
         # 1. This shard's loss and gradients: sums over its rows, not means.
         with self._optimizer.reading_rows():
-            loss, weight, gradients, carried = self._shard_gradients(batch)
+            shard = self._shard_gradients(batch)
+        loss, weight = shard.loss, shard.weight
         tokens = _tokens_read(local_rows(distributor, batch), weight.dtype)
-        carried = [self._in_global_batch(rows) for rows in carried]
-        gradients, counts = rows_to_send(distributor, gradients, self._as_rows, weight.dtype)
+        carried = [self._in_global_batch(rows) for rows in shard.carried]
+        gradients, counts = rows_to_send(distributor, shard.gradients, self._as_rows, weight.dtype)
         # 2. Sums over all shards. Reduced separately: ready before the backward pass.
         loss, weight, tokens, stop, counts, *carried = distributor.all_reduce_sum(
             [loss, weight, tokens, tf.cast(stop, weight.dtype), counts, *carried]
@@ -153,11 +155,17 @@ class TrainStep:
         if self._loss_scale is not None:
             loss /= self._loss_scale.factor()
             divisor = weight * self._loss_scale.factor()
-        gradients = [divided(gradient, divisor) for gradient in gradients]
+        small = shard.of_statistics
+        gradients = [divided(gradient, divisor) for gradient in [*gradients, *small]]
+        none = [False] * len(small)
+        as_rows, by_rows = [*self._as_rows, *none], [*self._by_rows, *none]
         with tf.name_scope("collective"):
             gradients = reduce_gradients(
-                distributor, gradients, self._as_rows, counts, config.compress, self._by_rows
+                distributor, gradients, as_rows, counts, config.compress, by_rows
             )
+        # What the statistics of the weights give the tables, from the sum.
+        own = len(self._variables)
+        gradients = added(gradients[:own], shard.through_statistics(gradients[own:]))
         # 4. Clipping by the global norm.
         norm, norms = norms_of(gradients)
         gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm, use_norm=norm)
@@ -168,7 +176,7 @@ class TrainStep:
             gradients = []
         return Outcome(loss / weight, tokens, stop, norms), carried, gradients
 
-    def _shard_gradients(self, batch: Batch) -> LossAndGradients:
+    def _shard_gradients(self, batch: Batch) -> ShardGradients:
         """Returns a shard's summed loss, its weight, its gradients, and what its rows carry."""
         rows = local_rows(self._distributor, batch)
         if self._task.carried is not None:
@@ -188,7 +196,7 @@ class TrainStep:
         traced = trace_gradients(
             distributor,
             list(self._task.variables.values()),
-            lambda batch: self._shard_gradients(batch)[2],
+            self._shard_gradients,
             first.element_spec,
         )
         self._as_rows = choose_rows(

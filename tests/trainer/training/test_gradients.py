@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.training.gradients import dense, distinct_rows, divided, loss_and_gradients
+from trainer.distribution.weight_statistics import of_weights
+from trainer.training.gradients import added, dense, distinct_rows, divided, loss_and_gradients
 
 VOCAB_SIZE, WIDTH = 7, 3
 
@@ -30,7 +31,7 @@ def test_in_parts_the_gradients_are_those_of_the_whole(parts: int) -> None:
 
     @tf.function
     def run(count: int) -> tuple:
-        loss, weight, gradients, _ = loss_and_gradients(loss_sum, variables, rows, 0, count)
+        loss, weight, gradients = loss_and_gradients(loss_sum, variables, rows, 0, count)[:3]
         assert isinstance(gradients[0], tf.IndexedSlices)
         return loss, weight, [dense(g) for g in gradients]
 
@@ -46,9 +47,8 @@ def test_each_part_draws_as_the_shard_that_it_would_be() -> None:
 
     variable = tf.Variable(1.0)
     seen: list = []
-    loss, _, _, _ = tf.function(loss_and_gradients)(
-        loss_sum, [variable], {"lengths": tf.ones([6], tf.int32)}, 2, 3
-    )
+    rows = {"lengths": tf.ones([6], tf.int32)}
+    loss = tf.function(lambda: loss_and_gradients(loss_sum, [variable], rows, 2, 3).loss)()
     assert loss == 6 + 7 + 8
 
 
@@ -74,6 +74,39 @@ def test_what_rows_carry_is_put_together_from_the_parts(parts: int) -> None:
         return tf.reduce_sum(some["carried"]) * variable, variable, some["carried"] + 1
 
     for count in (1, parts):
-        loss, _, _, carried = tf.function(loss_and_gradients)(loss_sum, [variable], rows, 0, count)
+        found = tf.function(lambda n: loss_and_gradients(loss_sum, [variable], rows, 0, n)[:4])
+        loss, _, _, carried = found(count)
         assert loss == 90
         np.testing.assert_array_equal(carried, [rows["carried"] + 1])
+
+
+def test_gradients_through_statistics_of_the_weights_are_those_of_the_whole_table() -> None:
+    loss_of_rows, variables, rows = bag_of_words()
+    table = variables[0]
+
+    def loss_sum(some: dict, shard: int | tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        loss, weight = loss_of_rows(some, shard)
+        mean, gram = of_weights(
+            lambda: (tf.reduce_mean(table, axis=0), tf.matmul(table, table, transpose_a=True))
+        )
+        return loss * tf.reduce_sum(mean) + weight * tf.reduce_sum(tf.sin(gram)), weight
+
+    with tf.GradientTape() as tape:
+        loss, _ = loss_sum(rows, 0)
+    expected = tape.gradient(loss, variables)
+
+    @tf.function
+    def of_two_shards() -> list[tf.Tensor]:
+        shards = [
+            loss_and_gradients(loss_sum, variables, {k: v[part] for k, v in rows.items()}, 0)
+            for part in (slice(0, 2), slice(2, 5))
+        ]
+        assert isinstance(shards[0].gradients[0], tf.IndexedSlices)  # only rows of the batch
+        each = zip(*(shard.of_statistics for shard in shards), strict=True)
+        through = shards[0].through_statistics([tf.add(*both) for both in each])
+        assert through[1] is None  # the kernel is in no statistic
+        rows_of = [[dense(g) for g in shard.gradients] for shard in shards]
+        return added([tf.add(*both) for both in zip(*rows_of, strict=True)], through)
+
+    for one, other in zip(expected, of_two_shards(), strict=True):
+        np.testing.assert_allclose(other, tf.convert_to_tensor(one), rtol=1e-12)

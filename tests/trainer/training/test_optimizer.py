@@ -7,6 +7,7 @@ from tests import loop_settings
 from trainer.config import OPTIMIZERS
 from trainer.distribution.tf_distribute import one_device
 from trainer.training.optimizer import KINDS, Optimizer, Rate
+from trainer.training.schedules import LearningRate
 
 RATES = {"table": Rate(factor=0.25, frozen_steps=2)}
 
@@ -52,3 +53,24 @@ def test_an_unknown_optimizer_is_named() -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_has_a_flag(name: str) -> None:
     assert name in KINDS and len(KINDS) == len(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_in_one_pass_is_keras_s(name: str) -> None:
+    distributor, steps = one_device(), 4
+    stage = loop_settings.stage(steps=steps, learning_rate=0.1, schedule="cosine")
+    start = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    gradients = np.random.default_rng(1).normal(size=(steps, 5, 3)).astype(np.float32)
+    gradients[:, 2] = 0
+    with distributor.scope():
+        ours, theirs = (keras.Variable(start) for _ in range(2))
+    optimizer = Optimizer(name, stage, {"v": ours}, distributor)
+    kind, options = KINDS[name]
+    expected = kind(LearningRate(stage), **options)
+    expected.build([theirs])
+    apply = tf.function(lambda g: distributor.run(lambda g: optimizer.apply([g]), g))
+    for gradient in gradients:
+        apply(tf.constant(gradient))
+        expected.apply([tf.constant(gradient)], [theirs])
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert np.abs(ours.numpy() - start)[[0, 1, 3, 4]].min() > 0.01

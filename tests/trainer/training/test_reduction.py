@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.training.gradients import dense
+from trainer.training.gradients import ShardGradients, dense
 from trainer.training.lazy_rows import trace_gradients
 from trainer.training.reduction import (
     choose_rows,
@@ -53,9 +53,11 @@ def test_auto_takes_the_fewer_bytes(two_shards: object, vocab_size: int, rows: b
     batches = tf.data.Dataset.from_tensors(0)
     sizes = [(4 * WIDTH * vocab_size, 4 * (WIDTH + 1)), (12, 8)]
 
-    traced = trace_gradients(
-        two_shards, [], lambda _: gradients_of(two_shards, vocab_size), batches.element_spec
-    )
+    def shard(_: tf.Tensor) -> ShardGradients:
+        zero = tf.zeros([])
+        return ShardGradients(zero, zero, list(gradients_of(two_shards, vocab_size)), [])
+
+    traced = trace_gradients(two_shards, [], shard, batches.element_spec)
 
     def chosen(policy: str) -> list[bool]:
         return choose_rows(two_shards, policy, traced.is_sparse, traced.count_rows, batches, sizes)
