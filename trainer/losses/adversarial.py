@@ -86,11 +86,13 @@ def adversarial_perturbation(
     embedded: list[tf.Tensor],
     lengths: tf.Tensor,
     norm: float,
+    rescaled: bool = True,
 ) -> list[tf.Tensor]:
     """Returns the perturbations in whose direction a loss grows fastest, shaped as `embedded`.
 
-    Only the direction of a document's gradient counts. The backward pass through the LSTMs has a
-    separate scale: at the loss's scale a sure document's gradient could underflow in float16.
+    Only the direction of a document's gradient counts. At the loss's scale a sure document's
+    gradient could underflow in float16, so the backward pass may have another one. Without, it
+    is the one that also gives the loss's gradients, and a graph runs it once.
 
     Args:
         loss_of: Maps logits to the sum of the documents' losses.
@@ -98,15 +100,17 @@ def adversarial_perturbation(
         tape: Recorded `logits`, and watches `embedded`.
         embedded: Each [batch, time, dim].
         lengths: int32 [batch].
+        rescaled: Whether the backward pass has a separate scale for each document.
     """
     perturbed = perturbed_words(lengths, tf.shape(embedded[0])[1])
     with tf.GradientTape(watch_accessed_variables=False) as head:
         head.watch(logits)
         loss = loss_of(logits)
     by_logits = head.gradient(loss, logits)
-    axes = list(range(1, logits.shape.rank))
-    largest = tf.reduce_max(tf.abs(by_logits), axis=axes, keepdims=True)
-    by_logits = tf.math.divide_no_nan(by_logits, largest)
+    if rescaled:
+        axes = list(range(1, logits.shape.rank))
+        largest = tf.reduce_max(tf.abs(by_logits), axis=axes, keepdims=True)
+        by_logits = tf.math.divide_no_nan(by_logits, largest)
     gradients = tape.gradient(logits, embedded, output_gradients=by_logits)
     return [tf.stop_gradient(of_norm(gradient, perturbed, norm)) for gradient in gradients]
 

@@ -319,13 +319,29 @@ def pooled(pooling: str, outputs: tf.Tensor, last: tf.Tensor, mask: tf.Tensor) -
     """
     if pooling == "last":
         return last
-    counted = mask[:, :, None]
-    total = tf.reduce_sum(tf.where(counted, outputs, tf.zeros_like(outputs)), axis=1)
-    mean = total / tf.reduce_sum(tf.cast(counted, outputs.dtype), axis=1)
+    share = tf.cast(mask, outputs.dtype)
+    share /= tf.reduce_sum(share, axis=1, keepdims=True)  # [batch, time]
+    mean = tf.linalg.matvec(outputs, share, transpose_a=True)
     if pooling == "mean":
         return mean
-    maximum = tf.reduce_max(tf.where(counted, outputs, outputs.dtype.min), axis=1)
-    return tf.concat([last, mean, maximum], axis=1)
+    return tf.concat([last, mean, _maximum(outputs, mask)], axis=1)
+
+
+@tf.custom_gradient
+def _maximum(outputs: tf.Tensor, mask: tf.Tensor) -> Any:
+    """Returns the largest output of each cell where the mask is True: [batch, units].
+
+    TensorFlow's gradient passes over [batch, time, units] three times as often.
+    """
+    shown = tf.where(mask[:, :, None], outputs, outputs.dtype.min)
+    largest = tf.reduce_max(shown, axis=1, keepdims=True)
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, None]:
+        is_largest = tf.cast(tf.equal(shown, largest), upstream.dtype)
+        each = upstream[:, None] / tf.reduce_sum(is_largest, axis=1, keepdims=True)
+        return is_largest * each, None
+
+    return largest[:, 0], gradient
 
 
 def num_outputs(num_classes: int, multi_label: bool = False) -> int:

@@ -97,7 +97,10 @@ class FinetuneLoss:
         total = label_loss(logits)
         if config.adversarial_weight:
             norm = config.perturbation_norm
-            moves = adversarial_perturbation(label_loss, logits, tape, embedded, lengths, norm)
+            half = classifier.encoder.precision == "mixed_float16"
+            moves = adversarial_perturbation(
+                label_loss, logits, tape, embedded, lengths, norm, rescaled=half
+            )
             total += config.adversarial_weight * label_loss(read(_moved(embedded, moves)))
         if config.virtual_adversarial_weight:
             changed = self._virtual_adversarial(rows, step, read, embedded, logits)

@@ -3,7 +3,13 @@ import pytest
 import tensorflow as tf
 
 from trainer import config
-from trainer.models.classifier import POOLED_VECTORS, Classifier, losses_and_errors, targets
+from trainer.models.classifier import (
+    POOLED_VECTORS,
+    Classifier,
+    losses_and_errors,
+    pooled,
+    targets,
+)
 from trainer.models.encoder import Encoder
 
 VOCAB_SIZE, DIM, UNITS = 30, 4, 6
@@ -194,3 +200,23 @@ def test_weights_are_a_function_of_the_seed(with_reader: bool) -> None:
     first, second = make(with_reader=with_reader), make(with_reader=with_reader)
     for a, b in zip(first.weights, second.weights, strict=True):
         assert (a.numpy() == b.numpy()).all()
+
+
+def test_the_gradient_of_pooling_is_tensorflow_s() -> None:
+    outputs = np.random.default_rng(0).normal(size=(3, 5, 4)).astype(np.float32)
+    outputs[1, 3] = outputs[1, 2]  # the largest is there twice
+    outputs[2, 2:] = 9  # masked
+    mask = np.arange(5) < np.array([[5], [4], [2]])
+    weights = np.random.default_rng(1).normal(size=(3, 12)).astype(np.float32)
+    last = tf.constant(outputs[:, -1])
+    found = tf.Variable(outputs)
+    with tf.GradientTape(persistent=True) as tape:
+        ours = pooled("concat", found, last, tf.constant(mask))
+        shown = tf.where(mask[:, :, None], found, 0.0)
+        mean = tf.reduce_sum(shown, 1) / mask.sum(1, keepdims=True).astype(np.float32)
+        largest = tf.reduce_max(tf.where(mask[:, :, None], found, -1e9), 1)
+        theirs = tf.concat([last, mean, largest], 1)
+        sums = [tf.reduce_sum(each * weights) for each in (ours, theirs)]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    one, other = (tape.gradient(total, found) for total in sums)
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)

@@ -1,5 +1,8 @@
 """Joint training against NumPy: the label's loss, and the objective's a token."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,8 +17,11 @@ from tests.numpy_classifier import (
     differences,
     make,
 )
+from trainer import native
 from trainer.config import Config
 from trainer.models.bag_autoencoder import BagAutoencoder
+from trainer.models.classifier import Classifier
+from trainer.models.encoder import Encoder
 from trainer.models.text_model import TextModel
 from trainer.stages.finetune_loss import FinetuneLoss
 from trainer.stages.pretrain import OBJECTIVES
@@ -98,3 +104,34 @@ def test_the_joint_loss_and_its_gradient_are_those_of_numpy(name: str) -> None:
     # A slice without rows, as a part of a small batch may be, adds nothing.
     nothing, none = loss({k: v[:0] for k, v in rows.items()}, tf.constant(0), 0)
     assert float(nothing) == float(none) == 0
+
+
+def test_adversarial_training_runs_two_backward_passes_not_three(tmp_path: Path) -> None:
+    if not native.operations(True):
+        pytest.skip("the compiled loops are not built or not faster here")
+    encoder = Encoder(50, 8, 16, seed=0, normalised=True)
+    classifier = Classifier(encoder, 2, pooling="concat")
+    classifier.build()
+    loss = FinetuneLoss(Config(adversarial_weight=1.0, finetune_dropout=0.3), classifier)
+    variables = [variable.value for variable in classifier.trainable_variables]
+    spec = {name: tf.TensorSpec([None], tf.int32) for name in ("lengths", "labels")}
+    spec |= {"tokens": tf.TensorSpec([None, None], tf.int32), "weights": tf.TensorSpec([None])}
+
+    @tf.function(input_signature=[spec], autograph=False)
+    def gradients(rows: dict) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            total, _ = loss(rows, tf.constant(3), 0)
+        return [tf.convert_to_tensor(g) for g in tape.gradient(total, variables)]
+
+    rows = {
+        "tokens": np.random.default_rng(0).integers(3, 50, (4, 9), np.int32),
+        "lengths": np.array([9, 5, 3, 9], np.int32),
+        "labels": np.array([0, 1, 1, 0], np.int32),
+        "weights": np.ones(4, np.float32),
+    }
+    gradients(rows)
+    with tf.profiler.experimental.Profile(str(tmp_path)):
+        gradients(rows)
+    (path,) = tmp_path.rglob("*.xplane.pb")
+    names = re.findall(rb"lstm_backward[\w/]*:WarmstateLstmGrad", path.read_bytes())
+    assert len(set(names)) == 2, names
