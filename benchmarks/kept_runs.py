@@ -52,7 +52,8 @@ def record(
         evaluation: Folder of a run of --stage=evaluate on the float16 bundle that is kept beside
             the result (see `halve`); its figures are added to the result.
         again: Folders with a run of --stage=finetune from the same encoder in `finetune`, and one
-            of --stage=evaluate on the test split in `test`: other seeds of fine-tuning.
+            of --stage=evaluate on the test split in `test`: other seeds of fine-tuning. They may
+            start from the encoder in float16 that is kept beside the result.
 
     Raises:
         InputError: The run has not ended, is of another stage, or its files are damaged.
@@ -79,16 +80,22 @@ def record(
             raise InputError(f"{evaluation} is no run of --stage=evaluate on the test split")
         result["kept_bundle"] = {"test": found["test"]}
     if again:
-        result["finetuned_again"] = [finetuned_again(folder, report) for folder in again]
+        kept = path.with_suffix("") / "encoder/encoder.json"
+        halved = json.loads(kept.read_text())["tensors_sha256"] if kept.exists() else ""
+        result["finetuned_again"] = [finetuned_again(folder, report, halved) for folder in again]
     replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def finetuned_again(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Returns seed, validation and test of another fine-tuning from the encoder of `report`."""
+def finetuned_again(folder: Path, report: dict[str, Any], halved: str) -> dict[str, Any]:
+    """Returns seed, validation and test of another fine-tuning from the encoder of `report`.
+
+    Args:
+        halved: SHA-256 of that encoder in float16, as it is kept; or "".
+    """
     tuned, tested = tuned_and_tested(folder)
     theirs, ours = tuned["finetune"]["broadcast"]["digests"], report["broadcast"]["digests"]
-    if set(theirs) != set(ours):
+    if set(theirs) != set(ours) and tuned["finetune"]["encoder_sha256"] != halved:
         raise InputError(f"{folder / 'finetune'} starts from another encoder")
     return {
         "seed": tuned["config"]["seed"],

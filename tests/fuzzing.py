@@ -30,7 +30,7 @@ EDITS = st.lists(
 TARGETS = {
     "bundles and checkpoints": "tests/trainer/test_safe_files.py",
     "stores": "tests/data_pipelines/store/test_token_store.py",
-    "flags": "tests/trainer/test_config.py",
+    "flags": "tests/trainer/test_preflight.py",
     "csv and jsonl": "tests/data_pipelines/sources/test_record_files.py",
 }
 SELECTED = "give_only_the_named_errors or ends_in_anything_but_an_input_error"

@@ -82,7 +82,7 @@ def test_other_seeds_of_finetuning_are_in_the_row(tmp_path: Path) -> None:
     assert any("7.50 % (7.00-8.00) | run here, 1 run, 2 fine-tunings |" in each for each in row)
     report["broadcast"]["digests"] = ["another"]
     with pytest.raises(InputError, match="starts from another encoder"):
-        results.finetuned_again(again, report)
+        results.finetuned_again(again, report, "")
 
 
 def test_the_time_is_that_of_all_sittings() -> None:
