@@ -68,7 +68,11 @@ def test_other_seeds_of_finetuning_are_in_the_row(tmp_path: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     report["broadcast"] = {"digests": ["abc"]}
     (run / "report.json").write_text(json.dumps(report))
-    tuned = {"validation": {"error_percent": 6.0}, "broadcast": {"digests": ["abc", "abc"]}}
+    tuned = {
+        "validation": {"error_percent": 6.0},
+        "broadcast": {"digests": ["abc", "abc"]},
+        "encoder_sha256": "e16",
+    }
     for name, values in (
         ("finetune", {"config": {"seed": 1}, "finetune": tuned}),
         ("test", {"test": {"error_percent": 8.0}}),
@@ -83,6 +87,7 @@ def test_other_seeds_of_finetuning_are_in_the_row(tmp_path: Path) -> None:
     report["broadcast"]["digests"] = ["another"]
     with pytest.raises(InputError, match="starts from another encoder"):
         results.finetuned_again(again, report, "")
+    assert results.finetuned_again(again, report, "e16")["seed"] == 1  # from the one in float16
 
 
 def test_the_time_is_that_of_all_sittings() -> None:
