@@ -444,7 +444,8 @@ def vocabulary_faults(config: Config, vocab_sha256: str) -> list[str]:
         if theirs != vocab_sha256:
             faults.append(
                 f"{flag}={folder} was made with another vocabulary (SHA-256 {theirs[:12]}) than "
-                f"the store's ({vocab_sha256[:12]}): name the --store that it was trained on"
+                f"the store's ({vocab_sha256[:12]}): name the --store that it was trained on, or "
+                f"prepare other text with --vocab_file={folder}/vocab.txt"
             )
     return faults
 

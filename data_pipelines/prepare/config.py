@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from data_pipelines import flag_fields
@@ -11,7 +13,7 @@ from data_pipelines.prepare.beam import beam_faults
 from data_pipelines.sources import Source, open_source
 from data_pipelines.sources.combined import open_combined
 from data_pipelines.tokenizers import TOKENIZERS
-from data_pipelines.tokenizers.vocabulary import FIRST_ID
+from data_pipelines.tokenizers.vocabulary import FIRST_ID, read_pieces
 
 MOST_IDS = 20_000
 LABELS = ("single", "multi")
@@ -56,6 +58,8 @@ class PrepareConfig:
         at_least=4)
     min_count: int = _tokens(2, "Smallest count of a word in training text. Rarer words become "
         "unknown, and do not shape subwords.", at_least=1)
+    vocab_file: str = _tokens("", "vocab.txt of an encoder bundle or another store, in place of a "
+        "vocabulary from the data: to fine-tune that encoder on other text.")
     lowercase: bool | None = _tokens(None, "Lower-case the text. Default: true, except for "
         "bytes.")
     max_bad_examples: int = _source(0, "Number of unusable documents to leave out before prepare "
@@ -82,7 +86,19 @@ class PrepareConfig:
             faults.append("--source is required, or --unlabelled and --labelled instead of it")
         if self.unlabelled_text_key and not self.unlabelled:
             faults.append(f"--unlabelled_text_key={self.unlabelled_text_key} needs --unlabelled")
+        if self.vocab_file:
+            faults += self._vocab_file_faults()
         return faults + self._byte_faults() + beam_faults(self.runner, self.beam_options)
+
+    def _vocab_file_faults(self) -> list[str]:
+        faults = []
+        if self.vocab_size is not None:
+            faults.append(f"--vocab_size={self.vocab_size} does not go with --vocab_file")
+        try:
+            read_pieces(self.vocab_file, self.tokenizer)
+        except InputError as error:
+            faults.append(f"--vocab_file={error}")
+        return faults
 
     def _byte_faults(self) -> list[str]:
         if self.tokenizer != "byte":
@@ -105,7 +121,8 @@ class PrepareConfig:
     def content(self) -> dict[str, Any]:
         """Returns the manifest's `prepare_config`: what decides the documents' ids."""
         values = {name: getattr(self, name) for name in CONTENT}
-        return values | {"vocab_size": self.most_ids}
+        given = self.vocab_file and hashlib.sha256(Path(self.vocab_file).read_bytes()).hexdigest()
+        return values | {"vocab_size": self.most_ids, "vocab_file": given}
 
     def tokenizer_config(self) -> dict[str, Any]:
         """Returns the config of the tokenizer."""

@@ -13,6 +13,7 @@ from data_pipelines.tokenizers.vocabulary import (
     digest,
     lines_bytes,
     piece_lines,
+    read_pieces,
 )
 
 # A model is judged on the other splits: their words must not shape the vocabulary.
@@ -28,11 +29,14 @@ def choose_pieces(
     """Returns the vocabulary without the reserved ids, most frequent first, ties by bytes.
 
     Raises:
-        InputError: the data has fewer words, or subwords, than --vocab_size asks for.
+        InputError: the data has fewer words, or subwords, than --vocab_size asks for, or
+            --vocab_file cannot be read.
     """
     kind, size = config.tokenizer, config.most_ids - FIRST_ID
     if kind == "byte":
         return []
+    if config.vocab_file:
+        return read_pieces(config.vocab_file, kind)
     total = _count_words(drafts, dropped)
     frequent = [word for word, count in total.items() if count >= config.min_count]
     frequent.sort(key=lambda word: (-total[word], word))

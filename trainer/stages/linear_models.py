@@ -50,6 +50,7 @@ class Errors(NamedTuple):
     validation: float  # on the validation split
     test: float  # on the test split
     choice: str  # what was chosen, in words
+    wrong: np.ndarray  # of each test document, bool [documents]
 
     def in_record(self) -> dict[str, Any]:
         """Returns them as report.json has them."""
@@ -99,7 +100,8 @@ class LinearModels:
                 found.append((error, features, predict, f"{of_what}, strength {strength:g}"))
         error, features, predict, choice = min(found, key=lambda each: each[0])
         test, truth = self._held_out["test"]
-        return Errors(error, _error(predict(features(test)), truth), choice)
+        wrong = predict(features(test)) != truth
+        return Errors(error, 100 * float(np.mean(wrong)), choice, wrong)
 
     def _features(self, name: str) -> Iterator[tuple[Callable[[Matrix], Matrix], str]]:
         """Yields functions from counts to the inputs of a model, and what they read."""

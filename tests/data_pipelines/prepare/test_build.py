@@ -364,6 +364,24 @@ def test_config_reports_all_its_faults() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_store_with_the_vocabulary_of_another(
+    make_store: MakeStore, list_source: type, tmp_path: Path, kind: str
+) -> None:
+    values = {"tokenizer": kind, "min_count": 1, "vocab_size": None}
+    theirs = make_store({"train": [("a film, a fine film", 1)]}, "theirs", **values)
+    ours = list_source({"train": [("a fine boat", 1)], "test": [("film", 0)]})
+    config = PrepareConfig("list", tokenizer=kind, vocab_file=str(theirs.vocab_path))
+    build_store(config, ours, tmp_path / "store", quiet)
+    store = ensure_store(config, tmp_path / "store")
+    assert store.vocab_sha256 == theirs.vocab_sha256
+    tokenizer = load_tokenizer(theirs.vocab_path, theirs.tokenizer_config)
+    tokens, _ = store.split("train").gather(np.arange(1), 99)
+    assert tokens[0].tolist() == tokenizer.encode(tf.constant(["a fine boat"]))[0].numpy().tolist()
+    with pytest.raises(InputError, match="its vocab_file is .*, not not set"):
+        ensure_store(PrepareConfig("list", tokenizer=kind), tmp_path / "store")
+
+
 def run_prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "data_pipelines.prepare", *arguments]
     return forked.run(command, capture_output=True, text=True)
@@ -379,6 +397,10 @@ def run_prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
         (
             ["--source=movie_reviews", "--out=x", "--tokenizer=letters"],
             "--tokenizer=letters is not",
+        ),
+        (
+            ["--source=movie_reviews", "--out=x", "--vocab_file=none.txt"],
+            "--vocab_file=none.txt cannot be read as a vocabulary",
         ),
         (["--source=movie_reviews", "--out=x", "--processes=-1"], "--processes=-1"),
         (["--source=movie_reviews", "--out=x", "--max_bad_examples=-1"], "--max_bad_examples=-1"),
