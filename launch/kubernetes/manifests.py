@@ -24,6 +24,7 @@ _GPU_NODES = ("Job", "warmstate-gpu-nodes")
 _LOCAL = "config.kubernetes.io/local-config"
 _GPU = "nvidia.com/gpu"
 _MISSING = object()
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 SHARED_RUNTIME = KubernetesOptions(overlay="trainjob", workers=2)  # of all TrainJobs
 Document = dict[str, Any]
 
@@ -62,7 +63,7 @@ def to_yaml(documents: Sequence[Document]) -> str:
 
 def _load(folder: Path) -> tuple[dict[tuple[str, str], Document], list[Document]]:
     """Returns a kustomization's objects by kind and name, and its replacements."""
-    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    kustomization = yaml.load((folder / "kustomization.yaml").read_text(), _LOADER)  # noqa: S506
     known = {"apiVersion", "kind", "resources", "replacements"}
     if unknown := kustomization.keys() - known:
         raise ValueError(f"{folder}/kustomization.yaml: {', '.join(sorted(unknown))}: not known")
@@ -75,7 +76,7 @@ def _load(folder: Path) -> tuple[dict[tuple[str, str], Document], list[Document]
             resources |= inner
             replacements += inner_replacements
         else:
-            for document in yaml.safe_load_all(path.read_text()):
+            for document in yaml.load_all(path.read_text(), _LOADER):
                 resources[document["kind"], document["metadata"]["name"]] = document
     return resources, replacements + kustomization.get("replacements", [])
 

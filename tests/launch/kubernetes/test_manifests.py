@@ -73,7 +73,7 @@ def kustomize(folder: Path) -> dict[tuple[str, str], Document]:
     text = subprocess.run(
         [kubectl, "kustomize", str(folder)], check=True, capture_output=True, text=True
     ).stdout
-    return by_name(list(yaml.safe_load_all(text)))
+    return by_name(list(yaml.load_all(text, kubernetes._LOADER)))
 
 
 def job_specs(document: Document) -> Iterator[Document]:
@@ -489,7 +489,9 @@ def test_dry_run_prints_the_manifests(overlay: str) -> None:
         before.children_system
     )
     assert printed.returncode == 0, printed.stderr
-    assert list(yaml.safe_load_all(printed.stdout)) == kubernetes.render(options(overlay))
+    assert list(yaml.load_all(printed.stdout, kubernetes._LOADER)) == kubernetes.render(
+        options(overlay)
+    )
     for package in ("tensorflow", "keras", "numpy", "kubernetes", "trainer"):
         assert f"| {package}\n" not in printed.stderr.replace("|   ", "| ")
 
