@@ -56,7 +56,11 @@ test: $(TESTED) lint ## lint, and the tests but those that are marked slow: some
 test-all: $(TESTED) lint ## every test, each process started anew
 	EXEC=1 $(PYTEST)
 
-check: $(INSTALLED) lint ## lint, types, and the tests that need neither TensorFlow nor a process: seconds
+check: $(INSTALLED) ## lint, types, and the tests that need neither TensorFlow nor a process: seconds
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint quick-tests
+
+.PHONY: quick-tests
+quick-tests: $(INSTALLED)
 	$(BIN)/python -m pytest --quick -n logical --maxprocesses=4 -q -rN -m "not slow and not seconds"
 
 snapshots: $(INSTALLED) ## help, faults and tables as people read them, after a change that was meant: tests/snapshots

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,8 +11,17 @@ from data_pipelines.errors import InputError
 from data_pipelines.prepare.fingerprint import fingerprint
 from data_pipelines.sources import BadExample, Example, open_source
 
-datasets = pytest.importorskip("datasets")
-datasets.disable_progress_bars()
+pytestmark = pytest.mark.seconds
+datasets: Any = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> None:
+    """Imports `datasets`, which takes seconds, for these tests alone."""
+    global datasets
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+
 
 NAMES = ["pos", "neg"]  # not in the alphabet's order
 

@@ -1,3 +1,4 @@
+import functools
 import sys
 from pathlib import Path
 
@@ -7,22 +8,25 @@ from data_pipelines.errors import InputError
 from data_pipelines.tokenizers import vocabulary
 from data_pipelines.tokenizers.vocabulary import character_line, line_character
 
-EVERY_CHARACTER = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
+
+@functools.cache
+def every_character() -> list[str]:
+    return [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
 
 
 @pytest.mark.seconds
 def test_every_character_has_a_line_of_its_own_and_comes_back() -> None:
-    lines = [character_line(character) for character in EVERY_CHARACTER]
+    lines = [character_line(character) for character in every_character()]
     assert len(set(lines)) == len(lines)
-    assert [line_character(line) for line in lines] == EVERY_CHARACTER
+    assert [line_character(line) for line in lines] == every_character()
     vocabulary.check_lines(lines)  # no white space, none reserved
 
 
 @pytest.mark.seconds
 def test_a_file_of_every_character_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "vocab.txt"
-    path.write_bytes(vocabulary.lines_bytes([character_line(c) for c in EVERY_CHARACTER]))
-    assert vocabulary.read_pieces(path, "character") == EVERY_CHARACTER
+    path.write_bytes(vocabulary.lines_bytes([character_line(c) for c in every_character()]))
+    assert vocabulary.read_pieces(path, "character") == every_character()
 
 
 @pytest.mark.parametrize(
