@@ -53,7 +53,14 @@ MODULES = (
     "trainer/models/bundle.py",
     "trainer/distribution/cluster.py",
 )
-MORE_TESTS = {"trainer/training/reduction.py": ["tests/trainer/training/test_gradients.py"]}
+MORE_TESTS = {
+    "trainer/training/reduction.py": ["tests/trainer/training/test_gradients.py"],
+    # The compiled loops and cuDNN's path.
+    "trainer/models/lstm.py": [
+        "tests/trainer/test_native.py",
+        "tests/trainer/models/test_cudnn.py",
+    ],
+}
 CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 

@@ -220,6 +220,40 @@ def test_without_a_good_one_nothing_is_renamed_and_all_are_named(
         assert "step-00000001" in str(error.value) and "step-00000002" in str(error.value)
 
 
+def test_a_damaged_newest_one_is_set_aside_and_the_one_before_is_taken(setup: Setup) -> None:
+    for step in (1, 2):
+        setup.save(step, {})
+    (setup.folder / "step-00000002" / "state.json").write_text("{}")
+    names = ["step-00000001", "step-00000002"]
+    for before in (2, 3):  # of a replay, which changes nothing
+        assert setup.checkpoints.restore(before=before)[0] == 1
+        assert sorted(path.name for path in setup.folder.iterdir()) == names and not setup.lines
+    assert setup.checkpoints.restore()[0] == 1
+    assert sorted(path.name for path in setup.folder.iterdir()) == [names[0], names[1] + ".damaged"]
+    (line,) = setup.lines
+    assert line.endswith("it is now step-00000002.damaged; trying the one before")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"inputs": {"--store": 7, "--encoder": "5e7b"}},
+        {"inputs": ["5e7b"]},
+        {"step": 4},
+        {"notes": "many"},
+        {"format": "another", "format_version": checkpoint.FORMAT_VERSION + 1},
+    ],
+    ids=str,
+)
+def test_a_state_that_is_not_one_of_ours_is_damage(setup: Setup, wrong: dict) -> None:
+    setup.save(3, {})
+    (folder,) = setup.folder.iterdir()
+    state = safe_files.read_sealed(folder / "state.json")
+    (folder / "state.json").write_bytes(safe_files.sealed(state | wrong))
+    with pytest.raises(safe_files.DamagedError, match="is not that of a checkpoint of this name"):
+        checkpoint.read(folder)
+
+
 def test_a_checkpoint_of_another_model_is_no_damage(setup: Setup, tmp_path: Path) -> None:
     setup.save(1, {})
     setup.variables["more"] = keras.Variable(np.zeros(3, np.float32))
