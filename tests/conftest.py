@@ -23,6 +23,9 @@ WHY_NO_HOROVOD = (
     else ""
 )
 
+# A file is in one process. One that takes minutes must not begin when the others end.
+FIRST = ("tests/integration/test_training.py", "tests/trainer/distribution/", "tests/integration/")
+
 pytest_plugins = ("tests.quick", "tests.timing")
 
 
@@ -61,11 +64,11 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves Horovod's tests out where it is missing; starts with what takes longest."""
+    """Leaves Horovod's tests out where it is missing; starts with the files that take longest."""
     for item in items:
         if WHY_NO_HOROVOD and item.get_closest_marker("horovod"):
             item.add_marker(pytest.mark.skip(reason=WHY_NO_HOROVOD))
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/integration/"))
+    items.sort(key=lambda item: [not item.nodeid.startswith(start) for start in FIRST])
 
 
 def two_logical_cpus() -> None:

@@ -80,6 +80,7 @@ def test_predict_reads_the_column(trained: Path, tmp_path: Path) -> None:
     assert np.mean([row["predicted"] == row["label"] for row in rows]) > 0.9
 
 
+@pytest.mark.slow("quick: test_distribution.py, of tables by rows, and test_context_state.py")
 def test_two_workers_are_one_worker(store: Path, trained: Path, tmp_path: Path) -> None:
     train(2, *FLAGS, f"--store={store}", f"--run_dir={tmp_path}", "--check_divergence=true")
     one, two = metrics(trained), metrics(tmp_path)

@@ -8,31 +8,16 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.integration.jobs import job
-from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL, metrics, train
+from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL
 
-PRETRAIN = ("--stage=pretrain", "--pretrain_dropout=0", "--pretrain_steps=30")
 WITHOUT_HOROVOD = 'import sys\nsys.modules["horovod"] = None\n'
 
 
 @pytest.mark.horovod
-def test_two_workers_are_one_worker(small_store: Path, tmp_path: Path) -> None:
-    store = f"--store={small_store}"
-    train(1, *PRETRAIN, store, f"--run_dir={tmp_path}/1")
-    with job("horovod", tmp_path, *PRETRAIN, store, f"--run_dir={tmp_path}/2") as running:
-        assert running.finish() == 0, "\n".join(running.lines)
-    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
-    assert list(one) == list(two) == list(range(1, 31))
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
-    printed = "\n".join(running.lines)
-    assert "Traceback" not in printed and "WARNING" not in printed and "stall" not in printed
-
-
-@pytest.mark.horovod
-@pytest.mark.slow("the whole job, three times; quick: two workers are one worker")
+@pytest.mark.slow("the whole job, twice; quick: test_training.py's")
 def test_the_whole_job_by_horovodrun_and_by_our_launcher(small_store: Path, tmp_path: Path) -> None:
     steps = ("--pretrain_steps=20", "--finetune_steps=20", f"--store={small_store}")
     trainer = [sys.executable, "-m", "trainer.main", "--distributor=horovod", *SMALL, *steps]

@@ -101,6 +101,7 @@ def test_predict_answers_sets(folder: Path, trained: Path, tmp_path: Path) -> No
     assert [line.split("\t")[1] for line in explained] == ["music", "sport"]
 
 
+@pytest.mark.slow("quick: test_finetune_loss.py, and the whole job of test_training.py")
 def test_two_workers_are_one_worker(folder: Path, trained: Path, tmp_path: Path) -> None:
     flags = (f"--store={folder}/store", f"--run_dir={tmp_path}", "--check_divergence=true")
     train(2, *FLAGS, *flags)
@@ -109,6 +110,7 @@ def test_two_workers_are_one_worker(folder: Path, trained: Path, tmp_path: Path)
     np.testing.assert_allclose(list(two.values())[:40], list(one.values())[:40], rtol=1e-4)
 
 
+@pytest.mark.slow("quick: the resumed fine-tuning of test_training.py, and test_thresholds.py")
 def test_a_resumed_run_ends_with_the_same_bits(folder: Path, trained: Path, tmp_path: Path) -> None:
     flags = (*FLAGS, f"--store={folder}/store", f"--run_dir={tmp_path}")
     assert train_until("step 85/150", signal.SIGKILL, 1, *flags) == -signal.SIGKILL

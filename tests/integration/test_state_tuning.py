@@ -11,6 +11,7 @@ import pytest
 from tests.integration.equivalence import run_workers
 from tests.integration.jobs import job
 from tests.integration.programs import metrics, train, train_until
+from tests.integration.test_training import final_state
 from trainer.models import bundle
 
 SIZES = ("--embedding_dim=4", "--units=5", "--num_layers=2", "--hidden_units=0")
@@ -55,18 +56,20 @@ def test_what_is_frozen_stays_and_what_is_trained_is_the_task(
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
 
 
+def test_only_the_task_is_broadcast_and_all_of_it_is_in_the_checkpoint(tuned: Path) -> None:
+    task = task_of(tuned)
+    report = json.loads((tuned / "report.json").read_text())["finetune"]
+    assert report["broadcast"]["bytes"] == sum(array.nbytes for array in task.values())
+    state = final_state(tuned)
+    for name, value in task.items():  # the best of all evaluations, and the newest
+        np.testing.assert_array_equal(state[f"+{name}"], value)
+        assert state[name].shape == value.shape
+    assert not {"embedding", "lstm/0/kernel", "lstm/0/recurrent_kernel"} & state.keys()
+
+
+@pytest.mark.slow("quick: the bytes of one worker above, and the whole job on two workers")
 @pytest.mark.parametrize(
-    "kind",
-    [
-        "multi_worker",
-        pytest.param(
-            "horovod",
-            marks=[
-                pytest.mark.horovod,
-                pytest.mark.slow("quick: multi_worker's, and Horovod's two workers are one worker"),
-            ],
-        ),
-    ],
+    "kind", ["multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
 def test_on_two_workers_only_the_task_travels(
     kind: str, tuned: Path, small_store: Path, encoder_bundle: Path, tmp_path: Path
@@ -87,15 +90,13 @@ def test_on_two_workers_only_the_task_travels(
     assert len(set(report["broadcast"]["digests"])) == 1
 
 
+@pytest.mark.slow("quick: what the checkpoint holds, above; and test_training.py's fine-tuning")
 @pytest.mark.parametrize(
     "options",
     [
         ("--train=state", "--finetune_ema=0.9", "--adversarial_weight=1", "--initial_state=zero"),
-        pytest.param(
-            ("--train=head", "--initial_state=mean", "--accumulate_steps=2"),
-            marks=pytest.mark.slow("quick: the case before it"),
-        ),
-        pytest.param((BOTH, "--recompute=true"), marks=pytest.mark.slow("quick: the first case")),
+        ("--train=head", "--initial_state=mean", "--accumulate_steps=2"),
+        (BOTH, "--recompute=true"),
     ],
     ids=lambda options: options[0],
 )

@@ -10,15 +10,9 @@ from tests.integration.soak import GROWTH, MOST_THREADS, Samples
 
 
 @pytest.mark.timeout(1500)  # a busy machine switches between the workers in every step
+@pytest.mark.slow("600 steps; quick: the threads of 29 checkpoints in test_checkpoint.py")
 @pytest.mark.parametrize(
-    "distributor",
-    [
-        "multi_worker",
-        pytest.param(
-            "horovod",
-            marks=[pytest.mark.horovod, pytest.mark.slow("600 steps again; quick: multi_worker's")],
-        ),
-    ],
+    "distributor", ["multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
 def test_600_quick_steps_leave_nothing_behind(
     small_store: Path, tmp_path: Path, distributor: str, monkeypatch: pytest.MonkeyPatch

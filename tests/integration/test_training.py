@@ -13,6 +13,7 @@ from benchmarks.kept_runs import halve
 from data_pipelines.prepare import PrepareConfig, build_store
 from data_pipelines.store.token_store import TokenStore
 from tests.conftest import SomeReviews
+from tests.integration.jobs import job
 from tests.integration.programs import metrics, run, train, train_until
 from trainer.inference.reconstruct import reconstructor
 from trainer.report_page import run_folder
@@ -28,27 +29,74 @@ def encoder(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 STEPS = ("--pretrain_steps=40", "--finetune_steps=40")
-WHOLE = ("--pretrain_dropout=0", "--finetune_dropout=0", "--pretrain_steps=50")
+# What is dropped depends on the number of workers.
+WHOLE = (*STEPS, "--pretrain_dropout=0", "--finetune_dropout=0")
+
+
+@pytest.fixture(scope="module")
+def one_process(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Returns the folder of the whole job in one process, and what was printed.
+
+    Its classifiers are trained with 20 labels too.
+    """
+    folder = tmp_path_factory.mktemp("one")
+    flags = (*WHOLE, "--label_counts=20", "--label_draws=1")
+    return folder, train(1, *flags, f"--store={small_store}", f"--run_dir={folder}")
+
+
+@pytest.fixture(scope="module")
+def two_workers(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Returns the folder of the whole job on two workers, and what was printed."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, train(2, *WHOLE, f"--store={small_store}", f"--run_dir={folder}")
+
+
+@pytest.fixture(scope="module")
+def two_of_horovod(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Returns the same of two workers on Horovod."""
+    folder = tmp_path_factory.mktemp("horovod")
+    flags = (*WHOLE, f"--store={small_store}", f"--run_dir={folder}/run")
+    with job("horovod", folder, *flags) as running:
+        assert running.finish() == 0, "\n".join(running.lines)
+    return folder / "run", "\n".join(running.lines)
 
 
 @pytest.mark.parametrize(
-    ("workers", "layers"),
-    [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow("three workers; quick: two"))],
+    "fixture",
+    ["two_workers", pytest.param("two_of_horovod", marks=pytest.mark.horovod)],
 )
-def test_n_workers_are_one_worker(
-    small_store: Path, tmp_path: Path, workers: int, layers: int
+def test_the_whole_job_on_two_workers_is_that_of_one_process(
+    one_process: tuple[Path, str], fixture: str, request: pytest.FixtureRequest
 ) -> None:
-    flags = ("--stage=pretrain", f"--store={small_store}", *WHOLE, f"--num_layers={layers}")
-    for count in (1, workers):
-        train(count, *flags, f"--run_dir={tmp_path}/{count}")
-    one, several = metrics(tmp_path / "1"), metrics(tmp_path / f"{workers}")
-    assert list(one) == list(several) == list(range(1, 51))
-    np.testing.assert_allclose(list(several.values()), list(one.values()), rtol=1e-5)
-    # It learns: single batches differ by more than 50 steps gain, ten of them do not.
-    losses = list(one.values())
+    one, (two, printed) = one_process[0], request.getfixturevalue(fixture)
+    for part, tolerance in (("pretrain", 1e-5), ("scratch", 1e-4), ("warm", 1e-4)):
+        expected, found = metrics(one / part), metrics(two / part)
+        assert list(expected) == list(found) == list(range(1, 41))
+        losses = list(expected.values())
+        np.testing.assert_allclose(list(found.values()), losses, rtol=tolerance, err_msg=part)
+    perplexities = [metrics(folder / "pretrain", "perplexity")[40] for folder in (one, two)]
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-4)
+    digests = json.loads((two / "report.json").read_text())["broadcast"]["digests"]
+    assert len(digests) == 2 and len(set(digests)) == 1
+    assert all(word not in printed for word in ("Traceback", "WARNING", "stall"))
+
+
+def test_it_learns(one_process: tuple[Path, str]) -> None:
+    # Single batches differ by more than 40 steps gain, ten of them do not.
+    losses = list(metrics(one_process[0] / "pretrain").values())
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.05
+
+
+@pytest.mark.slow("three workers, two layers; quick: the whole job on two")
+def test_n_workers_are_one_worker(small_store: Path, tmp_path: Path) -> None:
+    flags = ("--stage=pretrain", f"--store={small_store}", *WHOLE, "--num_layers=2")
+    for count in (1, 3):
+        train(count, *flags, f"--run_dir={tmp_path}/{count}")
+    one, three = metrics(tmp_path / "1"), metrics(tmp_path / "3")
+    assert list(one) == list(three) == list(range(1, 41))
+    np.testing.assert_allclose(list(three.values()), list(one.values()), rtol=1e-5)
     (perplexity,) = metrics(tmp_path / "1", "perplexity").values()
-    assert metrics(tmp_path / f"{workers}", "perplexity")[50] == pytest.approx(perplexity, rel=1e-4)
+    assert metrics(tmp_path / "3", "perplexity")[40] == pytest.approx(perplexity, rel=1e-4)
 
 
 @pytest.mark.slow("quick: test_distribution.py")
@@ -69,25 +117,14 @@ BAG = ("--pretrain_objective=bag_autoencoder", "--pretrain_dropout=0", "--tied_s
 STREAM = (*LANGUAGE_MODEL, "--pretrain_packing=stream", "--pretrain_max_tokens=250")
 
 
+@pytest.mark.slow("quick: the carried state's, and every_model")
 @pytest.mark.parametrize(
     ("workers", "flags"),
     [
         (3, (*STREAM, "--check_divergence=true")),
-        pytest.param(
-            2,
-            (*BAG, "--pretrain_max_tokens=60", "--pretrain_bag_weight=5"),
-            marks=pytest.mark.slow("quick: the case before it, and BagAutoencoder in every_model"),
-        ),
-        pytest.param(
-            2,
-            (*STREAM, "--accumulate_steps=3", "--on_nonfinite=skip", BACKWARD),
-            marks=pytest.mark.slow("quick: the first case"),
-        ),
-        pytest.param(
-            2,
-            (*LANGUAGE_MODEL, "--tied_softmax=true", "--sampled_softmax=0", BACKWARD),
-            marks=pytest.mark.slow("quick: the first case"),
-        ),
+        (2, (*BAG, "--pretrain_max_tokens=60", "--pretrain_bag_weight=5")),
+        (2, (*STREAM, "--accumulate_steps=3", "--on_nonfinite=skip", BACKWARD)),
+        (2, (*LANGUAGE_MODEL, "--tied_softmax=true", "--sampled_softmax=0", BACKWARD)),
     ],
 )
 def test_next_words_do_not_depend_on_the_workers(
@@ -114,17 +151,28 @@ def test_next_words_do_not_depend_on_the_workers(
 def test_a_carried_state_resumes_with_the_same_bits_and_on_other_workers(
     small_store: Path, tmp_path: Path
 ) -> None:
-    flags = ("--stage=pretrain", f"--store={small_store}", *STREAM, "--pretrain_steps=40")
-    train(1, *flags, f"--run_dir={tmp_path}/whole")
-    cut = (*flags, f"--run_dir={tmp_path}/cut")
-    assert train_until("step 15/40", signal.SIGKILL, 1, *cut) == -signal.SIGKILL
-    shutil.copytree(tmp_path / "cut", tmp_path / "other")
-    assert "resumed after step 10" in train(1, *cut)
-    assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
-    assert np.abs(final_state(tmp_path / "cut")["carried"]).min(axis=1).min() > 0
-    train(2, *flags, f"--run_dir={tmp_path}/other")
-    whole, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "other")
-    np.testing.assert_allclose(list(resumed.values()), list(whole.values()), rtol=1e-5)
+    flags = ("--stage=pretrain", f"--store={small_store}", *STREAM, "--pretrain_steps=24")
+    whole, cut, other = (tmp_path / name for name in ("whole", "cut", "other"))
+    train(1, *flags, f"--run_dir={whole}")
+    killed = train_until("step 15/24", signal.SIGKILL, 1, *flags, f"--run_dir={cut}")
+    assert killed == -signal.SIGKILL
+    shutil.copytree(cut, other)
+    assert "resumed after step 10" in train(1, *flags, f"--run_dir={cut}")
+    assert_same_bits(final_state(whole), final_state(cut))
+    assert np.abs(final_state(cut)["carried"]).min(axis=1).min() > 0
+    # Twelve rows, of which each of three workers carries four.
+    assert "resumed after step 10" in train(
+        3, *flags, f"--run_dir={other}", "--check_divergence=true"
+    )
+    one, three = metrics(whole), metrics(other)
+    assert list(one) == list(three) == list(range(1, 25))
+    np.testing.assert_allclose(list(three.values()), list(one.values()), rtol=1e-5)
+    assert np.mean(list(one.values())[-5:]) < np.mean(list(one.values())[:5]) - 0.05
+    expected, found = final_state(whole), final_state(other)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    info = json.loads((other / "encoder" / "encoder.json").read_text())
+    assert (info["objective"], info["direction"]) == ("language_model", "forward")
 
 
 @pytest.mark.parametrize(
@@ -162,25 +210,34 @@ def assert_same_bits(first: dict[str, np.ndarray], second: dict[str, np.ndarray]
         assert first[name].tobytes() == second[name].tobytes(), name
 
 
-@pytest.mark.parametrize(
-    ("how", "workers", "exit_code"),
-    [
-        pytest.param(signal.SIGKILL, 1, -9, marks=pytest.mark.slow("quick: the carried state's")),
-        pytest.param(signal.SIGTERM, 1, 143, marks=pytest.mark.slow("quick: two workers")),
-        (signal.SIGTERM, 2, 143),
-    ],
-)
+def test_a_job_that_term_stops_ends_with_the_same_bits(
+    small_store: Path, tmp_path: Path, two_workers: tuple[Path, str]
+) -> None:
+    whole = two_workers[0] / "pretrain"
+    flags = ("--stage=pretrain", f"--store={small_store}", *WHOLE, f"--run_dir={tmp_path}")
+    assert train_until("step 25/40", signal.SIGTERM, 2, *flags) == 143
+    assert "resumed after step" in train(2, *flags)
+    assert_resumed(whole, tmp_path)
+
+
+@pytest.mark.slow("quick: the carried state's, and the job that TERM stops")
+@pytest.mark.parametrize(("how", "exit_code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_resumed_pretraining_ends_with_the_same_bits(
-    small_store: Path, tmp_path: Path, how: signal.Signals, workers: int, exit_code: int
+    small_store: Path, tmp_path: Path, how: signal.Signals, exit_code: int
 ) -> None:
     flags = ("--stage=pretrain", f"--store={small_store}", *STEPS)
-    train(workers, *flags, f"--run_dir={tmp_path}/whole")
+    train(1, *flags, f"--run_dir={tmp_path}/whole")
     cut = (*flags, f"--run_dir={tmp_path}/cut")
-    assert train_until("step 25/40", how, workers, *cut) == exit_code
-    assert "resumed after step" in train(workers, *cut)
-    assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
-    encoders = [(tmp_path / name / "encoder" / "encoder.safetensors") for name in ("whole", "cut")]
+    assert train_until("step 25/40", how, 1, *cut) == exit_code
+    assert "resumed after step" in train(1, *cut)
+    assert_resumed(tmp_path / "whole", tmp_path / "cut")
+
+
+def assert_resumed(whole: Path, cut: Path) -> None:
+    """Checks that two pretrainings ended with the same bits."""
+    assert_same_bits(final_state(whole), final_state(cut))
+    assert metrics(whole) == metrics(cut)
+    encoders = [folder / "encoder" / "encoder.safetensors" for folder in (whole, cut)]
     assert encoders[0].read_bytes() == encoders[1].read_bytes()
 
 
@@ -198,6 +255,7 @@ def test_a_resumed_fine_tuning_ends_with_the_same_bits(
     assert metrics(tmp_path / "whole", "loss") == metrics(tmp_path / "cut", "loss")
 
 
+@pytest.mark.slow("quick: test_logistic_regression.py, and 20 labels in one process")
 def test_a_linear_head_starts_alike_on_any_number_of_workers(
     small_store: Path, tmp_path: Path, encoder: Path
 ) -> None:
@@ -228,7 +286,7 @@ def test_pretraining_trains_the_learned_state_and_keeps_a_mean_one(encoder: Path
     for name in ("learned", "mean"):
         for part in "hc":
             state = tensors[f"states/{name}/0/{part}"]
-            assert state.shape == (12,) and np.abs(state).max() > 0.01
+            assert state.shape == (16,) and np.abs(state).max() > 0.01
 
 
 def test_pretraining_writes_what_writes_texts_again(encoder: Path) -> None:
@@ -244,7 +302,8 @@ def test_pretraining_writes_what_writes_texts_again(encoder: Path) -> None:
         pytest.param("zero", 1, marks=pytest.mark.slow("quick: the whole job")),
         pytest.param("mean", 1, marks=pytest.mark.slow("quick: encode; and a run from mean below")),
         pytest.param("learned", 2, marks=pytest.mark.slow("quick: the whole job")),
-        ("encode", 2),
+        pytest.param("encode", 2, marks=pytest.mark.slow("quick: one worker")),
+        ("encode", 1),
     ],
 )
 def test_stages_one_by_one_with_every_initial_state(
@@ -291,46 +350,50 @@ def test_two_directions(small_store: Path, tmp_path: Path, encoder: Path, state:
     assert {k: evaluated[k] for k in of_training} == pytest.approx(of_training, rel=1e-4)
 
 
-def test_the_whole_job_on_two_workers(small_store: Path, tmp_path: Path) -> None:
-    flags = (f"--store={small_store}", f"--run_dir={tmp_path}", "--num_layers=2", *STEPS)
-    flags = (*flags, "--label_counts=20", "--label_draws=2")
-    printed = train(2, *flags)
-    report = json.loads((tmp_path / "report.json").read_text())
+def test_the_whole_job_on_two_workers(
+    two_workers: tuple[Path, str], small_store: Path, tmp_path: Path
+) -> None:
+    folder, printed = two_workers
+    report = json.loads((folder / "report.json").read_text())
     assert report["world_size"] == 2
-    assert len(report["broadcast"]["digests"]) == 2
-    assert len(set(report["broadcast"]["digests"])) == 1
     assert report["pretrain"]["tokens_per_second"] > 0
     assert report["wall_seconds"] > 0
     for name in ("scratch", "warm"):
         error = report["test_error_percent"][name]
         assert 0 < error < 100
         assert f"{error:.2f} %" in printed
-        kept = run_folder.read(tmp_path).parts[name].predictions
+        kept = run_folder.read(folder).parts[name].predictions
         assert len(kept.label) == 60
         assert round(100 * kept.is_wrong.mean(), 3) == error
     # Each classifier records how it started, not how the whole job was configured.
     for name, start in (("warm", ("encoder", "learned")), ("scratch", ("random", "zero"))):
-        info = json.loads((tmp_path / name / "classifier" / "classifier.json").read_text())
+        info = json.loads((folder / name / "classifier" / "classifier.json").read_text())
         assert (info["config"]["init_weights"], info["config"]["initial_state"]) == start
-    # With fewer labels too, two samples each, beside linear models.
-    models = {"scratch", "tfidf", "nbsvm", "lsa", "warm"}
-    for labels, samples in ((20, 2), (200, 1)):
-        rows = [row for row in report["labels"] if row["labels"] == labels]
-        assert sorted(row["model"] for row in rows) == sorted([*models] * samples)
-    few = json.loads((tmp_path / "warm-20-1" / "classifier" / "classifier.json").read_text())
-    assert (few["config"]["finetune_documents"], few["config"]["hidden_units"]) == (20, 0)
-    assert "labels  from scratch  TF-IDF   NBSVM     LSA  warm start" in printed
-    page = (tmp_path / "report.html").read_text()
-    assert "20 labels" in page and "200 labels" in page
+    page = (folder / "report.html").read_text()
     assert "<h2>Calibration</h2>" in page and "<h2>Missing</h2>" not in page
     for digest in report["broadcast"]["digests"]:
         assert digest in printed
     assert "[worker 0] pretrain step 40/40 · epoch" in printed and "tokens/s · ETA" in printed
-    assert "Traceback" not in printed and "WARNING" not in printed
-    # Run again, with one worker too, it finds all done and says the same.
-    train(1, *flags)
-    again = json.loads((tmp_path / "report.json").read_text())
-    assert again["test_error_percent"] == report["test_error_percent"]
+    # Run again, with one worker, it finds all done and says the same.
+    again = shutil.copytree(folder, tmp_path / "again")
+    train(1, *WHOLE, f"--store={small_store}", f"--run_dir={again}")
+    found = json.loads((again / "report.json").read_text())
+    assert found["test_error_percent"] == report["test_error_percent"]
+
+
+def test_the_whole_job_with_few_labels_too(one_process: tuple[Path, str]) -> None:
+    folder, printed = one_process
+    report = json.loads((folder / "report.json").read_text())
+    # Beside linear models.
+    models = ["lsa", "nbsvm", "scratch", "tfidf", "warm"]
+    for labels in (20, 200):
+        rows = [row for row in report["labels"] if row["labels"] == labels]
+        assert sorted(row["model"] for row in rows) == models
+    few = json.loads((folder / "warm-20-0" / "classifier" / "classifier.json").read_text())
+    assert (few["config"]["finetune_documents"], few["config"]["hidden_units"]) == (20, 0)
+    assert "labels  from scratch  TF-IDF   NBSVM     LSA  warm start" in printed
+    page = (folder / "report.html").read_text()
+    assert "20 labels" in page and "200 labels" in page and "<h2>Missing</h2>" not in page
 
 
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -345,7 +408,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "movie_revews": (folder, "--source=movie_revews"),
         "is larger than the data": (folder, "--stage=pretrain", lines, f"--store={other}"),
         "--finetune_documents=201 is more": (folder, store, "--finetune_documents=201"),
-        "has 12; set --units=12": (*fine, store, f"--encoder={encoder}", "--units=13"),
+        "has 16; set --units=16": (*fine, store, f"--encoder={encoder}", "--units=13"),
     }
     for says, flags in cases.items():
         done = run(1, *flags)
@@ -389,6 +452,7 @@ def test_a_fine_tuning_goes_on_from_the_encoder_that_it_began_with_alone(
     assert "--resume=never" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow("quick: test_checkpoint.py, and what pretraining hands it in test_pretrain.py")
 def test_a_pretraining_does_not_continue_with_another_store(
     small_store: Path, tmp_path: Path
 ) -> None:
@@ -403,6 +467,7 @@ def test_a_pretraining_does_not_continue_with_another_store(
     assert f"its SHA-256 was {TokenStore(small_store).sha256[:12]}" in done.stderr
 
 
+@pytest.mark.slow("quick: test_trackers.py and test_run_stage.py")
 def test_neither_a_tracker_nor_the_page_that_fails_ends_a_training(
     small_store: Path, tmp_path: Path
 ) -> None:
@@ -416,6 +481,7 @@ def test_neither_a_tracker_nor_the_page_that_fails_ends_a_training(
     assert json.loads((tmp_path / "report.json").read_text())["pretrain"]["steps"] == 3
 
 
+@pytest.mark.slow("quick: test_preflight.py compares settings, test_checkpoint.py forgets")
 def test_a_run_folder_of_other_settings_is_not_resumed(small_store: Path, tmp_path: Path) -> None:
     flags = ("--stage=pretrain", f"--store={small_store}", f"--run_dir={tmp_path}")
     train(1, *flags, "--pretrain_steps=3")

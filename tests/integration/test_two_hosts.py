@@ -95,6 +95,7 @@ def assert_same(one: Path, two: Path) -> None:
     assert bundles[0].read_bytes() == bundles[1].read_bytes()
 
 
+@pytest.mark.slow("quick: test_cluster.py has the addresses, test_training.py two workers")
 def test_two_hosts_train_as_two_workers_of_one(
     hosts: dict[str, str], small_store: Path, tmp_path: Path
 ) -> None:

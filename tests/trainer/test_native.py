@@ -1,6 +1,7 @@
 """The compiled loops give what Keras's LSTM gives, and a row does not depend on the others."""
 
 import collections
+import functools
 import re
 import shutil
 import subprocess
@@ -112,17 +113,23 @@ def mask_of(name: str) -> tf.Tensor | None:
     return None if MASKS[name] is None else tf.constant(MASKS[name])
 
 
+def results_of(kind: type, units: int, mask: str, return_sequences: bool) -> list[np.ndarray]:
+    inputs, states, weights = problem(units)
+    layer = kind(units, return_sequences=return_sequences, return_state=True)
+    return results(layer, inputs, states, mask_of(mask), weights)
+
+
+@functools.cache  # for all sets of instructions
+def of_keras(units: int, mask: str, return_sequences: bool) -> list[np.ndarray]:
+    return results_of(keras.layers.LSTM, units, mask, return_sequences)
+
+
 @pytest.mark.parametrize("units", [16, 48, 80])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("return_sequences", [False, True])
 def test_as_keras(units: int, mask: str, return_sequences: bool, instruction_set: str) -> None:
-    inputs, states, weights = problem(units)
-    options = {"return_sequences": return_sequences, "return_state": True}
-    ours, keras_ = (
-        results(kind(units, **options), inputs, states, mask_of(mask), weights)
-        for kind in (WarmLSTM, keras.layers.LSTM)
-    )
-    for found, expected in zip(ours, keras_, strict=True):
+    ours = results_of(WarmLSTM, units, mask, return_sequences)
+    for found, expected in zip(ours, of_keras(units, mask, return_sequences), strict=True):
         np.testing.assert_allclose(found, expected, atol=3e-6 * max(1, np.abs(expected).max()))
 
 

@@ -173,7 +173,7 @@ TEXTS = st.lists(st.text(st.characters(), max_size=30), min_size=1, max_size=5)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(texts=TEXTS, lowercase=st.booleans(), part_examples=st.integers(1, 3))
 def test_prepare_and_encode_agree_on_any_text(
     tmp_path_factory: pytest.TempPathFactory,
@@ -286,7 +286,7 @@ def test_a_store_of_another_tokenizer_is_refused(
         ensure_store(other, tmp_path / "store")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(TEXTS, st.integers(1, 3))
 def test_decoded_ids_are_the_documents_words(
     tmp_path_factory: pytest.TempPathFactory,

@@ -11,7 +11,7 @@ from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.tokenizers.byte import ByteTokenizer
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.binary() | st.text().map(str.encode), max_size=4))
 @example([b"\0", b"", bytes(range(256)), b"\xed\xa0\x80"])
 def test_every_byte_has_its_id_and_comes_back(texts: list[bytes]) -> None:

@@ -22,7 +22,7 @@ def split(text: str | bytes, lowercase: bool) -> str:
     return "".join(map(chr, code_points))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text())
 @example("a\0b\0")
 @example("\ufeff \uffff\U0010ffff<pad>")
@@ -34,7 +34,7 @@ def test_decode_gives_the_text_back(text: str) -> None:
     assert tokenizer.decode([*ids, PADDING_ID]) == text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text(), st.data())
 def test_other_characters_are_unknown(text: str, data: st.DataObject) -> None:
     every = sorted(set(text))
@@ -57,7 +57,7 @@ def test_lower_case_changes_nothing_else(text: str | bytes, expected: str) -> No
     assert split(text, lowercase=True) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.binary())
 def test_bytes_that_are_no_text_are_replaced(raw: bytes) -> None:
     text = split(raw, lowercase=False)

@@ -56,7 +56,7 @@ def prepared(kind: str, lowercase: bool) -> tuple[Tokenizer, Server, tf.Module]:
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(texts=TEXTS, lowercase=st.booleans())
 @example(texts=[b"", b"\0", b"\xff\xfe", b"\xed\xa0\x80"], lowercase=True)
 def test_ids_are_the_same_wherever_a_text_is_encoded(
@@ -79,7 +79,7 @@ ASCII_TEXTS = st.lists(
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.text() | ASCII_TEXTS, max_size=4), st.booleans())
 @example(["a'b''c'", "<br\x0b>", "a<b<br>r>", "İ", "A\x1cB", ""], True)
 @example(["".join(map(chr, range(128)))], False)
@@ -145,7 +145,7 @@ FRAGMENTS = [*(piece.encode() for piece in [*TOKENS, *SPACES]), *NO_UTF8]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     text=st.lists(st.sampled_from(FRAGMENTS), max_size=25).map(b"".join),
     lowercase=st.booleans(),

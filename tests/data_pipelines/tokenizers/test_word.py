@@ -62,7 +62,7 @@ def test_lower_case_does_not_follow_the_machines_locale() -> None:
     assert result.stdout.strip() == "[[b'title', b'i']]"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text())
 def test_split_loses_only_separators(text: str) -> None:
     kept = re.sub(r"(?i:<\s*/?\s*br\s*/?\s*>)", "", text)
@@ -73,7 +73,7 @@ def test_split_loses_only_separators(text: str) -> None:
     assert all(word.split() == [word] for word in words)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.binary() | st.text().map(str.encode), min_size=1, max_size=4))
 def test_encode_is_the_words_numbers_for_any_bytes(texts: list[bytes]) -> None:
     documents = WordTokenizer([]).split(tf.constant(texts, tf.string)).to_list()

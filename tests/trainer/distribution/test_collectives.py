@@ -16,9 +16,9 @@ KINDS = {
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((kind, workers), marks=marks, id=f"{kind}-{workers}")
-        for kind, marks in (("multi_worker", ()), ("horovod", pytest.mark.horovod))
-        for workers in (2, 3)
+        pytest.param((kind, workers), marks=[*marks, *slow], id=f"{kind}-{workers}")
+        for kind, marks in (("multi_worker", ()), ("horovod", (pytest.mark.horovod,)))
+        for workers, slow in ((2, (pytest.mark.slow("two workers; quick: three"),)), (3, ()))
     ],
 )
 def found(request, tmp_path_factory) -> tuple[str, list[dict]]:
@@ -43,7 +43,7 @@ def test_rows_are_gathered_in_the_order_of_ranks(found: tuple[str, list[dict]]) 
         assert result["nothing"] == [[[], []], [[], []]]
 
 
-def test_1000_sums_have_the_same_bits_in_every_process(found: tuple[str, list[dict]]) -> None:
+def test_200_sums_have_the_same_bits_in_every_process(found: tuple[str, list[dict]]) -> None:
     assert len({digest for result in found[1] for digest in result["sums"]}) == 1
 
 

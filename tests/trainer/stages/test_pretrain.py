@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from data_pipelines.store.split_view import SplitView
 from data_pipelines.store.token_store import TokenStore
@@ -53,3 +54,30 @@ def test_pretraining_reads_every_training_text_and_none_of_validation_or_test(
     held_out -= phrases(trained)
     assert len(held_out) > 10_000
     assert not phrases(read) & held_out
+
+
+def test_what_is_drawn_depends_on_the_step_and_the_shard_alone(
+    small_store: Path, tmp_path: Path
+) -> None:
+    """So a resumed run draws what it would have drawn, whatever this process did before."""
+    store = TokenStore(small_store)
+    config = Config(
+        run_dir=str(tmp_path), units=4, embedding_dim=4, pretrain_batch_size=8, sampled_softmax=8,
+        pretrain_max_tokens=20, pretrain_dropout=0.5, pretrain_word_dropout=0.3,
+        recurrent_weight_dropout=0.5,
+    )  # fmt: skip
+    run = Run(config, one_device(), store, NeverStops(), lambda line: None)
+    _, task, batches, _ = pretrain.set_up(run, tmp_path)
+    assert task.inputs == {"--store": store.sha256}  # a checkpoint remembers it
+    (batch,) = batches(0, 1)
+    rows = {name: batch[name] for name in ("tokens", "lengths", "weights")}
+
+    @tf.function(autograph=False)
+    def loss(step: tf.Tensor, shard: tf.Tensor) -> tf.Tensor:
+        return task.loss_sum(rows, step, shard)[0]
+
+    found = [
+        float(loss(tf.constant(step, tf.int64), tf.constant(shard)))
+        for step, shard in ((3, 0), (4, 0), (3, 1), (3, 0))
+    ]
+    assert found[0] == found[3] and len(set(found)) == 3

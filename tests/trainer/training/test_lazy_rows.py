@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tests import loop_settings
+from tests.pairs import each_value
 from trainer.distribution.preemption import Preempted
 from trainer.distribution.tf_distribute import one_device
 from trainer.distribution.variables import lookup
@@ -24,7 +25,9 @@ ROWS, WIDTH = 40, 3
 VOCABULARY = 1_000
 
 
-def apply_steps(distributor: Any, name: str, rate: Rate, by_rows: bool) -> np.ndarray:
+def apply_steps(
+    distributor: Any, name: str, rate: Rate, by_rows: bool, scale: float = 1.0
+) -> np.ndarray:
     """Returns a table after STEPS steps of which each has gradients for up to three rows."""
     random = np.random.default_rng(1)
     with distributor.scope():
@@ -46,15 +49,21 @@ def apply_steps(distributor: Any, name: str, rate: Rate, by_rows: bool) -> np.nd
 
     for k in range(STEPS):
         indices = np.unique(np.minimum(random.geometric(0.1, 3), ROWS - 1))
-        values = random.normal(size=(len(indices), WIDTH)) * 10.0 ** -random.integers(1, 5)
+        values = random.normal(size=(len(indices), WIDTH)) * 10.0 ** -random.integers(1, 5) * scale
         step(tf.constant(indices), tf.constant(values))
         if by_rows and k in (STEPS // 2, STEPS - 1):
             optimizer.settle()
     return table.numpy()
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "nadam"])
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    each_value(
+        ("sgd", "adam", "adamw", "nadam"),
+        (1, 2),
+        pytest.mark.slow("other pairs; quick: each optimizer, one shard and two"),
+    ),
+)
 def test_rows_are_trained_as_the_dense_optimizer_trains_them(
     two_shards: Any, name: str, shards: int
 ) -> None:
@@ -65,6 +74,16 @@ def test_rows_are_trained_as_the_dense_optimizer_trains_them(
     assert moved > 1e-3
     # Keras takes its coefficients in float32.
     np.testing.assert_allclose(rows, dense, atol=3e-5 * moved)
+
+
+def test_gradients_far_below_epsilon_move_rows_by_the_epsilon_of_their_steps() -> None:
+    # Nadam's grows with the steps, from a thirtieth of the flag's; here it is the whole divisor.
+    distributor, start = one_device(), np.linspace(-1, 1, ROWS * WIDTH).reshape(ROWS, WIDTH)
+    dense, rows = (
+        apply_steps(distributor, "nadam", Rate(1.0, 0), by_rows, scale=1e-7) - start
+        for by_rows in (False, True)
+    )
+    assert np.linalg.norm(rows - dense) < 0.2 * np.linalg.norm(dense)
 
 
 # A word or two a step, so that most rows are behind.
@@ -108,8 +127,12 @@ def train(
     return table.numpy()
 
 
-@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    ("on_nonfinite", "shards"),
+    each_value(
+        ("stop", "skip"), (2, 1), pytest.mark.slow("other pairs; quick: each way, each number")
+    ),
+)
 def test_a_run_by_rows_equals_a_dense_one(
     two_shards: Any, tmp_path: Path, shards: int, on_nonfinite: str
 ) -> None:
@@ -125,11 +148,13 @@ def test_a_run_by_rows_equals_a_dense_one(
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"on_nonfinite": "skip"}, {"precision": "mixed_float16"}, {"steps_per_call": 4}],
-    ids=["plain", "skip", "loss scale", "steps a call"],
+    ("changes", "shards"),
+    each_value(
+        ({}, {"on_nonfinite": "skip"}, {"steps_per_call": 4}, {"precision": "mixed_float16"}),
+        (2, 1),
+        pytest.mark.slow("other pairs; quick: each way to step, one shard and two"),
+    ),
 )
-@pytest.mark.parametrize("shards", [1, 2])
 def test_a_step_is_traced_twice_and_the_optimizer_once(
     two_shards: Any,
     tmp_path: Path,

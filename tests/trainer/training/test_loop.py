@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from tests import loop_settings
+from tests.pairs import each_value
 from trainer import safe_files
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.make import make_distributor
@@ -99,7 +100,10 @@ def one() -> Any:
     return make_distributor("one_device", Cluster(0, 1), 10)
 
 
-@pytest.fixture(params=["one", "two_shards"])
+DISTRIBUTORS = ("one", "two_shards")
+
+
+@pytest.fixture(params=DISTRIBUTORS)
 def distributor(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
@@ -109,7 +113,15 @@ def state(folder: Path, step: int) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in tensors.items()}
 
 
-@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("distributor", "how"),
+    each_value(
+        DISTRIBUTORS,
+        ("loss", "gradient"),
+        pytest.mark.slow("other pairs; quick: each distributor, each cause"),
+    ),
+    indirect=["distributor"],
+)
 def test_a_step_that_is_not_finite_stops_the_run_and_says_where(
     distributor: Any, tmp_path: Path, how: str
 ) -> None:
@@ -127,7 +139,15 @@ def test_a_step_that_is_not_finite_stops_the_run_and_says_where(
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1] == "step-00000004"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "nadam"])
+@pytest.mark.parametrize(
+    ("distributor", "optimizer"),
+    each_value(
+        DISTRIBUTORS,
+        ("nadam", "adamw"),
+        pytest.mark.slow("other pairs; quick: each distributor, each optimizer"),
+    ),
+    indirect=["distributor"],
+)
 def test_a_skipped_step_changes_nothing(distributor: Any, tmp_path: Path, optimizer: str) -> None:
     flags = {"on_nonfinite": "skip", "optimizer": optimizer, "checkpoint_every_steps": 1,
              "keep_checkpoints": STEPS}  # fmt: skip
@@ -389,18 +409,23 @@ def test_term_stops_a_run_between_two_calls(one: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "changes"),
-    [
-        ((), {"check_divergence": True}),
-        ((), {"accumulate_steps": 2}),
-        ((), {"steps_per_call": 3}),
-        ((2,), {"on_nonfinite": "skip"}),
-    ],
-    ids=["plain", "in parts", "steps a call", "skip"],
+    ("distributor", "changes"),
+    each_value(
+        DISTRIBUTORS,
+        (
+            {"steps_per_call": 3},
+            {"check_divergence": True},
+            {"on_nonfinite": "skip"},
+            {"accumulate_steps": 2},
+        ),
+        pytest.mark.slow("other pairs; quick: each distributor, each way to step"),
+    ),
+    indirect=["distributor"],
 )
 def test_what_rows_carry_is_kept_for_the_whole_global_batch(
-    distributor: Any, tmp_path: Path, at: tuple[int, ...], changes: dict[str, Any]
+    distributor: Any, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    at = (2,) if "on_nonfinite" in changes else ()
     keras.utils.clear_session(free_memory=False)
     with distributor.scope():
         weight = keras.Variable(np.ones(2, np.float32))
