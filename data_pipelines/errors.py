@@ -2,6 +2,11 @@
 
 from collections.abc import Sequence
 
+# Exit codes of all programs. One that starts another acts on them.
+USAGE_EXIT_CODE = 2  # a mistake that repeating the command does not mend
+LOST_WORKER_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed later
+PREEMPTED_EXIT_CODE = 143  # TERM came, and the state is saved; what a shell reports for TERM
+
 
 class InputError(ValueError):
     """A wrong flag, file or folder.

@@ -31,7 +31,6 @@ Field = dataclasses.Field[Any]
 Table = TypeVar("Table")
 HELP_WORDS = frozenset({"--help", "-help", "--helpshort", "--helpfull", "-h"})
 FLAGFILE_HELP = "File that holds flags, one a line. Flags after it override it."
-USAGE_EXIT_CODE = 2
 _KINDS = {int: "an integer", float: "a finite number", bool: "true or false"}
 # ASCII only: int() and float() also take 1_000, +4 and the digits of every script.
 _NUMBERS = {int: r"-?[0-9]{1,18}", float: r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"}

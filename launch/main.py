@@ -26,6 +26,7 @@ from typing import Any
 from absl import app, flags
 
 from data_pipelines import flag_fields
+from data_pipelines.errors import USAGE_EXIT_CODE
 from data_pipelines.flag_fields import fields_of, flag
 from launch.kubernetes.platform import Kubernetes
 from launch.local.platform import Local
@@ -92,7 +93,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         faults += _action_faults(words, platform) if acts else _start_faults(platform)
     if faults:
         print("\n".join(f"launch: {fault}" for fault in faults), file=sys.stderr)
-        sys.exit(flag_fields.USAGE_EXIT_CODE)
+        sys.exit(USAGE_EXIT_CODE)
     return [argv[0], *words] if acts else [argv[0], "--", *argv[end + 1 :]]
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = {"data_pipelines.flag_fields"}
+SHARED = {"data_pipelines.flag_fields", "data_pipelines.errors"}
 FORBIDDEN = {
     "data_pipelines": {"trainer", "launch", "warmstate"},
     "trainer": {"launch", "warmstate"},
-    # Of data_pipelines it may import the flag system alone, which all three programs share.
+    # Of data_pipelines it may import flags and exit codes alone, which all programs share.
     "launch": {"data_pipelines", "trainer", "tensorflow", "keras", "warmstate"},
     # On top: the console script runs the programs above, the Python interface calls the stages.
     "warmstate": {"tests", "benchmarks"},

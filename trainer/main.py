@@ -21,20 +21,22 @@ from typing import NoReturn
 from absl import app
 
 from data_pipelines import flag_fields
-from data_pipelines.errors import InputError, TransientError
+from data_pipelines.errors import (
+    LOST_WORKER_EXIT_CODE,
+    PREEMPTED_EXIT_CODE,
+    USAGE_EXIT_CODE,
+    InputError,
+    TransientError,
+)
 from data_pipelines.printable import printable
 from data_pipelines.quiet_tensorflow import import_quietly
 from trainer import config as configuration
 from trainer import preflight
 from trainer.config import Config
 from trainer.distribution import cluster as clusters
-from trainer.distribution.cluster import LOST_WORKER_EXIT_CODE, Cluster
-from trainer.distribution.preemption import EXIT_CODE as PREEMPTED_EXIT_CODE
+from trainer.distribution.cluster import Cluster
 from trainer.distribution.preemption import Preempted
 from trainer.mirror import BehindError
-
-CONFIGURATION_EXIT_CODE = 2
-BEHIND_EXIT_CODE = 75  # as for a lost worker: the same command may succeed
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -50,7 +52,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         faults.append(str(error))
     if faults:
         _print_faults("\n".join(faults))
-        sys.exit(CONFIGURATION_EXIT_CODE)
+        sys.exit(USAGE_EXIT_CODE)
     return [argv[0], *words]
 
 
@@ -73,13 +75,13 @@ def main(argv: Sequence[str]) -> None:
     except InputError as error:
         _print_faults(str(error))
         is_transient = isinstance(error, TransientError)
-        code = LOST_WORKER_EXIT_CODE if is_transient else CONFIGURATION_EXIT_CODE
+        code = LOST_WORKER_EXIT_CODE if is_transient else USAGE_EXIT_CODE
         if cluster.size > 1:
             _exit_at_once(code)
         sys.exit(code)
     except BehindError as error:
         _print_faults(str(error))
-        _exit_at_once(BEHIND_EXIT_CODE)
+        _exit_at_once(LOST_WORKER_EXIT_CODE)
     except Preempted as stop:
         print(stop, flush=True)
         sys.exit(PREEMPTED_EXIT_CODE)

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data_pipelines.flag_fields import HELP_WORDS, USAGE_EXIT_CODE, Field, did_you_mean, help_text
+from data_pipelines.errors import USAGE_EXIT_CODE
+from data_pipelines.flag_fields import HELP_WORDS, Field, did_you_mean, help_text
 from warmstate import flag_tables
 
 

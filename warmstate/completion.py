@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from data_pipelines.errors import USAGE_EXIT_CODE
 from data_pipelines.flag_fields import (
     FLAGFILE_HELP,
-    USAGE_EXIT_CODE,
     Field,
     choices_of,
     did_you_mean,

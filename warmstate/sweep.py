@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 from absl import app
 
 from data_pipelines import flag_fields
+from data_pipelines.errors import PREEMPTED_EXIT_CODE, USAGE_EXIT_CODE
 from data_pipelines.flag_fields import did_you_mean, fields_of, flag, kind_of
 from trainer.config import Config
 
-PREEMPTED_EXIT_CODE = 143
 # Stages that can be judged, and where their reports say the metric; lower is better.
 METRICS = {
     "pretrain": ("pretrain", "nats_per_token"),
@@ -265,7 +265,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
         faults.append("sweep needs the package optuna: pip install 'warmstate[sweep]'")
     if faults:
         print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
-        sys.exit(flag_fields.USAGE_EXIT_CODE)
+        sys.exit(USAGE_EXIT_CODE)
     return [arguments[0], *flags]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from absl import logging
 
 from data_pipelines import flag_fields
-from data_pipelines.errors import InputError
+from data_pipelines.errors import USAGE_EXIT_CODE, InputError
 from data_pipelines.flag_fields import flag
 from data_pipelines.prepare.build import ensure_store
 from data_pipelines.prepare.config import PrepareConfig
@@ -46,7 +46,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
         faults.append(str(error))
     if faults:
         print(printable("\n".join(faults)), file=sys.stderr)
-        sys.exit(flag_fields.USAGE_EXIT_CODE)
+        sys.exit(USAGE_EXIT_CODE)
     return arguments[:1]
 
 
@@ -59,7 +59,7 @@ def main(_: list[str]) -> int:
         ensure_store(options, options.out, lambda line: print(printable(line), flush=True))
     except InputError as error:
         print(printable(error), file=sys.stderr)
-        return flag_fields.USAGE_EXIT_CODE
+        return USAGE_EXIT_CODE
     except WorkerDiedError as error:
         print(error, file=sys.stderr)
         return 1
@@ -70,5 +70,5 @@ def main(_: list[str]) -> int:
                       "command again: it continues"),
             file=sys.stderr,
         )  # fmt: skip
-        return flag_fields.USAGE_EXIT_CODE
+        return USAGE_EXIT_CODE
     return 0

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipelines.errors import USAGE_EXIT_CODE
 from launch.local import workers as local
 
 
@@ -94,7 +95,7 @@ def run_elastic(
     allowed = _read(available, limits, limits.start or limits.maximum, local.say)
     if allowed < limits.minimum:
         local.say(_too_few(f"{limits.available_file} allows {allowed} workers", limits))
-        return local.CONFIGURATION_EXIT_CODE
+        return USAGE_EXIT_CODE
     workers = min(allowed, limits.start or limits.maximum)
     losses = 0
     while True:

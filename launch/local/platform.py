@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
+from data_pipelines.errors import USAGE_EXIT_CODE
 from data_pipelines.flag_fields import flag
 from launch.local import elastic, gpus, horovod, jobs, workers
 from launch.platform import ElasticOptions, Platform
@@ -94,4 +95,4 @@ class Local(Platform[LocalOptions]):
             return elastic.run_elastic(command, limits, grace_seconds, with_horovod)
         except OSError as error:  # too many processes, ports or open files
             workers.say(f"--workers={count}: cannot be started: {error.strerror}; start fewer")
-            return workers.CONFIGURATION_EXIT_CODE
+            return USAGE_EXIT_CODE

@@ -24,11 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from data_pipelines.errors import LOST_WORKER_EXIT_CODE, PREEMPTED_EXIT_CODE, USAGE_EXIT_CODE
 from launch.local import gpus, horovod, loopback, screen
 
-CONFIGURATION_EXIT_CODE = 2
-LOST_PEER_EXIT_CODE = 75  # EX_TEMPFAIL: a peer of the trainer is gone
-PREEMPTED_EXIT_CODE = 143  # the trainer was asked to stop, and has saved its state
 THREAD_VARIABLES = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
 _BLAME_SECONDS = 3.0  # from the first lost peer until surviving workers are declared hung
 _LOOK_SECONDS = 0.5  # between two calls of `asks_stop`
@@ -53,7 +51,7 @@ class Ending:
     @property
     def is_final(self) -> bool:
         """Whether a restart is useless: the job is done, misconfigured or stopped."""
-        return self.exit_code in (0, CONFIGURATION_EXIT_CODE) or self.stopped
+        return self.exit_code in (0, USAGE_EXIT_CODE) or self.stopped
 
 
 def run_local(
@@ -354,8 +352,8 @@ class _Supervision:
             self._running.remove(process)
             code = process.returncode
             # A worker that is asked to stop may fail by that, but not by a configuration error.
-            expected = self._asked and code != CONFIGURATION_EXIT_CODE
-            if code == LOST_PEER_EXIT_CODE:
+            expected = self._asked and code != USAGE_EXIT_CODE
+            if code == LOST_WORKER_EXIT_CODE:
                 self._lost = self._lost or process
             elif code and not (self._failed or self._stop_signal or self._hung or expected):
                 self._failed = process
@@ -404,7 +402,7 @@ class _Supervision:
         ]
         if self._lost and not self._hung:
             lines.append(f"worker {number(self._lost)} lost a peer, and so did all that failed")
-        return Ending(LOST_PEER_EXIT_CODE if self._lost else 0, lines)
+        return Ending(LOST_WORKER_EXIT_CODE if self._lost else 0, lines)
 
 
 def _kill(processes: Sequence[Worker]) -> None:

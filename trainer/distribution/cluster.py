@@ -18,7 +18,6 @@ SLURM_VARIABLES = (
 )
 TRAIN_JOB_VARIABLES = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR")
 DEFAULT_PORT = 20_000
-LOST_WORKER_EXIT_CODE = 75  # EX_TEMPFAIL: the same command may succeed later
 # SLURM jobs use ports from DEFAULT_PORT, below Linux's ephemeral ports (from 32,768).
 _SLURM_PORTS = 12_000
 # Coprime to _SLURM_PORTS and at its golden section: job numbers that are close get ports far apart.

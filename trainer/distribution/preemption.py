@@ -14,7 +14,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-EXIT_CODE = 143  # what a shell reports for a process ended by TERM
+from data_pipelines.errors import PREEMPTED_EXIT_CODE
+
 _STDERR = 2  # the file descriptor
 
 
@@ -73,4 +74,4 @@ class StopRequest:
 def _end(why: str) -> None:
     # Not through sys.stderr: the hanging thread may hold its lock.
     os.write(_STDERR, f"{why}: ended immediately\n".encode())
-    os._exit(EXIT_CODE)
+    os._exit(PREEMPTED_EXIT_CODE)

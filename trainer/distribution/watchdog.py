@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
-from trainer.distribution.cluster import LOST_WORKER_EXIT_CODE
+from data_pipelines.errors import LOST_WORKER_EXIT_CODE
 
 LOCAL_WORK_SECONDS = 900.0  # limit for a worker that traces, compiles, reads or writes
 _TICK_SECONDS = 0.5

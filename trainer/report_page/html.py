@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from data_pipelines.errors import USAGE_EXIT_CODE
 from trainer.report_page import run_folder, sections
 from trainer.report_page.markup import Markup, tag
 from trainer.report_page.run_folder import RunFolder
 from trainer.report_page.verdict import outcome, verdict
 from trainer.safe_files import replace_text
-
-INPUT_EXIT_CODE = 2
 
 
 def page(runs: Sequence[RunFolder], made_at: float) -> str:
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         why = str(error) if error.errno is None else f"{error.filename}: {error.strerror}"
         print(f"error: {why}", file=sys.stderr)
-        return INPUT_EXIT_CODE
+        return USAGE_EXIT_CODE
     print(f"report: {out}")
     return 0
 
