@@ -4,16 +4,14 @@ The folder is the bundle and a model card, README.md, made of what the bundle an
 record.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.durable import flush_folder, remove, write_file, write_folder
+from data_pipelines.durable import write_folder
 from data_pipelines.errors import InputError
-from data_pipelines.object_store import ObjectStore, StoreError, patiently
-from data_pipelines.store.fetch import RETRY_SECONDS, cache_folder
+from data_pipelines.store.fetch import Fetching, cached
 from trainer.models import bundle
 from trainer.safe_files import DamagedError, read_json, refuse_to_replace
 
@@ -127,25 +125,12 @@ def fetched_bundle(url: str, name: str, log: Callable[[str], None] = print) -> P
     """Returns the folder of the bundle `name` at an address, fetched if the cache lacks it.
 
     Raises:
-        InputError: It cannot be fetched, or is damaged.
+        InputError: It cannot be fetched, is damaged, or the cache cannot be written.
     """
-    try:
-        store = ObjectStore(url)
-        data = patiently(lambda: store.read(f"{name}.json"), RETRY_SECONDS, log, url)
-        folder = cache_folder().parent / "bundles" / hashlib.sha256(data).hexdigest()
-        if folder.exists():
-            return folder
-        beside = folder.with_name(f"{folder.name}.building")
-        remove(beside)
-        beside.mkdir(parents=True)
-        write_file(beside / f"{name}.json", [data])
+
+    def fetch(fetching: Fetching) -> None:
         for file in (f"{name}.safetensors", "vocab.txt"):
-            patiently(lambda f=file: store.download(f, beside / f), RETRY_SECONDS, log, url)  # type: ignore[misc]
-        bundle.load(beside, name, url)  # compares digests, before it counts as fetched
-        beside.rename(folder)
-        flush_folder(folder.parent)
-    except StoreError as error:
-        raise InputError(f"{url}: the {name} bundle cannot be fetched: {error}") from error
-    except OSError as error:
-        raise InputError(f"the cache for {url} cannot be written: {error}") from error
-    return folder
+            fetching.download(file)
+        bundle.load(fetching.folder, name, url)  # compares digests, before it counts as fetched
+
+    return cached(url, "bundles", f"{name}.json", fetch, log, f"{url}: the {name} bundle")

@@ -67,7 +67,7 @@ def test_another_content_is_refused_and_not_kept(there: Path) -> None:
     (there / "vocab.txt").write_bytes(data)
     with pytest.raises(InputError, match=f"--store=file://{there}: its vocab.txt is not the one"):
         fetched(f"file://{there}", print)
-    assert not [path for path in fetch.cache_folder().iterdir() if path.name.isalnum()]
+    assert not [path for path in fetch.cache_folder("stores").iterdir() if path.name.isalnum()]
 
 
 def test_what_is_missing_or_cannot_be_written_is_named(

@@ -28,7 +28,7 @@ def run(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return fetch.cache_folder().parent / "bundles"
+    return fetch.cache_folder("bundles")
 
 
 def test_the_folder_is_a_bundle_with_a_card_of_what_was_recorded(run: Path, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_classifier_is_fetched_once(run: Path, tmp_path: Path, cache: Path) ->
     np.testing.assert_array_equal(found, expected)
     (there / "vocab.txt").unlink()  # no longer asked for
     np.testing.assert_array_equal(warmstate.load_classifier(address).probabilities(TEXTS), expected)
-    assert len(list(cache.iterdir())) == 1
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 
 def test_an_encoder_is_read_from_an_address(encoder_bundle: Path, cache: Path) -> None:
@@ -72,6 +72,6 @@ def test_a_damaged_or_missing_bundle_is_not_kept(
     (there / "vocab.txt").write_bytes(data)
     with pytest.raises(InputError, match=f"file://{there}.*vocab.txt is damaged"):
         warmstate.load_encoder(f"file://{there}")
-    assert not [path for path in cache.iterdir() if path.suffix != ".building"]
+    assert not [path for path in cache.iterdir() if path.suffix not in (".building", ".lock")]
     with pytest.raises(InputError, match="the encoder bundle cannot be fetched: "):
         warmstate.load_encoder("file:///none")
