@@ -72,6 +72,12 @@ class Metrics:
         tell(self._trackers, self._path.parent, self._stage, line)
 
 
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl, without damaged ones."""
+    with open(path, "rb", opener=without_links) as file:
+        return [values for line in file if (values := _values_of(line)) is not None]
+
+
 def _values_of(line: bytes) -> dict[str, Any] | None:
     """Returns the values of a line; None if a full disk, a kill or a flipped bit damaged it."""
     try:

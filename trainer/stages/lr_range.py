@@ -6,12 +6,12 @@ smoothed loss.
 """
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.config import StageConfig
+from trainer.reporting import metrics_file
 from trainer.stages import finetune, pretrain
 from trainer.training import loop
 from trainer.training.run import Run
@@ -42,18 +42,19 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     _, task, batches, _ = set_up(run, folder)
     task = dataclasses.replace(task, select_by="", ranked_by="")
     loop.train(run, task, batches)
-    found = points((folder / "metrics.jsonl").read_text(), stage) if run.is_chief else []
+    lines = metrics_file.whole_lines(folder / "metrics.jsonl") if run.is_chief else []
+    found = points(lines, stage)
     return {"stage": config.stage, "suggestion": suggestion(found), "points": found}
 
 
-def points(metrics: str, stage: StageConfig) -> list[dict[str, float]]:
-    """Returns the rates and losses in the lines of metrics.jsonl.
+def points(lines: Iterable[dict[str, Any]], stage: StageConfig) -> list[dict[str, float]]:
+    """Returns the rates and losses in lines of metrics.jsonl.
 
     A line's loss is the mean since the line before, so its rate is that of their middle.
     """
     found: list[dict[str, float]] = []
     mean, weight, before = 0.0, 0.0, 0
-    for line in map(json.loads, metrics.splitlines()):
+    for line in lines:
         if "loss" not in line:
             continue
         step, loss = line["step"], line["loss"]

@@ -38,9 +38,9 @@ def test_the_suggestion_is_below_the_lowest_loss() -> None:
     for step in range(5, 201, 5):
         place = math.log10(rate_in_range(stage, step - 3))
         loss = 2 - 1.5 / (1 + math.exp(-3 * (place + 3))) + math.exp(4 * (place + 1))
-        lines.append(json.dumps({"step": step, "loss": loss}))
-    lines.insert(3, json.dumps({"step": 20, "skipped_steps": 1}))
-    found = lr_range.points("\n".join(lines), stage)
+        lines.append({"step": step, "loss": loss})
+    lines.insert(3, {"step": 20, "skipped_steps": 1})
+    found = lr_range.points(lines, stage)
     assert len(found) == 40 and 1e-3 < lr_range.suggestion(found) < 1e-2
     report = {"stage": "finetune", "suggestion": 0.003, "points": found}
     assert (
