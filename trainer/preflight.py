@@ -358,14 +358,27 @@ def bundle_faults(config: Config) -> list[str]:
             ]
     if config.stage == "evaluate":
         with _added_to(faults):
-            info = bundle.read_info(Path(config.classifier), "classifier", "--classifier")
-            answers = "multi" if info["model"].get("multi_label") else "single"
-            if config.labels != answers:
+            if config.labels == "multi" != _labels_of_bundle(config):
                 faults.append(
-                    f"--labels={config.labels}, but --classifier={config.classifier} was trained "
-                    f"with --labels={answers}"
+                    f"--labels=multi, but --classifier={config.classifier} was trained with "
+                    "--labels=single"
                 )
     return faults
+
+
+def with_labels_of_bundle(config: Config) -> Config:
+    """Returns the configuration with the --labels of the classifier that --stage=evaluate reads."""
+    is_there = (Path(config.classifier) / "classifier.json").exists()  # only the chief needs it
+    if config.stage != "evaluate" or not is_there:
+        return config
+    return dataclasses.replace(config, labels=_labels_of_bundle(config))
+
+
+def _labels_of_bundle(config: Config) -> str:
+    from trainer.models import bundle
+
+    info = bundle.read_info(Path(config.classifier), "classifier", "--classifier")
+    return "multi" if info["model"].get("multi_label") else "single"
 
 
 def resume_faults(config: Config, folder: Path) -> list[str]:

@@ -64,7 +64,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_labels_are_found(folder: Path, trained: Path, tmp_path: Path) -> None:
-    flags = (f"--store={folder}/store", f"--classifier={trained}/classifier", "--labels=multi")
+    flags = (f"--store={folder}/store", f"--classifier={trained}/classifier")
     train(1, "--stage=evaluate", *flags, f"--run_dir={tmp_path}")
     report = json.loads((tmp_path / "report.json").read_text())["test"]
     assert report["f1_micro"] > 0.9 and report["f1_macro"] > 0.8 and report["roc_auc"] > 0.9
@@ -132,6 +132,7 @@ def test_what_does_not_fit_is_refused(
     done = run(1, *FLAGS, f"--store={small_store}", where)
     assert done.returncode == 2
     assert "the store was prepared with --labels=single: set it" in done.stderr
-    flags = ("--stage=evaluate", f"--store={folder}/store", f"--classifier={trained}/classifier")
+    flags = ("--stage=evaluate", f"--store={small_store}", f"--classifier={trained}/classifier")
     done = run(1, *flags, where)
-    assert done.returncode == 2 and "was trained with --labels=multi" in done.stderr
+    assert done.returncode == 2
+    assert "--labels=multi, but the store was prepared with --labels=single" in done.stderr

@@ -74,9 +74,9 @@ def _run_stage(
     console = Console(sys.stdout, os.environ, is_silent=not chief)
     log = log or console
     native.use_in_inference()
-    if chief:
-        resumes = preflight.resume_faults(config, config_folder) if writes else []
-        raise_if(preflight.bundle_faults(config) + resumes)
+    faults = preflight.bundle_faults(config) if chief else []
+    config = preflight.with_labels_of_bundle(config)
+    raise_if(faults + (preflight.resume_faults(config, config_folder) if writes else []))
     vitals = Vitals(stall_seconds=config.stall_seconds)
     if cluster.is_first_of_host and config.status_port:
         serve(config.status_host, config.status_port, vitals)
