@@ -7,6 +7,7 @@
                  With --tasks also {"task": "..."}; texts of all tasks are read together. A
                  classifier of --labels=multi also answers "labels": those above their thresholds.
   GET  /healthz  200 while it serves
+  GET  /metrics  Prometheus's text format, see `serve_metrics`
   /sessions      see `serve_sessions`
 
 Requests that arrive while the model computes form the next batch, so none waits for a timer. An
@@ -42,6 +43,7 @@ from data_pipelines.sources.text import text_fault
 from trainer.config import Config
 from trainer.inference.http_connection import LIMIT_CONCURRENCY, HttpConnection
 from trainer.inference.http_requests import Refusal, answered, body_of, object_of
+from trainer.inference.serve_metrics import Measured, ServeMetrics
 from trainer.inference.serve_sessions import SessionTable, contexts_of, session_routes
 from trainer.inference.task_bank import TaskBank
 from trainer.inference.text_classifier import TextClassifier, load_classifier, prediction_of
@@ -80,7 +82,7 @@ class Batcher:
     def __init__(self, compute: Callable[[list[Any]], np.ndarray]):
         self._compute = compute
         self._waiting: list[tuple[Sequence[Sized], asyncio.Future[Any]]] = []
-        self._pending_texts = 0
+        self.pending_texts = 0  # waiting, or being read
         self._pending_bytes = 0
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "model")
@@ -113,16 +115,16 @@ class Batcher:
             Refusal: The queue is full.
         """
         # A single request is always accepted; --max_texts limits it.
-        if self._pending_texts and self._pending_texts + len(texts) > PENDING_TEXTS:
-            raise Refusal(503, f"{self._pending_texts} texts are waiting: try again later")
+        if self.pending_texts and self.pending_texts + len(texts) > PENDING_TEXTS:
+            raise Refusal(503, f"{self.pending_texts} texts are waiting: try again later")
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append((texts, answer))
-        self._pending_texts += len(texts)
+        self.pending_texts += len(texts)
         self._arrived.set()
         try:
             return await answer
         finally:
-            self._pending_texts -= len(texts)
+            self.pending_texts -= len(texts)
 
     async def work(self) -> None:
         """Computes batches until it is cancelled."""
@@ -196,7 +198,8 @@ def application(model: TextClassifier | TaskBank, config: Config, only_loopback:
         only_loopback: Whether to answer only requests to loopback names.
     """
     page = (resources.files("trainer.inference") / "serve.html").read_text(encoding="utf-8")
-    batcher = Batcher(_reader(model))
+    metrics = ServeMetrics(lambda: sum(each.pending_texts for each in batchers))
+    batcher = Batcher(metrics.counted(_reader(model)))
     batchers, names = [batcher], model.class_names
 
     @contextlib.asynccontextmanager
@@ -232,16 +235,19 @@ def application(model: TextClassifier | TaskBank, config: Config, only_loopback:
         Route("/predict", answered(predict), methods=["POST"]),  # first: most requests are these
         Route("/", index),
         Route("/healthz", health),
+        Route("/metrics", metrics.show),
     ]
     if isinstance(model, TextClassifier):
         classifier = model
-        readers = Batcher(lambda sessions: classifier.session_reader.probabilities(sessions))
+        readers = Batcher(
+            metrics.counted(lambda them: classifier.session_reader.probabilities(them))
+        )
         batchers.append(readers)
         table = SessionTable(config.max_sessions, config.session_seconds)
         routes += session_routes(
             model, table, readers.probabilities, config.max_body_bytes, batcher.counted_bytes
         )
-    middleware = [Middleware(OnlyLoopback)] if only_loopback else []
+    middleware = [Middleware(Measured, metrics), *[Middleware(OnlyLoopback)] * only_loopback]
     return Starlette(routes=routes, lifespan=lifespan, middleware=middleware)
 
 

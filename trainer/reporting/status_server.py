@@ -17,6 +17,8 @@ import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
 
+import prometheus_client as prometheus
+
 from data_pipelines.errors import InputError
 
 MAX_CONNECTIONS = 16  # at once; each takes a descriptor and a thread of the training process
@@ -64,7 +66,7 @@ class Vitals:
 
 
 def prometheus_text(vitals: Vitals) -> str:
-    """Returns the metrics in Prometheus's text format, version 0.0.4."""
+    """Returns the metrics in Prometheus's text format."""
     now = time.monotonic()
     rows = [
         ("step", "Steps done in this stage.", vitals.step),
@@ -77,15 +79,11 @@ def prometheus_text(vitals: Vitals) -> str:
         rows.append(
             ("checkpoint_age_seconds", "Since a checkpoint was written.", now - vitals.saved)
         )
-    return "".join(
-        f"# HELP warmstate_{name} {text}\n# TYPE warmstate_{name} gauge\n"
-        f'warmstate_{name}{{stage="{vitals.stage}"}} {_number(value)}\n'
-        for name, text, value in rows
-    )
-
-
-def _number(value: float) -> str:
-    return "NaN" if math.isnan(value) else repr(value).replace("inf", "Inf")
+    registry = prometheus.CollectorRegistry()
+    for name, text, value in rows:
+        gauge = prometheus.Gauge(f"warmstate_{name}", text, ["stage"], registry=registry)
+        gauge.labels(vitals.stage).set(value)
+    return prometheus.generate_latest(registry).decode()
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -156,8 +154,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self) -> tuple[int, str, str]:
         if self.path == "/metrics":
-            text = prometheus_text(self.server.vitals)
-            return 200, "text/plain; version=0.0.4; charset=utf-8", text
+            return 200, prometheus.CONTENT_TYPE_LATEST, prometheus_text(self.server.vitals)
         url = urllib.parse.urlsplit(self.path)
         if url.path == "/started":
             started = self.server.vitals.has_stepped()

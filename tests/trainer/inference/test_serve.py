@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from data_pipelines.errors import InputError
 from tests import forked
@@ -112,6 +113,42 @@ def test_many_clients_at_once_each_get_their_own_answer(server: tuple) -> None:
         assert found["predictions"][0]["label"] == wanted["label"]
         probabilities = found["predictions"][0]["probabilities"]
         assert probabilities == pytest.approx(wanted["probabilities"], abs=2e-6)
+
+
+def test_metrics_say_what_was_answered(classifier_bundle: Path) -> None:
+    with served(classifier_bundle, "--max_texts=50") as (_, port):
+        for body, status in (({"texts": TEXTS}, 200), ({"text": "fine"}, 200), ({"text": 3}, 422)):
+            assert ask(port, body)[0] == status
+        _, opened = ask(port, {}, "/sessions")
+        assert ask(port, {"text": "a piece"}, f"/sessions/{opened['session']}")[0] == 200
+        assert get(port, "/none")[0] == 404
+        head = b"GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+        assert b" 421 " in raw(port, head)
+        found = metrics_of(port)
+        counts = {"200": 3, "201": 1, "404": 1, "421": 1, "422": 1}
+        assert {c: found[f'warmstate_requests_total{{code="{c}"}}'] for c in counts} == counts
+        assert found["warmstate_request_seconds_count"] == 5
+        assert 0 < found["warmstate_request_seconds_sum"] < 60
+        assert found["warmstate_batch_texts_count"] == 3
+        assert found["warmstate_batch_texts_sum"] == len(TEXTS) + 2
+        assert found['warmstate_batch_texts_bucket{le="1.0"}'] == 2
+        assert found["warmstate_pending_texts"] == 0
+        with ThreadPoolExecutor(1) as client:
+            slow = client.submit(ask, port, {"texts": ["so long " * 2_000] * 50})
+            while metrics_of(port)["warmstate_pending_texts"] != 50:
+                assert not slow.done(), slow.result()
+        assert slow.result()[0] == 200 and metrics_of(port)["warmstate_pending_texts"] == 0
+
+
+def metrics_of(port: int) -> dict[str, float]:
+    status, headers, text = get(port, "/metrics")
+    assert status == 200 and headers["Content-Type"].startswith("text/plain; version=")
+    families = text_string_to_metric_families(text.decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {
+        s.name + "".join(f'{{{name}="{value}"}}' for name, value in s.labels.items()): s.value
+        for s in samples
+    }
 
 
 @pytest.mark.parametrize(
