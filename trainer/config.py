@@ -307,7 +307,8 @@ class PredictionConfig:
         "KIND is text, csv, tsv or jsonl; by default the file's ending tells. - or nothing: "
         "standard input.")
     output: str = _prediction("", "File for predictions, written like --input. Default: standard "
-        "output. With --stage=export: folder of the exported model.")
+        "output. With --stage=export: folder of the exported SavedModel, or a file that ends in "
+        ".keras.")
     hub_dir: str = _prediction("", "With --stage=export: folder to write for a model hub, with the "
         "bundle and a model card.")
     hub_licence: str = _prediction("", "Licence of the weights, for the model card, such as "

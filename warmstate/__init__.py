@@ -14,7 +14,8 @@ that is not part of a larger job; `warmstate launch` starts several workers.
 `warmstate.states` makes, reads and applies learned states of any Keras model.
 `warmstate.TaskBank` reads texts of many tasks in one batch, all on one frozen encoder.
 
-Importing this package imports no TensorFlow; the first call does.
+Importing this package imports no TensorFlow; the first call does. If Keras is imported already, it
+lets `keras.models.load_model` read what `export --output=FILE.keras` wrote.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import dataclasses
 import importlib
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +44,9 @@ __all__ = [
     *("prepare", "pretrain", "finetune", "evaluate"),
     *("load_encoder", "load_classifier", "predict", "states", "TaskBank"),
 ]
+
+if "keras" in sys.modules:
+    importlib.import_module("trainer.inference.keras_model")  # registers its class
 
 Setting = int | float | bool | str
 Log = Callable[[str], None]

@@ -1,8 +1,9 @@
-"""--stage=export: exports a classifier bundle as a SavedModel that takes raw text.
+"""--stage=export: exports a classifier bundle as a SavedModel or a .keras file that takes raw text.
 
-It contains the tokenizer and the initial state (h, c), so that TensorFlow alone can run it: TF
-Serving, or `tf.saved_model.load(folder).signatures["serving_default"]`. It runs on a CPU, whatever
-it was trained on.
+A SavedModel contains the tokenizer and the initial state (h, c), so that TensorFlow alone can run
+it: TF Serving, or `tf.saved_model.load(folder).signatures["serving_default"]`. A .keras file is
+read by `keras.models.load_model` after `import warmstate`. Both run on a CPU, whatever the
+classifier was trained on.
 """
 
 import json
@@ -15,14 +16,12 @@ import tensorflow as tf
 
 from data_pipelines.durable import put_in_place, remove
 from data_pipelines.errors import InputError
-from trainer.inference.text_classifier import (
-    SEPARATOR,
-    TextClassifier,
-    load_classifier,
-)
+from trainer.inference.keras_model import keras_model
+from trainer.inference.text_classifier import SEPARATOR, TextClassifier, load_classifier
 from trainer.models.context_state import UNKNOWN
 from trainer.safe_files import refuse_to_replace
 
+KERAS_ENDING = ".keras"
 TOLERANCE = 1e-5
 PROBE_WORDS = 40
 # Loads the export as a stranger would: in isolated mode none of our packages can be imported.
@@ -38,16 +37,25 @@ print(json.dumps({
     "labels": [each.decode() for each in (found.get("label", found.get("labels"))).numpy()],
 }))
 """
+KERAS_CHECK = """
+import json, sys
+import keras, warmstate
+import tensorflow as tf
+texts = tf.constant(json.loads(sys.stdin.read())["texts"])
+print(json.dumps({"probabilities": keras.models.load_model(sys.argv[1])(texts).numpy().tolist()}))
+"""
 
 
 def export(classifier_folder: Path, folder: Path) -> str:
     """Writes the SavedModel and checks it in a process without our code.
 
-    Its signature `serving_default` takes `texts`, string [texts], and if the classifier has
-    contexts, `contexts`, string [texts]. It returns `probabilities`, float32 [texts, classes], and
-    `label`, string [texts]. A classifier of --labels=multi returns `labels` in its place: those
-    whose probability reaches their threshold, separated by "|". assets.extra/classes.txt lists the
-    names of the classes in order.
+    If the name ends in .keras, it writes a Keras model, and checks it in a process with our code.
+
+    The SavedModel's signature `serving_default` takes `texts`, string [texts], and if the
+    classifier has contexts, `contexts`, string [texts]. It returns `probabilities`, float32
+    [texts, classes], and `label`, string [texts]. A classifier of --labels=multi returns `labels`
+    in its place: those whose probability reaches their threshold, separated by "|".
+    assets.extra/classes.txt lists the names of the classes in order.
 
     Returns:
         A summary to print.
@@ -57,10 +65,13 @@ def export(classifier_folder: Path, folder: Path) -> str:
     """
     model = load_classifier(classifier_folder)
     refuse_to_replace(folder, "--output")
-    beside = folder.with_name(folder.name + ".new")
+    beside = folder.with_name(f".new.{folder.name}")  # Keras looks at the ending
     remove(beside)
     try:
-        save(model, beside)
+        if folder.suffix == KERAS_ENDING:
+            keras_model(model, classifier_folder).save(beside)
+        else:
+            save(model, beside)
         difference = largest_difference(model, beside, probes(model))
         if not difference <= TOLERANCE:  # NaN: the labels differ
             raise RuntimeError(
@@ -71,9 +82,10 @@ def export(classifier_folder: Path, folder: Path) -> str:
         raise InputError(f"--output={folder} cannot be written: {error.strerror}") from None
     finally:
         remove(beside)
+    reader = "keras.models.load_model" if folder.suffix == KERAS_ENDING else "TensorFlow alone"
     return (
-        f"wrote {folder}; loaded by TensorFlow alone, its probabilities differ from the trainer's "
-        f"by at most {difference:.1e}"
+        f"wrote {folder}; loaded by {reader}, its probabilities differ from the trainer's by at "
+        f"most {difference:.1e}"
     )
 
 
@@ -113,7 +125,9 @@ def save(model: TextClassifier, folder: Path) -> None:
 
 def largest_difference(model: TextClassifier, folder: Path, texts: list[str]) -> float:
     """Returns the largest difference of a probability from the trainer's; NaN if labels differ."""
-    command = [sys.executable, "-I", "-c", CHECK, str(folder)]
+    is_keras = folder.suffix == KERAS_ENDING
+    flags = ["-c", KERAS_CHECK] if is_keras else ["-I", "-c", CHECK]
+    command = [sys.executable, *flags, str(folder)]
     inputs = {"texts": texts}
     contexts = None
     if known := model.context_names:  # some of them, and one that is unknown
@@ -124,7 +138,7 @@ def largest_difference(model: TextClassifier, folder: Path, texts: list[str]) ->
         raise RuntimeError(f"the exported model cannot be used:\n{done.stderr}")
     found = json.loads(done.stdout.splitlines()[-1])
     expected = model.probabilities(texts, contexts=contexts)
-    if found["labels"] != [model.prediction(row).answer for row in expected]:
+    if not is_keras and found["labels"] != [model.prediction(row).answer for row in expected]:
         return float("nan")
     return float(np.abs(np.array(found["probabilities"], np.float32) - expected).max())
 

@@ -125,7 +125,7 @@ class Classifier(keras.layers.Layer):
         """Returns the probability of each class, from `class_logits`."""
         return tf.sigmoid(class_logits) if self.multi_label else tf.nn.softmax(class_logits)
 
-    @property
+    # No property: Keras saves what every attribute leads to, and this one leads to itself.
     def directions(self) -> list["Classifier"]:
         """This classifier, and `backward` if there is one."""
         return [self] if self.backward is None else [self, self.backward]
@@ -161,7 +161,7 @@ class Classifier(keras.layers.Layer):
         """
         mask = tf.sequence_mask(lengths, tf.shape(tokens)[1])
         start, found = self.start(tokens, lengths, contexts), []
-        both = zip(self.directions, self.words(tokens, lengths), start, strict=True)
+        both = zip(self.directions(), self.words(tokens, lengths), start, strict=True)
         for direction, words, states in both:
             outputs, final = direction.encoder.read(words, mask, states, training=False)
             found.append(pooled(self.pooling, outputs, final[-1][0], mask))

@@ -72,7 +72,7 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
     classifier = make_classifier(run)
     if classifier.encoder.normalised:
         frequencies = word_frequencies(run)
-        for direction in classifier.directions:
+        for direction in classifier.directions():
             direction.encoder.frequencies.assign(frequencies)
     report: dict[str, Any] = {
         "init_weights": config.init_weights,
@@ -80,7 +80,7 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         "train": config.train,
     }
     if config.init_embeddings and config.init_weights == "random":
-        for direction in classifier.directions:
+        for direction in classifier.directions():
             report["init_embeddings"] = init_embeddings(run, direction.encoder)
     encoders: dict[str, str] = {}
     codes: list[np.ndarray | None] = []

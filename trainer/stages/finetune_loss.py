@@ -56,7 +56,7 @@ class FinetuneLoss:
         self, rows: Rows, step: tf.Tensor, shard: int | tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the summed loss and the number of labelled documents."""
-        encoders = [direction.encoder for direction in self._classifier.directions]
+        encoders = [direction.encoder for direction in self._classifier.directions()]
         seed = seeds.fold(self._config.seed, seeds.RECURRENT_WEIGHT_DROPOUT, step)
         with dropped_weights(encoders, self._config.recurrent_weight_dropout, seed):
             return self._of_rows(rows, step, shard)

@@ -52,14 +52,14 @@ def fit_head(
         label = run.store.label_sets[label]
     heads: dict[str, np.ndarray] | None = None
     if run.is_chief:
-        parts = np.split(features, len(classifier.directions), axis=1)
+        parts = np.split(features, len(classifier.directions()), axis=1)
         heads = {}
         for number, (part, code) in enumerate(zip(parts, codes, strict=True)):
             code = code if config.pooling == "mean" else None
             kernel, bias = fitted(part, label, classifier.num_classes, code)
             heads |= {f"{number}/kernel": kernel, f"{number}/bias": bias}
     received = run.distributor.broadcast_arrays(heads)
-    for number, direction in enumerate(classifier.directions):
+    for number, direction in enumerate(classifier.directions()):
         direction.output_layer.kernel.assign(received[f"{number}/kernel"])
         direction.output_layer.bias.assign(received[f"{number}/bias"])
     run.log(f"finetune: the linear head starts from a logistic regression of {len(view):,} labels")

@@ -45,7 +45,7 @@ def warm_start(
     )
     size, encoders, codes = 0, {}, []
     held: dict[str, np.ndarray] = {}
-    for direction, (flag, folder, prefix) in zip(classifier.directions, named, strict=False):
+    for direction, (flag, folder, prefix) in zip(classifier.directions(), named, strict=False):
         received, sent = read(run, Path(folder), flag)
         size += sent
         encoders[flag] = received.info["tensors_sha256"]

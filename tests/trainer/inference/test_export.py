@@ -3,7 +3,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from data_pipelines.errors import InputError
 from data_pipelines.sources import open_source
@@ -52,8 +55,6 @@ def loaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_with_contexts_takes_them(
     make_classifier_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import tensorflow as tf
-
     folder = make_classifier_bundle(num_contexts=3)
     export(folder, tmp_path / "1")  # compares texts of each context
     texts, contexts = ["A fine film."] * 3, ["ann", "bob", "nobody"]
@@ -67,8 +68,6 @@ def test_a_model_with_contexts_takes_them(
 def test_a_model_of_label_sets_answers_labels(
     make_classifier_bundle: Callable[..., Path], tmp_path: Path, loaded_here: None
 ) -> None:
-    import tensorflow as tf
-
     folder = make_classifier_bundle(("a", "b"), multi_label=True)
     export(folder, tmp_path / "1")
     texts = ["A fine film.", "bad " * 9, "", "so long", "I liked it", "no"]
@@ -84,3 +83,36 @@ def test_a_model_that_answers_otherwise_is_noticed(
     other = load_classifier(make_classifier_bundle(NAMES, reads_first=True, max_tokens=3))
     texts = [f"this is a rather long review, number {i}" for i in range(20)]
     assert not largest_difference(other, exported, texts) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reads_first": True},
+        {"class_names": ("a", "b"), "multi_label": True},
+        {"pooling": "concat"},
+    ],
+)
+def test_keras_reads_the_file(
+    make_classifier_bundle: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    folder = make_classifier_bundle(**options)
+    said = export(folder, tmp_path / "model.keras")  # compares, in another process
+    assert "loaded by keras.models.load_model" in said
+    model = keras.models.load_model(tmp_path / "model.keras")
+    loaded, texts = load_classifier(folder), ["A fine film.", "bad " * 9, "", "ça va\n<br />"]
+    expected = loaded.probabilities(texts)
+    for found in (model(tf.constant(texts)), model.predict(tf.constant(texts), verbose=0)):
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert model.class_names == loaded.class_names
+    model.save(tmp_path / "again.keras")
+    again = keras.models.load_model(tmp_path / "again.keras")
+    np.testing.assert_array_equal(again(tf.constant(texts)), model(tf.constant(texts)))
+
+
+def test_a_classifier_with_contexts_is_no_keras_file(
+    make_classifier_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="reads the author of each text, and a .keras file takes"):
+        export(make_classifier_bundle(num_contexts=3), tmp_path / "model.keras")
+    assert not list(tmp_path.iterdir())

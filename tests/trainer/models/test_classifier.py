@@ -53,7 +53,7 @@ def test_a_linear_head_reads_the_mean_of_the_outputs_in_both_directions() -> Non
     for row, (tokens, length) in enumerate(zip(TOKENS, LENGTHS, strict=True)):
         end = length - 1
         words = [tokens[:length], [*tokens[:end][::-1], tokens[end]]]
-        for number, direction in enumerate(both.directions):
+        for number, direction in enumerate(both.directions()):
             outputs, _ = direction.encoder(np.array([words[number]], np.int32), LENGTHS[row][None])
             means[number].append(np.asarray(outputs)[0].mean(0))
             expected[row] += means[number][-1] @ direction.output_layer.kernel.numpy() / 2
