@@ -87,6 +87,11 @@ test-s3: $(INSTALLED) ## tests against moto's S3 server, which .venv-s3 holds
 	    tests/data_pipelines/store/test_fetch.py tests/integration/test_mirror.py
 	PYTHONPATH=.venv-s3 $(BIN)/python -m pytest -n0 tests/integration/test_kubernetes.py -k without_a_shared_volume
 
+test-spark: $(INSTALLED) ## prepare on Spark: one process, and a cluster that loses an executor; PySpark is in .venv-spark (needs Java 17)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-spark \
+	    'pyspark==4.3.0' 'py4j==0.10.9.9'
+	PYTHONPATH=.venv-spark $(BIN)/python -m pytest -n0 tests/data_pipelines/prepare/test_spark.py
+
 test-k8s: $(INSTALLED) ## Kubernetes tests on a cluster: KUBECONFIG=..., WARMSTATE_K8S_IMAGE=...
 	$(BIN)/python -m pytest tests/integration/test_kubernetes_cluster.py
 

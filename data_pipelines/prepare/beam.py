@@ -16,17 +16,17 @@ INSTALL = "pip install 'apache-beam>=2.77,<3' in a separate virtual environment"
 
 
 def beam_faults(runner: str, options: str) -> list[str]:
-    """Returns the faults of --runner and --beam_options, without importing Beam."""
+    """Returns the faults of --runner and --runner_options, without importing Beam."""
     if not runner:
-        return [f"--beam_options={options} needs --runner"] if options else []
+        return [f"--runner_options={options} needs --runner"] if options else []
     if runner not in RUNNERS:
-        return [f"--runner={runner} is not one of {', '.join(RUNNERS)}"]
+        return [f"--runner={runner} is not spark, and none of {', '.join(RUNNERS)}"]
     if importlib.util.find_spec("apache_beam") is None:
         return [f"--runner={runner} needs Apache Beam: {INSTALL}; see docs/data-preparing.md"]
     try:
         shlex.split(options)
     except ValueError as error:
-        return [f"--beam_options={options}: {error}"]
+        return [f"--runner_options={options}: {error}"]
     return []
 
 

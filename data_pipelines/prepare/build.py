@@ -1,9 +1,9 @@
 """Builds a token store from a source's text.
 
 A source's parts are tokenized independently (`drafts`), by as many processes as the machine has
-cores or by Apache Beam (`runners`, `beam`). The drafts' word counts give the vocabulary; then each
-draft becomes a shard. Drafts and shards are kept in OUT.building: a prepare that was killed resumes
-from them. The store's bytes depend on the data and the flags alone.
+cores, by Apache Spark or by Apache Beam (`runners`, `spark`, `beam`). The drafts' word counts give
+the vocabulary; then each draft becomes a shard. Drafts and shards are kept in OUT.building: a
+prepare that was killed resumes from them. The store's bytes depend on the data and the flags alone.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from data_pipelines.prepare.drafts import Draft, draft_part, find_duplicates, pa
 from data_pipelines.prepare.fingerprint import digest, fingerprint, keyed_folder
 from data_pipelines.prepare.runners import Progress, runner_for
 from data_pipelines.prepare.shards import CONTEXTS_FILE, ShardTask, shard_part, shard_tasks
+from data_pipelines.prepare.spark import SPARK, SparkRunner
 from data_pipelines.prepare.vocabulary import choose_pieces, vocabulary_facts
 from data_pipelines.sources.source import Source, label_sets_of
 from data_pipelines.store.manifest import MAX_LABEL_CELLS, token_dtype
@@ -153,8 +154,11 @@ class _Build:
         self._building = building
         self._begin = time.monotonic()
         self._parts = parts_of(source)
-        if config.runner:
-            self._runner: Any = BeamRunner(config.runner, config.beam_options)
+        self._runner: Any
+        if config.runner == SPARK:
+            self._runner = SparkRunner(config.runner_options)
+        elif config.runner:
+            self._runner = BeamRunner(config.runner, config.runner_options)
         else:
             self._runner = runner_for(config.processes, len(self._parts))
 

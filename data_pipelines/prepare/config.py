@@ -10,6 +10,7 @@ from data_pipelines import flag_fields
 from data_pipelines.errors import InputError
 from data_pipelines.flag_fields import flag
 from data_pipelines.prepare.beam import beam_faults
+from data_pipelines.prepare.spark import SPARK, spark_faults
 from data_pipelines.sources import Source, open_source
 from data_pipelines.sources.combined import open_combined
 from data_pipelines.tokenizers import TOKENIZERS
@@ -67,9 +68,11 @@ class PrepareConfig:
         at_least=0)
     processes: int = _execution(1, "Number of processes that tokenize. 0: one per core. The result "
         "is the same.", at_least=0)
-    runner: str = _execution("", "Apache Beam runner: DirectRunner, FlinkRunner, SparkRunner or "
-        "DataflowRunner. Default: processes of this machine.")
-    beam_options: str = _execution("", "Options for Apache Beam, e.g. '--flink_master=HOST:8081'.")
+    runner: str = _execution("", "Cluster to run on: spark, or a runner of Apache Beam "
+        "(DirectRunner, FlinkRunner, SparkRunner, DataflowRunner). Default: processes of this "
+        "machine.")
+    runner_options: str = _execution("", "Properties of Spark, e.g. "
+        "'spark.master=spark://HOST:7077 spark.executor.memory=4g', or flags of Apache Beam.")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -88,7 +91,11 @@ class PrepareConfig:
             faults.append(f"--unlabelled_text_key={self.unlabelled_text_key} needs --unlabelled")
         if self.vocab_file:
             faults += self._vocab_file_faults()
-        return faults + self._byte_faults() + beam_faults(self.runner, self.beam_options)
+        if self.runner == SPARK:
+            faults += spark_faults(self.runner_options)
+        else:
+            faults += beam_faults(self.runner, self.runner_options)
+        return faults + self._byte_faults()
 
     def _vocab_file_faults(self) -> list[str]:
         faults = []

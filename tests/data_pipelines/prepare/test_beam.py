@@ -39,7 +39,7 @@ def spec(tmp_path: Path) -> str:
 )
 def test_beam_makes_the_same_bytes(spec: str, tmp_path: Path, options: str) -> None:
     here = ensure_store(PrepareConfig(spec, vocab_size=9), tmp_path / "here", quiet)
-    config = PrepareConfig(spec, vocab_size=9, runner="DirectRunner", beam_options=options)
+    config = PrepareConfig(spec, vocab_size=9, runner="DirectRunner", runner_options=options)
     beam = ensure_store(config, tmp_path / "beam", quiet)
     assert contents(beam.folder) == contents(here.folder)
     assert not (tmp_path / "beam.building").exists()
@@ -65,5 +65,5 @@ def test_without_beam_the_message_says_how_to_install_it(monkeypatch: pytest.Mon
 
 def test_faults_of_the_flags() -> None:
     assert beam_faults("", "") == []
-    assert beam_faults("", "--x") == ["--beam_options=--x needs --runner"]
-    assert "is not one of DirectRunner" in beam_faults("Local", "")[0]
+    assert beam_faults("", "--x") == ["--runner_options=--x needs --runner"]
+    assert "is not spark, and none of DirectRunner" in beam_faults("Local", "")[0]

