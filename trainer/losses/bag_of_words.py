@@ -9,6 +9,8 @@ E q + b, with the word embeddings E, is compared with it without ever forming on
 where E'x and b'x are sums over the words of the document alone.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
 from trainer.distribution.weight_statistics import of_weights
@@ -51,7 +53,7 @@ def reconstruction_error(
     """
     gram, of_bias, bias_square = of_weights(
         lambda: (
-            tf.matmul(embeddings, embeddings, transpose_a=True),  # [dim, dim]
+            _gram(tf.convert_to_tensor(embeddings)),
             tf.linalg.matvec(embeddings, bias, transpose_a=True),  # [dim]
             tf.reduce_sum(tf.square(bias)),
         )
@@ -65,3 +67,13 @@ def reconstruction_error(
     )
     has_words = tf.cast(tf.reduce_any(shares > 0, axis=1), codes.dtype)  # x'x
     return reconstructed - 2 * (tf.reduce_sum(codes * target, axis=1) + bias_target) + has_words
+
+
+@tf.custom_gradient
+def _gram(embeddings: tf.Tensor) -> Any:
+    """Returns E'E, [dim, dim], whose gradient is one product, where TensorFlow's are two."""
+
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(embeddings, upstream + tf.transpose(upstream))
+
+    return tf.matmul(embeddings, embeddings, transpose_a=True), gradient
