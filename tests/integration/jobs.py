@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests import forked
 from tests.integration.programs import ENVIRONMENT, REPOSITORY, SMALL
 from tests.processes import children_of, ended
 
@@ -52,7 +51,9 @@ class Job:
 
     def worker_pids(self, workers: int = 2) -> dict[int, int]:
         """Returns the workers' process ids, by rank."""
+        limit = time.monotonic() + 300
         while len(pids := self._pids_of_ranks()) < workers:  # they are being started
+            assert self.process.poll() is None and time.monotonic() < limit, "no workers are there"
             time.sleep(0.01)
         return pids
 
@@ -90,7 +91,8 @@ def job(
     (patch / "sitecustomize.py").write_text(HURT_ON_SIGNAL)
     launcher = [sys.executable, "-u", "-m", "launch.main", "--workers=2"]
     launcher += [*DISTRIBUTOR_FLAGS[distributor], *launcher_flags]
-    process = forked.Popen(
+    # By exec, never forked: only then are sitecustomize.py run and /proc/PID/environ right.
+    process = subprocess.Popen(
         [*launcher, "--", *SMALL, *flags],
         cwd=REPOSITORY,
         env=ENVIRONMENT | {"PYTHONPATH": str(patch)},

@@ -15,9 +15,8 @@ from tests.integration.soak import GROWTH, MOST_THREADS, Samples
     "distributor", ["multi_worker", pytest.param("horovod", marks=pytest.mark.horovod)]
 )
 def test_600_quick_steps_leave_nothing_behind(
-    small_store: Path, tmp_path: Path, distributor: str, monkeypatch: pytest.MonkeyPatch
+    small_store: Path, tmp_path: Path, distributor: str
 ) -> None:
-    monkeypatch.setenv("EXEC", "1")  # forked processes share memory, which hides what they use
     flags = ("--stage=pretrain", f"--store={small_store}", f"--run_dir={tmp_path}/run")
     flags += ("--pretrain_steps=100000", "--log_every_steps=50", "--checkpoint_every_steps=50")
     with job(distributor, tmp_path, *flags, seconds=1400) as running:
