@@ -155,6 +155,11 @@ class Server:
         )
         return {o["Key"]: o["Size"] for page in pages for o in page.get("Contents", [])}
 
+    def unfinished_uploads(self, prefix: str) -> list[str]:
+        """Returns the keys of uploads in parts that were neither completed nor aborted."""
+        found = self.client().list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)
+        return [upload["Key"] for upload in found.get("Uploads", [])]
+
     def _ask(self, data: bytes | None) -> bytes:
         with urllib.request.urlopen(self.endpoint + CONTROL, data, timeout=30) as reply:
             return reply.read()

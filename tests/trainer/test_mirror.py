@@ -432,6 +432,28 @@ def test_a_process_that_is_killed_at_any_request_leaves_a_whole_state(
     assert {key.rpartition("/")[2] for key in server.keys(prefix + "objects/")} == named
 
 
+# A file of 100 MB or more goes up in parts of 50 MB.
+IN_PARTS = 105_000_000
+
+
+@needs_s3
+@pytest.mark.parametrize("kind", ["cut", "slow_down"])
+def test_an_upload_in_parts_that_fails_is_repeated(
+    server: Server, s3: str, tmp_path: Path, kind: str
+) -> None:
+    folder, lines = tmp_path / "run", Lines()
+    folder.mkdir()
+    with mirrored(s3, folder, False, lines) as saved:
+        server.fail(kind, part="partNumber=2")
+        (folder / "large").write_bytes(os.urandom(1000) * (IN_PARTS // 1000))
+        saved()
+        assert "once the store takes it" in lines.wait_for("warning")
+        server.work()
+        lines.wait_for("is up to date again, after")
+    assert fetched(s3, tmp_path / "second") == content(folder)
+    assert not server.unfinished_uploads(tmp_path.name)
+
+
 @needs_s3
 @pytest.mark.parametrize("skipped", [0, 3])
 def test_a_process_that_is_killed_while_it_fetches_can_fetch_again(
