@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import allreduce
+from benchmarks import allreduce, worker_counts
 from benchmarks.machine import facts
 from benchmarks.processes import markdown_table
 from tests.integration.equivalence import (
@@ -254,6 +254,7 @@ def page(measured: dict[str, Any]) -> str:
         scaling=scaling_table(measured["weak_scaling"]),
         distinct=f"{measured['distinct_rows']:,.0f}",
         simulated=markdown_table(measured["simulated"]),
+        workers=worker_counts.table(json.loads(worker_counts.OUT.read_text())["rows"]),
     )
 
 
