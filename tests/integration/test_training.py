@@ -152,6 +152,7 @@ def test_a_carried_state_resumes_with_the_same_bits_and_on_other_workers(
     small_store: Path, tmp_path: Path
 ) -> None:
     flags = ("--stage=pretrain", f"--store={small_store}", *STREAM, "--pretrain_steps=24")
+    flags += ("--checkpoint_every_steps=4",)  # each waits for the one before: some are there
     whole, cut, other = (tmp_path / name for name in ("whole", "cut", "other"))
     train(1, *flags, f"--run_dir={whole}")
     killed = train_until("step 12/24", signal.SIGKILL, 1, *flags, f"--run_dir={cut}")

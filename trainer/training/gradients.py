@@ -134,15 +134,9 @@ def dense(gradient: Gradient) -> tf.Tensor:
 
 
 def added(gradients: Sequence[Gradient], others: Sequence[tf.Tensor | None]) -> list[Gradient]:
-    """Returns the sums of gradients, of distinct rows or dense, and dense ones, if there are."""
-
-    def both(gradient: Gradient, other: tf.Tensor) -> tf.Tensor:
-        if isinstance(gradient, tf.IndexedSlices):
-            return tf.tensor_scatter_nd_add(other, gradient.indices[:, None], gradient.values)
-        return gradient + other
-
+    """Returns the sums of gradients and dense ones, if there are."""
     return [
-        gradient if other is None else both(gradient, other)
+        gradient if other is None else dense(gradient) + other
         for gradient, other in zip(gradients, others, strict=True)
     ]
 

@@ -219,14 +219,12 @@ class Traced(NamedTuple):
 
     Attributes:
         is_sparse: Whether the batch gives a few rows of the gradient only.
-        is_whole: Whether statistics of the weights give it more than these rows.
-        is_table: Whether not, and the variable is read by `lookup`.
+        is_table: Whether all of the gradient is these rows, and the variable is read by `lookup`.
         count_rows: Batch -> number of distinct rows of each gradient on the first local shard; 0
             for a dense one. It uses indices only, so that TensorFlow computes nothing else.
     """
 
     is_sparse: list[bool]
-    is_whole: list[bool]
     is_table: list[bool]
     count_rows: Callable[[dict[str, tf.Tensor]], list[tf.Tensor]]
 
@@ -270,4 +268,4 @@ def trace_gradients(
         is_sparse and i in read and not is_whole
         for i, (is_sparse, is_whole) in enumerate(zip(sparse, whole, strict=True))
     ]
-    return Traced(sparse, whole, is_table, count_rows)
+    return Traced(sparse, is_table, count_rows)

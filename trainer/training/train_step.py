@@ -158,10 +158,10 @@ class TrainStep:
         small = shard.of_statistics
         gradients = [divided(gradient, divisor) for gradient in [*gradients, *small]]
         none = [False] * len(small)
-        as_rows, stay_rows = [*self._as_rows, *none], [*self._stay_rows, *none]
+        as_rows, by_rows = [*self._as_rows, *none], [*self._by_rows, *none]
         with tf.name_scope("collective"):
             gradients = reduce_gradients(
-                distributor, gradients, as_rows, counts, config.compress, stay_rows
+                distributor, gradients, as_rows, counts, config.compress, by_rows
             )
         # What the statistics of the weights give the tables, from the sum.
         own = len(self._variables)
@@ -207,15 +207,11 @@ class TrainStep:
             first,
             [_whole_and_row_bytes(variable) for variable in self._variables],
         )
-        can_stay = [distributor.num_shards == 1 or travels for travels in self._as_rows]
-        by_rows = [table and can for table, can in zip(traced.is_table, can_stay, strict=True)]
-        self._stay_rows = [
-            can and (is_table or (is_sparse and is_whole))
-            for can, (is_sparse, is_whole, is_table) in zip(
-                can_stay, zip(*traced[:3], strict=True), strict=True
-            )
+        self._by_rows = [
+            is_table and (distributor.num_shards == 1 or travels_as_rows)
+            for is_table, travels_as_rows in zip(traced.is_table, self._as_rows, strict=True)
         ]
-        self._optimizer.train_by_rows(traced.is_table, by_rows)
+        self._optimizer.train_by_rows(traced.is_table, self._by_rows)
 
     def _run_several(
         self, iterator: Iterator[Batch], count: tf.Tensor, stop: tf.Tensor
