@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 
-# Each replica of a MirroredStrategy runs in a thread of its own.
+# Each replica of a MirroredStrategy runs in a separate thread.
 _collecting = threading.local()
 
 
