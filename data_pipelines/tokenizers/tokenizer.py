@@ -57,8 +57,12 @@ class Tokenizer(tf.Module):
         ends = tf.fill([ids.nrows(), 1], tf.constant(END_ID, tf.int32))
         return tf.concat([ids, tf.RaggedTensor.from_tensor(ends)], axis=1)
 
-    def rows(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
-        """Returns what `encode` returns, a row for each text, outside of any graph."""
+    def rows(self, texts: Sequence[str | bytes]) -> Sequence[Sequence[int] | np.ndarray]:
+        """Returns what `encode` returns, a row for each text, outside of any graph.
+
+        Args:
+            texts: Bytes need not be UTF-8.
+        """
         if not texts:
             return []
         ids = self._encode(tf.constant(list(texts), tf.string))

@@ -55,12 +55,13 @@ class WordTokenizer(Tokenizer):
         words = self.split(texts)
         return words.with_flat_values(tf.cast(self._table.lookup(words.flat_values), tf.int32))
 
-    def rows(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
+    def rows(self, texts: Sequence[str | bytes]) -> Sequence[Sequence[int] | np.ndarray]:
         """Returns what `encode` returns; ASCII texts, which most are, spare TensorFlow."""
         others = iter(super().rows([text for text in texts if not text.isascii()]))
         return [self._row_of_ascii(text) if text.isascii() else next(others) for text in texts]
 
-    def _row_of_ascii(self, text: str) -> list[int]:
+    def _row_of_ascii(self, text: str | bytes) -> list[int]:
+        text = text.decode() if isinstance(text, bytes) else text
         text = _ASCII_BREAK.sub(" ", text) if "<" in text else text
         text = text.lower() if self.lowercase else text
         number = self._numbers.get

@@ -26,9 +26,13 @@ def make_classifier_bundle(
         class_names: tuple[str, ...] = ("neg", "pos"),
         reads_first: bool = False,
         max_tokens: int = 60,
+        normalised: bool = False,
         **settings: object,
     ) -> Path:
-        encoders = [Encoder(store.vocab_size, 8, 12, seed=seed) for seed in range(1 + reads_first)]
+        encoders = [
+            Encoder(store.vocab_size, 8, 12, seed=seed, normalised=normalised and not seed)
+            for seed in range(1 + reads_first)
+        ]
         reader = encoders[1] if reads_first else None
         classifier = Classifier(encoders[0], len(class_names), reader=reader, **settings)
         classifier.build()
@@ -37,6 +41,8 @@ def make_classifier_bundle(
         variables = bundle.classifier_variables(classifier)
         for variable in variables.values():  # large, so that texts differ clearly
             variable.assign(random.normal(0, 0.7, variable.shape))
+        if normalised:
+            encoders[0].frequencies.assign(random.dirichlet(np.ones(store.vocab_size)))
         some = store.split("test").gather(np.arange(20), max_tokens)
         logits = classifier.logits(*some, training=False)  # and to every class as often
         classifier.output_layer.bias.assign_sub(np.median(logits, axis=0))

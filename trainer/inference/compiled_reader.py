@@ -4,14 +4,15 @@ Batches of a few short texts, which a server has, take a graph of the whole clas
 their products do.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
 import tensorflow as tf
 
 from trainer import native
-from trainer.models.classifier import Classifier, pooled
-from trainer.models.encoder import States
+from trainer.models.classifier import Classifier
+from trainer.models.context_state import UNKNOWN
 
 TABLE_BYTES = 1 << 26
 
@@ -33,8 +34,7 @@ class CompiledReader:
         ]
         head = (classifier.hidden, classifier.output_layer)
         self._head = [(d.kernel.numpy(), d.bias.numpy()) for d in head if d is not None]
-        pairs = classifier.encoder.initial_states
-        self._initial = [[part.numpy() for part in pair] for pair in pairs]
+        self._unread = classifier.unread([UNKNOWN]).numpy()
         self._no_mask = tf.zeros([0], tf.bool)
         self._no_index, self._no_bias = tf.zeros([0], tf.int32), tf.zeros([0])
         words, units = classifier.encoder.vocab_size, classifier.encoder.units
@@ -44,29 +44,72 @@ class CompiledReader:
 
     def logits(self, tokens: np.ndarray, lengths: np.ndarray, contexts: np.ndarray) -> np.ndarray:
         """Returns what `Classifier.logits` does, up to rounding; arguments as there."""
-        z, index = self._table, tokens
+        carried = np.repeat(self._unread, len(lengths), axis=0)
+        if self._classifier.num_contexts:
+            carried = self._classifier.unread(contexts).numpy()
+        (carried,) = self.read_on(carried, [(tokens, lengths)])
+        return self.logits_of_carried(carried, lengths)
+
+    def read_on(
+        self, carried: np.ndarray, pieces: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> list[np.ndarray]:
+        """Returns what is carried on after each piece; see `Classifier.read_on`.
+
+        Args:
+            carried: Before the first piece.
+            pieces: Tokens and lengths of each.
+        """
+        z, indices = self._table, [tokens for tokens, _ in pieces]
         if z is None:
-            distinct, places = np.unique(tokens, return_inverse=True)
-            z, index = self._of_words(distinct), places.reshape(tokens.shape).astype(np.int32)
-        mask = tf.constant(np.arange(tokens.shape[1]) < lengths[:, None])
-        pooling, last = self._classifier.pooling, len(self._weights) - 1
-        start = self._start(len(lengths), contexts)
-        for layer, ((_, recurrent, _), (h, c)) in enumerate(zip(self._weights, start, strict=True)):
-            outputs, final_h, *_ = self._operations.warmstate_lstm(
-                z,
-                index,
-                recurrent,
-                h,
-                c,
-                mask,
-                self._no_bias,
-                factors=tf.float32,
-                keep=False,
-                return_sequences=layer < last or pooling != "last",
+            distinct, places = np.unique(
+                np.concatenate([tokens.ravel() for tokens in indices]), return_inverse=True
+            )
+            z, ends = self._of_words(distinct), np.cumsum([tokens.size for tokens in indices])
+            of_pieces = np.split(places.astype(np.int32), ends[:-1])
+            indices = [p.reshape(t.shape) for p, t in zip(of_pieces, indices, strict=True)]
+        found = []
+        for index, (_, lengths) in zip(indices, pieces, strict=True):
+            carried = self._read_piece(carried, z, index, lengths)
+            found.append(carried)
+        return found
+
+    def _read_piece(
+        self, carried: np.ndarray, z: tf.Tensor, index: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray:
+        """Returns what is carried on after a piece whose words are rows `index` of `z`."""
+        mask = np.arange(index.shape[1]) < lengths[:, None]
+        pools, last = self._classifier.pooling != "last", len(self._weights) - 1
+        after, outputs = carried.copy(), tf.constant(0.0)
+        for layer, (_, recurrent, _) in enumerate(self._weights):
+            outputs, after[:, 2 * layer], after[:, 2 * layer + 1], *_ = (
+                self._operations.warmstate_lstm(
+                    z,
+                    index,
+                    recurrent,
+                    carried[:, 2 * layer],
+                    carried[:, 2 * layer + 1],
+                    mask,
+                    self._no_bias,
+                    factors=tf.float32,
+                    keep=False,
+                    return_sequences=layer < last or pools,
+                )
             )
             if layer < last:
                 z, index = self._product(outputs, layer + 1, mask), self._no_index
-        read = pooled(pooling, outputs, final_h, mask).numpy()
+        if pools:
+            add_outputs(after[:, 2 * last + 2 :], outputs.numpy(), lengths)
+        return after
+
+    def logits_of_carried(self, carried: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns what `Classifier.logits_of_carried` does; arguments as there."""
+        last = 2 * len(self._weights) - 2
+        found = {"last": carried[:, last]}
+        if self._classifier.pooling != "last":
+            found["mean"] = carried[:, last + 2] / counts[:, None]
+        if self._classifier.pooling == "concat":
+            found["concat"] = np.concatenate([*found.values(), carried[:, last + 3]], axis=1)
+        read = found[self._classifier.pooling]
         for place, (kernel, bias) in enumerate(self._head):
             read = (np.maximum(read, 0) if place else read) @ kernel + bias
         return read
@@ -80,13 +123,19 @@ class CompiledReader:
         kernel, _, bias = self._weights[layer]
         return self._operations.warmstate_product(inputs, kernel, bias, mask, transpose=False)
 
-    def _start(self, batch: int, contexts: np.ndarray) -> States:
-        """Returns the initial states of a batch."""
-        if self._classifier.num_contexts:
-            states = self._classifier.encoder.start(batch)
-            return self._classifier.in_context(states, tf.constant(contexts))
-        shape = (batch, self._classifier.encoder.units)
-        return [[np.broadcast_to(part, shape) for part in pair] for pair in self._initial]
+
+def add_outputs(pools: np.ndarray, outputs: np.ndarray, lengths: np.ndarray) -> None:
+    """Adds the LSTM's outputs to their sum so far, and to their maximum if there is one.
+
+    Args:
+        pools: [batch, 1 or 2, units]; changed in place.
+        outputs: [batch, time, units].
+        lengths: [batch], of each row's outputs that count.
+    """
+    for pool, of_row, length in zip(pools, outputs, lengths, strict=True):
+        pool[0] += of_row[:length].sum(axis=0)
+        if len(pool) > 1 and length:
+            np.maximum(pool[1], of_row[:length].max(axis=0), out=pool[1])
 
 
 def compiled_reader(classifier: Classifier) -> CompiledReader | None:

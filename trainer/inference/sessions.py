@@ -12,7 +12,6 @@ last `max_tokens` of a whole text: up to that number the answers are equal.
 import hashlib
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -20,6 +19,7 @@ import tensorflow as tf
 from data_pipelines.errors import InputError
 from data_pipelines.tokenizers.tokenizer import Tokenizer
 from trainer.distribution.variables import digest, values_of
+from trainer.inference.compiled_reader import CompiledReader
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.context_state import UNKNOWN
@@ -30,6 +30,7 @@ MAGIC, FORMAT_VERSION = b"warmsess", 1
 # Magic, format version, classifier's SHA-256, number of tokens, number of pending bytes.
 HEADER = struct.Struct("<8sI32sQI")
 CHECKSUM_BYTES = hashlib.sha256().digest_size
+Padded = tuple[np.ndarray, np.ndarray]  # tokens [batch, time] and lengths [batch]
 
 
 class ForeignSessionError(InputError):
@@ -39,6 +40,9 @@ class ForeignSessionError(InputError):
 class SessionReader:
     """Reads the pieces of any number of sessions of one classifier, as a batch.
 
+    Args:
+        compiled: Reads in place of the classifier's graph.
+
     Attributes:
         shape: Shape of what a session carries on.
         sha256: Digest of the classifier and its tokenizer, 32 bytes: equal digests read alike.
@@ -47,45 +51,44 @@ class SessionReader:
         InputError: The classifier cannot read a text in pieces.
     """
 
-    def __init__(self, classifier: Classifier, tokenizer: Tokenizer):
+    def __init__(
+        self, classifier: Classifier, tokenizer: Tokenizer, compiled: CompiledReader | None = None
+    ):
         if fault := stream_fault(classifier):
             raise InputError(fault)
-        self._classifier = classifier
+        self._classifier, self._compiled = classifier, compiled
         self.tokenizer = tokenizer
         held = digest(values_of(bundle.classifier_variables(classifier)))
         facts = [held, tokenizer.sha256, str(sorted(bundle.classifier_model(classifier).items()))]
         self.sha256 = hashlib.sha256("\n".join(facts).encode()).digest()
-        self.shape = tuple(classifier.unread().shape)
-        vectors, ids = (tf.TensorSpec([None, *self.shape]), tf.TensorSpec([None, None], "int32"))
-        lengths = tf.TensorSpec([None], tf.int32)
-        self._read = tf.function(
-            classifier.read_on, input_signature=[vectors, ids, lengths], autograph=False
-        )
-        self._answer = tf.function(
-            self._answers,
-            input_signature=[vectors, ids, lengths, ids, lengths, tf.TensorSpec([None])],
+        self.shape = tuple(classifier.unread([UNKNOWN]).shape[1:])
+        vectors, ids = (tf.TensorSpec([None, *self.shape]), tf.TensorSpec([None, None], tf.int32))
+        self._read_one = tf.function(
+            classifier.read_on,
+            input_signature=[vectors, ids, tf.TensorSpec([None], tf.int32)],
             autograph=False,
         )
 
     def unread(self, context: int) -> np.ndarray:
-        """Returns what is carried on before the first token; see `Classifier.unread`."""
-        return self._classifier.unread(context).numpy()
+        """Returns what is carried on before the first token: float32 [vectors, units]."""
+        return self._classifier.unread([context]).numpy()[0]
 
-    def _answers(
-        self,
-        carried: tf.Tensor,
-        tokens: tf.Tensor,
-        lengths: tf.Tensor,
-        ends: tf.Tensor,
-        end_lengths: tf.Tensor,
-        counts: tf.Tensor,
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns what is carried on after `tokens`, and the probabilities after `ends` as well."""
-        carried = self._classifier.read_on(carried, tokens, lengths)
-        at_end = self._classifier.read_on(carried, ends, end_lengths)
-        logits = self._classifier.logits_of_carried(at_end, counts)
-        logits = self._classifier.class_logits(logits)
-        return carried, self._classifier.probabilities(logits)
+    def _read(self, carried: np.ndarray, *pieces: Padded) -> list[np.ndarray]:
+        """Returns what is carried on after each piece; see `Classifier.read_on`."""
+        if self._compiled is not None:
+            return self._compiled.read_on(carried, pieces)
+        found = []
+        for tokens, lengths in pieces:
+            carried = self._read_one(carried, tokens, lengths).numpy()
+            found.append(carried)
+        return found
+
+    def _answers(self, carried: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns the probabilities of each class; see `Classifier.logits_of_carried`."""
+        reader = self._compiled or self._classifier
+        logits = reader.logits_of_carried(carried, counts.astype(np.float32))
+        logits = self._classifier.class_logits(tf.convert_to_tensor(logits))
+        return self._classifier.probabilities(logits).numpy()
 
     def probabilities(self, sessions: "Sequence[Session]") -> np.ndarray:
         """Returns the probability of each class for each session: float32 [sessions, classes].
@@ -95,26 +98,22 @@ class SessionReader:
         cuts = [self.tokenizer.settled(session.pending) for session in sessions]
         texts = [s.pending[:cut] for s, cut in zip(sessions, cuts, strict=True)]
         texts += [s.pending[cut:] for s, cut in zip(sessions, cuts, strict=True)]
-        ids = self.tokenizer.encode(tf.constant(texts, tf.string))
-        rows = np.split(ids.flat_values.numpy(), ids.row_splits.numpy()[1:-1])
+        rows = self.tokenizer.rows(texts)
         new = [row[:-1] for row in rows[: len(sessions)]]  # without the end token
         ends = rows[len(sessions) :]
         counts = np.array([s.tokens + len(n) for s, n in zip(sessions, new, strict=True)])
         totals = counts + [len(end) for end in ends]
-        carried: Any = np.stack([session.carried for session in sessions])
+        carried = np.stack([session.carried for session in sessions])
         while max(map(len, new)) > TOKENS_PER_CALL:
-            carried = self._read(carried, *_padded([n[:TOKENS_PER_CALL] for n in new]))
+            (carried,) = self._read(carried, _padded([n[:TOKENS_PER_CALL] for n in new]))
             new = [n[TOKENS_PER_CALL:] for n in new]
-        carried, found = self._answer(
-            carried, *_padded(new), *_padded(ends), totals.astype(np.float32)
-        )
+        carried, at_end = self._read(carried, _padded(new), _padded(ends))
+        found = self._answers(at_end, totals)
         # All at once: a session that fails to be read is as it was.
-        for session, vectors, count, cut in zip(
-            sessions, carried.numpy(), counts, cuts, strict=True
-        ):
+        for session, vectors, count, cut in zip(sessions, carried, counts, cuts, strict=True):
             session.carried, session.tokens = vectors.copy(), int(count)
             session.pending = session.pending[cut:]
-        return found.numpy()
+        return found
 
 
 class Session:
@@ -223,7 +222,7 @@ def stream_fault(classifier: Classifier) -> str:
     return ""
 
 
-def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _padded(rows: Sequence[Sequence[int] | np.ndarray]) -> Padded:
     """Returns int32 tokens [rows, time], with at least one step, and lengths [rows]."""
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), max(lengths.max(), 1)), np.int32)

@@ -193,7 +193,7 @@ class TextClassifier(tf.Module):
         Raises:
             InputError: The classifier cannot read a text in pieces.
         """
-        return SessionReader(self.classifier, self.tokenizer)
+        return SessionReader(self.classifier, self.tokenizer, self._reader)
 
     def session(self, context: str | None = None) -> Session:
         """Returns a new session: a text that arrives in pieces, none of which is read twice.
@@ -222,6 +222,8 @@ def load_classifier(folder: str | Path, flag: str = "--classifier") -> TextClass
     loaded = bundle.load(folder, "classifier", flag)
     classifier = bundle.new_classifier(loaded.info["model"])
     assign(bundle.classifier_variables(classifier), loaded.tensors)
+    for direction in classifier.directions():
+        direction.encoder.fix_moments()
     tokenizer = bundle_tokenizer(folder, loaded.info, flag)
     names = distinct_class_names(loaded.info, f"{flag}={folder}")
     contexts = (loaded.info.get("context_key", ""), loaded.info.get("context_names", ()))

@@ -248,12 +248,17 @@ class Classifier(keras.layers.Layer):
     def _head(self, read: tf.Tensor) -> tf.Tensor:
         return self.output_layer(read if self.hidden is None else self.hidden(read))
 
-    def unread(self, context: int = UNKNOWN) -> tf.Tensor:
-        """Returns what `read_on` carries on before the first token: float32 [vectors, units]."""
-        states = self.in_context(self.encoder.start(1), tf.constant([context]))
+    def unread(self, contexts: tf.Tensor) -> tf.Tensor:
+        """Returns what `read_on` carries on before the first token: [batch, vectors, units].
+
+        Args:
+            contexts: int32 [batch], -1 for unknown ones.
+        """
+        contexts = tf.convert_to_tensor(contexts, tf.int32)
+        states = self.in_context(self.encoder.start(tf.size(contexts)), contexts)
         state = [part for pair in states for part in pair]
-        outputs = [tf.zeros_like(state[0]), tf.fill(state[0].shape, state[0].dtype.min)]
-        return tf.concat([*state, *outputs[: _CARRIED_VECTORS[self.pooling]]], axis=0)
+        outputs = [tf.zeros_like(state[0]), tf.fill(tf.shape(state[0]), state[0].dtype.min)]
+        return tf.stack([*state, *outputs[: _CARRIED_VECTORS[self.pooling]]], axis=1)
 
     def read_on(self, carried: tf.Tensor, tokens: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
         """Returns what is carried on after more tokens of each document; see `inference.sessions`.

@@ -128,6 +128,7 @@ class Encoder(keras.layers.Layer):
         normalised: Whether embeddings are normalised to mean 0 and variance 1 over the words of a
             text (Miyato et al. 2017, equation 1).
         frequencies: [vocab_size], of the words in a text, with sum 1; only if normalised.
+        fixed_moments: See `fix_moments`; empty before.
         lstms: The stack, from the lowest layer; each reads the outputs of the one below. Their
             weights `initial_h` and `initial_c` are the learned initial state.
         initial: How new weights are drawn, beside the seed.
@@ -155,6 +156,7 @@ class Encoder(keras.layers.Layer):
         self.num_layers = num_layers
         self.normalised = normalised
         self.precision = precision
+        self.fixed_moments: tuple[np.ndarray, ...] = ()
         self.lstms = [self._make_lstm(layer) for layer in range(num_layers)]
 
     def _make_lstm(self, layer: int) -> WarmLSTM:
@@ -200,7 +202,7 @@ class Encoder(keras.layers.Layer):
         """Returns the tokens' embeddings: [batch, time, embedding_dim]."""
         if not self.normalised:
             return lookup(self.embeddings.value, tokens)
-        mean, deviation = of_weights(self.moments)
+        mean, deviation = self.fixed_moments or of_weights(self.moments)
         return (tf.gather(self.embeddings.value, tokens) - mean) / deviation
 
     def words(self, tokens: tf.Tensor) -> Words:
@@ -215,6 +217,14 @@ class Encoder(keras.layers.Layer):
         mean = tf.reduce_sum(weights * table, axis=0)
         variance = tf.reduce_sum(weights * tf.square(table - mean), axis=0)
         return mean, tf.sqrt(variance + SMALLEST_VARIANCE)
+
+    def fix_moments(self) -> None:
+        """Computes once what embeddings are normalised by; weights must not change any more.
+
+        Otherwise each call passes over the whole table, which takes longer than a short text.
+        """
+        if self.normalised:
+            self.fixed_moments = tuple(value.numpy() for value in self.moments())
 
     def absorb_normalisation(self) -> None:
         """Adapts the lowest LSTM's weights, trained on plain embeddings, to normalised ones.

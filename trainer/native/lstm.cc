@@ -281,6 +281,7 @@ class Packed {
   }
 
   void pack_tile(int64_t tile, int64_t factors) {
+    if (factor_ == Factor::kFloat && across_ == 1) return copy_tile(tile);
     constexpr int64_t kBlock = 16;  // rows of a tile that stay in the first cache meanwhile
     uint32_t* to = numbers_ + tile * loops_.tile * factors;
     for (int64_t block = 0; block < factors; block += kBlock) {
@@ -291,6 +292,21 @@ class Packed {
         for (int64_t k = block; k < end; ++k) {
           to[k * loops_.tile + v] = column < columns_ ? packed(from + k * steps() * along_, k) : 0;
         }
+      }
+    }
+  }
+
+  // The same where columns are neighbours: `width` of them at once, as few rows of text wait for this
+  // longer than for their steps.
+  void copy_tile(int64_t tile) {
+    for (int64_t v = 0; v < loops_.tile; v += loops_.width) {
+      const int64_t column = tile * loops_.tile + v;
+      const int64_t count = std::clamp<int64_t>(columns_ - column, 0, loops_.width);
+      uint32_t* to = numbers_ + tile * loops_.tile * depth_ + v;
+      const float* from = count ? matrix_ + place_of(column) : nullptr;
+      for (int64_t k = 0; k < depth_; ++k, to += loops_.tile) {
+        if (count) std::memcpy(to, from + k * along_, sizeof(float) * count);
+        std::fill(to + count, to + loops_.width, 0);
       }
     }
   }

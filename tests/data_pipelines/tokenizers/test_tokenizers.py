@@ -87,6 +87,8 @@ def test_rows_outside_of_a_graph_are_the_same(kind: str, texts: list[str], lower
     tokenizer, *_ = prepared(kind, lowercase)
     expected = tokenizer.encode(tf.constant(texts, tf.string)).to_list()
     assert [list(row) for row in tokenizer.rows(texts)] == expected
+    as_bytes = [text.encode() for text in texts]
+    assert [list(row) for row in tokenizer.rows(as_bytes)] == expected
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -20,12 +20,17 @@ def in_inference(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield
 
 
-def classifier_of(layers: int = 1, classes: int = 2, units: int = 16, **sizes: Any) -> Classifier:
-    classifier = Classifier(Encoder(40, 8, units, 0, num_layers=layers), classes, **sizes)
+def classifier_of(
+    layers: int = 1, classes: int = 2, units: int = 16, normalised: bool = False, **sizes: Any
+) -> Classifier:
+    encoder = Encoder(40, 8, units, 0, num_layers=layers, normalised=normalised)
+    classifier = Classifier(encoder, classes, **sizes)
     classifier.build()
     random = np.random.default_rng(3)
     for variable in classifier.variables:
         variable.assign(random.normal(0, 0.7, variable.shape))
+    if normalised:
+        encoder.frequencies.assign(random.dirichlet(np.ones(40)))
     return classifier
 
 
@@ -37,6 +42,7 @@ def classifier_of(layers: int = 1, classes: int = 2, units: int = 16, **sizes: A
         {"hidden_units": 0, "classes": 3},
         {"layers": 2, "pooling": "concat"},
         {"layers": 2, "pooling": "mean", "num_contexts": 2},
+        {"normalised": True, "pooling": "concat"},
     ],
 )
 def test_logits_are_those_of_the_graph(

@@ -1,5 +1,5 @@
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +9,16 @@ import tensorflow as tf
 from data_pipelines.errors import InputError
 from data_pipelines.tokenizers import make_tokenizer
 from tests.conftest import SomeReviews
-from trainer.inference import sessions
+from trainer import native
+from trainer.inference import compiled_reader, sessions
 from trainer.inference.sessions import ForeignSessionError, Session, SessionReader
 from trainer.inference.text_classifier import TextClassifier, load_classifier
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
 
+without_loops = pytest.mark.skipif(
+    not native.library_path().exists(), reason=f"no compiled loops: {native.BUILD}"
+)
 KINDS = {
     "word": (["film", "a", "the", "good"], {"type": "word", "lowercase": True}),
     "subword": (["fi", "##lm", "t", "##he", "a"], {"type": "subword", "lowercase": True}),
@@ -31,15 +35,24 @@ def reviews() -> list[bytes]:
 
 def random_classifier(pooling: str, vocab_size: int, classes: int = 2) -> Classifier:
     """Returns a classifier of two layers whose weights, states included, are all random."""
-    encoder = Encoder(vocab_size, 6, 8, seed=1, num_layers=2)
+    encoder = Encoder(vocab_size, 6, 16, seed=1, num_layers=2)
     classifier = Classifier(encoder, classes, pooling=pooling)
     classifier.build()
     random = np.random.default_rng(0)
     for variable in classifier.weights:
-        variable.assign(random.normal(0, 0.7, variable.shape))
+        variable.assign(random.normal(0, 0.5, variable.shape))
     return classifier
 
 
+@pytest.fixture(params=[False, pytest.param(True, marks=without_loops)], ids=["graph", "loops"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Reads by the classifier's graph, or by the compiled loops alone."""
+    monkeypatch.setattr(native, "_in_inference", request.param)
+    with native.using(native.best_instruction_set() if request.param else None):
+        yield
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("pooling", "kind", "classes"),
     [
@@ -53,6 +66,7 @@ def test_pieces_are_read_as_the_whole_is(
     monkeypatch: pytest.MonkeyPatch, reviews: list[bytes], pooling: str, kind: str, classes: int
 ) -> None:
     monkeypatch.setattr(sessions, "TOKENS_PER_CALL", 50)  # so that some pieces need several calls
+    monkeypatch.setattr(compiled_reader, "TABLE_BYTES", 0 if kind == "byte" else 1 << 20)
     tokenizer = make_tokenizer(*KINDS[kind])
     classifier = random_classifier(pooling, tokenizer.vocab_size, classes)
     model = TextClassifier(classifier, tokenizer, [*"abc"][:classes], max_tokens=10_000)
@@ -79,16 +93,16 @@ def test_no_token_is_read_twice(classifier_bundle: Path) -> None:
     read = []
 
     class Counted(SessionReader):
-        def _answers(self, carried: tf.Tensor, tokens: tf.Tensor, *rest: tf.Tensor) -> tuple:
-            tf.py_function(lambda lengths: read.append(int(lengths[0])), [rest[0]], [])
-            return super()._answers(carried, tokens, *rest)
+        def _read(self, carried: np.ndarray, *pieces: sessions.Padded) -> list[np.ndarray]:
+            read.append([int(lengths[0]) for _, lengths in pieces])
+            return super()._read(carried, *pieces)
 
     session = Session(Counted(model.classifier, model.tokenizer))
     for number in range(5):
         session.feed("a good film, again. ")
         session.probabilities()
         assert session.tokens == 6 * (number + 1)
-    assert read == [6] * 5
+    assert read == [[6, 1]] * 5  # the piece, and the end token from a copy of the state
 
 
 def test_many_sessions_are_read_in_one_batch(classifier_bundle: Path) -> None:

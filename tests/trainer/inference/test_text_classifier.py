@@ -10,6 +10,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.store.token_store import TokenStore
 from data_pipelines.tokenizers import load_tokenizer
 from trainer.inference.text_classifier import bundle_tokenizer, load_classifier
+from trainer.models.encoder import Encoder
 from trainer.safe_files import read_sealed, sealed
 
 TEXTS = ["A fine film!", "", "bad " * 300, "I did not like it.<br />At all.", "A fine film!"]
@@ -36,6 +37,22 @@ def test_probabilities_are_those_of_the_model_text_by_text(
         odds = np.exp(logits if len(names) > 2 else [-logits[0] / 2, logits[0] / 2])
         np.testing.assert_allclose(row, odds / odds.sum(), atol=1e-6)
     assert model.probabilities([]).shape == (0, len(names))
+
+
+def test_no_text_costs_a_pass_over_all_normalised_embeddings(
+    make_classifier_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_classifier(make_classifier_bundle(normalised=True))
+    monkeypatch.delattr(Encoder, "moments")
+    found, session = model.probabilities(TEXTS[:1]), model.session()
+    session.feed(TEXTS[0])
+    np.testing.assert_allclose(session.probabilities(), found[0], atol=1e-6)
+    monkeypatch.undo()
+    model.classifier.encoder.fixed_moments = ()
+    tokens = model.token_ids(TEXTS[:1]).to_tensor()
+    logits = model.classifier.logits(tokens, tf.shape(tokens)[1:], training=False)
+    expected = tf.nn.softmax(model.classifier.class_logits(logits))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_it_reads_what_the_trainer_reads(classifier_bundle: Path, small_store: Path) -> None:
