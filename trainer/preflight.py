@@ -89,6 +89,11 @@ def _object_store_faults(config: Config) -> Iterator[str]:
         must_be = is_remote(url) or (url and name == "mirror")
         if must_be and (fault := address_fault(url)):
             yield f"--{name}={url} {fault}"
+    if config.store_cache_bytes and not is_remote(config.store):
+        yield (
+            f"--store_cache_bytes={config.store_cache_bytes} needs a --store at an address, such "
+            "as s3://bucket/store"
+        )
 
 
 def _batch_size_faults(config: Config, cluster: Cluster) -> Iterator[str]:

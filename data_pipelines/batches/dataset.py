@@ -26,6 +26,7 @@ from data_pipelines.store.split_view import SplitView
 TIME_MULTIPLE = 8
 # Copying holds Python's lock: a second call only hides the first one's waits.
 PARALLEL_BATCHES = 2
+REMOTE_BATCHES = 16  # that are read at once where tokens are at an address: they wait for answers
 TYPES = {
     "tokens": tf.int32,
     "lengths": tf.int32,
@@ -85,9 +86,9 @@ def make_dataset(
 
     return (
         tf.data.Dataset.range(start_step, stop_step)
-        .map(load, num_parallel_calls=PARALLEL_BATCHES)
+        .map(load, num_parallel_calls=REMOTE_BATCHES if view.is_remote else PARALLEL_BATCHES)
         .prefetch(prefetch_batches)
-        .with_options(_options())
+        .with_options(_options(view.is_remote))
     )
 
 
@@ -113,12 +114,14 @@ def _types(view: SplitView, plan: BatchPlan | PackedPlan) -> dict[str, tf.DType]
     return TYPES | ({"contexts": tf.int32} if view.has_contexts else {})
 
 
-def _options() -> tf.data.Options:
+def _options(is_remote: bool) -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = True
     # The tuning thread can miss the end of its iterator: dropping the iterator then takes up to a
     # minute. Nothing here needs tuning.
     options.autotune.enabled = False
+    if is_remote:  # a step's operations must not wait for threads that wait for answers
+        options.threading.private_threadpool_size = REMOTE_BATCHES
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return options
 

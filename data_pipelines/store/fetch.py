@@ -1,10 +1,12 @@
 """What is at an address, fetched into a cache: once a node, whatever its workers.
 
 CACHE/warmstate/stores/DIGEST     CACHE is $XDG_CACHE_HOME or ~/.cache; DIGEST of the manifest
+CACHE/warmstate/stores-BYTES/DIGEST   the same without some files of tokens
 CACHE/warmstate/bundles/DIGEST    DIGEST of NAME.json; see `trainer.inference.hub`
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -44,15 +46,22 @@ def cache_folder(kind: str) -> Path:
     return Path(root) / "warmstate" / kind
 
 
-def fetched(url: str, log: Log) -> Path:
+def fetched(url: str, log: Log, most_bytes: int = 0) -> Path:
     """Returns the folder of the token store at `url`, fetched if the cache lacks it.
 
     Every file's size and SHA-256 are compared with the manifest.
 
+    Args:
+        most_bytes: What the folder may hold; 0 for everything. The tokens of the shards that would
+            exceed it stay at `url`; see `TokenStore`.
+
     Raises:
-        InputError: The store cannot be fetched, is damaged, or the cache cannot be written.
+        InputError: The store cannot be fetched, is damaged, or the cache cannot be written, or
+            `most_bytes` are too few for the other files.
     """
-    return cached(url, "stores", "manifest.json", _fetch_store, log, f"--store={url}")
+    kind = f"stores-{most_bytes}" if most_bytes else "stores"
+    fetch = functools.partial(_fetch_store, most_bytes=most_bytes)
+    return cached(url, kind, "manifest.json", fetch, log, f"--store={url}")
 
 
 def cached(
@@ -69,7 +78,7 @@ def cached(
     continues.
 
     Args:
-        kind: Of `cache_folder`.
+        kind: The folder's name below `cache_folder`.
         description: The object that names all others by digest. It is in the folder already when
             `fetch` is called.
         fetch: Downloads and compares the others; raises InputError if they are not those.
@@ -104,11 +113,23 @@ def cached(
     return folder
 
 
-def _fetch_store(fetching: Fetching) -> None:
+def _fetch_store(fetching: Fetching, most_bytes: int) -> None:
     manifest = read_manifest(fetching.folder)  # refuses names outside of the folder
-    files = {"vocab.txt": manifest["vocab_file"]}
+    files, tokens = {"vocab.txt": manifest["vocab_file"]}, {}
     for shard in shards_of(manifest):
         files |= {f"{shard['name']}.{kind}": shard["files"][kind] for kind in kinds_of(manifest)}
+        tokens[f"{shard['name']}.tokens"] = files.pop(f"{shard['name']}.tokens")
+    size = sum(entry["bytes"] for entry in files.values())
+    if 0 < most_bytes < size:
+        raise InputError(
+            f"--store_cache_bytes={most_bytes} is too small for {fetching.url}: its vocabulary, "
+            f"offsets and labels have {size} bytes"
+        )
+    for name, entry in tokens.items():
+        size += entry["bytes"]
+        if 0 < most_bytes < size:
+            break
+        files[name] = entry
     for name, entry in files.items():
         path = fetching.folder / name
         if not _is_whole(path, entry["sha256"]) and not _is_whole(

@@ -1,4 +1,4 @@
-"""Memory-mapped shards of a token store."""
+"""Shards of a token store, memory-mapped; tokens that are not on this disk are read when needed."""
 
 import mmap
 from collections.abc import Iterator
@@ -10,26 +10,35 @@ import numpy as np
 from data_pipelines.errors import InputError
 from data_pipelines.store import truncation
 from data_pipelines.store.manifest import LABEL_DTYPE, OFFSET_DTYPE
+from data_pipelines.store.remote_tokens import RemoteTokens
 
 
 class Shards:
-    """The memory maps of some shards.
+    """Some shards.
 
     Args:
         folder: the store's.
         entries: the manifest's entries of the shards.
         token_dtype: type of the tokens on disk.
+        remote: has the tokens of the shards whose files the folder lacks.
 
     Attributes:
         first: the number of each shard's first document, then the number of documents:
             int64 [shards + 1].
         num_tokens: tokens of all shards.
         has_contexts: whether documents have contexts.
+        is_remote: whether some tokens are not in the folder.
     """
 
-    def __init__(self, folder: Path, entries: list[dict[str, Any]], token_dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entries: list[dict[str, Any]],
+        token_dtype: np.dtype,
+        remote: RemoteTokens | None = None,
+    ) -> None:
         self._paths = [folder / entry["name"] for entry in entries]
-        kinds = {"tokens": token_dtype, "offsets": OFFSET_DTYPE, "labels": LABEL_DTYPE}
+        kinds: dict[str, np.dtype] = {"offsets": OFFSET_DTYPE, "labels": LABEL_DTYPE}
         self.has_contexts = bool(entries) and "contexts" in entries[0]["files"]
         if self.has_contexts:
             kinds["contexts"] = LABEL_DTYPE
@@ -37,11 +46,17 @@ class Shards:
             kind: [_mapped(folder / f"{e['name']}.{kind}", dtype) for e in entries]
             for kind, dtype in kinds.items()
         }
-        self._tokens, self._offsets = self._maps["tokens"], self._maps["offsets"]
+        self._offsets, self._remote = self._maps["offsets"], remote
+        files = [path.with_name(f"{path.name}.tokens") for path in self._paths]
+        self._tokens = [
+            None if remote and not file.exists() else _mapped(file, token_dtype) for file in files
+        ]
+        self.is_remote = any(tokens is None for tokens in self._tokens)
         self.first = np.cumsum(
             [0, *(len(labels) for labels in self._maps["labels"])], dtype=np.int64
         )
-        self.num_tokens = sum(len(tokens) for tokens in self._tokens)
+        self._num_tokens = [entry["tokens"] for entry in entries]
+        self.num_tokens = sum(self._num_tokens)
 
     def offsets(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the start and stop of documents in their shards' tokens: int64 [n] each.
@@ -52,7 +67,7 @@ class Shards:
         starts, stops = np.empty((2, len(documents)), np.int64)
         for shard, rows, local in self._by_shard(documents):
             start, stop = self._offsets[shard][local], self._offsets[shard][local + 1]
-            if start.min() < 0 or (stop - start).min() < 1 or stop.max() > len(self._tokens[shard]):
+            if start.min() < 0 or (stop - start).min() < 1 or stop.max() > self._num_tokens[shard]:
                 raise InputError(
                     f"{self._paths[shard]}.offsets is damaged: a document has no tokens, or lies "
                     "outside the shard; prepare the store again"
@@ -67,10 +82,18 @@ class Shards:
             numbers[rows] = self._maps[kind][shard][local]
         return numbers
 
-    def tokens_of(self, documents: np.ndarray) -> list[np.ndarray]:
-        """Returns the tokens of the shard of each document."""
-        shards = np.searchsorted(self.first, documents, side="right") - 1
-        return [self._tokens[shard] for shard in shards.tolist()]
+    def words(
+        self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray
+    ) -> list[np.ndarray]:
+        """Returns tokens [start, stop) of the shard of each document."""
+        shards = (np.searchsorted(self.first, documents, side="right") - 1).tolist()
+        ranges = list(zip(shards, starts.tolist(), stops.tolist(), strict=True))
+        if not self._remote or not self.is_remote:
+            return [self._tokens[shard][start:stop] for shard, start, stop in ranges]
+        far = [(self._paths[n].name, *ab) for n, *ab in ranges if self._tokens[n] is None]
+        fetched = iter(self._remote.read(far) if far else ())
+        near = ((self._tokens[shard], start, stop) for shard, start, stop in ranges)
+        return [next(fetched) if t is None else t[start:stop] for t, start, stop in near]
 
     def _by_shard(
         self, documents: np.ndarray

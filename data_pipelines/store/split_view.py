@@ -83,6 +83,11 @@ class SplitView(ABC):
         return self.numbers("labels", self.located(indices))
 
     @property
+    def is_remote(self) -> bool:
+        """Whether some tokens are read from an address, not from this disk."""
+        return self._shards.is_remote
+
+    @property
     def has_contexts(self) -> bool:
         """Whether documents have contexts."""
         return self._shards.has_contexts
@@ -222,10 +227,8 @@ class SplitView(ABC):
         # A loop: one fancy index over all tokens takes as long for short documents, and twice as
         # long for documents of 400 tokens.
         ends = places + (stops - starts)
-        tokens = self._shards.tokens_of(located.document)
-        lists = (x.tolist() for x in (starts, stops, places, ends))
-        for shard, start, stop, place, end in zip(tokens, *lists, strict=True):
-            words = shard[start:stop]
+        documents = self._shards.words(located.document, starts, stops)
+        for words, place, end in zip(documents, places.tolist(), ends.tolist(), strict=True):
             target[place:end] = words[::-1] if self._is_reversed else words
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:

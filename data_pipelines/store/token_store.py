@@ -13,6 +13,7 @@ A store is a folder of
 
 import functools
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from data_pipelines.store.manifest import (
     shards_of,
     token_dtype,
 )
+from data_pipelines.store.remote_tokens import RemoteTokens
 from data_pipelines.store.seal import SEAL, with_seal
 from data_pipelines.store.shards import Shards
 from data_pipelines.store.split_view import SplitView, WholeSplit
@@ -35,29 +37,43 @@ from data_pipelines.store.verification import store_faults
 class TokenStore:
     """A store opened for reading; costs O(shards), whatever its size.
 
+    With `url`, tokens that the folder lacks are read from there, document by document.
+
     The manifest is not trusted: files must lie in its folder, be no links, and have the sizes that
     its counts ask for; offsets must begin with 0 and end with the number of tokens. `verify` checks
     the rest.
 
     Args:
-        folder: what `prepare` wrote.
+        folder: what `prepare` wrote, or `fetch.fetched` fetched.
+        url: address of the whole store.
+        log: takes a line if the store at `url` fails.
+
+    Attributes:
+        remote: reads the tokens at `url`.
 
     Raises:
         InputError: the store is missing, its manifest is damaged, or files have wrong sizes; one
             line for each file.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self, folder: str | Path, url: str = "", log: Callable[[str], None] = print
+    ) -> None:
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(self.folder)
+        self._token_dtype = token_dtype(self.vocab_size)
+        self.remote = RemoteTokens(url, self._token_dtype, self.vocab_size, log) if url else None
         faults = [_size_fault(self.vocab_path, self.manifest["vocab_file"]["bytes"])]
-        kinds = kinds_of(self.manifest)
         for shard in shards_of(self.manifest):
-            paths = {kind: self.folder / f"{shard['name']}.{kind}" for kind in kinds}
+            paths = {k: self.folder / f"{shard['name']}.{k}" for k in kinds_of(self.manifest)}
+            kinds = [kind for kind in paths if kind != "tokens" or not self._is_far(paths[kind])]
             found = [_size_fault(paths[kind], shard["files"][kind]["bytes"]) for kind in kinds]
             faults += found if any(found) else [_ends_fault(paths["offsets"], shard["tokens"])]
         if any(faults):
             raise InputError("\n".join(filter(None, faults)))
+
+    def _is_far(self, tokens: Path) -> bool:
+        return bool(self.remote) and not tokens.exists()
 
     @property
     def vocab_size(self) -> int:
@@ -135,7 +151,13 @@ class TokenStore:
                     f"{self.folder} has no split {name!r}; it has {', '.join(self.splits)}"
                 )
         entries = [shard for name in names for shard in self.manifest["splits"][name]["shards"]]
-        return WholeSplit(Shards(self.folder, entries, token_dtype(self.vocab_size)))
+        return WholeSplit(Shards(self.folder, entries, self._token_dtype, self.remote))
+
+    @property
+    def shards_elsewhere(self) -> int:
+        """How many shards have their tokens at the address only."""
+        names = (f"{shard['name']}.tokens" for shard in shards_of(self.manifest))
+        return sum(self._is_far(self.folder / name) for name in names)
 
     def verify(self) -> None:
         """Reads every file, in O(1) memory, and checks all that a `TokenStore` promises.
@@ -144,8 +166,13 @@ class TokenStore:
         with the end token; that ids, labels and contexts are in their ranges.
 
         Raises:
-            InputError: one line for each fault of each file.
+            InputError: one line for each fault of each file, or some are not in the folder.
         """
+        if self.shards_elsewhere:
+            raise InputError(
+                f"--verify reads whole files, and {self.shards_elsewhere} of the store's are not on"
+                " this disk: leave out --store_cache_bytes, or verify a copy of the store"
+            )
         raise_if(list(store_faults(self.folder, self.manifest)))
 
 

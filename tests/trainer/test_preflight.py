@@ -168,6 +168,10 @@ def test_addresses_are_no_folders() -> None:
 def test_addresses_have_a_form_and_a_driver(tmp_path: Path) -> None:
     run = f"--run_dir={tmp_path}"
     assert faults(run, "--mirror=file:///a", "--store=file:///b") == []
+    assert any(
+        "--store_cache_bytes=9 needs a --store at an address" in line
+        for line in faults(run, "--store=a", "--store_cache_bytes=9")
+    )
     found = faults(run, "--mirror=/a", "--store=nonsense://b")
     assert "--mirror=/a must be an address such as s3://bucket/path" in found
     assert any("--store=nonsense://b needs a driver for nonsense://" in line for line in found)

@@ -97,6 +97,8 @@ class LinearModels:
             return
         counts = ",".join(map(str, [*config.counts_of_labels, 0]))
         command = [sys.executable, "-m", "trainer.stages.linear_models"]
+        if run.store.remote:
+            command.append(f"--url={run.config.store}")
         command += [f"--store={run.store.folder}", f"--labels={counts}", f"--out={self._path}"]
         command += [f"--draws={config.label_draws}", f"--seed={config.seed}"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -231,6 +231,7 @@ def main() -> None:
     """Writes the table as JSON."""
     parser = argparse.ArgumentParser(prog="python -m trainer.stages.linear_models")
     parser.add_argument("--store", required=True, help="token store with labels")
+    parser.add_argument("--url", default="", help="where shards are that the store's folder lacks")
     parser.add_argument("--labels", default="0", help="numbers of labelled documents; 0: all")
     parser.add_argument("--draws", type=int, default=3, help="samples of each number below all")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample")
@@ -239,7 +240,7 @@ def main() -> None:
     # A model that has not converged may still be the best on validation data.
     warnings.filterwarnings("ignore", category=ConvergenceWarning)
     counts = [int(count) for count in options.labels.split(",")]
-    rows = table(TokenStore(options.store), counts, options.draws, options.seed)
+    rows = table(TokenStore(options.store, options.url), counts, options.draws, options.seed)
     replace_text(options.out, json.dumps(rows, indent=1) + "\n")
 
 

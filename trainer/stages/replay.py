@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import InputError
+from data_pipelines.files import is_remote
 from data_pipelines.flag_fields import kind_of
 from trainer.config import FREE_ON_RESUME, Config
 from trainer.stages import finetune, pretrain
@@ -104,7 +105,7 @@ def config_of_run(config: Config) -> Config:
             f"--{found.stage}_steps={steps}"
         )
     store = found.store or str(path.parent / "store")
-    if not (Path(store) / "manifest.json").exists():
+    if not is_remote(store) and not (Path(store) / "manifest.json").exists():
         raise InputError(f"--store={store}, which the run read, is gone: name its --store")
     ours = {name: getattr(config, name) for name in OF_THIS_PROCESS}
     return dataclasses.replace(found, store=store, resume="auto", **ours)

@@ -1,12 +1,13 @@
 """Runs a stage in this process, from the checks before it to the report after it."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,21 @@ def _run_stage(
         log("\n".join(["", *replay.describe(replayed, distributor.num_shards)]))
         return
     with following(trackers, run.folder, dataclasses.asdict(config)):
-        with console:
+        with console, _faults_of_reading(store):
             result = _result(run)
         if chief:
             write_report(run, result, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _faults_of_reading(store: TokenStore) -> Iterator[None]:
+    """Raises what ended a read at the store's address; in a batch it is TensorFlow's error."""
+    try:
+        yield
+    except tf.errors.OpError:
+        if store.remote and store.remote.fault:
+            raise store.remote.fault from None
+        raise
 
 
 def loops(config: Config) -> str:
@@ -161,9 +173,11 @@ def open_store(config: Config, cluster: Cluster, log: Callable[[str], None]) -> 
     Raises:
         InputError: The store is damaged, or cannot be fetched.
     """
-    folder = config.store or str(Path(config.run_dir) / "store")
+    folder, url = config.store or str(Path(config.run_dir) / "store"), ""
+    log = log if cluster.rank == 0 else lambda line: None
     if is_remote(config.store):
-        folder = str(fetched(config.store, log if cluster.rank == 0 else lambda line: None))
+        folder = str(fetched(config.store, log, config.store_cache_bytes))
+        url = config.store if config.store_cache_bytes else ""
     elif not config.store or not (Path(config.store) / "manifest.json").exists():
         command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={folder}"]
         command += [f"--tokenizer={config.tokenizer}"]
@@ -181,7 +195,9 @@ def open_store(config: Config, cluster: Cluster, log: Callable[[str], None]) -> 
         if code:
             sys.exit(code)
     try:
-        store = TokenStore(folder)
+        store = TokenStore(folder, url, log)
+        if store.shards_elsewhere:
+            log(f"data: the tokens of {store.shards_elsewhere} shards stay at {url}")
         if config.verify and cluster.rank == 0:
             store.verify()
     except OSError as error:

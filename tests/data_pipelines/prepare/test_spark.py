@@ -157,8 +157,8 @@ def cluster(folder: Path) -> Iterator[tuple[str, list[Daemon]]]:
 
 
 @needs_spark
-@pytest.mark.timeout(1200)
-@pytest.mark.slow("a cluster of Java processes, a minute; quick: Spark in one process")
+@pytest.mark.timeout(1800)
+@pytest.mark.slow("a cluster of Java processes, minutes; quick: Spark in one process")
 def test_an_executor_that_is_killed_is_replaced(tmp_path: Path) -> None:
     spec = parquet(tmp_path, parts=20, documents=300)
     store = tmp_path / "store"
@@ -169,7 +169,7 @@ def test_an_executor_that_is_killed_is_replaced(tmp_path: Path) -> None:
             wait_until(lambda: list(drafts.glob("drafts-*/*.npz")) or process.poll() is not None)
             executors = [worker.executor() for worker in workers]
             os.kill(executors[0], signal.SIGKILL)
-            printed, _ = process.communicate(timeout=400)
+            printed, _ = process.communicate(timeout=1000)
         finally:
             process.kill()
             process.wait()
