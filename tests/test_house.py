@@ -79,6 +79,14 @@ def test_workflows_only_run_targets_that_there_are(path: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
+def test_actions_are_named_by_commits() -> None:
+    """A tag can be moved to other code; Dependabot moves the commits on."""
+    text = "".join(p.read_text() for p in (REPOSITORY / ".github/workflows").glob("*.yml"))
+    used = re.findall(r"uses: (.*)", text)
+    assert used
+    assert [u for u in used if not re.fullmatch(r"\S+@[0-9a-f]{40} # v[\d.]+", u)] == []
+
+
 def test_the_workflows_are_valid() -> None:
     actionlint = Path(sys.executable).with_name("actionlint")
     if not actionlint.exists():
