@@ -341,6 +341,14 @@ def encoders_of(config: Config) -> list[tuple[str, str, str]]:
     return found
 
 
+def bundles_read(config: Config) -> list[tuple[str, str, str]]:
+    """Returns name, flag and folder of the bundles that read the store's tokens."""
+    found = [("encoder", flag, folder) for flag, folder, _ in encoders_of(config)]
+    if config.stage == "evaluate":
+        found.append(("classifier", "--classifier", config.classifier))
+    return found
+
+
 def bundle_faults(config: Config) -> list[str]:
     """Returns why bundles that flags name cannot be used with this model."""
     from trainer.models import bundle
@@ -453,11 +461,8 @@ def vocabulary_faults(config: Config, vocab_sha256: str) -> list[str]:
     """Returns which bundles were made with a vocabulary other than the store's."""
     from trainer.models import bundle
 
-    named = [("encoder", flag, folder) for flag, folder, _ in encoders_of(config)]
-    if config.stage == "evaluate":
-        named.append(("classifier", "--classifier", config.classifier))
     faults = []
-    for name, flag, folder in named:
+    for name, flag, folder in bundles_read(config):
         theirs = bundle.read_info(Path(folder), name, flag)["vocab_sha256"]
         if theirs != vocab_sha256:
             faults.append(

@@ -36,6 +36,7 @@ def choose_pieces(
     if kind == "byte":
         return []
     if config.vocab_file:
+        log(f"prepare: the vocabulary is that of {config.vocab_file}")
         return read_pieces(config.vocab_file, kind)
     total = _count_words(drafts, dropped)
     frequent = [word for word, count in total.items() if count >= config.min_count]

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from tests.conftest import SomeReviews
 from tests.integration.equivalence import run_workers
 from tests.integration.jobs import job
 from tests.integration.programs import metrics, train, train_until
 from tests.integration.test_training import final_state
+from trainer.inference.export import export
+from trainer.inference.task_bank import load_task
 from trainer.models import bundle
 
 SIZES = ("--embedding_dim=4", "--units=5", "--num_layers=2", "--hidden_units=0")
@@ -54,6 +58,18 @@ def test_what_is_frozen_stays_and_what_is_trained_is_the_task(
     assert sum(file.stat().st_size for file in (tuned / "task").iterdir()) < 8_000
     losses = list(metrics(tuned).values())
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+def test_its_classifier_is_exported_and_answers_as_the_task_does(
+    tuned: Path, encoder_bundle: Path, tmp_path: Path
+) -> None:
+    assert "loaded by TensorFlow alone" in export(tuned / "classifier", tmp_path / "1")
+    texts = [example.text for example in SomeReviews({"test": 60}).examples("test", "all")]
+    signature = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    found = signature(texts=tf.constant(texts))["probabilities"]
+    expected = load_task(encoder_bundle, tuned / "task").probabilities(texts)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.ptp(expected[:, 0]) > 0.1
 
 
 def test_only_the_task_is_broadcast_and_all_of_it_is_in_the_checkpoint(tuned: Path) -> None:

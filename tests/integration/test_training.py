@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from benchmarks.kept_runs import halve
-from data_pipelines.prepare import PrepareConfig, build_store
+from data_pipelines.prepare import PrepareConfig, build_store, ensure_store
 from data_pipelines.store.token_store import TokenStore
 from tests.conftest import SomeReviews
 from tests.integration.jobs import job
@@ -420,22 +420,25 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert not (tmp_path / "run" / "pretrain").exists()
 
 
-def test_an_encoder_of_another_vocabulary_is_refused(tmp_path: Path, encoder: Path) -> None:
+def test_other_text_is_read_with_the_encoder_s_vocabulary_alone(
+    tmp_path: Path, encoder: Path
+) -> None:
     lines = [f"a line about number {i % 7}\t{i % 2}\n" for i in range(100)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.tsv").write_text("text\tlabel\n" + "".join(lines))
-    done = run(
-        1,
-        "--stage=finetune",
-        f"--run_dir={tmp_path}/run",
-        f"--store={tmp_path}/store",
-        f"--source=tsv:train={tmp_path}/train.tsv,test={tmp_path}/test.tsv",
-        "--vocab_size=11",
-        f"--encoder={encoder}",
-        "--sampled_softmax=5",
-    )
+    source = f"tsv:train={tmp_path}/train.tsv,test={tmp_path}/test.tsv"
+    ensure_store(PrepareConfig(source, vocab_size=11), tmp_path / "run/store", lambda line: None)
+    flags = ("--stage=finetune", f"--encoder={encoder}", f"--run_dir={tmp_path}/run")
+    done = run(1, *flags, f"--source={source}", "--vocab_size=11")  # a store that is there stays
     assert done.returncode == 2
     assert "was made with another vocabulary" in done.stderr
+    new = (f"--source={source}", f"--store={tmp_path}/new")
+    done = run(1, *flags, *new, "--vocab_size=11")
+    assert done.returncode == 2
+    assert "--vocab_size=11 does not go with --vocab_file" in done.stderr
+    said = train(1, *flags, *new, "--finetune_steps=2")
+    assert f"prepare: the vocabulary is that of {encoder}/vocab.txt" in said
+    assert (tmp_path / "new" / "vocab.txt").read_bytes() == (encoder / "vocab.txt").read_bytes()
 
 
 def test_a_fine_tuning_goes_on_from_the_encoder_that_it_began_with_alone(

@@ -267,9 +267,7 @@ def bundle_tokenizer(folder: Path, info: dict[str, Any], flag: str) -> Tokenizer
     Raises:
         InputError: It does not match the bundle's digest.
     """
-    config = info.get("tokenizer")
-    if not isinstance(config, dict):
-        raise InputError(f"{flag}={folder}: its 'tokenizer' is {config!r:.99}, not an object")
+    config = bundle.tokenizer_config(info, f"{flag}={folder}")
     tokenizer = load_tokenizer(folder / "vocab.txt", config)
     if tokenizer.sha256 != info["vocab_sha256"]:
         raise InputError(

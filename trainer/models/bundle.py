@@ -283,6 +283,22 @@ def read_info(folder: Path, name: str, flag: str) -> dict[str, Any]:
     return info
 
 
+def tokenizer_config(info: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the config of a bundle's tokenizer.
+
+    Args:
+        info: From `read_info`.
+        where: Flag and folder, for errors.
+
+    Raises:
+        InputError: It is no object.
+    """
+    config = info.get("tokenizer")
+    if not isinstance(config, dict):
+        raise InputError(f"{where}: its 'tokenizer' is {config!r:.99}, not an object")
+    return config
+
+
 def _info_fault(name: str, info: Mapping[str, Any]) -> str | None:
     """Returns the first fault in the fields that this program reads, or None."""
     kinds: dict[str, type] = {

