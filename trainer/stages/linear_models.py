@@ -70,68 +70,95 @@ class LinearModels:
 
     def __init__(self, store: TokenStore):
         """Reads all training text of `store`, which has a train, a validation and a test split."""
-        self._vocab_size = store.vocab_size
+        self.vocab_size = store.vocab_size
         views = [store.split(name) for name in ("train", "unsupervised") if name in store.splits]
-        self._pairs = _frequent_pairs(views, self._vocab_size)
-        counts = sparse.vstack([self.counts(view) for view in views]).tocsr()
-        self._tfidf = TfidfTransformer(sublinear_tf=True).fit(counts)
-        documents = np.bincount(counts.indices, minlength=counts.shape[1])
-        self._in_lsa = np.flatnonzero(documents >= LSA_MIN_DOCUMENTS)
-        self._svd = TruncatedSVD(max(LSA_DIMENSIONS), random_state=0)
-        self._svd.fit(self._tfidf.transform(counts)[:, self._in_lsa])
-        self._held_out = {
-            split: (self.counts(store.split(split)), labels_of(store.split(split)))
-            for split in ("validation", "test")
-        }
+        self._pairs = _frequent_pairs(views, self.vocab_size)
+        self._all = sparse.vstack([self.counts(view) for view in views]).tocsr()
+        self.tfidf = TfidfTransformer(sublinear_tf=True).fit(self._all)
+        self._held_out = {s: _Documents(self, store.split(s)) for s in ("validation", "test")}
+        self._labelled = functools.lru_cache(maxsize=1)(functools.partial(_Documents, self))
         self.names = ("tfidf", "nbsvm", "lsa") if store.num_classes == 2 else ("tfidf", "lsa")
 
     def errors(self, name: str, labelled: SplitView) -> Errors:
         """Returns the errors of a model fitted to the `labelled` documents."""
-        counts, labels = self.counts(labelled), labels_of(labelled)
+        documents, validation = self._labelled(labelled), self._held_out["validation"]
         fit, strengths = (_nbsvm, NBSVM_STRENGTHS) if name == "nbsvm" else (_logistic, STRENGTHS)
-        if np.ptp(labels) == 0:  # a small sample may have one class alone
+        if np.ptp(documents.labels) == 0:  # a small sample may have one class alone
             fit = _constant
         found = []
-        for features, of_what in self._features(name):
-            inputs, held_out = features(counts), features(self._held_out["validation"][0])
+        for features, of_what in _features(name):
+            inputs, held_out = features(documents), features(validation)
             for strength in strengths:
-                predict = fit(inputs, labels, strength)
-                error = _error(predict(held_out), self._held_out["validation"][1])
+                predict = fit(inputs, documents.labels, strength)
+                error = 100 * float(np.mean(predict(held_out) != validation.labels))
                 found.append((error, features, predict, f"{of_what}, strength {strength:g}"))
         error, features, predict, choice = min(found, key=lambda each: each[0])
-        test, truth = self._held_out["test"]
-        wrong = predict(features(test)) != truth
+        test = self._held_out["test"]
+        wrong = predict(features(test)) != test.labels
         return Errors(error, 100 * float(np.mean(wrong)), choice, wrong)
 
-    def _features(self, name: str) -> Iterator[tuple[Callable[[Matrix], Matrix], str]]:
-        """Yields functions from counts to the inputs of a model, and what they read."""
-        if name == "nbsvm":
-            yield (lambda counts: counts), "words and pairs"
-        elif name == "tfidf":
-            yield self._tfidf.transform, "words and pairs"
-            words = slice(self._vocab_size)
-            yield (lambda counts: normalize(self._tfidf.transform(counts)[:, words])), "words"
-        else:
-            for size in LSA_DIMENSIONS:
-                yield functools.partial(self._lsa, size), f"{size} dimensions"
-
-    def _lsa(self, size: int, counts: Matrix) -> np.ndarray:
-        """Returns unit vectors: [documents, size]."""
-        places = self._svd.transform(self._tfidf.transform(counts)[:, self._in_lsa])
-        return normalize(places[:, :size])
+    @functools.cached_property
+    def lsa(self) -> Callable[[Matrix], np.ndarray]:
+        """From TF-IDF to the largest of LSA_DIMENSIONS: float64 [documents, dimensions]."""
+        frequency = np.bincount(self._all.indices, minlength=self._all.shape[1])
+        read = np.flatnonzero(frequency >= LSA_MIN_DOCUMENTS)
+        svd = TruncatedSVD(max(LSA_DIMENSIONS), random_state=0)
+        svd.fit(self.tfidf.transform(self._all)[:, read])
+        return lambda tfidf: svd.transform(tfidf[:, read])
 
     def counts(self, view: SplitView) -> sparse.csr_matrix:
         """Returns each document's counts of words and frequent pairs: float64 [documents, both]."""
         rows, columns = [], []
-        for first, document, words, pairs in _words_and_pairs(view, self._vocab_size):
+        for first, document, words, pairs in _words_and_pairs(view, self.vocab_size):
             place = np.searchsorted(self._pairs, pairs)
             known = self._pairs[np.minimum(place, len(self._pairs) - 1)] == pairs
             rows += [first + document, first + document[known]]
-            columns += [words, self._vocab_size + place[known]]
+            columns += [words, self.vocab_size + place[known]]
         row, column = np.concatenate(rows), np.concatenate(columns)
         keep = column >= len(RESERVED)
-        shape = (len(view), self._vocab_size + len(self._pairs))
+        shape = (len(view), self.vocab_size + len(self._pairs))
         return sparse.csr_matrix((np.ones(keep.sum()), (row[keep], column[keep])), shape)
+
+
+class _Documents:
+    """Some documents as the models read them; each way is computed once, when it is asked for."""
+
+    def __init__(self, models: LinearModels, view: SplitView):
+        self._models = models
+        self.counts = models.counts(view)
+        self.labels = labels_of(view)
+
+    @functools.cached_property
+    def tfidf(self) -> sparse.csr_matrix:
+        """Of words and pairs: float64 [documents, both]."""
+        return self._models.tfidf.transform(self.counts)
+
+    @functools.cached_property
+    def words(self) -> sparse.csr_matrix:
+        """TF-IDF of words alone, of length 1: float64 [documents, words]."""
+        return normalize(self.tfidf[:, : self._models.vocab_size])
+
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        """In the space of the SVD: float64 [documents, dimensions]."""
+        return self._models.lsa(self.tfidf)
+
+
+def _features(name: str) -> Iterator[tuple[Callable[[_Documents], Matrix], str]]:
+    """Yields functions from documents to the inputs of a model, and what they read."""
+    if name == "nbsvm":
+        yield (lambda documents: documents.counts), "words and pairs"
+    elif name == "tfidf":
+        yield (lambda documents: documents.tfidf), "words and pairs"
+        yield (lambda documents: documents.words), "words"
+    else:
+        for size in LSA_DIMENSIONS:
+            yield functools.partial(_unit_vectors, size), f"{size} dimensions"
+
+
+def _unit_vectors(size: int, documents: _Documents) -> np.ndarray:
+    """Returns the first `size` dimensions, of length 1: [documents, size]."""
+    return normalize(documents.places[:, :size])
 
 
 def _words_and_pairs(
@@ -152,24 +179,21 @@ def _words_and_pairs(
 
 def _frequent_pairs(views: list[SplitView], vocab_size: int) -> np.ndarray:
     """Returns the numbers of the pairs that MIN_DOCUMENTS documents have, sorted."""
-    found, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    found = [np.zeros(0, np.int64)]  # each pair as often as documents have it
     for view in views:
         for _, document, _, pairs in _words_and_pairs(view, vocab_size):
             real = pairs >= 0
-            distinct = np.unique(document[real] * vocab_size**2 + pairs[real]) % vocab_size**2
-            joined, place = np.unique(np.concatenate([found, distinct]), return_inverse=True)
-            weights = np.concatenate([counts, np.ones(len(distinct), np.int64)])
-            found, counts = joined, np.bincount(place, weights).astype(np.int64)
-    return found[counts >= MIN_DOCUMENTS]
+            numbers = np.sort(document[real] * vocab_size**2 + pairs[real])
+            first = np.diff(numbers, prepend=-1) > 0
+            found.append(numbers[first] % vocab_size**2)
+    every = np.sort(np.concatenate(found))
+    starts = np.flatnonzero(np.diff(every, prepend=-1))
+    return every[starts[np.diff(starts, append=len(every)) >= MIN_DOCUMENTS]]
 
 
 def labels_of(view: SplitView) -> np.ndarray:
     """Returns the label of every document: int32 [documents]."""
     return view.labels_of(np.arange(len(view)))
-
-
-def _error(predicted: np.ndarray, truth: np.ndarray) -> float:
-    return 100 * float(np.mean(predicted != truth))
 
 
 def _constant(inputs: Matrix, labels: np.ndarray, strength: float) -> Predict:

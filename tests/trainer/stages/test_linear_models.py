@@ -44,9 +44,8 @@ def test_models_learn_and_test_labels_choose_nothing(
     found = {name: models.errors(name, train) for name in models.names}
     for errors in found.values():
         assert 0 < errors.validation < 45 and 0 < errors.test < 45
-    counts, labels = models._held_out["test"]
-    turned = models._held_out | {"test": (counts, 1 - labels)}
-    monkeypatch.setattr(models, "_held_out", turned)
+    test = models._held_out["test"]
+    monkeypatch.setattr(test, "labels", 1 - test.labels)
     again = models.errors("tfidf", train)
     assert again.choice == found["tfidf"].choice
     assert again.test == pytest.approx(100 - found["tfidf"].test)
@@ -64,5 +63,5 @@ def test_labels_of_one_class_predict_that_class(store: TokenStore, models: Linea
     train = store.split("train")
     seed = next(s for s in range(50) if np.ptp(train.sample(2, s).labels_of(np.arange(2))) == 0)
     same = train.sample(2, seed)
-    share = 100 * np.mean(models._held_out["test"][1] != same.labels_of(np.arange(1))[0])
+    share = 100 * np.mean(models._held_out["test"].labels != same.labels_of(np.arange(1))[0])
     assert [models.errors(name, same).test for name in models.names] == [pytest.approx(share)] * 3
