@@ -1,5 +1,6 @@
 """What all tests share: TensorFlow without its notes, and a small store of real text."""
 
+import functools
 import gc
 import importlib.util
 import os
@@ -40,6 +41,7 @@ def pytest_collection(session: pytest.Session) -> None:
     else:
         import_quietly()
         two_logical_cpus()
+        no_autograph()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,6 +80,13 @@ def two_logical_cpus() -> None:
     (cpu,) = tf.config.list_physical_devices("CPU")
     halves = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpu, halves)
+
+
+def no_autograph() -> None:
+    """Traces without AutoGraph, as the product does: translating each function takes a sixth."""
+    import tensorflow as tf
+
+    tf.function = functools.partial(tf.function, autograph=False)
 
 
 # Started in the background or by nohup, pytest ignores these, and so would all its children.

@@ -77,7 +77,7 @@ def trials(folder: Path) -> list[tuple]:
 
 def test_a_sweep_of_runs_is_stopped_and_continued(small_store: Path, tmp_path: Path) -> None:
     flags = [*RUN, "--finetune_steps=8", f"--store={small_store}"]
-    whole = run(tmp_path / "whole", 3, *flags)
+    whole = run(tmp_path / "whole", 2, *flags)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert run(tmp_path / "parts", 1, *flags).returncode == 0
     # As a kill leaves it: the second trial was asked for and has no result.
@@ -86,14 +86,12 @@ def test_a_sweep_of_runs_is_stopped_and_continued(small_store: Path, tmp_path: P
         source.backup(copy)
         copy.execute("DELETE FROM trial_values WHERE trial_id >= 2")
         copy.execute("UPDATE trials SET state = 'RUNNING' WHERE trial_id = 2")
-        for table in ("trial_params", "trials"):
-            copy.execute(f"DELETE FROM {table} WHERE trial_id > 2")
         copy.commit()
         copy.close()
-    continued = run(tmp_path / "parts", 3, *flags)
+    continued = run(tmp_path / "parts", 2, *flags)
     assert continued.returncode == 0, continued.stdout + continued.stderr
     assert trials(tmp_path / "parts") == trials(tmp_path / "whole")
-    assert continued.stdout.splitlines()[-4:-1] == whole.stdout.splitlines()[-4:-1]
+    assert continued.stdout.splitlines()[-3:-1] == whole.stdout.splitlines()[-3:-1]
     best = min(trials(tmp_path / "whole"), key=lambda trial: trial[1])
     last = whole.stdout.splitlines()[-1]
     assert last == f"best: --flagfile={tmp_path}/whole/trial-{best[0]:04d}/config.cfg"

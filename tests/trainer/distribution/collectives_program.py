@@ -104,7 +104,8 @@ def collectives_of_a_step(distributor: Distributor, num_tables: int, **flags: An
     config = loop_settings.config(**flags)
     step = TrainStep(task, config, distributor, optimizer, BATCHES(0, 1))
     assert step(next(iter(BATCHES(0, 1))), tf.constant(0.0)).is_finite()
-    assert len(step.several(iter(BATCHES(0, 3)), 3, tf.constant(0.0))) == 3
+    if num_tables == 3:  # one time is enough
+        assert len(step.several(iter(BATCHES(0, 3)), 3, tf.constant(0.0))) == 3
     graph = step.function.get_concrete_function().graph
     graphs = [graph, *(f.graph for f in graph._functions.values() if hasattr(f, "graph"))]
     kinds = [operation.type for each in graphs for operation in each.get_operations()]

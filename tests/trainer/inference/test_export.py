@@ -53,10 +53,10 @@ def loaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_with_contexts_takes_them(
-    make_classifier_bundle: Callable[..., Path], tmp_path: Path
+    make_classifier_bundle: Callable[..., Path], tmp_path: Path, loaded_here: None
 ) -> None:
     folder = make_classifier_bundle(num_contexts=3)
-    export(folder, tmp_path / "1")  # compares texts of each context
+    export(folder, tmp_path / "1")
     texts, contexts = ["A fine film."] * 3, ["ann", "bob", "nobody"]
     signature = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
     found = signature(texts=tf.constant(texts), contexts=tf.constant(contexts))["probabilities"]
@@ -85,6 +85,11 @@ def test_a_model_that_answers_otherwise_is_noticed(
     assert not largest_difference(other, exported, texts) <= TOLERANCE
 
 
+def test_keras_reads_the_file_in_another_process(classifier_bundle: Path, tmp_path: Path) -> None:
+    said = export(classifier_bundle, tmp_path / "model.keras")
+    assert "loaded by keras.models.load_model" in said
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -94,11 +99,13 @@ def test_a_model_that_answers_otherwise_is_noticed(
     ],
 )
 def test_keras_reads_the_file(
-    make_classifier_bundle: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
+    make_classifier_bundle: Callable[..., Path],
+    tmp_path: Path,
+    loaded_here: None,
+    options: dict[str, Any],
 ) -> None:
     folder = make_classifier_bundle(**options)
-    said = export(folder, tmp_path / "model.keras")  # compares, in another process
-    assert "loaded by keras.models.load_model" in said
+    export(folder, tmp_path / "model.keras")
     model = keras.models.load_model(tmp_path / "model.keras")
     loaded, texts = load_classifier(folder), ["A fine film.", "bad " * 9, "", "ça va\n<br />"]
     expected = loaded.probabilities(texts)

@@ -191,7 +191,7 @@ import tensorflow as tf
 from benchmarks.processes import peak_megabytes
 from trainer.models.lstm import WarmLSTM
 
-layers = [WarmLSTM(64, return_sequences=True) for _ in range(6)]
+layers = [WarmLSTM(64, return_sequences=True) for _ in range(5)]
 
 @tf.function(reduce_retracing=True)
 def step(values, recompute):
@@ -213,7 +213,7 @@ print(json.dumps([*sums[2:], *peaks[1:]]))
 
 @pytest.mark.parametrize("native", ["0", ""])
 def test_less_is_held_where_activations_are_computed_again(native: str) -> None:
-    # What one of the six layers keeps for the backward pass is 25 MiB.
+    # What one of the five layers keeps for the backward pass is 25 MiB.
     if not native and not library_path().exists():
         pytest.skip("the loops are not built: make native")
     done = forked.run(
