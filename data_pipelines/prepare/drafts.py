@@ -28,8 +28,8 @@ from data_pipelines.sources import BadExample, Example, Source
 from data_pipelines.sources.windows import windows
 from data_pipelines.store.manifest import NO_LABEL
 
-CHUNK_EXAMPLES = 8192
-CHUNK_CHARACTERS = 1 << 23  # a longer document is a chunk by itself
+CHUNK_EXAMPLES = 512  # their bytes fit the cache: NumPy passes over them many times
+CHUNK_CHARACTERS = 1 << 20  # a longer document is a chunk by itself
 BLOCK_TOKENS = 1 << 22
 # Words are UTF-8, or bytes of UTF-8, in which this byte does not occur.
 SEPARATOR = b"\xff"
