@@ -27,28 +27,34 @@ class CompiledReader:
     def __init__(self, classifier: Classifier, operations: ModuleType):
         self._classifier = classifier
         self._operations = operations
-        cells = [lstm.cell for lstm in classifier.encoder.lstms]
-        self._weights = [
-            [tf.convert_to_tensor(v) for v in (cell.kernel, cell.recurrent_kernel, cell.bias)]
-            for cell in cells
-        ]
+        encoder = classifier.encoder
+        cells = [lstm.cell for lstm in encoder.lstms]
+        self._kernels = [tf.convert_to_tensor(cell.kernel) for cell in cells]
+        self._recurrent = [tf.convert_to_tensor(cell.recurrent_kernel) for cell in cells]
+        self._biases = [tf.convert_to_tensor(cell.bias) for cell in cells]
+        if encoder.normalised:  # the lowest LSTM takes plain embeddings
+            _, deviation = encoder.fixed_moments or encoder.moments()
+            self._kernels[0] /= tf.convert_to_tensor(deviation)[:, tf.newaxis]
+            self._biases[0] = tf.constant(encoder.biases()[0])
+        self._embeddings = np.asarray(memoryview(tf.convert_to_tensor(encoder.embeddings)))
         head = (classifier.hidden, classifier.output_layer)
         self._head = [(d.kernel.numpy(), d.bias.numpy()) for d in head if d is not None]
         self._unread = classifier.unread([UNKNOWN]).numpy()
         self._no_mask = tf.zeros([0], tf.bool)
         self._no_index, self._no_bias = tf.zeros([0], tf.int32), tf.zeros([0])
-        words, units = classifier.encoder.vocab_size, classifier.encoder.units
         self._table = None
-        if words * units * 16 <= TABLE_BYTES:
-            self._table = self._of_words(tf.range(words))
+        if encoder.vocab_size * encoder.units * 16 <= TABLE_BYTES:
+            self._table = self._of_words(np.arange(encoder.vocab_size))
 
-    def logits(self, tokens: np.ndarray, lengths: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-        """Returns what `Classifier.logits` does, up to rounding; arguments as there."""
+    def probabilities(
+        self, tokens: np.ndarray, lengths: np.ndarray, contexts: np.ndarray
+    ) -> np.ndarray:
+        """Returns the probability of each class; arguments as for `Classifier.logits`."""
         carried = np.repeat(self._unread, len(lengths), axis=0)
         if self._classifier.num_contexts:
             carried = self._classifier.unread(contexts).numpy()
         (carried,) = self.read_on(carried, [(tokens, lengths)])
-        return self.logits_of_carried(carried, lengths)
+        return self.probabilities_of_carried(carried, lengths)
 
     def read_on(
         self, carried: np.ndarray, pieces: Sequence[tuple[np.ndarray, np.ndarray]]
@@ -64,7 +70,8 @@ class CompiledReader:
             distinct, places = np.unique(
                 np.concatenate([tokens.ravel() for tokens in indices]), return_inverse=True
             )
-            z, ends = self._of_words(distinct), np.cumsum([tokens.size for tokens in indices])
+            z = self._of_words(distinct)
+            ends = np.cumsum([tokens.size for tokens in indices])
             of_pieces = np.split(places.astype(np.int32), ends[:-1])
             indices = [p.reshape(t.shape) for p, t in zip(of_pieces, indices, strict=True)]
         found = []
@@ -78,9 +85,9 @@ class CompiledReader:
     ) -> np.ndarray:
         """Returns what is carried on after a piece whose words are rows `index` of `z`."""
         mask = np.arange(index.shape[1]) < lengths[:, None]
-        pools, last = self._classifier.pooling != "last", len(self._weights) - 1
+        pools, last = self._classifier.pooling != "last", len(self._kernels) - 1
         after, outputs = carried.copy(), tf.constant(0.0)
-        for layer, (_, recurrent, _) in enumerate(self._weights):
+        for layer, recurrent in enumerate(self._recurrent):
             outputs, after[:, 2 * layer], after[:, 2 * layer + 1], *_ = (
                 self._operations.warmstate_lstm(
                     z,
@@ -101,27 +108,39 @@ class CompiledReader:
             add_outputs(after[:, 2 * last + 2 :], outputs.numpy(), lengths)
         return after
 
-    def logits_of_carried(self, carried: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns what `Classifier.logits_of_carried` does; arguments as there."""
-        last = 2 * len(self._weights) - 2
+    def probabilities_of_carried(self, carried: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns the probability of each class; see `Classifier.logits_of_carried`."""
+        last = 2 * len(self._kernels) - 2
         found = {"last": carried[:, last]}
         if self._classifier.pooling != "last":
-            found["mean"] = carried[:, last + 2] / counts[:, None]
+            found["mean"] = carried[:, last + 2] / counts[:, None].astype(np.float32)
         if self._classifier.pooling == "concat":
             found["concat"] = np.concatenate([*found.values(), carried[:, last + 3]], axis=1)
         read = found[self._classifier.pooling]
         for place, (kernel, bias) in enumerate(self._head):
             read = (np.maximum(read, 0) if place else read) @ kernel + bias
-        return read
+        return self._probabilities_of(read)
 
-    def _of_words(self, words: tf.Tensor | np.ndarray) -> tf.Tensor:
+    def _probabilities_of(self, logits: np.ndarray) -> np.ndarray:
+        """Returns what `Classifier.class_logits` and then `probabilities` do."""
+        if self._classifier.multi_label:
+            return (1 + np.tanh(logits / 2)) / 2
+        if logits.shape[1] != self._classifier.num_classes:
+            logits = np.concatenate([-logits / 2, logits / 2], axis=1)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+    def _of_words(self, words: np.ndarray) -> tf.Tensor:
         """Returns what words [words] give the lowest LSTM's gates: [words, 4 * units]."""
-        embedded = self._classifier.encoder.embed(words)
-        return self._product(embedded[tf.newaxis], 0, self._no_mask)[0]
+        found = self._product(self._embeddings[words][np.newaxis], 0, self._no_mask)
+        return tf.squeeze(found, 0)
 
-    def _product(self, inputs: tf.Tensor, layer: int, mask: tf.Tensor) -> tf.Tensor:
-        kernel, _, bias = self._weights[layer]
-        return self._operations.warmstate_product(inputs, kernel, bias, mask, transpose=False)
+    def _product(
+        self, inputs: tf.Tensor | np.ndarray, layer: int, mask: tf.Tensor | np.ndarray
+    ) -> tf.Tensor:
+        return self._operations.warmstate_product(
+            inputs, self._kernels[layer], self._biases[layer], mask, transpose=False
+        )
 
 
 def add_outputs(pools: np.ndarray, outputs: np.ndarray, lengths: np.ndarray) -> None:

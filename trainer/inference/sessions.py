@@ -85,10 +85,10 @@ class SessionReader:
 
     def _answers(self, carried: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Returns the probabilities of each class; see `Classifier.logits_of_carried`."""
-        reader = self._compiled or self._classifier
-        logits = reader.logits_of_carried(carried, counts.astype(np.float32))
-        logits = self._classifier.class_logits(tf.convert_to_tensor(logits))
-        return self._classifier.probabilities(logits).numpy()
+        if self._compiled is not None:
+            return self._compiled.probabilities_of_carried(carried, counts)
+        logits = self._classifier.logits_of_carried(carried, counts.astype(np.float32))
+        return self._classifier.probabilities(self._classifier.class_logits(logits)).numpy()
 
     def probabilities(self, sessions: "Sequence[Session]") -> np.ndarray:
         """Returns the probability of each class for each session: float32 [sessions, classes].

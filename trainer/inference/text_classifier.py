@@ -175,12 +175,9 @@ class TextClassifier(tf.Module):
         self, tokens: np.ndarray, lengths: np.ndarray, contexts: np.ndarray
     ) -> np.ndarray:
         """Returns the probabilities of a batch; arguments as for `logits`."""
-        if self._reader is None:
-            logits = self.logits(tokens, lengths, contexts)
-        else:
-            found = self._reader.logits(tokens, lengths, contexts)
-            logits = self.classifier.class_logits(tf.constant(found))
-        return self.classifier.probabilities(logits).numpy()
+        if self._reader is not None:
+            return self._reader.probabilities(tokens, lengths, contexts)
+        return self.classifier.probabilities(self.logits(tokens, lengths, contexts)).numpy()
 
     @functools.cached_property
     def _reader(self) -> CompiledReader | None:

@@ -41,11 +41,12 @@ def classifier_of(
         {},
         {"hidden_units": 0, "classes": 3},
         {"layers": 2, "pooling": "concat"},
+        {"classes": 3, "multi_label": True},
         {"layers": 2, "pooling": "mean", "num_contexts": 2},
         {"normalised": True, "pooling": "concat"},
     ],
 )
-def test_logits_are_those_of_the_graph(
+def test_probabilities_are_those_of_the_graph(
     settings: dict[str, Any], table_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "TABLE_BYTES", table_bytes)
@@ -56,8 +57,11 @@ def test_logits_are_those_of_the_graph(
     tokens = np.where(np.arange(7) < lengths[:, None], random.integers(2, 40, (4, 7)), 0)
     tokens, contexts = tokens.astype(np.int32), np.array([-1, 0, 1, 1], np.int32)
     with native.using(None):
-        expected = classifier.logits(tokens, lengths, training=False, contexts=contexts)
-    np.testing.assert_allclose(reader.logits(tokens, lengths, contexts), expected, atol=2e-6)
+        logits = classifier.logits(tokens, lengths, training=False, contexts=contexts)
+    expected = classifier.probabilities(classifier.class_logits(logits)).numpy()
+    found = reader.probabilities(tokens, lengths, contexts)
+    assert found.dtype == np.float32 and np.ptp(expected, axis=0).min() > 0.01
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_what_the_loops_cannot_do_is_left_to_the_graph() -> None:
