@@ -38,7 +38,7 @@ class RemoteTokens:
         self, url: str, dtype: np.dtype, vocab_size: int, log: Callable[[str], None]
     ) -> None:
         self.fault: InputError | None = None
-        self._store, self._log = ObjectStore(url), log
+        self._store, self._log, self._is_failing = ObjectStore(url), log, False
         self._dtype, self._vocab_size = dtype, vocab_size
 
     def read(self, ranges: list[Range]) -> list[np.ndarray]:
@@ -68,7 +68,8 @@ class RemoteTokens:
         if not lists:
             return [np.empty(0, self._dtype)] * len(ranges)
         merged = list(zip(*merge_offset_ranges(*lists, MAX_GAP_BYTES), strict=True))
-        blocks = patiently(lambda: self._store.read_ranges(merged), RETRY_SECONDS, self._log, url)
+        blocks = patiently(lambda: self._store.read_ranges(merged), RETRY_SECONDS, self._say, url)
+        self._is_failing = False
         for (path, start, stop), block in zip(merged, blocks, strict=True):
             if len(block) != stop - start:
                 raise InputError(
@@ -82,6 +83,12 @@ class RemoteTokens:
             tokens.append(np.frombuffer(inside, self._dtype))
             self._check(path, tokens[-1])
         return tokens
+
+    def _say(self, line: str) -> None:
+        """Logs one line for all threads that meet a failure of the store."""
+        if not self._is_failing:
+            self._is_failing = True
+            self._log(line)
 
     def _check(self, path: str, words: np.ndarray) -> None:
         is_word = (words != PADDING_ID) & (words != END_ID) & (words < self._vocab_size)

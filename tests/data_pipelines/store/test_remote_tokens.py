@@ -183,7 +183,8 @@ def test_a_server_without_ranges_is_named(
 def test_a_store_that_fails_is_asked_again_and_then_the_run_may_restart(
     whole: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = opened(whole, f"file://{whole.folder}")
+    folder, lines = opened(whole, f"file://{whole.folder}").folder, []
+    there = TokenStore(folder, f"file://{whole.folder}", lines.append)
     view, answers = there.split("train"), iter([False, False, True])
     read = ObjectStore.read_ranges
 
@@ -198,3 +199,7 @@ def test_a_store_that_fails_is_asked_again_and_then_the_run_may_restart(
     with pytest.raises(TransientError, match=f"--store=file://{whole.folder} cannot be read: Slow"):
         view.gather(np.arange(3), 100)
     assert isinstance(there.remote.fault, TransientError)
+    assert len(lines) == 2 and all("SlowDown); trying again" in line for line in lines)
+    with pytest.raises(TransientError):  # the same failure
+        view.gather(np.arange(3), 100)
+    assert len(lines) == 2
