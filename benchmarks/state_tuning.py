@@ -219,8 +219,15 @@ def by_length(data: Data, seeds: int) -> dict[str, Any]:
     return {"seeds": seeds, "rows": rows}
 
 
-def measure(data: Data, out: dict[str, Any], most_seeds: int) -> Any:
-    """Fills in the results of a data set; yields after each part."""
+def measure(data: Data, out: dict[str, Any], most_seeds: int, labels: list[int]) -> Any:
+    """Fills in the results of a data set; yields after each part.
+
+    Args:
+        data: The data set.
+        out: Its results; rows of other numbers of labels stay.
+        most_seeds: Of samples of labels.
+        labels: The rows to measure.
+    """
     info = bundle.read_info(data.encoder, "encoder", "--encoder")
     out |= {
         "data": data.note,
@@ -229,13 +236,14 @@ def measure(data: Data, out: dict[str, Any], most_seeds: int) -> Any:
         "machine": facts(),
         "encoder": info["model"]
         | {"objective": info["objective"], "steps": info["metrics"]["steps"]},
-        "rows": [],
+        "rows": [each for each in out.get("rows", []) if each["labels"] not in labels],
     }
-    for labels in STEPS:
-        if not labels or labels >= data.least_labels:
-            out["rows"].append(row(data, labels, most_seeds))
+    for number in labels:
+        if not number or number >= data.least_labels:
+            out["rows"].append(row(data, number, most_seeds))
+            out["rows"].sort(key=lambda each: [*STEPS].index(each["labels"]))
             yield
-    if data.store.num_classes == 2:
+    if data.store.num_classes == 2 and 0 in labels:
         out["by_length"] = by_length(data, data.seeds_by_length)
         yield
 
@@ -291,16 +299,18 @@ def main() -> None:
     parser.add_argument("--demo", default="runs/demo", help="folder of `make demo`")
     parser.add_argument("--newsgroups", required=True, help="20news-bydate.tar.gz")
     parser.add_argument("--seeds", type=int, default=3, help="at most; each is kept")
-    parser.add_argument("--only", choices=DATA, help="a single data set; the JSON keeps the others")
+    parser.add_argument("--labels", default=",".join(map(str, STEPS)), help="rows; 0 is all labels")
+    parser.add_argument("--only", choices=DATA, help="a single data set")
     args = parser.parse_args()
     native.use_in_inference()
     out = Path("benchmarks/results/state_tuning.json")
-    results = json.loads(out.read_text())["results"] if args.only and out.exists() else {}
+    results = json.loads(out.read_text())["results"] if out.exists() else {}
     for name in [args.only] if args.only else DATA:
         folder = Path(args.run_dir) / name
         folder.mkdir(parents=True, exist_ok=True)
-        results[name] = {}
-        for _ in measure(DATA[name](args, folder), results[name], args.seeds):
+        results.setdefault(name, {})
+        labels = [int(number) for number in args.labels.split(",")]
+        for _ in measure(DATA[name](args, folder), results[name], args.seeds, labels):
             print(table({name: results[name]}), flush=True)
             write_results("state_tuning", facts(), results)
     print(length_table(results))
