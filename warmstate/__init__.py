@@ -303,13 +303,19 @@ def _sizes(encoder: Path) -> dict[str, Setting]:
 
 @contextlib.contextmanager
 def _process_kept() -> Iterator[None]:
-    """Restores what a stage changes for its whole process: signals and TensorFlow's determinism.
+    """Restores what a stage changes for its whole process: signals, and settings of TensorFlow.
 
-    With determinism left on, the caller's random operations without a seed would raise errors.
+    With determinism left on, the caller's random operations without a seed would raise errors. And
+    TensorFlow keeps the gradient of each traced tf.custom_gradient for ever, and with it the graph
+    and all weights of the stage.
     """
     _import_quietly()
-    # There is no public way to read it or to switch it off.
+    # There is no public way to read or undo either.
     from tensorflow.python.framework import config as tensorflow_config
+    from tensorflow.python.framework import ops
+
+    gradients = ops.gradient_registry._registry
+    known = set(gradients)
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -320,6 +326,9 @@ def _process_kept() -> Iterator[None]:
     finally:
         if not deterministic:
             tensorflow_config.disable_op_determinism()
+        for name in set(gradients) - known:
+            if name.startswith("CustomGradient-"):
+                del gradients[name]
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         for number, handler in handlers.items():
             signal.signal(number, handler)

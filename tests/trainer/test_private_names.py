@@ -169,6 +169,16 @@ def _config() -> bool:
     )
 
 
+def _registered_gradients() -> bool:
+    from tensorflow.python.framework import ops
+
+    known = set(ops.gradient_registry._registry)
+    square = tf.custom_gradient(lambda x: (x * x, lambda upstream: 2 * x * upstream))
+    tf.function(square).get_concrete_function(tf.TensorSpec([], tf.float32))
+    (new,) = set(ops.gradient_registry._registry) - known
+    return new.startswith("CustomGradient-")
+
+
 CHECKS: dict[str, Callable[[], bool]] = {
     "_learning_rate": _schedule,
     "_momentums": _moments,
@@ -190,6 +200,8 @@ CHECKS: dict[str, Callable[[], bool]] = {
     "tensorflow.python.eager.record": _record,
     "tensorflow.python.eager.context": _context,
     "tensorflow.python.framework.config": _config,
+    "tensorflow.python.framework.ops": _registered_gradients,
+    "_registry": _registered_gradients,
 }
 
 

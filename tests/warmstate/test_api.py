@@ -12,7 +12,8 @@ from warmstate import InputError
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Another process: the stages set how TensorFlow works.
 PROGRAM = """
-import json, signal, sys
+import gc, json, signal, sys
+import keras
 import warmstate
 store, folder = sys.argv[1:]
 before = signal.getsignal(signal.SIGTERM)
@@ -26,6 +27,9 @@ rest = {"finetune_steps": 4, "finetune_max_tokens": 24, "log": lines.append}
 warm = warmstate.finetune(f"{folder}/b", store, encoder.folder, **rest)
 longer = {"hidden_units": 5, "classify_max_tokens": 40}
 scratch = warmstate.finetune(f"{folder}/c", store, **longer, **small | rest)
+keras.backend.clear_session()
+gc.collect()
+graphs = sum(type(held).__name__ == "FuncGraph" for held in gc.get_objects())
 losses = [
     warmstate.evaluate(f"{folder}/{name}", store, scratch.folder, log=lines.append, **reads)["loss"]
     for name, reads in [("e", {}), ("f", {"classify_max_tokens": 2})]
@@ -40,6 +44,7 @@ from absl import flags
 assert "pretrain_steps" not in flags.FLAGS, "a program of ours defined flags"
 assert signal.getsignal(signal.SIGTERM) is before
 print(json.dumps({
+    "graphs": graphs,
     "lines": len(lines), "error": found["error_percent"], "documents": found["documents"],
     "perplexity": encoder.report["perplexity"], "broadcast": len(warm.report["broadcast"]),
     "weights": [warm.report["init_weights"], scratch.report["init_weights"]],
@@ -67,6 +72,7 @@ def test_the_stages_one_after_the_other(small_store: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = done.stdout.splitlines()  # the rest went to log=
     found = json.loads(line)
+    assert found["graphs"] == 0  # each holds its stage's weights
     assert found["lines"] > 10 and found["documents"] == 60 and 0 < found["error"] < 100
     assert found["perplexity"] > 1 and found["broadcast"] == 3
     assert found["weights"] == ["encoder", "random"]
