@@ -172,7 +172,7 @@ def main() -> None:
     out = Path("benchmarks/results") / f"{args.out}.json"
     results = json.loads(out.read_text())["results"] if args.only and out.exists() else {}
     for context in [args.only] if args.only else CONTEXTS:
-        results[context] = {start: [] for start in STARTS}
+        results[context] = {"cpu": facts()["cpu"]} | {start: [] for start in STARTS}
         for seed in range(args.seeds):
             for start in STARTS:
                 found = errors(context, start, seed)

@@ -25,7 +25,7 @@ from benchmarks.processes import in_turn, min_and_median, write_results
 from data_pipelines.sources.movie_reviews import MovieReviews
 
 REVIEWS, PIECES = 1_000, 6
-MESSAGES, MESSAGE_WORDS = 20, 60
+MESSAGES, MESSAGE_WORDS = 20, (20, 60, 200)
 SESSIONS, CLIENTS = 10_000, 32
 
 
@@ -59,12 +59,8 @@ def largest_difference(model: Any, whole: Any, texts: list[bytes]) -> dict[str, 
     }
 
 
-def seconds_of_chats(model: Any, whole: Any, texts: list[bytes], repeats: int) -> dict[str, Any]:
+def chat(model: Any, whole: Any, messages: list[str], repeats: int) -> dict[str, Any]:
     """Returns the seconds of a chat by a session and by reading the whole again."""
-    words = b" ".join(texts).decode().split()
-    messages = [
-        " ".join(words[i * MESSAGE_WORDS : (i + 1) * MESSAGE_WORDS]) + " " for i in range(MESSAGES)
-    ]
 
     def by_session() -> float:
         began, session = time.perf_counter(), model.session()
@@ -85,11 +81,21 @@ def seconds_of_chats(model: Any, whole: Any, texts: list[bytes], repeats: int) -
     times = in_turn(programs, repeats)
     ratios = [a / s for a, s in zip(times["again"], times["session"], strict=True)]
     return {
-        "messages": MESSAGES,
-        "words_a_message": MESSAGE_WORDS,
+        "messages": len(messages),
+        "words_a_message": len(messages[0].split()),
         "seconds": {name: min_and_median(values) for name, values in times.items()},
         "faster_by": round(float(np.median(ratios)), 2),
     }
+
+
+def chats(model: Any, whole: Any, texts: list[bytes], repeats: int) -> list[dict[str, Any]]:
+    """Returns the results of `chat` for messages of each length."""
+    words, found = b" ".join(texts).decode().split(), []
+    for length in MESSAGE_WORDS:
+        starts = range(0, MESSAGES * length, length)
+        messages = [" ".join(words[start : start + length]) + " " for start in starts]
+        found.append(chat(model, whole, messages, repeats))
+    return found
 
 
 async def client(port: int, bodies: Iterator[bytes], ids: list[str]) -> None:
@@ -174,7 +180,7 @@ def main() -> None:
     results["model"] = json.loads((Path(args.classifier) / "classifier.json").read_text())["model"]
     parts = {
         "answers": lambda: largest_difference(model, whole, texts),
-        "chats": lambda: seconds_of_chats(model, whole, texts, args.repeats),
+        "chats": lambda: chats(model, whole, texts, args.repeats),
         "server": lambda: server_memory(args.classifier, texts),
     }
     for name, measured in parts.items():
