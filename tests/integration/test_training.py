@@ -442,6 +442,9 @@ def test_other_text_is_read_with_the_encoder_s_vocabulary_alone(
     said = train(1, *flags, *new, "--finetune_steps=2")
     assert f"prepare: the vocabulary is that of {encoder}/vocab.txt" in said
     assert (tmp_path / "new" / "vocab.txt").read_bytes() == (encoder / "vocab.txt").read_bytes()
+    of_run = (f"--classifier={tmp_path}/run/classifier", f"--run_dir={tmp_path}/evaluated")
+    said = train(1, "--stage=evaluate", *of_run, f"--source={source}")
+    assert f"prepare: the vocabulary is that of {tmp_path}/run/classifier/vocab.txt" in said
 
 
 def test_a_fine_tuning_goes_on_from_the_encoder_that_it_began_with_alone(
