@@ -244,7 +244,7 @@ def measure(data: Data, out: dict[str, Any], most_seeds: int, labels: list[int])
             out["rows"].sort(key=lambda each: [*STEPS].index(each["labels"]))
             yield
     if data.store.num_classes == 2 and 0 in labels:
-        out["by_length"] = by_length(data, data.seeds_by_length)
+        out["by_length"] = by_length(data, min(data.seeds_by_length, most_seeds))
         yield
 
 
