@@ -210,7 +210,7 @@ def main(argv: list[str]) -> None:
     alone = cluster.resolve({})
     distributor = make_distributor("one_device", alone, base.collective_timeout_seconds)
     base = precision.resolved(base, distributor, Path(base.run_dir), say)
-    store = open_store(base, alone)
+    store = open_store(base, alone, print)
     seeds = list(range(FLAGS.seeds))
     errors: dict[str, list[float]] = {}
     for seed in seeds:
