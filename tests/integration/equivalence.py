@@ -220,7 +220,7 @@ def make_batches(distributor):
 class RandomDocuments:
     """What `make_dataset` needs of a SplitView."""
 
-    has_contexts = False
+    has_contexts = is_remote = False
 
     def __init__(self) -> None:
         random = np.random.default_rng(1)

@@ -9,6 +9,7 @@ import http.server
 import json
 import re
 import threading
+import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         requests: Method and path with query of each request.
         refusals: Recorded answers to whoever creates an object of this plural.
         log_is_open: Whether a log that is followed stays open, as of a pod that runs.
+        log_was_asked: Is set by the first request to follow a log.
         away: Whether connections are closed without an answer.
     """
 
@@ -65,6 +67,7 @@ class ApiServer(http.server.ThreadingHTTPServer):
         self.refusals: dict[str, Document] = {}
         self.away = False
         self.log_is_open = False
+        self.log_was_asked = threading.Event()
 
     def add(self, path: str, document: Document) -> None:
         """Puts an object there as if somebody had created it."""
@@ -105,6 +108,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         match = _PATH.fullmatch(url.path)
         assert match, url.path
         code, answer = self._answer(match.groupdict(), url.path, query, body)
+        if query.get("follow"):
+            self.server.log_was_asked.set()
         while query.get("follow") and self.server.log_is_open:
             time.sleep(0.01)
         data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()

@@ -493,6 +493,7 @@ def test_requests_of_follow_do_not_grow_with_the_workers(
     def pause(seconds: float) -> None:
         clock[0] += 2.0
         if clock[0] == 1010:
+            assert server.log_was_asked.wait(60)  # by another thread, which the clock does not hold
             before.append(len(server.requests))
         if clock[0] == 1070:
             before.append(len(server.requests))
