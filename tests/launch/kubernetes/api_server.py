@@ -9,7 +9,6 @@ import http.server
 import json
 import re
 import threading
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
