@@ -10,6 +10,7 @@ for the text and as much again, in --folder.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.machine import facts
-from tests.processes import children_of
+from benchmarks.processes import descendants_megabytes
 
 ROWS = 5_000  # in a row group
 SAMPLE_SECONDS = 0.5
@@ -84,31 +86,23 @@ def write(path: Path, data_dir: str, size: float) -> None:
             writer.write_table(pa.table({"text": texts, "label": labels}, schema=schema))
 
 
-def sample(pid: int, cpu_seconds: dict[int, float]) -> int:
-    """Returns the proportional set size of a process and its descendants; notes their CPU seconds.
-
-    Pages that processes share count once; pages of files that they map count too.
-    """
-    folder = Path(f"/proc/{pid}")
-    try:
-        pages = re.search(r"^Pss:\s+(\d+)", (folder / "smaps_rollup").read_text(), re.MULTILINE)
-        ticks = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
-        children = children_of(pid)
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended
-        return 0
-    cpu_seconds[pid] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-    own = 1024 * int(pages[1]) if pages else 0
-    return own + sum(sample(child, cpu_seconds) for child in children)
+def note_cpu_seconds(cpu_seconds: dict[int, float]) -> None:
+    """Notes the CPU seconds so far of the processes that this one started, and they started."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            times = process.cpu_times()
+            cpu_seconds[process.pid] = times.user + times.system
 
 
 def prepared(source: str, store: Path, flags: Sequence[str]) -> dict[str, Any]:
     """Prepares a store; returns peak memory, seconds and sizes."""
     command = [sys.executable, "-m", "data_pipelines.prepare", f"--source={source}"]
     command += [f"--out={store}", *flags]
-    began, peak, cpu_seconds = time.monotonic(), 0, {}
+    began, peak, cpu_seconds = time.monotonic(), 0.0, {}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        peak = max(peak, sample(process.pid, cpu_seconds))
+        peak = max(peak, descendants_megabytes(os.getpid()))
+        note_cpu_seconds(cpu_seconds)
         time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         raise RuntimeError(f"prepare ended with {process.returncode}")
@@ -116,7 +110,7 @@ def prepared(source: str, store: Path, flags: Sequence[str]) -> dict[str, Any]:
     manifest = json.loads((store / "manifest.json").read_bytes())
     splits = manifest["splits"].values()
     return {
-        "peak_mb": round(peak / 1e6),
+        "peak_mb": round(peak * 2**20 / 1e6),
         "processes": len(cpu_seconds),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(sum(cpu_seconds.values()), 1),

@@ -32,13 +32,11 @@ from data_pipelines.store.token_store import TokenStore
 from tests.s3_server import s3_server
 
 STEPS, BATCH = 60, 32
-FLAGS = ("--stage=pretrain", f"--pretrain_steps={STEPS}", f"--pretrain_batch_size={BATCH}")
-FLAGS += (
-    "--units=128",
-    "--embedding_dim=64",
-    "--pretrain_max_tokens=100",
-)
-FLAGS += ("--pretrain_evaluate_documents=32", "--mean_state_documents=32", "--vocab_size=20000")
+FLAGS = (
+    "--stage=pretrain", f"--pretrain_steps={STEPS}", f"--pretrain_batch_size={BATCH}",
+    "--units=128", "--embedding_dim=64", "--pretrain_max_tokens=100",
+    "--pretrain_evaluate_documents=32", "--mean_state_documents=32", "--vocab_size=20000",
+)  # fmt: skip
 TRAINER = """
 import sys
 from absl import app

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.durable import flush_folder, write_file
 from data_pipelines.errors import InputError
@@ -115,10 +116,12 @@ def cached(
 
 def _fetch_store(fetching: Fetching, most_bytes: int) -> None:
     manifest = read_manifest(fetching.folder)  # refuses names outside of the folder
-    files, tokens = {"vocab.txt": manifest["vocab_file"]}, {}
+    files: dict[str, dict[str, Any]] = {"vocab.txt": manifest["vocab_file"]}
+    tokens: dict[str, dict[str, Any]] = {}
     for shard in shards_of(manifest):
-        files |= {f"{shard['name']}.{kind}": shard["files"][kind] for kind in kinds_of(manifest)}
-        tokens[f"{shard['name']}.tokens"] = files.pop(f"{shard['name']}.tokens")
+        for kind in kinds_of(manifest):
+            named = tokens if kind == "tokens" else files
+            named[f"{shard['name']}.{kind}"] = shard["files"][kind]
     size = sum(entry["bytes"] for entry in files.values())
     if 0 < most_bytes < size:
         raise InputError(

@@ -50,6 +50,7 @@ class TokenStore:
 
     Attributes:
         remote: reads the tokens at `url`.
+        shards_elsewhere: how many shards have their tokens there only.
 
     Raises:
         InputError: the store is missing, its manifest is damaged, or files have wrong sizes; one
@@ -63,17 +64,17 @@ class TokenStore:
         self.manifest: dict[str, Any] = read_manifest(self.folder)
         self._token_dtype = token_dtype(self.vocab_size)
         self.remote = RemoteTokens(url, self._token_dtype, self.vocab_size, log) if url else None
+        self.shards_elsewhere = 0
         faults = [_size_fault(self.vocab_path, self.manifest["vocab_file"]["bytes"])]
         for shard in shards_of(self.manifest):
             paths = {k: self.folder / f"{shard['name']}.{k}" for k in kinds_of(self.manifest)}
-            kinds = [kind for kind in paths if kind != "tokens" or not self._is_far(paths[kind])]
-            found = [_size_fault(paths[kind], shard["files"][kind]["bytes"]) for kind in kinds]
+            if url and not paths["tokens"].exists():
+                self.shards_elsewhere += 1
+                del paths["tokens"]
+            found = [_size_fault(paths[kind], shard["files"][kind]["bytes"]) for kind in paths]
             faults += found if any(found) else [_ends_fault(paths["offsets"], shard["tokens"])]
         if any(faults):
             raise InputError("\n".join(filter(None, faults)))
-
-    def _is_far(self, tokens: Path) -> bool:
-        return bool(self.remote) and not tokens.exists()
 
     @property
     def vocab_size(self) -> int:
@@ -152,12 +153,6 @@ class TokenStore:
                 )
         entries = [shard for name in names for shard in self.manifest["splits"][name]["shards"]]
         return WholeSplit(Shards(self.folder, entries, self._token_dtype, self.remote))
-
-    @property
-    def shards_elsewhere(self) -> int:
-        """How many shards have their tokens at the address only."""
-        names = (f"{shard['name']}.tokens" for shard in shards_of(self.manifest))
-        return sum(self._is_far(self.folder / name) for name in names)
 
     def verify(self) -> None:
         """Reads every file, in O(1) memory, and checks all that a `TokenStore` promises.

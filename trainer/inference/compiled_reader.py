@@ -50,9 +50,10 @@ class CompiledReader:
         self, tokens: np.ndarray, lengths: np.ndarray, contexts: np.ndarray
     ) -> np.ndarray:
         """Returns the probability of each class; arguments as for `Classifier.logits`."""
-        carried = np.repeat(self._unread, len(lengths), axis=0)
         if self._classifier.num_contexts:
             carried = self._classifier.unread(contexts).numpy()
+        else:
+            carried = np.repeat(self._unread, len(lengths), axis=0)
         (carried,) = self.read_on(carried, [(tokens, lengths)])
         return self.probabilities_of_carried(carried, lengths)
 

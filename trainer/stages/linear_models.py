@@ -66,6 +66,8 @@ class LinearModels:
 
     Attributes:
         names: The models that suit the data; nbsvm is for two classes.
+        vocab_size: The number of words: the first columns of `counts`.
+        tfidf: From `counts` to TF-IDF.
     """
 
     def __init__(self, store: TokenStore):

@@ -18,6 +18,7 @@ from data_pipelines.durable import make_folder
 from data_pipelines.errors import InputError, raise_if
 from data_pipelines.files import is_remote
 from data_pipelines.store.fetch import fetched
+from data_pipelines.store.manifest import read_manifest
 from data_pipelines.store.token_store import TokenStore
 from trainer import native, preflight
 from trainer.config import Config
@@ -216,8 +217,8 @@ def _vocabulary_flags(config: Config, folder: Path) -> list[str]:
     """
     flags, size = [f"--tokenizer={config.tokenizer}"], Config.vocab_size
     bundles = preflight.bundles_read(config)[:1]
-    if (folder / "manifest.json").exists():
-        given = TokenStore(folder).manifest["prepare_config"].get("vocab_file")
+    if bundles and (folder / "manifest.json").exists():
+        given = read_manifest(folder)["prepare_config"].get("vocab_file")
         bundles = bundles if given else []
     for name, flag, of_bundle in bundles:
         info = bundle.read_info(Path(of_bundle), name, flag)
