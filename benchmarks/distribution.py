@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import allreduce, slow_network, worker_counts
+from benchmarks import allreduce, recipe_steps, slow_network, worker_counts
 from benchmarks.machine import facts
 from benchmarks.processes import markdown_table
 from tests.integration.equivalence import (
@@ -252,6 +252,7 @@ def page(measured: dict[str, Any]) -> str:
         broadcast=markdown_table(measured["broadcast"]),
         compression=markdown_table(measured["compression"]),
         scaling=scaling_table(measured["weak_scaling"]),
+        recipes=markdown_table(measured["recipe_steps"]),
         distinct=f"{measured['distinct_rows']:,.0f}",
         simulated=markdown_table(measured["simulated"]),
         slow=markdown_table(json.loads(slow_network.OUT.read_text())["rows"]),
@@ -282,7 +283,8 @@ def measure(repeats: int, only: list[str] | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare = [sys.executable, "-m", "data_pipelines.prepare", "--source=movie_reviews"]
-        for store, vocab_size in (("store", 10_000), ("large", PAPER["vocab_size"])):
+        sizes = (("store", 10_000), ("demo", 20_000), ("large", PAPER["vocab_size"]))
+        for store, vocab_size in sizes:
             flags = [f"--out={folder / store}", f"--vocab_size={vocab_size}"]
             subprocess.run([*prepare, *flags], check=True, stdout=subprocess.DEVNULL)
         parts = {
@@ -293,6 +295,9 @@ def measure(repeats: int, only: list[str] | None) -> dict[str, Any]:
                 for record in allreduce.gang(kind, 2, vocab_size, repeats)
             ],
             "weak_scaling": lambda: weak_scaling(repeats),
+            "recipe_steps": lambda: recipe_steps.measure(
+                {"imdb_cpu_20min": folder / "large", "demo": folder / "demo"}, folder
+            ),
             "broadcast": lambda: broadcast(folder),
             "compression": lambda: compression(folder),
             "equivalence": lambda: equivalence(folder),

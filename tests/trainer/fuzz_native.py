@@ -36,7 +36,9 @@ STEPS = {"recurrent": "U 4U", **STATES, "mask": "B T?", "bias": "B 4U?"}
 SHAPES: dict[str, dict[str, str]] = {
     "product": {"left": "B T D", "right": "D C", "bias": "C?", "mask": "B T?"},
     "product_transposed": {"left": "B T D", "right": "C D", "bias": "C?", "mask": "B T?"},
+    "product_packed": {"left": "B T D", "right": "D C", "bias": "C", "mask": "B T?"},
     "lstm": {"z": "B T 4U", "index": "0", **STEPS},
+    "lstm_packed": {"z": "N 4U", "index": "B T", **STEPS},
     "lstm_words": {"z": "N 4U", "index": "B T", **STEPS},
     "lstm_grad": {
         "gates": "B T 4U",
@@ -216,8 +218,10 @@ def lstm_weight_grad(x: Arrays) -> list[np.ndarray]:
 EXPECTED: dict[str, Callable[[Arrays], list[np.ndarray]]] = {
     "product": lambda x: product(x, False),
     "product_transposed": lambda x: product(x, True),
+    "product_packed": lambda x: product(x, False),
     "lstm": lstm,
     "lstm_words": lstm,
+    "lstm_packed": lstm,
     "lstm_grad": lstm_grad,
     "lstm_weight_grad": lstm_weight_grad,
 }
@@ -230,9 +234,13 @@ def run(name: str, x: Mapping[str, Any]) -> list[tf.Tensor]:
     """Returns what the operation gives."""
     operations = native.operations(training=True)
     assert operations
+    if name.endswith("_packed"):
+        operand = "recurrent" if name == "lstm_packed" else "right"
+        of_gates = name == "lstm_packed"
+        x = {**x, operand: operations.warmstate_pack(x[operand], of_gates=of_gates)}
     if name.startswith("product"):
-        return [operations.warmstate_product(*x.values(), transpose=name != "product")]
-    if name in ("lstm", "lstm_words"):
+        return [operations.warmstate_product(*x.values(), transpose=name == "product_transposed")]
+    if name in ("lstm", "lstm_words", "lstm_packed"):
         return list(operations.warmstate_lstm(*x.values(), keep=True, return_sequences=True))
     function = getattr(operations, f"warmstate_{name}")
     return list(function(*x.values()))
@@ -276,7 +284,7 @@ def one_set(random: np.random.Generator, name: str) -> str:
     if right and x.get("index", np.zeros(0)).size and random.random() < 0.2:
         place = tuple(int(random.integers(0, size)) for size in x["index"].shape)
         x["index"][place] = random.choice([-1, len(x["z"]), 2**31 - 1, -(2**31)])
-    if right and name == "lstm_words":
+    if right and name in ("lstm_words", "lstm_packed"):
         right = bool(np.all((x["index"] >= 0) & (x["index"] < len(x["z"]))))
     # As in training, gates and z may be overwritten: operands that nobody holds any more.
     found: list[np.ndarray] = []

@@ -339,6 +339,35 @@ def test_a_row_alone_has_the_same_bits(factors: tf.DType, instruction_set: str) 
             assert part.tobytes() == whole[rows].tobytes()
 
 
+def test_packed_matrices_give_the_same_bits_and_belong_to_one_instruction_set(
+    instruction_set: str,
+) -> None:
+    operations = native.operations(training=True)
+    random = np.random.default_rng(0)
+    x = tf.constant(random.normal(size=(2, 5, 7)), tf.float32)
+    kernel = tf.constant(random.normal(size=(7, 64)), tf.float32)
+    recurrent = tf.constant(random.normal(0, 0.3, (16, 64)), tf.float32)
+    bias, zeros = tf.zeros(64), tf.zeros((2, 16))
+    packed = (
+        operations.warmstate_pack(kernel, of_gates=False),
+        operations.warmstate_pack(recurrent, of_gates=True),
+    )
+
+    def read(kernel: tf.Tensor, recurrent: tf.Tensor) -> tf.Tensor:
+        z = operations.warmstate_product(x, kernel, bias, NO_MASK, transpose=False)
+        return forward(operations, z, recurrent, zeros, zeros).outputs
+
+    np.testing.assert_array_equal(read(*packed), read(kernel, recurrent))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="right was packed for other sizes"):
+        read(packed[1], recurrent)
+    for other in set(native.instruction_sets()) - {instruction_set}:
+        with (
+            native.using(other),
+            pytest.raises(tf.errors.InvalidArgumentError, match="another instruction set"),
+        ):
+            read(kernel, packed[1])
+
+
 @pytest.mark.parametrize("by_word", [False, True])
 def test_a_row_with_a_bias_has_the_bits_of_a_layer_with_that_bias(
     by_word: bool, instruction_set: str

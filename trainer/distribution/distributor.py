@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from trainer.distribution.watchdog import Watchdog
 
+SMALL_NUMBERS = 1 << 16  # of a sum whose cost is its hops, not its bytes
 _INTEGERS = {tf.float32: tf.int32, tf.float64: tf.int64}  # of the same number of bits
 
 
@@ -128,10 +129,17 @@ class Distributor:
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
             flat = tf.concat([tf.reshape(tensors[i], [-1]) for i in chosen], axis=0)
-            parts = tf.split(self._all_reduce(flat), [tf.size(tensors[i]) for i in chosen])
+            parts = tf.split(self._summed(flat), [tf.size(tensors[i]) for i in chosen])
             for i, part in zip(chosen, parts, strict=True):
                 sums[i] = tf.ensure_shape(tf.reshape(part, tf.shape(tensors[i])), tensors[i].shape)
         return sums
+
+    def _summed(self, flat: tf.Tensor) -> tf.Tensor:
+        size = flat.shape[0]
+        if self.size == self.num_shards == 2 and size is not None and size <= SMALL_NUMBERS:
+            # One hop instead of two, as many bytes, and one order of additions.
+            return tf.reduce_sum(self._all_gather(flat), axis=0)
+        return self._all_reduce(flat)
 
     def _all_reduce(self, flat: tf.Tensor) -> tf.Tensor:
         """Returns, inside `step`, the sum of all shards' vectors of one size."""

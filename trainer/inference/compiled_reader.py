@@ -27,15 +27,16 @@ class CompiledReader:
     def __init__(self, classifier: Classifier, operations: ModuleType):
         self._classifier = classifier
         self._operations = operations
-        encoder = classifier.encoder
+        encoder, pack = classifier.encoder, operations.warmstate_pack
         cells = [lstm.cell for lstm in encoder.lstms]
-        self._kernels = [tf.convert_to_tensor(cell.kernel) for cell in cells]
-        self._recurrent = [tf.convert_to_tensor(cell.recurrent_kernel) for cell in cells]
+        kernels = [tf.convert_to_tensor(cell.kernel) for cell in cells]
+        self._recurrent = [pack(cell.recurrent_kernel, of_gates=True) for cell in cells]
         self._biases = [tf.convert_to_tensor(cell.bias) for cell in cells]
         if encoder.normalised:  # the lowest LSTM takes plain embeddings
             _, deviation = encoder.fixed_moments or encoder.moments()
-            self._kernels[0] /= tf.convert_to_tensor(deviation)[:, tf.newaxis]
+            kernels[0] /= tf.convert_to_tensor(deviation)[:, tf.newaxis]
             self._biases[0] = tf.constant(encoder.biases()[0])
+        self._kernels = [pack(kernel, of_gates=False) for kernel in kernels]
         self._embeddings = np.asarray(memoryview(tf.convert_to_tensor(encoder.embeddings)))
         head = (classifier.hidden, classifier.output_layer)
         self._head = [(d.kernel.numpy(), d.bias.numpy()) for d in head if d is not None]

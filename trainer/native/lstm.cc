@@ -6,6 +6,7 @@
 // steps and never waits for another.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -245,7 +246,7 @@ class Packed {
   Packed(const Loops& loops, Factor factor, const float* matrix, int64_t depth, int64_t columns)
       : loops_(loops), factor_(factor), matrix_(matrix), depth_(depth), columns_(columns) {}
   ~Packed() {
-    if (numbers_) memory()->give_back(numbers_);
+    if (taken_) memory()->give_back(taken_);
   }
   Packed(const Packed&) = delete;
   Packed& operator=(const Packed&) = delete;
@@ -264,28 +265,67 @@ class Packed {
     along_ = columns_, across_ = 1;
     return pack(context);
   }
+  // Takes an operand that WarmstatePack has packed, if it belongs to these loops and sizes.
+  Status ready(const char* name, const Tensor& operand, bool of_gates) {
+    units_ = of_gates ? columns_ / 4 : 0;
+    const uint32_t* numbers = reinterpret_cast<const uint32_t*>(operand.flat<float>().data());
+    const auto expected = tag();
+    if (operand.NumElements() != size() + kTag ||
+        !std::equal(expected.begin(), expected.end(), numbers + size())) {
+      return InvalidArgument(name, " was packed for other sizes or another instruction set");
+    }
+    numbers_ = numbers;
+    return absl::OkStatus();
+  }
+  // Has the next call pack into a tensor for `ready`, of size_kept() numbers.
+  void keep_in(float* numbers) { kept_ = reinterpret_cast<uint32_t*>(numbers); }
+  int64_t size_kept() const { return size() + kTag; }
   const void* numbers() const { return numbers_; }
 
  private:
+  static constexpr int64_t kTag = 4;  // numbers after a kept matrix, which say what it is
+
+  std::array<uint32_t, kTag> tag() const {
+    const auto& sets = instruction_sets();
+    const auto used = std::find_if(sets.begin(), sets.end(), [this](const InstructionSet& set) {
+      return set.loops == &loops_;
+    });
+    return {static_cast<uint32_t>(used - sets.begin()), static_cast<uint32_t>(depth_),
+            static_cast<uint32_t>(columns_), units_ > 0};
+  }
+
+  int64_t size() const { return tiles() * loops_.tile * factors(); }
+  int64_t tiles() const {
+    const int64_t group = 4 * loops_.width;
+    return (columns_ + group - 1) / group * group / loops_.tile;
+  }
+  int64_t factors() const { return (depth_ + steps() - 1) / steps(); }
   int64_t steps() const { return factor_ == Factor::kPair ? 2 : 1; }
 
   Status pack(OpKernelContext* context) {
-    const int64_t group = 4 * loops_.width, tiles = (columns_ + group - 1) / group * group / loops_.tile;
-    const int64_t factors = (depth_ + steps() - 1) / steps();
-    numbers_ = static_cast<uint32_t*>(memory()->take(4 * tiles * loops_.tile * factors));
-    if (!numbers_) return absl::ResourceExhaustedError("no memory for a packed matrix");
-    in_threads(context, tiles, 2 * loops_.tile * depth_, [&](int64_t first, int64_t last) {
-      for (int64_t tile = first; tile < last; ++tile) pack_tile(tile, factors);
+    uint32_t* numbers = kept_;
+    if (kept_) {
+      const auto last = tag();
+      std::copy(last.begin(), last.end(), kept_ + size());
+    } else {
+      numbers = taken_ = static_cast<uint32_t*>(memory()->take(4 * size()));
+      if (!taken_) return absl::ResourceExhaustedError("no memory for a packed matrix");
+    }
+    numbers_ = numbers;
+    if (!depth_) return absl::OkStatus();  // any number of tiles, of nothing
+    in_threads(context, tiles(), 2 * loops_.tile * depth_, [&](int64_t first, int64_t last) {
+      for (int64_t tile = first; tile < last; ++tile) {
+        pack_tile(tile, numbers + tile * loops_.tile * factors());
+      }
     });
     return absl::OkStatus();
   }
 
-  void pack_tile(int64_t tile, int64_t factors) {
-    if (factor_ == Factor::kFloat && across_ == 1) return copy_tile(tile);
+  void pack_tile(int64_t tile, uint32_t* to) {
+    if (factor_ == Factor::kFloat && across_ == 1) return copy_tile(tile, to);
     constexpr int64_t kBlock = 16;  // rows of a tile that stay in the first cache meanwhile
-    uint32_t* to = numbers_ + tile * loops_.tile * factors;
-    for (int64_t block = 0; block < factors; block += kBlock) {
-      const int64_t end = std::min(factors, block + kBlock);
+    for (int64_t block = 0; block < factors(); block += kBlock) {
+      const int64_t end = std::min(factors(), block + kBlock);
       for (int64_t v = 0; v < loops_.tile; ++v) {
         const int64_t column = tile * loops_.tile + v;
         const float* from = matrix_ + place_of(column) * across_;
@@ -298,12 +338,12 @@ class Packed {
 
   // The same where columns are neighbours: `width` of them at once, as few rows of text wait for this
   // longer than for their steps.
-  void copy_tile(int64_t tile) {
+  void copy_tile(int64_t tile, uint32_t* first) {
     for (int64_t v = 0; v < loops_.tile; v += loops_.width) {
       const int64_t column = tile * loops_.tile + v;
       const int64_t count = std::clamp<int64_t>(columns_ - column, 0, loops_.width);
-      uint32_t* to = numbers_ + tile * loops_.tile * depth_ + v;
       const float* from = count ? matrix_ + place_of(column) : nullptr;
+      uint32_t* to = first + v;
       for (int64_t k = 0; k < depth_; ++k, to += loops_.tile) {
         if (count) std::memcpy(to, from + k * along_, sizeof(float) * count);
         std::fill(to + count, to + loops_.width, 0);
@@ -334,7 +374,8 @@ class Packed {
   const float* const matrix_;
   const int64_t depth_, columns_;
   int64_t along_ = 0, across_ = 0, units_ = 0;
-  uint32_t* numbers_ = nullptr;
+  const uint32_t* numbers_ = nullptr;
+  uint32_t *taken_ = nullptr, *kept_ = nullptr;  // memory of this object, or of a tensor
 };
 
 // ---- Operations ----
@@ -350,6 +391,29 @@ const Factors& factors_of<bfloat16>(const Loops& loops) {
   return loops.half;
 }
 
+// Packs a matrix that does not change, once instead of at each call.
+class PackOp : public OpKernel {
+ public:
+  explicit PackOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("of_gates", &of_gates_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& matrix = context->input(0);
+    OP_REQUIRES_OK(context, of_gates_ ? is_recurrent(matrix)
+                                      : has_rank("matrix", matrix, 2, "[depth, columns]"));
+    Packed packed(*chosen.load(), Factor::kFloat, matrix.flat<float>().data(), matrix.dim_size(0),
+                  matrix.dim_size(1));
+    float* numbers = nullptr;
+    OP_REQUIRES_OK(context, allocate(context, 0, {packed.size_kept()}, &numbers));
+    packed.keep_in(numbers);
+    OP_REQUIRES_OK(context, of_gates_ ? packed.of_gates(context) : packed.plain(context));
+  }
+
+ private:
+  bool of_gates_;
+};
+
 class ProductOp : public OpKernel {
  public:
   explicit ProductOp(OpKernelConstruction* context) : OpKernel(context) {
@@ -359,11 +423,14 @@ class ProductOp : public OpKernel {
   void Compute(OpKernelContext* context) override {
     const Tensor &left = context->input(0), &right = context->input(1), &bias = context->input(2),
                  &mask = context->input(3);
+    const bool is_packed = right.dims() == 1;
     OP_REQUIRES_OK(context, has_rank("left", left, 3, "[batch, time, depth]"));
-    OP_REQUIRES_OK(context, has_rank("right", right, 2, "[depth, columns], or transposed"));
+    if (!is_packed) {
+      OP_REQUIRES_OK(context, has_rank("right", right, 2, "[depth, columns], or transposed"));
+    }
     const int64_t batch = left.dim_size(0), steps = left.dim_size(1), depth = left.dim_size(2),
-                  columns = right.dim_size(transpose_ ? 0 : 1);
-    OP_REQUIRES(context, right.dim_size(transpose_ ? 1 : 0) == depth,
+                  columns = is_packed ? bias.NumElements() : right.dim_size(transpose_ ? 0 : 1);
+    OP_REQUIRES(context, is_packed || right.dim_size(transpose_ ? 1 : 0) == depth,
                 InvalidArgument("right has shape ", right.shape().DebugString(), "; expected ",
                                 transpose_ ? "[columns, " : "[", depth,
                                 transpose_ ? "]" : ", columns]"));
@@ -372,11 +439,14 @@ class ProductOp : public OpKernel {
     Product call = {depth, columns, data_or_null<bool>(mask), left.flat<float>().data(), nullptr,
                     data_or_null<float>(bias), nullptr};
     OP_REQUIRES_OK(context, allocate(context, 0, {batch, steps, columns}, &call.out));
-    if (!(batch && steps && columns)) return;
-
     const Loops& loops = *chosen.load();
     Packed packed(loops, Factor::kFloat, right.flat<float>().data(), depth, columns);
-    OP_REQUIRES_OK(context, transpose_ ? packed.transposed(context) : packed.plain(context));
+    if (is_packed) OP_REQUIRES_OK(context, packed.ready("right", right, false));
+    if (!(batch && steps && columns)) return;
+
+    if (!is_packed) {
+      OP_REQUIRES_OK(context, transpose_ ? packed.transposed(context) : packed.plain(context));
+    }
     call.right = packed.numbers();
     const int64_t rows = batch * steps, blocks = (rows + kProductRows - 1) / kProductRows;
     in_threads(context, blocks, kProductRows * columns * (depth / 16 + 1),
@@ -406,8 +476,11 @@ class ForwardOp : public OpKernel {
     const Factors& factors = factors_of<Kind>(loops);
     Packed packed(loops, factors.factor, context->input(2).template flat<float>().data(),
                   call.units, 4 * call.units);
+    const Tensor& recurrent = context->input(2);
+    const bool is_packed = recurrent.dims() == 1;
+    if (is_packed) OP_REQUIRES_OK(context, packed.ready("recurrent", recurrent, true));
     if (!batch) return;
-    OP_REQUIRES_OK(context, packed.of_gates(context));
+    if (!is_packed) OP_REQUIRES_OK(context, packed.of_gates(context));
     call.recurrent = packed.numbers();
     OP_REQUIRES_OK(
         context, on_rows(context, batch, forward_scratch(1, call.units),
@@ -422,8 +495,14 @@ class ForwardOp : public OpKernel {
   Status check(OpKernelContext* context, int64_t* batch, Forward* call) const {
     const Tensor &z = context->input(0), &index = context->input(1), &h = context->input(3),
                  &c = context->input(4), &mask = context->input(5), &bias = context->input(6);
-    TF_RETURN_IF_ERROR(is_recurrent(context->input(2)));
-    const int64_t units = context->input(2).dim_size(0), depth = 4 * units;
+    const Tensor& recurrent = context->input(2);
+    const bool is_packed = recurrent.dims() == 1;
+    if (is_packed) {
+      TF_RETURN_IF_ERROR(has_rank("h", h, 2, "[batch, units]"));
+    } else {
+      TF_RETURN_IF_ERROR(is_recurrent(recurrent));
+    }
+    const int64_t units = is_packed ? h.dim_size(1) : recurrent.dim_size(0), depth = 4 * units;
     const bool by_index = index.dims() == 2;
     if (by_index) {
       TF_RETURN_IF_ERROR(has_rank("z", z, 2, "[words, 4 * units], as there is an index"));
@@ -620,6 +699,15 @@ Status merge(InferenceContext* c, int input, const std::vector<DimensionHandle>&
   return c->Merge(c->input(input), c->MakeShape(sizes), &merged);
 }
 
+Status pack_shape(InferenceContext* c) {
+  c->set_output(0, c->Vector(c->UnknownDim()));
+  return absl::OkStatus();
+}
+
+bool is_packed(InferenceContext* c, int input) {
+  return c->RankKnown(c->input(input)) && c->Rank(c->input(input)) == 1;
+}
+
 // Finds the units of a recurrent matrix, and four times as many.
 Status units_of(InferenceContext* c, int input, DimensionHandle* units, DimensionHandle* gates) {
   ShapeHandle matrix;
@@ -635,11 +723,17 @@ Status product_shape(InferenceContext* c) {
   ShapeHandle left, right;
   DimensionHandle depth;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 3, &left));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 2, &right));
-  TF_RETURN_IF_ERROR(c->Merge(c->Dim(left, 2), c->Dim(right, transpose ? 1 : 0), &depth));
-  const DimensionHandle batch = c->Dim(left, 0), steps = c->Dim(left, 1),
-                        columns = c->Dim(right, transpose ? 0 : 1);
-  TF_RETURN_IF_ERROR(merge_or_none(c, 2, {columns}));
+  DimensionHandle columns;
+  if (is_packed(c, 1)) {
+    TF_RETURN_IF_ERROR(c->WithRank(c->input(2), 1, &right));
+    columns = c->Dim(right, 0);
+  } else {
+    TF_RETURN_IF_ERROR(c->WithRank(c->input(1), 2, &right));
+    TF_RETURN_IF_ERROR(c->Merge(c->Dim(left, 2), c->Dim(right, transpose ? 1 : 0), &depth));
+    columns = c->Dim(right, transpose ? 0 : 1);
+    TF_RETURN_IF_ERROR(merge_or_none(c, 2, {columns}));
+  }
+  const DimensionHandle batch = c->Dim(left, 0), steps = c->Dim(left, 1);
   TF_RETURN_IF_ERROR(merge_or_none(c, 3, {batch, steps}));
   c->set_output(0, c->MakeShape({batch, steps, columns}));
   return absl::OkStatus();
@@ -650,7 +744,14 @@ Status forward_shape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(c->GetAttr("keep", &keep));
   TF_RETURN_IF_ERROR(c->GetAttr("return_sequences", &sequences));
   DimensionHandle units, gates, batch = c->UnknownDim(), steps = c->UnknownDim();
-  TF_RETURN_IF_ERROR(units_of(c, 2, &units, &gates));
+  if (is_packed(c, 2)) {
+    ShapeHandle h;
+    TF_RETURN_IF_ERROR(c->WithRank(c->input(3), 2, &h));
+    units = c->Dim(h, 1);
+    TF_RETURN_IF_ERROR(c->Multiply(units, 4, &gates));
+  } else {
+    TF_RETURN_IF_ERROR(units_of(c, 2, &units, &gates));
+  }
   const ShapeHandle index = c->input(1);
   if (c->RankKnown(index) && c->Rank(index) == 2) {
     batch = c->Dim(index, 0), steps = c->Dim(index, 1);
@@ -737,8 +838,18 @@ extern "C" int warmstate_use(const char* name) {
   return 0;
 }
 
+// A matrix in the form that the loops read, for operations that are called often. of_gates: it is a
+// recurrent one. Only for the instruction set that is in use, and for products in float32.
+REGISTER_OP("WarmstatePack")
+    .Attr("of_gates: bool")
+    .Input("matrix: float")
+    .Output("packed: float")
+    .SetShapeFn(pack_shape);
+REGISTER_KERNEL_BUILDER(Name("WarmstatePack").Device(tensorflow::DEVICE_CPU), PackOp);
+
 // left * right + bias of the rows that the mask shows, 0 elsewhere. left: [batch, time, depth].
-// right: [depth, columns], or transposed. bias: [columns], or empty. mask: [batch, time], or empty.
+// right: [depth, columns], or transposed, or packed, which takes a bias. bias: [columns], or empty.
+// mask: [batch, time], or empty.
 REGISTER_OP("WarmstateProduct")
     .Attr("transpose: bool")
     .Input("left: float")
@@ -751,7 +862,7 @@ REGISTER_KERNEL_BUILDER(Name("WarmstateProduct").Device(tensorflow::DEVICE_CPU),
 
 // z: [batch, time, 4 * units], what the inputs and the bias give the gates, which are input, forget,
 // candidate and output. Or, with an index [batch, time], [words, 4 * units]: what each different
-// word gives. mask: [batch, time], or empty. bias: [batch, 4 * units], added to the z of each row's
+// word gives. recurrent: [units, 4 * units], or packed. mask: [batch, time], or empty. bias: [batch, 4 * units], added to the z of each row's
 // steps, or empty. factors: of the recurrent products. keep: what the
 // gradient needs, which are all outputs, gates and cells; they have no steps otherwise.
 REGISTER_OP("WarmstateLstm")

@@ -52,10 +52,15 @@ def test_values_and_indices_arrive_bit_by_bit(found: tuple[str, list[dict]], dty
     assert all(result[dtype] for result in found[1])
 
 
-def test_a_step_has_three_collectives_however_many_tables(found: tuple[str, list[dict]]) -> None:
+def test_a_step_has_at_most_three_collectives_however_many_tables(
+    found: tuple[str, list[dict]],
+) -> None:
     kind, results = found
     reduce, gather = KINDS[kind]
+    dense = [reduce]
+    if len(results) == 2:  # of two, few numbers are gathered and added
+        reduce, dense = gather, []
     for result in results:
-        assert result["rows"] == [sorted([reduce, reduce, gather])] * 2
+        assert result["rows"] == [sorted([reduce, *dense, gather])] * 2
         assert result["compressed"] == sorted([reduce, reduce, gather])
         assert result["dense"] == [reduce, reduce]
