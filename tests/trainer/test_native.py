@@ -360,6 +360,8 @@ def test_packed_matrices_give_the_same_bits_and_belong_to_one_instruction_set(
     np.testing.assert_array_equal(read(*packed), read(kernel, recurrent))
     with pytest.raises(tf.errors.InvalidArgumentError, match="right was packed for other sizes"):
         read(packed[1], recurrent)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="recurrent was packed"):
+        forward(operations, x[:, :, :1] * bias, packed[1], zeros, zeros, factors=tf.bfloat16)
     for other in set(native.instruction_sets()) - {instruction_set}:
         with (
             native.using(other),

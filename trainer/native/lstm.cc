@@ -283,7 +283,7 @@ class Packed {
   const void* numbers() const { return numbers_; }
 
  private:
-  static constexpr int64_t kTag = 4;  // numbers after a kept matrix, which say what it is
+  static constexpr int64_t kTag = 5;  // numbers after a kept matrix, which say what it is
 
   std::array<uint32_t, kTag> tag() const {
     const auto& sets = instruction_sets();
@@ -291,7 +291,7 @@ class Packed {
       return set.loops == &loops_;
     });
     return {static_cast<uint32_t>(used - sets.begin()), static_cast<uint32_t>(depth_),
-            static_cast<uint32_t>(columns_), units_ > 0};
+            static_cast<uint32_t>(columns_), units_ > 0, static_cast<uint32_t>(factor_)};
   }
 
   int64_t size() const { return tiles() * loops_.tile * factors(); }
@@ -862,9 +862,10 @@ REGISTER_KERNEL_BUILDER(Name("WarmstateProduct").Device(tensorflow::DEVICE_CPU),
 
 // z: [batch, time, 4 * units], what the inputs and the bias give the gates, which are input, forget,
 // candidate and output. Or, with an index [batch, time], [words, 4 * units]: what each different
-// word gives. recurrent: [units, 4 * units], or packed. mask: [batch, time], or empty. bias: [batch, 4 * units], added to the z of each row's
-// steps, or empty. factors: of the recurrent products. keep: what the
-// gradient needs, which are all outputs, gates and cells; they have no steps otherwise.
+// word gives. recurrent: [units, 4 * units], or packed. mask: [batch, time], or empty. bias:
+// [batch, 4 * units], added to the z of each row's steps, or empty. factors: of the recurrent
+// products. keep: what the gradient needs, which are all outputs, gates and cells; they have no
+// steps otherwise.
 REGISTER_OP("WarmstateLstm")
     .Attr("factors: {float, bfloat16} = DT_FLOAT")
     .Attr("keep: bool")
