@@ -48,6 +48,7 @@ PROGRAMS = {
 def test_code_does_what_it_does_by_exec(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAMS[name], "a", "--b"]
     environment = {**os.environ, "GIVEN": "x", "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("COVERAGE_PROCESS_CONFIG", None)  # with it a new process handles SIGTERM
     by_fork, by_exec = (
         run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         for run in (forked.run, subprocess.run)
