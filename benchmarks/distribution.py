@@ -296,7 +296,7 @@ def measure(repeats: int, only: list[str] | None) -> dict[str, Any]:
             ],
             "weak_scaling": lambda: weak_scaling(repeats),
             "recipe_steps": lambda: recipe_steps.measure(
-                {"imdb_cpu_20min": folder / "large", "demo": folder / "demo"}, folder
+                {"imdb_cpu_20min": folder / "large", "demo": folder / "demo"}
             ),
             "broadcast": lambda: broadcast(folder),
             "compression": lambda: compression(folder),

@@ -13,10 +13,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.processes import children_of
 
+Name = TypeVar("Name")
 TORCH_PYTHON = Path(".venv-bench/bin/python")
 
 
@@ -91,9 +92,9 @@ def torch_is_there() -> bool:
     return False
 
 
-def in_turn(functions: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def in_turn(functions: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
     """Returns what each function gives, `repeats` times, taken in turn."""
-    found: dict[str, list[float]] = {name: [] for name in functions}
+    found: dict[Name, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             found[name].append(function())

@@ -4,12 +4,16 @@ Each run is the trainer's own, of the recipe's flags for STEPS steps. Rates are 
 the first FIRST lines.
 """
 
+import functools
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import in_turn
 
 STEPS, EVERY, FIRST = 60, 5, 3
 SHORT = (
@@ -32,7 +36,7 @@ ARRANGEMENTS = {
 }
 
 
-def words_a_second(recipe: str, arrangement: str, store: Path, folder: Path) -> float:
+def words_a_second(recipe: str, arrangement: str, store: Path) -> float:
     """Returns the median rate of a run's log."""
     workers, times = ARRANGEMENTS[arrangement]
     flag, size = RECIPES[recipe]
@@ -43,29 +47,28 @@ def words_a_second(recipe: str, arrangement: str, store: Path, folder: Path) -> 
     if arrangement == ONE_CORE:
         command = ["taskset", "-c", "0", *command]
     command += [f"--flagfile=trainer/configs/{recipe}.cfg", *SHORT, f"--{flag}={times * size}"]
-    command += [f"--store={store}", f"--run_dir={folder}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
-    logged = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    rates = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
+    with tempfile.TemporaryDirectory() as folder:
+        command += [f"--store={store}", f"--run_dir={folder}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        logged = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+        rates = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
     return statistics.median(rates[FIRST:])
 
 
-def measure(stores: dict[str, Path], folder: Path, repeats: int = 3) -> list[dict[str, Any]]:
+def measure(stores: dict[str, Path], repeats: int = 3) -> list[dict[str, Any]]:
     """Returns a row for each recipe and arrangement.
 
     Args:
         stores: A token store for each recipe, with its vocabulary.
-        folder: A temporary folder.
     """
-    rates: dict[tuple[str, str], list[float]] = {}
-    for repeat in range(repeats):
-        for recipe in RECIPES:
-            for i, arrangement in enumerate(ARRANGEMENTS):
-                run = folder / f"{recipe}-{repeat}-{i}"
-                found = words_a_second(recipe, arrangement, stores[recipe], run)
-                rates.setdefault((recipe, arrangement), []).append(found)
+    runs = {
+        (recipe, arrangement): functools.partial(words_a_second, recipe, arrangement, store)
+        for recipe, store in stores.items()
+        for arrangement in ARRANGEMENTS
+    }
+    rates = in_turn(runs, repeats)
     medians = {key: statistics.median(found) for key, found in rates.items()}
     return [
         {
