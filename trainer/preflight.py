@@ -181,6 +181,9 @@ def _finetuning_faults(config: Config) -> Iterator[str]:
         if config.optimizer == "adamw" and getattr(config, name):
             why = "its weight decay would move the frozen weights; use --optimizer=adam"
             yield together(name, "optimizer", why)
+    if config.finetune_recurrent_clip_norm and config.precision == "mixed_float16":
+        why = "it would clip gradients that the loss scale has multiplied; use mixed_bfloat16"
+        yield together("finetune_recurrent_clip_norm", "precision", why)
     if config.label_gain == "linear" and config.pooling != "last":
         why = "a label after every word is predicted from that word's output; use --pooling=last"
         yield together("label_gain", "pooling", why)

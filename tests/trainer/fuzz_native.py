@@ -58,6 +58,8 @@ SHAPES: dict[str, dict[str, str]] = {
         "mask": "B T?",
     },
 }
+SHAPES["lstm_grad_clipped"] = SHAPES["lstm_grad"]
+CLIP_NORM = 0.5  # some rows of random gradients are longer, some are not
 LARGE = 2**40
 SANITIZERS = (
     "-fsanitize=address,undefined",
@@ -187,7 +189,7 @@ def lstm(x: Arrays) -> list[np.ndarray]:
     return [outputs, h, c, gates, cells]
 
 
-def lstm_grad(x: Arrays) -> list[np.ndarray]:
+def lstm_grad(x: Arrays, clip_norm: float = np.inf) -> list[np.ndarray]:
     """Returns the gradients of z and of the states at the start."""
     batch, steps, units = x["cells"].shape
     d_h, d_c, shown = x["d_h"], x["d_c"], shown_by(x["mask"], batch, steps)
@@ -202,7 +204,10 @@ def lstm_grad(x: Arrays) -> list[np.ndarray]:
         of_gates = [of_c * g * i * (1 - i), of_c * before * f * (1 - f), of_c * i * (1 - g**2)]
         d_z[:, t] = np.concatenate([*of_gates, d_h * squashed * o * (1 - o)], 1) * now
         d_c = np.where(now, of_c * f, d_c)
-        d_h = np.where(now, d_z[:, t] @ x["recurrent"].T, d_h)
+        of_step = d_z[:, t] @ x["recurrent"].T
+        norms = np.linalg.norm(of_step, axis=1, keepdims=True)
+        of_step *= clip_norm / np.maximum(norms, clip_norm) if clip_norm < np.inf else 1
+        d_h = np.where(now, of_step, d_h)
     return [d_z, d_h, d_c]
 
 
@@ -223,6 +228,7 @@ EXPECTED: dict[str, Callable[[Arrays], list[np.ndarray]]] = {
     "lstm_words": lstm,
     "lstm_packed": lstm,
     "lstm_grad": lstm_grad,
+    "lstm_grad_clipped": lambda x: lstm_grad(x, CLIP_NORM),
     "lstm_weight_grad": lstm_weight_grad,
 }
 
@@ -242,6 +248,8 @@ def run(name: str, x: Mapping[str, Any]) -> list[tf.Tensor]:
         return [operations.warmstate_product(*x.values(), transpose=name == "product_transposed")]
     if name in ("lstm", "lstm_words", "lstm_packed"):
         return list(operations.warmstate_lstm(*x.values(), keep=True, return_sequences=True))
+    if name == "lstm_grad_clipped":
+        return list(operations.warmstate_lstm_grad(*x.values(), clip_norm=CLIP_NORM))
     function = getattr(operations, f"warmstate_{name}")
     return list(function(*x.values()))
 

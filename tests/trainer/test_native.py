@@ -164,6 +164,26 @@ def half(array: np.ndarray) -> np.ndarray:
     return tf.cast(tf.cast(array, tf.bfloat16), tf.float32).numpy()
 
 
+@pytest.mark.parametrize("clip_norm", [0.1, 1.0, 1e9])
+@pytest.mark.parametrize("mask", ["none", "any"])
+def test_steps_clip_as_tensorflows_loops_do(
+    mask: str, clip_norm: float, instruction_set: str
+) -> None:
+    inputs, states, weights = problem(48)
+    weights[1] *= 5  # gradients grow from step to step
+
+    def gradients() -> list[np.ndarray]:
+        layer = WarmLSTM(48, return_sequences=True, return_state=True)
+        layer.clip_norm = clip_norm
+        return results(layer, inputs, states, mask_of(mask), weights)[3:]
+
+    compiled = gradients()
+    with native.using(None):
+        expected = gradients()
+    for ours, theirs in zip(compiled, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
 def test_only_the_factors_of_the_recurrent_products_are_rounded(instruction_set: str) -> None:
     """From factors that bfloat16 holds exactly, both kinds of product give the same."""
     operations = native.operations(training=True)

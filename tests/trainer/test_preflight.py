@@ -28,6 +28,13 @@ def test_defaults_need_only_a_run_folder(tmp_path: Path) -> None:
     assert [fault.split()[0] for fault in faults()] == ["--run_dir"]
 
 
+def test_a_clipped_gradient_is_not_one_that_a_loss_scale_multiplies(tmp_path: Path) -> None:
+    flags_of_run = [f"--run_dir={tmp_path}", "--finetune_recurrent_clip_norm=1"]
+    (fault,) = faults(*flags_of_run, "--precision=mixed_float16")
+    assert "--finetune_recurrent_clip_norm=1.0" in fault and "use mixed_bfloat16" in fault
+    assert faults(*flags_of_run, "--precision=mixed_bfloat16") == []
+
+
 def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     found = faults(
         "--stage=pretrian",

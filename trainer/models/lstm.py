@@ -60,6 +60,8 @@ class Mode(NamedTuple):
       of_inputs: whether the inputs have a gradient. In a graph it is always True: what is not used
         there never runs.
       of_matrices: the same of kernel and recurrent kernel.
+      clip_norm: the largest norm of a row's gradient in h that a step gives the step before it;
+        0: any.
     """
 
     return_sequences: bool
@@ -69,6 +71,7 @@ class Mode(NamedTuple):
     row_biases: bool = False
     of_inputs: bool = True
     of_matrices: bool = True
+    clip_norm: float = 0.0
 
 
 class Words(NamedTuple):
@@ -169,6 +172,10 @@ class WarmLSTM(keras.layers.LSTM):
     right_padded: bool = False
     # Whether training keeps no activations, and the backward pass runs the forward loop again.
     recompute: bool = False
+    # The largest norm of a row's gradient in h that a step gives the step before it; 0: any. A row
+    # whose gradient explodes then still counts as one row of the batch, which clipping the sum of
+    # all rows cannot give (Pascanu et al. 2013, section 3.2; Graves 2013 clips at each step too).
+    clip_norm: float = 0.0
 
     def reset_state(self, states: Any = None) -> None:
         """Sets the states of a stateful layer; to zeros if none are given.
@@ -300,6 +307,7 @@ class WarmLSTM(keras.layers.LSTM):
             row_biases=self.row_bias is not None,
             of_inputs=_is_recorded(inputs),
             of_matrices=_is_recorded(kernel, recurrent),
+            clip_norm=self.clip_norm,
         )
         outputs, h, c = lstm(inputs, h, c, (kernel, recurrent, bias), mask, mode, index)
         if mask is not None and not (self.right_padded and not self.zero_output_for_mask):
@@ -349,8 +357,8 @@ class WarmLSTM(keras.layers.LSTM):
             # Keras draws one dropout mask a gate in this mode.
             and not (self.dropout and self.cell.implementation == 1)
         )
-        # Keras's path knows no biases of rows.
-        needed = self.row_bias is not None
+        # Keras's path knows no biases of rows, and clips no step's gradient.
+        needed = self.row_bias is not None or self.clip_norm > 0
         return standard and (needed or (not native.has_gpu() and self.use_cudnn is not True))
 
     def _inner_loop_of_keras(self, *args: Any, **kwargs: Any) -> Any:
@@ -524,6 +532,7 @@ class _CompiledLoops(NamedTuple):
             dh,
             dc,
             factors=inputs.dtype,
+            clip_norm=self.mode.clip_norm,
         )
         if inputs.dtype == tf.float32:
             return self._of_dz(dz, tensors, kept.outputs, dh, dc)
@@ -819,6 +828,11 @@ def _backward(
         )  # [4 * units, batch]
         dz = tf.cast(dz, dtype)
         previous_dh = tf.cast(tf.matmul(recurrent, dz), loop_dtype)
+        if mode.clip_norm:
+            squares = tf.reduce_sum(tf.square(previous_dh), 0)  # [batch]
+            too_long = squares > mode.clip_norm**2
+            factor = mode.clip_norm * tf.math.rsqrt(squares)
+            previous_dh *= tf.where(too_long, factor, tf.ones_like(factor))
         if masked is not None:
             previous_dh += masked[t] * dh
         return t - 1, previous_dh, dc * f, dzs.write(t, dz)

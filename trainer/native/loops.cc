@@ -342,6 +342,17 @@ inline void through_gates(const Backward& call, int64_t row, int64_t t, NumberOf
   }
 }
 
+// Makes a row at most so long, keeping its direction. A row that is not finite stays so.
+inline void clip(float norm, int64_t units, float* row) {
+  Vector squares = {};
+  for (int64_t u = 0; u < units; u += kWidth) squares += load(row + u) * load(row + u);
+  float sum = 0;
+  for (int v = 0; v < kWidth; ++v) sum += squares[v];
+  if (sum <= norm * norm) return;
+  const float factor = norm / __builtin_sqrtf(sum);
+  for (int64_t u = 0; u < units; u += kWidth) store(row + u, load(row + u) * factor);
+}
+
 template <typename Kind>
 void backward(const Backward& call, const int64_t* rows, int64_t count, float* scratch) {
   const int64_t units = call.units, factors = factors_of<Kind>(4 * units);
@@ -375,6 +386,9 @@ void backward(const Backward& call, const int64_t* rows, int64_t count, float* s
           for (int64_t v = 0; v < vectors; ++v) store(d_h + v * kWidth, sums[m][v]);
         }
       }
+    }
+    for (int64_t m = 0; call.clip_norm && m < many_shown; ++m) {
+      clip(call.clip_norm, units, call.d_h + shown[m] * units);
     }
   }
 }

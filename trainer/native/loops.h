@@ -36,6 +36,7 @@ struct Backward {
   const void* recurrent;       // packed, [4 * units, units]
   const float* d_outputs;      // [batch, time, units]; null: all are 0
   float *d_h, *d_c;            // [batch, units], after the last step; on return, before the first
+  float clip_norm;             // of a row of d_h that a step gives the step before it; 0: any
   float* d_z;                  // [batch, time, 4 * units], may be `gates`
 };
 

@@ -568,10 +568,14 @@ class ForwardOp : public OpKernel {
 template <typename Kind>
 class BackwardOp : public OpKernel {
  public:
-  explicit BackwardOp(OpKernelConstruction* context) : OpKernel(context) {}
+  explicit BackwardOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("clip_norm", &clip_norm_));
+    OP_REQUIRES(context, clip_norm_ >= 0, InvalidArgument("clip_norm is ", clip_norm_));
+  }
 
   void Compute(OpKernelContext* context) override {
     Backward call = {};
+    call.clip_norm = clip_norm_;
     int64_t batch = 0;
     OP_REQUIRES_OK(context, check(context, &batch, &call));
     Tensor* d_z = nullptr;
@@ -626,6 +630,8 @@ class BackwardOp : public OpKernel {
     call->d_outputs = data_or_null<float>(d_outputs);
     return absl::OkStatus();
   }
+
+  float clip_norm_;
 };
 
 class WeightGradientOp : public OpKernel {
@@ -890,9 +896,11 @@ REGISTER_KERNEL_BUILDER(
     Name("WarmstateLstm").Device(tensorflow::DEVICE_CPU).TypeConstraint<bfloat16>("factors"),
     ForwardOp<bfloat16>);
 
-// d_outputs: [batch, time, units], or empty where only the final states have a gradient.
+// d_outputs: [batch, time, units], or empty where only the final states have a gradient. clip_norm:
+// the largest norm of a row of d_h that a step gives the step before it; 0: any.
 REGISTER_OP("WarmstateLstmGrad")
     .Attr("factors: {float, bfloat16} = DT_FLOAT")
+    .Attr("clip_norm: float = 0.0")
     .Input("gates: float")
     .Input("recurrent: float")
     .Input("c: float")

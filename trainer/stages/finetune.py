@@ -191,8 +191,11 @@ def make_classifier(run: Run) -> Classifier:
     with_reader = run.config.initial_state == "encode"
 
     def direction(config: Config, backward: Classifier | None = None) -> Classifier:
+        encoder = make_encoder(config, vocab_size, normalised=config.normalises_embeddings)
+        for lstm in encoder.lstms:
+            lstm.clip_norm = config.finetune_recurrent_clip_norm
         return Classifier(
-            make_encoder(config, vocab_size, normalised=config.normalises_embeddings),
+            encoder,
             num_classes=run.store.num_classes,
             hidden_units=config.hidden_units,
             reader=make_encoder(config, vocab_size) if with_reader else None,

@@ -126,7 +126,9 @@ def loops(config: Config) -> str:
     if not native.has_gpu():
         return native.hint()
     kept = "; it keeps all activations in spite of --recompute" if config.recompute else ""
-    return f"lstm: cuDNN{kept}"
+    clips = config.finetune_recurrent_clip_norm
+    slow = "; fine-tuning goes step by step, for --finetune_recurrent_clip_norm" if clips else ""
+    return f"lstm: cuDNN{kept}{slow}"
 
 
 def exact_if_small(config: Config, vocab_size: int, log: Callable[[str], None]) -> Config:

@@ -175,8 +175,9 @@ class Progress:
         norms = dict(zip(self._task.variables, outcome.norms.numpy().tolist(), strict=True))
         examples = self._batches.examples(step - 1)
         said = describe_nonfinite(step, float(outcome.loss), norms, examples)
-        advice = f"{self._replay_command(step)} shows the step; try a lower "
-        advice += f"--{name}_learning_rate or --clip_norm"
+        advice = f"{self._replay_command(step)} shows the step; try a lower --{name}_learning_rate"
+        if name == "finetune" and not config.finetune_recurrent_clip_norm:
+            advice += ", or --finetune_recurrent_clip_norm=1 if only gradients are not finite"
         if config.on_nonfinite == "stop":
             raise NonFiniteError(
                 f"{name}: {said}; {advice}, or skip such steps with --on_nonfinite=skip"

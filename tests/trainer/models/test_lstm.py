@@ -291,6 +291,75 @@ def test_a_bias_a_row_is_the_bias_of_a_layer_that_reads_this_row(mask_name: str)
         np.testing.assert_allclose(together[3][row], alone[3], rtol=0, atol=1e-12)
 
 
+def gradients_of_steps(
+    layer: WarmLSTM, inputs: tf.Tensor, mask: np.ndarray, state: list[tf.Tensor], clip_norm: float
+) -> list[tf.Tensor]:
+    """Returns the gradients that `clipped` asks for, by Keras's cell and automatic gradients."""
+
+    @tf.custom_gradient
+    def handed_on(h: tf.Tensor) -> Any:
+        def gradient(upstream: tf.Tensor) -> tf.Tensor:
+            return tf.clip_by_norm(upstream, clip_norm, axes=[1])
+
+        return tf.identity(h), gradient
+
+    kernel, recurrent, bias = (variable.value for variable in layer.trainable_variables)
+    with tf.GradientTape() as tape:
+        tape.watch([inputs, *state])
+        (h, c), outputs = state, []
+        for t in range(inputs.shape[1]):
+            z = inputs[:, t] @ kernel + handed_on(h) @ recurrent + bias
+            i, f, g, o = tf.split(z, 4, 1)
+            shown = mask[:, t, None]
+            new_c = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(g)
+            h, c = tf.where(shown, tf.sigmoid(o) * tf.tanh(new_c), h), tf.where(shown, new_c, c)
+            outputs.append(h)
+        loss = tf.reduce_sum(tf.sin(3.0 * tf.stack(outputs, 1))) + tf.reduce_sum(h * c)
+    return tape.gradient(loss, [inputs, *state, kernel, recurrent, bias])
+
+
+def clipped(
+    layer: WarmLSTM, inputs: tf.Tensor, mask: np.ndarray, state: list[tf.Tensor], clip_norm: float
+) -> list[tf.Tensor]:
+    """Returns the gradients of inputs, states and weights where steps clip what they hand on."""
+    layer.clip_norm = clip_norm
+    sources = [inputs, *state, *(variable.value for variable in layer.trainable_variables)]
+    with tf.GradientTape() as tape:
+        tape.watch(sources[:3])
+        outputs, h, c = layer(inputs, mask=tf.constant(mask), initial_state=state, training=True)
+        loss = tf.reduce_sum(tf.sin(3.0 * outputs)) + tf.reduce_sum(h * c)
+    return tape.gradient(loss, sources)
+
+
+def exploding(steps: int) -> tuple[WarmLSTM, tf.Tensor, np.ndarray, list[tf.Tensor]]:
+    """Returns a layer, inputs, mask and states; back through time the first row's gradient grows.
+
+    The other rows are too short for that.
+    """
+    _, layer = layers((3, steps, WIDTH), return_sequences=True, return_state=True, dtype="float64")
+    kernel, recurrent, bias = layer.get_weights()
+    layer.set_weights([kernel, 8 * recurrent, 0 * bias])
+    inputs, state = example(3, steps, "float64")
+    mask = np.arange(steps) < np.array([steps, 3, 2])[:, None]
+    return layer, 0.01 * inputs, mask, [0.01 * tensor for tensor in state]
+
+
+@pytest.mark.parametrize("clip_norm", [0.05, 1.0, 1e9])
+def test_each_step_clips_what_it_hands_to_the_step_before_row_by_row(clip_norm: float) -> None:
+    layer, *given = exploding(12)
+    expected = gradients_of_steps(layer, *given, clip_norm)
+    assert_close(clipped(layer, *given, clip_norm), expected, TOLERANCE["float64"])
+
+
+def test_a_row_that_explodes_leaves_the_others_as_they_are() -> None:
+    layer, *given = exploding(60)
+    free, bound = clipped(layer, *given, 0.0), clipped(layer, *given, 1000.0)
+    norms = [np.linalg.norm(gradients[0], axis=(1, 2)) for gradients in (free, bound)]
+    assert norms[0][0] > 500 * norms[0][1:].max(), norms
+    assert norms[1][0] < 10 * norms[0][1:].max(), norms
+    np.testing.assert_array_equal(free[0][1:], bound[0][1:])
+
+
 def test_only_one_result_used() -> None:
     """Gradients are right too where the loss reads the final c alone."""
     found = []

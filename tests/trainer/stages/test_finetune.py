@@ -1,3 +1,4 @@
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,12 @@ from trainer.config import Config
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
 from trainer.models.encoder import Encoder
-from trainer.stages.finetune import class_weights, encoder_rates, trained_variables
+from trainer.stages.finetune import (
+    class_weights,
+    encoder_rates,
+    make_classifier,
+    trained_variables,
+)
 from trainer.training.optimizer import Rate
 
 
@@ -71,6 +77,25 @@ def test_all_but_what_train_names_is_frozen(train: str, expected: set[str], stat
     assert trained_variables(config, classifier).keys() == expected
     variables = bundle.classifier_variables(classifier)
     assert {name for name, variable in variables.items() if variable.trainable} == expected
+
+
+def test_the_lstms_of_both_directions_clip_what_steps_hand_on() -> None:
+    config = Config(
+        init_weights="encoder",
+        encoder="there",
+        backward_encoder="there",
+        num_layers=2,
+        units=16,
+        finetune_recurrent_clip_norm=0.5,
+    )
+    run = SimpleNamespace(
+        config=config,
+        distributor=SimpleNamespace(scope=contextlib.nullcontext),
+        store=SimpleNamespace(vocab_size=9, num_classes=2, context_names=[], label_sets=None),
+    )
+    directions = make_classifier(run).directions()
+    lstms = [lstm for direction in directions for lstm in direction.encoder.lstms]
+    assert [lstm.clip_norm for lstm in lstms] == [0.5] * 4
 
 
 def test_balanced_classes_have_the_same_weight_in_all(small_store: Path) -> None:

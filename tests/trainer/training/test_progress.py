@@ -107,3 +107,11 @@ def test_a_step_that_is_not_finite_is_skipped_or_stops(tmp_path: Path) -> None:
     assert "examples of the batch: 0, 1; skipped, 1 of 1" in kept.lines[0]
     with pytest.raises(NonFiniteError, match="step 2 .* w inf; examples of the batch: 10, 11;"):
         kept.progress.count(2, outcome(1.0, np.inf), 0.1, 0.0)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_the_remedy_for_gradients_that_explode_is_named(tmp_path: Path, clip_norm: float) -> None:
+    kept = Kept(tmp_path, [], finetune_recurrent_clip_norm=clip_norm)
+    with pytest.raises(NonFiniteError) as error:
+        kept.progress.count(1, outcome(1.0, np.inf), 0.1, 0.0)
+    assert ("--finetune_recurrent_clip_norm=1" in str(error.value)) == (not clip_norm)
