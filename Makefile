@@ -61,7 +61,7 @@ check: $(INSTALLED) ## lint, types, and the tests that need neither TensorFlow n
 
 .PHONY: quick-tests
 quick-tests: $(INSTALLED)
-	$(BIN)/python -m pytest --quick -n logical --maxprocesses=4 -q -rN -m "not slow and not seconds"
+	$(BIN)/python -m pytest --quick -n logical --maxprocesses=4 --dist=worksteal -q -rN -m "not slow and not seconds"
 
 snapshots: $(INSTALLED) ## help, faults and tables as people read them, after a change that was meant: tests/snapshots
 	$(BIN)/python -m tests.test_snapshots

@@ -87,6 +87,9 @@ def prometheus_text(vitals: Vitals) -> str:
 
 
 class _Server(http.server.ThreadingHTTPServer):
+    # Who finds a full queue tries again after one, three and seven seconds.
+    request_queue_size = 128
+
     def __init__(self, host: str, port: int, vitals: Vitals):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.vitals = vitals
