@@ -135,7 +135,8 @@ def parse(
         advice: Ends the fault of an unknown flag.
 
     Returns:
-        Faults: unknown flags with the nearest known one, missing values, unreadable flagfiles.
+        Faults: unknown flags with the nearest known one, missing values, unreadable flagfiles,
+        flags that a flagfile after them sets.
         Words that are not flags, and all that follow `--`.
     """
     flag_values.set_gnu_getopt()  # flags may follow words
@@ -146,7 +147,7 @@ def parse(
         why = "--flagfile: not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
         return [why], []
     end = rest.index("--") if "--" in rest else len(rest)
-    faults = []
+    faults = list(_undone(argv[1:], flag_values))
     for word in rest[:end]:
         if word.startswith("-"):
             name = word.lstrip("-").split("=")[0]
@@ -154,6 +155,28 @@ def parse(
             faults.append(f"--{name} is not a flag of this program{hint}{advice}")
     words = [word for word in rest[:end] if not word.startswith("-")]
     return faults, words + rest[end + 1 :]
+
+
+def _undone(words: Sequence[str], flag_values: flags.FlagValues) -> Iterator[str]:
+    """Yields a fault for each flag that a flagfile after it sets to another value."""
+    words = words[: words.index("--")] if "--" in words else words
+    for place, word in enumerate(words):
+        if word.lstrip("-").partition("=")[0] != "flagfile" or not word.startswith("-"):
+            continue
+        file = words[place : place + 1 + ("=" not in word)]
+        inside = {_name_of(w, flag_values): w for w in flag_values.read_flags_from_files(file)}
+        later = {_name_of(w, flag_values) for w in words[place + len(file) :]}
+        for given in words[:place]:
+            name = _name_of(given, flag_values)
+            if name in inside and name not in later and inside[name] != given:
+                which = f"{'='.join(file)}, which has {inside[name]}"
+                yield f"{given} is before {which}: write it after"
+
+
+def _name_of(word: str, flag_values: flags.FlagValues) -> str:
+    """Returns the name of the flag that a word of the command line sets; "" for other words."""
+    name = word.lstrip("-").partition("=")[0] if word.startswith("-") else ""
+    return name.removeprefix("no") if name.removeprefix("no") in flag_values else name
 
 
 def from_flags(

@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 from absl import flags
 
 from data_pipelines import flag_fields
@@ -16,6 +17,33 @@ def test_flagfile_values_can_be_overridden(tmp_path: Path) -> None:
     assert configuration.parse(argv, values) == ([], [])
     config = configuration.from_flags(values)
     assert (config.units, config.seed) == (9, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--units=9", "--flagfile=FILE"], "--units=9 is before --flagfile=FILE, which has --un"),
+        (["--units=9", "--flagfile", "FILE"], "--units=9 is before --flagfile=FILE, which has --u"),
+        (["--notied_softmax", "--flagfile=FILE"], "which has --tied_softmax: write it after"),
+        (["--units=7", "--flagfile=FILE"], None),
+        (["--seed=3", "--flagfile=FILE", "--units=9"], None),
+        (["--units=8", "--flagfile=FILE", "--units=9"], None),
+    ],
+)
+def test_a_flag_that_a_flagfile_after_it_undoes_is_a_fault(
+    tmp_path: Path, words: list[str], fault: str | None
+) -> None:
+    (tmp_path / "inner.cfg").write_text("--units=7\n")
+    (tmp_path / "a.cfg").write_text(f"--flagfile={tmp_path}/inner.cfg\n--tied_softmax\n")
+    file = f"{tmp_path}/a.cfg"
+    values = flags.FlagValues()
+    flag_fields.define([Config], values)
+    argv = ["program", *(word.replace("FILE", file) for word in words)]
+    found, _ = configuration.parse(argv, values)
+    if fault is None:
+        assert found == []
+    else:
+        assert len(found) == 1 and fault.replace("FILE", file) in found[0], found
 
 
 def test_a_runs_flagfile_gives_its_configuration_again(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from trainer.training.loop import Training
 from trainer.training.run import Run
 
 SHOWN_GRADIENTS = 10
+SHOWN_CHARACTERS = 100  # of an example's text: a batch has many, and all of a review fills screens
 OF_THIS_PROCESS = ("step", "run_dir", "track", "status_port", "status_host")
 
 
@@ -54,7 +55,12 @@ def describe(replayed: dict[str, Any], shards: int) -> list[str]:
     Args:
         shards: Number of shards of this process group.
     """
-    lines = [
+    lines = ["examples of the batch:"]
+    for number, text in replayed["examples"].items():
+        more = len(text) - SHOWN_CHARACTERS
+        cut = f"{text[:SHOWN_CHARACTERS]} ... {more:,} more characters" if more > 0 else text
+        lines.append(f"  {number}: {cut}")
+    lines += [
         f"step {replayed['step']} · loss {replayed['loss']:.9g} · global norm of the gradients "
         f"{replayed['global_norm']:.9g}"
     ]
@@ -67,8 +73,6 @@ def describe(replayed: dict[str, Any], shards: int) -> list[str]:
     lines.append("largest gradients by their norm, before clipping:")
     shown = list(replayed["gradient_norms"].items())[:SHOWN_GRADIENTS]
     lines += [f"  {norm:.6g}  {name}" for name, norm in shown]
-    lines.append("examples of the batch:")
-    lines += [f"  {number}: {text}" for number, text in replayed["examples"].items()]
     return lines
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipelines.errors import InputError
 from trainer.config import Config
-from trainer.stages.replay import config_of_run
+from trainer.stages.replay import config_of_run, describe
 
 
 @pytest.fixture
@@ -76,3 +76,21 @@ def test_what_is_no_run_is_named(run: Path, folder: str, text: str | None, says:
         (run / "config.json").write_text(text)
     with pytest.raises(InputError, match=says):
         of(run / folder)
+
+
+def test_long_documents_do_not_hide_the_figures() -> None:
+    replayed = {
+        "step": 5,
+        "shards_of_the_run": 1,
+        "loss": 0.5,
+        "global_norm": 2.0,
+        "gradient_norms": {"embeddings": 2.0},
+        "examples": {7: "short", 9: "x" * 1_200},
+    }
+    lines = describe(replayed, shards=1)
+    assert lines[:3] == [
+        "examples of the batch:",
+        "  7: short",
+        f"  9: {'x' * 100} ... 1,100 more characters",
+    ]
+    assert lines[3].startswith("step 5 · loss 0.5 ·") and lines[-1].endswith("2  embeddings")
