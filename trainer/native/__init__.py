@@ -90,12 +90,16 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(names.value.decode().split(","))
 
 
+def allowed_by_onednn() -> str:
+    """Returns the best set that ONEDNN_MAX_CPU_ISA allows, or "" if it allows all."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return next((best for start, best in MAX_ISA.items() if most.startswith(start)), "")
+
+
 def best_instruction_set() -> str:
     """Returns the best of `instruction_sets` that ONEDNN_MAX_CPU_ISA allows."""
-    found = instruction_sets()
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    allowed = next((best for start, best in MAX_ISA.items() if most.startswith(start)), found[-1])
-    return found[found.index(allowed)] if allowed in found else found[-1]
+    found, allowed = instruction_sets(), allowed_by_onednn()
+    return allowed if allowed in found else found[-1]
 
 
 @functools.cache

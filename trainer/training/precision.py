@@ -1,6 +1,7 @@
 """--precision=auto: bfloat16 if this machine is measured to be faster with it."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
+from trainer import native
 from trainer.config import Config
 from trainer.distribution.distributor import Distributor
 from trainer.models.lstm import WarmLSTM
@@ -72,6 +74,11 @@ def _remembered(path: Path) -> str:
 
 def _faster(sizes: tuple[int, int, int], log: Callable[[str], None]) -> str:
     """Returns the faster one of CHOICES, measured now."""
+    if native.allowed_by_onednn() in ("avx2", "portable"):
+        # TensorFlow asks the processor, not this variable, and its product would end the process.
+        limit = os.environ["ONEDNN_MAX_CPU_ISA"]
+        log(f"precision: float32; ONEDNN_MAX_CPU_ISA={limit} forbids products in bfloat16")
+        return "float32"
     seconds = measure(*sizes)
     ratio = seconds["float32"] / seconds["mixed_bfloat16"]
     chosen = CHOICES[ratio > MARGIN]

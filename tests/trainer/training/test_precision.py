@@ -12,6 +12,7 @@ from trainer.training import precision
 def test_it_must_be_clearly_faster_and_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, chosen: str
 ) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     lines: list[str] = []
 
     def choose(bfloat16_seconds: float, resume: bool) -> str:
@@ -43,6 +44,19 @@ def test_a_damaged_choice_is_not_made_again(tmp_path: Path, content: bytes) -> N
         precision.resolved(Config(precision="auto"), one_device(), tmp_path, print)
 
 
+@pytest.mark.parametrize("limit", ["AVX2", "avx2_vnni", "SSE41"])
+def test_bfloat16_is_not_tried_where_onednn_must_not_multiply_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    lines: list[str] = []
+    monkeypatch.setattr(precision, "measure", lambda *sizes: pytest.fail("measured"))
+    config = precision.resolved(Config(precision="auto"), one_device(), tmp_path, lines.append)
+    assert config.precision == "float32" and (tmp_path / "precision.txt").exists()
+    assert lines == [f"precision: float32; ONEDNN_MAX_CPU_ISA={limit} forbids products in bfloat16"]
+
+
+@pytest.mark.bfloat16
 def test_both_are_measured() -> None:
     times = precision.measure(2, 3, 4)
     assert set(times) == set(precision.CHOICES) and min(times.values()) > 0
