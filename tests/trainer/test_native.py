@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,13 @@ MASKS = {
 }
 
 
-def results(layer: Any, inputs: tf.Tensor, states: list, mask: Any, weights: list) -> list:
-    """Returns the layer's outputs, and the gradients of all that it depends on."""
+def program(
+    layer: Any, inputs: tf.Tensor, states: list, mask: Any, weights: list
+) -> Callable[[], list[np.ndarray]]:
+    """Returns a function of the layer's outputs and the gradients of all that it depends on.
+
+    It is traced at its first call. Its graph suits all instruction sets: the one in use counts.
+    """
     layer.build(inputs.shape)
     layer.set_weights(weights)
 
@@ -94,7 +99,7 @@ def results(layer: Any, inputs: tf.Tensor, states: list, mask: Any, weights: lis
         variables = [v.value for v in layer.trainable_variables]
         return [*outputs, *tape.gradient(loss, [inputs, *states, *variables])]
 
-    return [tensor.numpy() for tensor in run(inputs, *states)]
+    return lambda: [tensor.numpy() for tensor in run(inputs, *states)]
 
 
 def problem(units: int) -> tuple[tf.Tensor, list[tf.Tensor], list[np.ndarray]]:
@@ -113,22 +118,25 @@ def mask_of(name: str) -> tf.Tensor | None:
     return None if MASKS[name] is None else tf.constant(MASKS[name])
 
 
-def results_of(kind: type, units: int, mask: str, return_sequences: bool) -> list[np.ndarray]:
+@functools.cache
+def program_of(
+    kind: type, units: int, mask: str, return_sequences: bool, dtype: str = "float32"
+) -> Callable[[], list[np.ndarray]]:
     inputs, states, weights = problem(units)
-    layer = kind(units, return_sequences=return_sequences, return_state=True)
-    return results(layer, inputs, states, mask_of(mask), weights)
+    layer = kind(units, return_sequences=return_sequences, return_state=True, dtype=dtype)
+    return program(layer, inputs, states, mask_of(mask), weights)
 
 
-@functools.cache  # for all sets of instructions
+@functools.cache
 def of_keras(units: int, mask: str, return_sequences: bool) -> list[np.ndarray]:
-    return results_of(keras.layers.LSTM, units, mask, return_sequences)
+    return program_of(keras.layers.LSTM, units, mask, return_sequences)()
 
 
 @pytest.mark.parametrize("units", [16, 48, 80])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("return_sequences", [False, True])
 def test_as_keras(units: int, mask: str, return_sequences: bool, instruction_set: str) -> None:
-    ours = results_of(WarmLSTM, units, mask, return_sequences)
+    ours = program_of(WarmLSTM, units, mask, return_sequences)()
     for found, expected in zip(ours, of_keras(units, mask, return_sequences), strict=True):
         np.testing.assert_allclose(found, expected, atol=3e-6 * max(1, np.abs(expected).max()))
 
@@ -139,15 +147,8 @@ def test_as_keras(units: int, mask: str, return_sequences: bool, instruction_set
 def test_half_precision_is_near_float32(
     mask: str, return_sequences: bool, instruction_set: str
 ) -> None:
-    inputs, states, weights = problem(48)
     half, whole = (
-        results(
-            WarmLSTM(48, return_sequences=return_sequences, return_state=True, dtype=precision),
-            inputs,
-            states,
-            mask_of(mask),
-            weights,
-        )
+        program_of(WarmLSTM, 48, mask, return_sequences, precision)()
         for precision in ("mixed_bfloat16", "float32")
     )
     for found, expected in zip(half, whole, strict=True):
@@ -155,7 +156,7 @@ def test_half_precision_is_near_float32(
         assert error < bound(tf.bfloat16, OF_HALF_PRECISION_LSTM)
     layer = WarmLSTM(48, dtype="mixed_bfloat16")
     run = tf.function(lambda x: layer(x, training=True))
-    graph = run.get_concrete_function(tf.TensorSpec(inputs.shape)).graph
+    graph = run.get_concrete_function(tf.TensorSpec((7, 9, 5))).graph
     (operation,) = (op for op in graph.get_operations() if op.type == "WarmstateLstm")
     assert operation.get_attr("factors") == tf.bfloat16
 
@@ -164,23 +165,30 @@ def half(array: np.ndarray) -> np.ndarray:
     return tf.cast(tf.cast(array, tf.bfloat16), tf.float32).numpy()
 
 
+@functools.cache
+def program_that_clips(
+    clip_norm: float, mask: str, compiled: bool
+) -> Callable[[], list[np.ndarray]]:
+    inputs, states, weights = problem(48)
+    weights[1] *= 5  # gradients grow from step to step
+    layer = WarmLSTM(48, return_sequences=True, return_state=True)
+    layer.clip_norm = clip_norm
+    return program(layer, inputs, states, mask_of(mask), weights)
+
+
+@functools.cache
+def clipped_by_tensorflow(clip_norm: float, mask: str) -> list[np.ndarray]:
+    with native.using(None):
+        return program_that_clips(clip_norm, mask, compiled=False)()
+
+
 @pytest.mark.parametrize("clip_norm", [0.1, 1.0, 1e9])
 @pytest.mark.parametrize("mask", ["none", "any"])
 def test_steps_clip_as_tensorflows_loops_do(
     mask: str, clip_norm: float, instruction_set: str
 ) -> None:
-    inputs, states, weights = problem(48)
-    weights[1] *= 5  # gradients grow from step to step
-
-    def gradients() -> list[np.ndarray]:
-        layer = WarmLSTM(48, return_sequences=True, return_state=True)
-        layer.clip_norm = clip_norm
-        return results(layer, inputs, states, mask_of(mask), weights)[3:]
-
-    compiled = gradients()
-    with native.using(None):
-        expected = gradients()
-    for ours, theirs in zip(compiled, expected, strict=True):
+    found = program_that_clips(clip_norm, mask, compiled=True)()
+    for ours, theirs in zip(found, clipped_by_tensorflow(clip_norm, mask), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
@@ -429,7 +437,7 @@ def test_what_is_computed_again_has_the_same_bits(
     for recompute in (False, True):
         layer = WarmLSTM(16, return_sequences=return_sequences, return_state=True)
         layer.recompute = recompute
-        found.append(results(layer, inputs, states, mask_of("padded"), weights))
+        found.append(program(layer, inputs, states, mask_of("padded"), weights)())
     for kept, again in zip(*found, strict=True):
         assert kept.tobytes() == again.tobytes()
 
