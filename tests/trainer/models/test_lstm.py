@@ -422,6 +422,15 @@ def test_same_under_one_device_strategy() -> None:
 # ---- Keras's own contracts: configuration, files, masks, states ----
 
 
+@pytest.mark.parametrize(("kind", "trained"), [("learned", True), ("fixed", False)])
+def test_states_are_trained_only_if_they_are_learned(kind: str, trained: bool) -> None:
+    layer = WarmLSTM(UNITS, initial_state=kind)
+    layer.build((None, None, WIDTH))
+    states = {id(layer.initial_h), id(layer.initial_c)}
+    assert (states <= {id(v) for v in layer.trainable_variables}) == trained
+    assert (states <= {id(v) for v in layer.non_trainable_variables}) == (not trained)
+
+
 def test_config_round_trip() -> None:
     layer = WarmLSTM(UNITS, return_sequences=True, go_backwards=True, dropout=0.25, name="encoder")
     assert WarmLSTM.from_config(layer.get_config()).get_config() == layer.get_config()
