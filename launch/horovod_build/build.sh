@@ -8,6 +8,9 @@
 # named by the versions and a hash of this folder's files: the next virtual environment takes seconds.
 # Needs g++ 9 or later, make and patch; neither MPI nor ssh.
 #
+# MPI: with HOROVOD_CPU_OPERATIONS=MPI processes that mpirun starts sum and gather by MPI, which must be there
+# with its compiler (Debian, Ubuntu: libopenmpi-dev openmpi-bin). Gloo is built in too.
+#
 # GPU: with HOROVOD_GPU_OPERATIONS=NCCL sums go from GPU to GPU. CUDA's compiler and NCCL come from the package
 # index in the versions of cuda.txt, unless HOROVOD_CUDA_HOME and HOROVOD_NCCL_HOME name others. The build takes
 # 10 to 13 minutes on two idle cores and no GPU; running it needs a driver of version 580 or later, for CUDA 13.
@@ -23,15 +26,17 @@ say() { echo "horovod: $*"; }
 fail() { say "$*" >&2; exit 1; }
 
 gpu=${HOROVOD_GPU_OPERATIONS:-}
+mpi=$([[ ${HOROVOD_CPU_OPERATIONS:-} == MPI ]] && echo -mpi) || true
 works() {
-    (cd / && "$python" -c "import horovod.tensorflow as h; assert h.gloo_built(); assert not '$gpu' or h.nccl_built()") 2>&1
+    (cd / && "$python" -c "import horovod.tensorflow as h; assert h.gloo_built(); \
+assert not '$gpu' or h.nccl_built(); assert not '$mpi' or h.mpi_built()") 2>&1
 }
 
 tensorflow=$("$python" -c 'from importlib.metadata import version; print(version("tensorflow"))' 2>/dev/null) ||
     fail "$python has no TensorFlow; run make venv first"
 tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 source=$(cat "$here"/*.patch "$here"/*.txt "$here/build.sh" | sha256sum | cut -c1-12)
-key=horovod-$VERSION-tf$tensorflow-$tag-$(uname -m)-${gpu:-cpu}-$source
+key=horovod-$VERSION-tf$tensorflow-$tag-$(uname -m)-${gpu:-cpu}$mpi-$source
 wheels=${XDG_CACHE_HOME:-$HOME/.cache}/warmstate/$key
 
 install() {
@@ -54,6 +59,8 @@ for tool in g++ make patch; do
         fail "cannot be built: there is no $tool on this machine (Debian, Ubuntu: apt-get install g++ make patch;" \
             "make test HOROVOD=0 does without)"
 done
+[[ -z $mpi ]] || command -v mpicxx >/dev/null ||
+    fail "cannot be built with MPI: there is no mpicxx on this machine (Debian, Ubuntu: apt-get install libopenmpi-dev openmpi-bin)"
 (($(g++ -dumpversion | cut -d. -f1) >= 9)) ||
     fail "cannot be built: g++ is version $(g++ -dumpversion), TensorFlow's headers need 9 or later"
 
@@ -80,7 +87,8 @@ for each in "$here"/*.patch; do
 done
 
 export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1
-export HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_CPU_OPERATIONS=GLOO HOROVOD_WITHOUT_NVTX=1
+export HOROVOD_WITH_GLOO=1 HOROVOD_CPU_OPERATIONS=${HOROVOD_CPU_OPERATIONS:-GLOO} HOROVOD_WITHOUT_NVTX=1
+if [[ $mpi ]]; then export HOROVOD_WITH_MPI=1; else export HOROVOD_WITHOUT_MPI=1; fi
 if [[ $gpu == NCCL && -z ${HOROVOD_CUDA_HOME:-} ]]; then
     "${pip[@]}" install --require-hashes --no-deps --target "$work/cuda" -r "$here/cuda.txt"
     export HOROVOD_CUDA_HOME=$work/cuda/nvidia/cu13 HOROVOD_NCCL_HOME=$work/cuda/nvidia/nccl
