@@ -68,7 +68,9 @@ def main(argv: Sequence[str]) -> None:
         if config.stage in configuration.USING_STAGES:
             use_classifier(config, argv[1:])
         else:
-            import_quietly()  # here, so that flags are checked and help is printed without it
+            import_quietly(
+                is_program=True
+            )  # here, so that flags are checked and help is printed without it
             from trainer.stages.run_stage import run_stage
 
             run_stage(config, cluster)
@@ -98,7 +100,7 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # One text gains nothing from a GPU, and an exported model must run without one.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    import_quietly()
+    import_quietly(is_program=True)
     from trainer import native
     from trainer.inference import export, predict
 

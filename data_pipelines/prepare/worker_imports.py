@@ -6,7 +6,7 @@ the fork, and no operation runs before it.
 
 from data_pipelines.quiet_tensorflow import import_quietly
 
-import_quietly()
+import_quietly(is_program=True)
 import pyarrow.compute  # noqa: E402, F401
 
 import data_pipelines.prepare.drafts  # noqa: E402

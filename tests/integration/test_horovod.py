@@ -77,19 +77,19 @@ def test_without_horovod_one_line_says_how_to_get_it(tmp_path: Path, program: st
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("missing", ["g++", "make", "patch"])
+@pytest.mark.parametrize("missing", ["g++", "make", "patch", "mpicxx"])
 def test_the_build_says_which_tool_is_missing(tmp_path: Path, missing: str) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("bash", "dirname", "basename", "uname", "cat", "sed", "sha256sum", "cut", "nproc"):
         (tools / tool).symlink_to(shutil.which(tool))
-    for tool in {"g++", "make", "patch"} - {missing}:
+    for tool in {"g++", "make", "patch", "mpicxx"} - {missing}:
         (tools / tool).write_text("#!/bin/sh\n")
         (tools / tool).chmod(0o755)
     done = subprocess.run(
         ["bash", "launch/horovod_build/build.sh", sys.executable],
         cwd=REPOSITORY,
-        env={"PATH": str(tools), "HOME": str(tmp_path)},
+        env={"PATH": str(tools), "HOME": str(tmp_path), "HOROVOD_CPU_OPERATIONS": "MPI"},
         capture_output=True,
         text=True,
         timeout=60,

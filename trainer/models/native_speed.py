@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from data_pipelines.quiet_tensorflow import import_quietly
 
-import_quietly()
+import_quietly(is_program=True)
 
 import tensorflow as tf  # noqa: E402
 
