@@ -42,19 +42,19 @@ def command(workers: int, *flags: str) -> list[str]:
     return [*launcher, "--", *SMALL, *flags]
 
 
-def train(workers: int, *flags: str) -> str:
+def train(workers: int, *flags: str, **environment: str) -> str:
     """Trains to the end; returns what was printed."""
-    done = run(workers, *flags)
+    done = run(workers, *flags, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def run(workers: int, *flags: str) -> subprocess.CompletedProcess:
+def run(workers: int, *flags: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs the trainer; returns its exit code and output."""
     return forked.run(
         command(workers, *flags),
         cwd=REPOSITORY,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         text=True,
         capture_output=True,
         timeout=300,

@@ -64,6 +64,10 @@ def loss_and_gradients(
         with collected(variables, tape) as statistics:
             loss, weight, *carried = loss_sum(rows, shard)
     gradients, found = tape.gradient(loss, [list(variables), statistics.leaves])
+    for variable, gradient in zip(variables, gradients, strict=True):
+        if isinstance(gradient, tf.Tensor):
+            # TensorFlow's loops of an LSTM leave some sizes open; what travels needs them.
+            gradient.set_shape(variable.shape)
     of_statistics = [
         tf.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip(statistics.leaves, found, strict=True)

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer import native
 from trainer.distribution.weight_statistics import of_weights
+from trainer.models.lstm import WarmLSTM
 from trainer.training.gradients import added, dense, distinct_rows, divided, loss_and_gradients
 
 VOCAB_SIZE, WIDTH = 7, 3
@@ -50,6 +52,25 @@ def test_each_part_draws_as_the_shard_that_it_would_be() -> None:
     rows = {"lengths": tf.ones([6], tf.int32)}
     loss = tf.function(lambda: loss_and_gradients(loss_sum, [variable], rows, 2, 3).loss)()
     assert loss == 6 + 7 + 8
+
+
+@pytest.mark.parametrize("units", [5, 16])
+def test_dense_gradients_have_their_variables_shapes_while_they_are_traced(units: int) -> None:
+    layer = WarmLSTM(units, return_sequences=True)
+    layer.build((None, None, 3))
+    variables = [variable.value for variable in layer.trainable_variables]
+
+    def loss_sum(rows: dict, shard: int | tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.reduce_sum(layer(rows["inputs"], training=True)), tf.constant(1.0)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, 3])])
+    def run(inputs: tf.Tensor) -> list[tf.Tensor]:
+        gradients = loss_and_gradients(loss_sum, variables, {"inputs": inputs}, 0).gradients
+        assert [g.shape for g in gradients] == [v.shape for v in variables]
+        return gradients
+
+    with native.using(None):
+        run(tf.ones([2, 4, 3]))
 
 
 def test_distinct_rows_are_the_same_gradient() -> None:
