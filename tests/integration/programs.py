@@ -61,12 +61,14 @@ def run(workers: int, *flags: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def train_until(text: str, with_signal: signal.Signals, workers: int, *flags: str) -> int:
+def train_until(
+    text: str, with_signal: signal.Signals, workers: int, *flags: str, **environment: str
+) -> int:
     """Starts to train, sends a signal once a line holds `text`; returns the exit code."""
     process = forked.Popen(
         command(workers, *flags),
         cwd=REPOSITORY,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

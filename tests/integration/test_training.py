@@ -33,6 +33,11 @@ STEPS = ("--pretrain_steps=40", "--finetune_steps=40")
 WHOLE = (*STEPS, "--pretrain_dropout=0", "--finetune_dropout=0")
 
 
+# TensorFlow's loops, as a machine without a compiler has them: fewer sizes are known while a step
+# of several workers is traced.
+IN_TENSORFLOW = {"WARMSTATE_NATIVE": "0"}
+
+
 @pytest.fixture(scope="module")
 def one_process(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Returns the folder of the whole job in one process, and what was printed.
@@ -46,14 +51,10 @@ def one_process(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def two_workers(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Returns the folder of the whole job on two workers, and what was printed.
-
-    They run TensorFlow's loops, as a machine without a compiler does: sizes of gradients are less
-    known while these are traced.
-    """
+    """Returns the folder of the whole job on two workers, and what was printed."""
     folder = tmp_path_factory.mktemp("two")
     flags = (*WHOLE, f"--store={small_store}", f"--run_dir={folder}")
-    return folder, train(2, *flags, WARMSTATE_NATIVE="0")
+    return folder, train(2, *flags, **IN_TENSORFLOW)
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +224,8 @@ def test_a_job_that_term_stops_ends_with_the_same_bits(
 ) -> None:
     whole = two_workers[0] / "pretrain"
     flags = ("--stage=pretrain", f"--store={small_store}", *WHOLE, f"--run_dir={tmp_path}")
-    assert train_until("step 25/40", signal.SIGTERM, 2, *flags) == 143
-    assert "resumed after step" in train(2, *flags)
+    assert train_until("step 25/40", signal.SIGTERM, 2, *flags, **IN_TENSORFLOW) == 143
+    assert "resumed after step" in train(2, *flags, **IN_TENSORFLOW)
     assert_resumed(whole, tmp_path)
 
 
