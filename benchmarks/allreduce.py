@@ -49,12 +49,17 @@ def gang(
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        program = [sys.executable, "-m", "benchmarks.allreduce", f"--worker={kind}"]
-        program += [f"--vocab_size={vocab_size}", f"--repeats={repeats}", f"--out={out}"]
+        program = worker_program(kind, vocab_size, repeats, out)
         done = run_workers(program, workers, kind == "horovod", **environment)
         if done.returncode:
             raise RuntimeError(done.stdout)
         return json.loads(out.read_text())
+
+
+def worker_program(kind: str, vocab_size: int, repeats: int, out: Path) -> list[str]:
+    """Returns the command of one worker of a gang."""
+    program = [sys.executable, "-m", "benchmarks.allreduce", f"--worker={kind}"]
+    return [*program, f"--vocab_size={vocab_size}", f"--repeats={repeats}", f"--out={out}"]
 
 
 def worker(kind: str, vocab_size: int, repeats: int, out: Path) -> None:

@@ -1,8 +1,8 @@
 """Horovod over MPI beside Horovod over Gloo: the small step of `allreduce` on one node.
 
-Takes the kinds in turn, each run two processes of its own. Needs a Horovod that was built with MPI
-(`HOROVOD_CPU_OPERATIONS=MPI make horovod`) and Open MPI's mpirun. Prints one table and writes
-benchmarks/results/horovod_mpi.json:
+Alternates between Gloo, MPI, and MPI that yields; each run starts two new processes. Requires a
+Horovod built with MPI (`HOROVOD_CPU_OPERATIONS=MPI make horovod`) and Open MPI's mpirun. Prints one
+table and writes benchmarks/results/horovod_mpi.json:
 
     python -m benchmarks.horovod_mpi --rounds=3
 """
@@ -12,33 +12,27 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.allreduce import gang
+from benchmarks.allreduce import gang, worker_program
 from benchmarks.machine import facts
-from benchmarks.processes import markdown_table, write_results
+from benchmarks.processes import in_turn, markdown_table, write_results
 from launch.local.workers import THREAD_VARIABLES
 
 VOCABULARY, REPEATS, WORKERS = 30_000, 40, 2
-# A process that waits in MPI polls, unless it is told to give the core away.
-KINDS = {
-    "Gloo": None,
-    "MPI": [],
-    "MPI, mpi_yield_when_idle": ["--mca", "mpi_yield_when_idle", "1"],
-}
+# A rank that waits in MPI spins on its core unless this is set.
+YIELD = ("--mca", "mpi_yield_when_idle", "1")
 
 
-def by_mpirun(options: list[str]) -> list[dict[str, Any]]:
+def by_mpirun(*options: str) -> list[dict[str, Any]]:
     """Returns a record a variant, measured by processes that mpirun starts."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = ["mpirun", "-np", str(WORKERS), "--bind-to", "none", *options]
         command += ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        command += [sys.executable, "-m", "benchmarks.allreduce", "--worker=horovod"]
-        command += [f"--vocab_size={VOCABULARY}", f"--repeats={REPEATS}", f"--out={out}"]
+        command += worker_program("horovod", VOCABULARY, REPEATS, out)
         threads = dict.fromkeys(THREAD_VARIABLES, "1")
         done = subprocess.run(
             command, env=os.environ | threads, capture_output=True, text=True, timeout=300
@@ -68,13 +62,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    runs: dict[str, list[list[dict[str, Any]]]] = {kind: [] for kind in KINDS}
-    for _ in range(args.rounds):
-        for kind, options in KINDS.items():
-            is_gloo = options is None
-            found = gang("horovod", WORKERS, VOCABULARY, REPEATS) if is_gloo else by_mpirun(options)
-            runs[kind].append(found)
-    results = {kind: summary(each) for kind, each in runs.items()}
+    kinds = {
+        "Gloo": lambda: gang("horovod", WORKERS, VOCABULARY, REPEATS),
+        "MPI": by_mpirun,
+        "MPI, mpi_yield_when_idle": lambda: by_mpirun(*YIELD),
+    }
+    results = {kind: summary(runs) for kind, runs in in_turn(kinds, args.rounds).items()}
     rows = [{"Horovod over": kind} | row for kind, each in results.items() for row in each]
     print(markdown_table(rows))
     write_results("horovod_mpi", facts(), results)

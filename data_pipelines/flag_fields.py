@@ -150,7 +150,7 @@ def parse(
     faults = list(_undone(argv[1:], flag_values))
     for word in rest[:end]:
         if word.startswith("-"):
-            name = word.lstrip("-").split("=")[0]
+            name = _written_name(word)
             hint = did_you_mean(name, flag_values, "--")
             faults.append(f"--{name} is not a flag of this program{hint}{advice}")
     words = [word for word in rest[:end] if not word.startswith("-")]
@@ -161,7 +161,7 @@ def _undone(words: Sequence[str], flag_values: flags.FlagValues) -> Iterator[str
     """Yields a fault for each flag that a flagfile after it sets to another value."""
     words = words[: words.index("--")] if "--" in words else words
     for place, word in enumerate(words):
-        if word.lstrip("-").partition("=")[0] != "flagfile" or not word.startswith("-"):
+        if not word.startswith("-") or _written_name(word) != "flagfile":
             continue
         file = words[place : place + 1 + ("=" not in word)]
         inside = {_name_of(w, flag_values): w for w in flag_values.read_flags_from_files(file)}
@@ -173,9 +173,14 @@ def _undone(words: Sequence[str], flag_values: flags.FlagValues) -> Iterator[str
                 yield f"{given} is before {which}: write it after"
 
 
+def _written_name(word: str) -> str:
+    """Returns the name in --name, --name=value or --noname, with its no."""
+    return word.lstrip("-").partition("=")[0]
+
+
 def _name_of(word: str, flag_values: flags.FlagValues) -> str:
     """Returns the name of the flag that a word of the command line sets; "" for other words."""
-    name = word.lstrip("-").partition("=")[0] if word.startswith("-") else ""
+    name = _written_name(word) if word.startswith("-") else ""
     return name.removeprefix("no") if name.removeprefix("no") in flag_values else name
 
 

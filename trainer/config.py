@@ -246,8 +246,8 @@ class FineTuningConfig:
     label_smoothing: float = _finetune(0.0, "Fraction of each training label spread evenly over "
         "all classes.", at_least=0, below=1)
     finetune_recurrent_clip_norm: float = _finetune(0.0, "Largest norm of a document's gradient "
-        "in the LSTM's output that one step back through time gives the next. It keeps a document "
-        "whose gradient explodes from drowning the others. 0: any.", at_least=0)
+        "in h at each step of backpropagation through time. Keeps one exploding document from "
+        "dominating the batch. 0: unlimited.", at_least=0)
     class_weights: str = _finetune("none", "Weight of each class in the training loss. balanced: "
         "the inverse of its share of the labels; each class then counts as much as the others.",
         choices=("none", "balanced"))

@@ -1,4 +1,4 @@
-"""`import_quietly` in processes of its own: here TensorFlow is imported already."""
+"""`import_quietly` in new processes, because pytest has imported TensorFlow already."""
 
 import json
 import subprocess

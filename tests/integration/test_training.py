@@ -31,8 +31,6 @@ def encoder(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 STEPS = ("--pretrain_steps=40", "--finetune_steps=40")
 # What is dropped depends on the number of workers.
 WHOLE = (*STEPS, "--pretrain_dropout=0", "--finetune_dropout=0")
-
-
 # TensorFlow's loops, as a machine without a compiler has them: fewer sizes are known while a step
 # of several workers is traced.
 IN_TENSORFLOW = {"WARMSTATE_NATIVE": "0"}

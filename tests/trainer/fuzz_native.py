@@ -206,7 +206,7 @@ def lstm_grad(x: Arrays, clip_norm: float = np.inf) -> list[np.ndarray]:
         d_c = np.where(now, of_c * f, d_c)
         of_step = d_z[:, t] @ x["recurrent"].T
         norms = np.linalg.norm(of_step, axis=1, keepdims=True)
-        of_step *= clip_norm / np.maximum(norms, clip_norm) if clip_norm < np.inf else 1
+        of_step *= np.minimum(1, clip_norm / np.maximum(norms, 1e-30))
         d_h = np.where(now, of_step, d_h)
     return [d_z, d_h, d_c]
 

@@ -828,7 +828,7 @@ def _backward(
         )  # [4 * units, batch]
         dz = tf.cast(dz, dtype)
         previous_dh = tf.cast(tf.matmul(recurrent, dz), loop_dtype)
-        if mode.clip_norm:
+        if mode.clip_norm:  # not by tf.clip_by_norm, which also rounds rows that are short enough
             squares = tf.reduce_sum(tf.square(previous_dh), 0)  # [batch]
             too_long = squares > mode.clip_norm**2
             factor = mode.clip_norm * tf.math.rsqrt(squares)
