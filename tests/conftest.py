@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def pytest_collection(session: pytest.Session) -> None:
         import_quietly()
         two_logical_cpus()
         no_autograph()
+        no_rewriting()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -85,8 +87,34 @@ def two_logical_cpus() -> None:
 def no_autograph() -> None:
     """Traces without AutoGraph, as the product does: translating each function takes a sixth."""
     import tensorflow as tf
+    from tensorflow.python.autograph.core import ag_ctx
 
     tf.function = functools.partial(tf.function, autograph=False)
+    ag_ctx.ControlStatusCtx(ag_ctx.Status.DISABLED).__enter__()  # of tf.map_fn and others
+
+
+def no_rewriting() -> None:
+    """Runs graphs as they were traced; most are run once, and rewriting them takes a quarter.
+
+    The programs that tests start rewrite theirs, and `make test-all` all graphs, as users do.
+    """
+    if os.environ.get("EXEC") != "1":
+        set_rewriting(False)
+
+
+def set_rewriting(rewrites: bool) -> None:
+    """Turns TensorFlow's rewriting of graphs on or off."""
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not rewrites})
+
+
+@pytest.fixture
+def rewriting() -> Iterator[None]:
+    """Rewrites graphs as users do."""
+    set_rewriting(True)
+    yield
+    no_rewriting()
 
 
 # Started in the background or by nohup, pytest ignores these, and so would all its children.
@@ -121,6 +149,13 @@ class SomeReviews:
                 break
         for pair in zip(*by_label.values(), strict=False):
             yield from pair
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forks what the product starts from this process too, where it is Python."""
+    forked.server_path()  # is started by exec
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
 
 
 @pytest.fixture(scope="session")

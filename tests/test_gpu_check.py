@@ -33,7 +33,7 @@ def test_the_first_line_says_what_ran_on_what() -> None:
 
 
 def test_a_section_that_failed_runs_again_and_one_that_is_done_does_not(
-    small_store: Path, tmp_path: Path
+    small_store: Path, tmp_path: Path, forks: None
 ) -> None:
     wrong = Settings(True, str(small_store), str(tmp_path), ["--no_such_flag"])
     log = tmp_path / "imdb.log"

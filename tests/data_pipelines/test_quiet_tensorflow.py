@@ -18,7 +18,10 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("is_program", [True, False])
+@pytest.mark.parametrize(
+    "is_program",
+    [True, pytest.param(False, marks=pytest.mark.slow("starts TensorFlow anew; quick: True"))],
+)
 def test_programs_do_without_what_keras_imports_for_others(is_program: bool) -> None:
     command = [sys.executable, "-c", PROGRAM.format(is_program=is_program)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)

@@ -769,7 +769,7 @@ def test_the_variable_of_onednn_holds_for_the_loops(
 
 
 def test_what_cannot_be_kept_is_measured_at_each_start(
-    library: Path, anew: Path, monkeypatch: pytest.MonkeyPatch
+    library: Path, anew: Path, monkeypatch: pytest.MonkeyPatch, forks: None
 ) -> None:
     if library.parent != native.FOLDER / "build":
         pytest.skip("this checkout has no build: make native")

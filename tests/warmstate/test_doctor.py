@@ -1,21 +1,30 @@
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from warmstate import doctor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# `warmstate doctor` in a process that may open few files.
+DOCTOR = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+runpy.run_module("warmstate", run_name="__main__")
+"""
 
 
 def test_what_is_wrong_is_said_and_exits_with_1() -> None:
     environment = {**os.environ, "TFDS_DATA_DIR": "/no/such/folder"}
-    command = f"ulimit -n 512; exec {sys.executable} -m warmstate doctor"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    done = forked.run(
+        [sys.executable, "-c", DOCTOR, "doctor"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stdout.splitlines()

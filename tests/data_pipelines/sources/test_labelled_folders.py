@@ -102,7 +102,7 @@ def test_folders_that_are_missing_are_all_named(tmp_path: Path, place: Callable)
     assert found == ["rec.autos for train", "rec.autos for test", "sci.med for test"]
 
 
-@pytest.mark.seconds
+@pytest.mark.slow("reads 18,846 files; quick: some of the same kind")
 def test_the_real_newsgroups_are_complete(read: Callable) -> None:
     path = SHARED / "newsgroups20" / "20news-bydate.tar.gz"
     if not path.is_file():

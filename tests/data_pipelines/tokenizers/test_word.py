@@ -48,6 +48,7 @@ def test_split_keeps_case_when_told_to() -> None:
     assert split("A Film", lowercase=False) == ["A", "Film"]
 
 
+@pytest.mark.slow("starts TensorFlow anew, for the environment that it reads then")
 def test_lower_case_does_not_follow_the_machines_locale() -> None:
     program = (
         "import tensorflow as tf; from data_pipelines.tokenizers.word import WordTokenizer;"

@@ -120,7 +120,7 @@ def main(kind: str, folder: Path) -> None:
         "nothing": uneven_rows(distributor, (0, 0, 0), (0, 0, 0)),
         "float32": all_bits_arrive(distributor, np.float32, np.int32),
         "float64": all_bits_arrive(distributor, np.float64, np.int64),
-        "sums": sums_of_the_same_numbers(distributor, 200),
+        "sums": sums_of_the_same_numbers(distributor, 40),
         "rows": [
             collectives_of_a_step(distributor, tables, sparse_reduce="rows") for tables in (1, 3)
         ],

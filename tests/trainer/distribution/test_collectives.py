@@ -43,7 +43,7 @@ def test_rows_are_gathered_in_the_order_of_ranks(found: tuple[str, list[dict]]) 
         assert result["nothing"] == [[[], []], [[], []]]
 
 
-def test_200_sums_have_the_same_bits_in_every_process(found: tuple[str, list[dict]]) -> None:
+def test_40_sums_have_the_same_bits_in_every_process(found: tuple[str, list[dict]]) -> None:
     assert len({digest for result in found[1] for digest in result["sums"]}) == 1
 
 

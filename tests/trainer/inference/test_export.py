@@ -77,17 +77,24 @@ def test_a_model_of_label_sets_answers_labels(
     assert len(set(found)) > 1
 
 
+LONG_TEXTS = [f"this is a rather long review, number {i}" for i in range(20)]
+
+
+@pytest.mark.slow("starts TensorFlow anew; quick: the same of Keras's file")
 def test_a_model_that_answers_otherwise_is_noticed(
     exported: Path, make_classifier_bundle: Callable[..., Path]
 ) -> None:
     other = load_classifier(make_classifier_bundle(NAMES, reads_first=True, max_tokens=3))
-    texts = [f"this is a rather long review, number {i}" for i in range(20)]
-    assert not largest_difference(other, exported, texts) <= TOLERANCE
+    assert not largest_difference(other, exported, LONG_TEXTS) <= TOLERANCE
 
 
-def test_keras_reads_the_file_in_another_process(classifier_bundle: Path, tmp_path: Path) -> None:
-    said = export(classifier_bundle, tmp_path / "model.keras")
+def test_keras_reads_the_file_in_another_process(
+    make_classifier_bundle: Callable[..., Path], tmp_path: Path, forks: None
+) -> None:
+    said = export(make_classifier_bundle(), tmp_path / "model.keras")
     assert "loaded by keras.models.load_model" in said
+    other = load_classifier(make_classifier_bundle(max_tokens=3))
+    assert not largest_difference(other, tmp_path / "model.keras", LONG_TEXTS) <= TOLERANCE
 
 
 @pytest.mark.parametrize(

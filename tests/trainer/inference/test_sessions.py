@@ -71,7 +71,7 @@ def test_pieces_are_read_as_the_whole_is(
     classifier = random_classifier(pooling, tokenizer.vocab_size, classes)
     model = TextClassifier(classifier, tokenizer, [*"abc"][:classes], max_tokens=10_000)
     random = np.random.default_rng(1)
-    largest = 0.0
+    differences = []
     for text in reviews:
         session, done = model.session(), 0
         while done < len(text):  # cut anywhere, also inside of words and characters
@@ -83,9 +83,9 @@ def test_pieces_are_read_as_the_whole_is(
             session.load(saved)
             if random.random() < 0.5:
                 whole = model.of_texts(tf.constant([text[:done]]), [-1]).numpy()[0]
-                largest = max(largest, np.abs(session.probabilities() - whole).max())
+                differences.append(np.abs(session.probabilities() - whole).max())
         np.testing.assert_allclose(session.probabilities(), session.probabilities(), atol=1e-6)
-    assert 0 < largest < 1e-5
+    assert len(differences) > 5 and max(differences) < 1e-5
 
 
 def test_no_token_is_read_twice(classifier_bundle: Path) -> None:

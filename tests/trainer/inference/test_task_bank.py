@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
+from tests.pairs import each_value
 from trainer import native
 from trainer.config import Config
 from trainer.inference import predict as stage
@@ -37,9 +38,13 @@ def tasks_in(folder: Path, make_task: Make, train: str = "state", **sizes: objec
     return folder
 
 
-@pytest.mark.parametrize("train", ["state", "state+bias"])
 @pytest.mark.parametrize(
-    "sizes", [{}, {"hidden_units": 6, "pooling": "mean"}], ids=["linear", "mean"]
+    ("train", "sizes"),
+    each_value(
+        ("state", "state+bias"),
+        ({}, {"hidden_units": 6, "pooling": "mean"}),
+        pytest.mark.slow("other pairs; quick: what is trained and each head"),
+    ),
 )
 def test_each_row_is_read_as_by_its_task_alone(
     train: str, sizes: dict, loops: str, tuned_encoder: Path, make_task: Make, tmp_path: Path

@@ -33,7 +33,15 @@ def from_context(kind: str, **settings: Any) -> keras.Model:
     return keras.Model([forces, context], outputs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "names",
+        pytest.param("numbers", marks=pytest.mark.slow("quick: names")),
+        "vector",
+        "observations",
+    ],
+)
 def test_a_stock_lstm_starts_from_it_and_the_model_is_saved_with_it(
     kind: str, tmp_path: Path
 ) -> None:

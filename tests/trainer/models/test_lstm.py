@@ -211,7 +211,9 @@ print(json.dumps([*sums[2:], *peaks[1:]]))
 """
 
 
-@pytest.mark.parametrize("native", ["0", ""])
+@pytest.mark.parametrize(
+    "native", [pytest.param("0", marks=pytest.mark.slow("quick: the compiled loops")), ""]
+)
 def test_less_is_held_where_activations_are_computed_again(native: str) -> None:
     # What one of the five layers keeps for the backward pass is 25 MiB.
     if not native and not library_path().exists():

@@ -63,7 +63,18 @@ def bag_error(
     return float(np.sum((rebuilt - vector) ** 2))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.slow("quick: the bag autoencoder's, which is more")
+            if name == "language_model"
+            else (),
+        )
+        for name in OBJECTIVES
+    ],
+)
 def test_the_joint_loss_and_its_gradient_are_those_of_numpy(name: str) -> None:
     classifier = make(num_classes=2)
     objective = OBJECTIVES[name](classifier.encoder)
@@ -106,7 +117,9 @@ def test_the_joint_loss_and_its_gradient_are_those_of_numpy(name: str) -> None:
     assert float(nothing) == float(none) == 0
 
 
-def test_adversarial_training_runs_two_backward_passes_not_three(tmp_path: Path) -> None:
+def test_adversarial_training_runs_two_backward_passes_not_three(
+    tmp_path: Path, rewriting: None
+) -> None:
     if not native.operations(True):
         pytest.skip("the compiled loops are not built or not faster here")
     encoder = Encoder(50, 8, 16, seed=0, normalised=True)

@@ -47,7 +47,9 @@ def predicted(run: Run, classifier: Classifier) -> Predictions:
     return split_predictions.predict(run, classifier, run.store.split("test"), 7, 30)
 
 
-@pytest.mark.parametrize("with_reader", [False, True])
+@pytest.mark.parametrize(
+    "with_reader", [pytest.param(False, marks=pytest.mark.slow("quick: with a reader")), True]
+)
 def test_every_document_once_whatever_the_number_of_shards(
     small_store: Path, tmp_path: Path, two_shards: TfDistributor, with_reader: bool
 ) -> None:
