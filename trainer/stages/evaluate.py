@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from data_pipelines.errors import InputError
+from data_pipelines.store.split_view import SplitView
 from trainer.distribution.over_batches import sum_over_batches
 from trainer.distribution.variables import assign
 from trainer.models import bundle
@@ -23,6 +24,31 @@ def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dic
 
     What it says of each document goes to `folder`/predictions; see reporting/predictions.py.
     """
+    classifier, view, info = _set_up(run, classifier_folder, split)
+    predictions = predict(run, classifier, view, BATCH_SIZE, info["max_tokens"])
+    if classifier.multi_label:
+        of_bundle = {"thresholds": info["thresholds"]}
+        predictions = dataclasses.replace(predictions, info=of_bundle)
+    if run.is_chief:
+        save(folder / "predictions", predictions, run, classifier, split, info)
+    return predictions.metrics()
+
+
+def errors_alone(run: Run, classifier_folder: Path, split: str) -> dict[str, float]:
+    """Returns error_percent, loss and documents as `evaluate` does, and writes nothing.
+
+    It is quicker for a classifier whose single documents nobody looks at. Of sets of labels it
+    knows no thresholds.
+    """
+    classifier, view, info = _set_up(run, classifier_folder, split)
+    batches = run.all_documents(view, BATCH_SIZE, info["max_tokens"])
+    return error_and_loss(run, classifier, batches)()
+
+
+def _set_up(
+    run: Run, classifier_folder: Path, split: str
+) -> tuple[Classifier, SplitView, dict[str, Any]]:
+    """Returns the classifier in every worker, the documents, and what its bundle says."""
     loaded = bundle.load(classifier_folder, "classifier", "--classifier") if run.is_chief else None
     info = run.distributor.gather_objects(loaded.info if loaded else None)[0]
     tensors = run.distributor.broadcast_arrays(loaded.tensors if loaded else None)
@@ -39,13 +65,7 @@ def evaluate(run: Run, classifier_folder: Path, split: str, folder: Path) -> dic
     if run.config.classify_max_tokens:
         info = {**info, "max_tokens": run.config.classify_max_tokens}
     run.log(f"evaluate: {classifier_folder} on {len(view):,} documents of {split}")
-    predictions = predict(run, classifier, view, BATCH_SIZE, info["max_tokens"])
-    if classifier.multi_label:
-        of_bundle = {"thresholds": info["thresholds"]}
-        predictions = dataclasses.replace(predictions, info=of_bundle)
-    if run.is_chief:
-        save(folder / "predictions", predictions, run, classifier, split, info)
-    return predictions.metrics()
+    return classifier, view, info
 
 
 def error_and_loss(

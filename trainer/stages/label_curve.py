@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from trainer.config import Config
-from trainer.stages.evaluate import evaluate
+from trainer.stages.evaluate import errors_alone
 from trainer.stages.finetune import finetune
 from trainer.training.run import Run
 
@@ -68,7 +68,7 @@ def rows(run: Run, report: Row) -> list[Row]:
                 folder = run.folder / f"{start}-{count}-{draw}"
                 part = dataclasses.replace(run, config=part_config(config, start, count, draw))
                 tuned = finetune(part, folder)
-                tested = evaluate(run, folder / "classifier", "test", folder)
+                tested = errors_alone(run, folder / "classifier", "test")
                 found.append(_row(start, draw, tuned, tested))
     for start in parts:
         found.append(_row(start, 0, report[start], report["test"][start]))
