@@ -266,6 +266,8 @@ class FineTuningConfig:
     finetune_early_stopping: int = _finetune(0, "Number of evaluations in a row without a lower "
         "validation error after which fine-tuning ends. Schedules still aim at --finetune_steps. "
         "0: train all steps.", at_least=0)
+    finetune_refit: bool = _finetune(False, "Train on the validation split too, evaluate nothing "
+        "and keep the last weights: for --stage=finetune once more, after every choice is made.")
     joint_weight: float = _finetune(0.0, "Weight of the loss of --pretrain_objective on the "
         "labelled documents, in nats per token, added to the classifier's loss. 0: off.",
         at_least=0)
@@ -470,6 +472,8 @@ class Config(  # the last base has the first fields
                 "learning_rate_decay": low / high,
             }
             values |= {"evaluate_every_steps": 0, "early_stopping": 0}
+        if stage == "finetune" and self.finetune_refit:
+            values["evaluate_every_steps"] = 0
         return StageConfig(**values)
 
     def as_flagfile(self) -> str:

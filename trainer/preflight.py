@@ -45,6 +45,7 @@ def _faults(config: Config, cluster: Cluster) -> list[str]:
         *_finetuning_faults(config),
         *_frozen_faults(config),
         *_label_set_faults(config),
+        *_refit_faults(config),
         *_stage_faults(config),
     ]
 
@@ -240,6 +241,23 @@ def _label_set_faults(config: Config) -> Iterator[str]:
             f"--labels=multi with --label_counts={config.label_counts}: its linear models answer "
             "one label; leave it out"
         )
+
+
+def _refit_faults(config: Config) -> Iterator[str]:
+    """Yields flags that do not go with --finetune_refit, which evaluates nothing."""
+    if not config.finetune_refit:
+        return
+    if config.stage == "all":
+        yield _together(
+            config, "finetune_refit", "stage", "a refit follows the choices; use --stage=finetune"
+        )
+    for name, is_wrong, why in (
+        ("labels", config.labels == "multi", "validation chooses the thresholds"),
+        ("finetune_early_stopping", config.finetune_early_stopping, "validation would end it"),
+        ("keep_best", config.keep_best, "validation ranks them"),
+    ):
+        if is_wrong:
+            yield _together(config, "finetune_refit", name, f"{why}; leave one out")
 
 
 def _stage_faults(config: Config) -> Iterator[str]:

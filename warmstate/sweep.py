@@ -259,6 +259,8 @@ def parse_flags(arguments: list[str]) -> list[str]:
     stages = [word[8:] for word in flags if word.startswith("--stage=")]
     if stages and stages[-1] not in METRICS:
         faults.append(f"--stage={stages[-1]} cannot be swept: use {', '.join(METRICS)}")
+    if "finetune_refit" in names:
+        faults.append("--finetune_refit has no validation error to compare: leave it out")
     try:
         import optuna  # noqa: F401
     except ImportError:

@@ -35,6 +35,13 @@ def test_a_clipped_gradient_is_not_one_that_a_loss_scale_multiplies(tmp_path: Pa
     assert faults(*flags_of_run, "--precision=mixed_bfloat16") == []
 
 
+def test_a_refit_has_nothing_to_choose_by(tmp_path: Path) -> None:
+    refit = [f"--run_dir={tmp_path}", "--finetune_refit=true"]
+    found = faults(*refit, "--labels=multi", "--finetune_early_stopping=2", "--keep_best=1")
+    assert len(found) == 4 and all("--finetune_refit=True with --" in fault for fault in found)
+    assert faults(*refit, "--stage=finetune", "--encoder=e") == []
+
+
 def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     found = faults(
         "--stage=pretrian",

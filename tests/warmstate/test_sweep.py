@@ -105,13 +105,15 @@ def test_trials_that_fail_are_told(small_store: Path, tmp_path: Path) -> None:
 
 
 def test_faults_are_all_told_before_anything_runs(tmp_path: Path) -> None:
-    done = run(tmp_path / "a", 0, "--stage=evaluate", "--hidden_units=3", "--run_dir=x")
+    flags = ("--stage=evaluate", "--hidden_units=3", "--run_dir=x", "--finetune_refit")
+    done = run(tmp_path / "a", 0, *flags)
     assert done.returncode == 2 and not (tmp_path / "a").exists()
     for says in (
         "--trials=0 must be at least 1",
         "--run_dir is given behind -- and by the sweep",
         "--hidden_units is given behind -- and by the sweep",
         "--stage=evaluate cannot be swept",
+        "--finetune_refit has no validation error to compare",
     ):
         assert says in done.stderr
 

@@ -38,20 +38,23 @@ def finetune(run: Run, folder: Path) -> dict[str, Any]:
 
     Returns:
         For the report: steps, seconds, tokens_per_second, validation metrics, and for a warm start
-        the broadcast: digests by worker, bytes, seconds.
+        the broadcast: digests by worker, bytes, seconds. There are no validation metrics with
+        --finetune_refit.
     """
     classifier, task, batches, report = set_up(run, folder)
-    if run.config.finetune_steps:
+    steps, refits = run.config.finetune_steps, run.config.finetune_refit
+    if steps:
         result = loop.train(run, task, batches)
     else:
-        result = Result(task.evaluate(), steps=0, step=0, seconds=0.0, tokens_per_second=0.0)
+        metrics = {} if refits else task.evaluate()
+        result = Result(metrics, steps=0, step=0, seconds=0.0, tokens_per_second=0.0)
     of_sets: dict[str, float] = {}
     if classifier.multi_label:
         report["thresholds"], of_sets = choose_thresholds(run, classifier)
     report |= {
         "labelled_documents": len(batches.labelled.view),
         "steps": result.steps,
-        "best_step": result.step,
+        "best_step": steps if refits else result.step,
         "seconds": round(result.seconds, 1),
         "tokens_per_second": round(result.tokens_per_second, 1),
         "validation": result.metrics | of_sets,
@@ -116,7 +119,7 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         ),
         evaluate=error_and_loss(run, classifier, validation),
         rates=encoder_rates(config, classifier),
-        select_by="f1_error_percent" if classifier.multi_label else "error_percent",
+        select_by=_selects_by(config, classifier),
         # Each sitting of --stage=all writes its encoder again: on another number of workers its
         # mean state differs in the last bits.
         inputs={"--store": run.store.sha256} | ({} if config.trains_encoder else encoders),
@@ -125,9 +128,20 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
     return classifier, task, batches, report
 
 
+def _selects_by(config: Config, classifier: Classifier) -> str:
+    """Returns the metric whose best weights are kept; "" if nothing is evaluated."""
+    if config.finetune_refit:
+        return ""
+    return "f1_error_percent" if classifier.multi_label else "error_percent"
+
+
 def labelled_documents(run: Run) -> SplitView:
-    """Returns the train split, or --finetune_documents of it."""
-    view = run.store.split("train")
+    """Returns the train split, with --finetune_refit the validation split too, or some of these."""
+    if run.config.finetune_refit:
+        view = run.store.split("train", "validation")
+        run.log("finetune: a refit: validation documents are trained on, nothing is evaluated")
+    else:
+        view = run.store.split("train")
     wanted = run.config.finetune_documents
     return view.sample(wanted, run.config.seed) if wanted else view
 

@@ -1,11 +1,14 @@
 import contextlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from data_pipelines.store.token_store import TokenStore
+from tests.integration.programs import train
 from trainer.config import Config
 from trainer.models import bundle
 from trainer.models.classifier import Classifier
@@ -113,3 +116,23 @@ def test_balanced_classes_have_the_same_weight_in_all(small_store: Path) -> None
     run.store = SimpleNamespace(label_sets=np.array([[1, 0, 1], [1, 0, 0]], np.uint8))
     weights = [0, 7, counts[1] / counts[0]]
     np.testing.assert_allclose(class_weights(run, view), weights, rtol=1e-6)
+
+
+def test_a_refit_trains_on_validation_too_and_keeps_the_last_weights(
+    small_store: Path, tmp_path: Path
+) -> None:
+    flags = (f"--store={small_store}", f"--run_dir={tmp_path}", "--stage=finetune")
+    start = ("--init_weights=random", "--initial_state=zero", "--finetune_steps=6")
+    printed = train(1, *flags, *start, "--finetune_evaluate_every_steps=2", "--finetune_refit=true")
+    assert "validation documents are trained on" in printed and "· validation:" not in printed
+    report = json.loads((tmp_path / "report.json").read_text())["finetune"]
+    assert (report["labelled_documents"], report["best_step"]) == (240, 6)
+    assert report["validation"] == {}
+    kept = bundle.load(tmp_path / "classifier", "classifier", "--classifier").tensors
+    last = safetensors.numpy.load_file(
+        tmp_path / "checkpoints" / "step-00000006" / "state.safetensors"
+    )
+    trained = kept.keys() & last.keys()
+    assert {"embeddings", "lstm/0/kernel", "output/bias"} <= trained
+    for name in trained:
+        np.testing.assert_array_equal(kept[name], last[name])
