@@ -195,7 +195,7 @@ def table(folder: Path, names: Collection[str] = ()) -> str:
                     time,
                 )
             )
-    lines = ["| model | test error | | time |", "|---|---|---|---|"]
+    lines = ["| model | test error | | quickest run |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {error} | {how} | {time} |"
         for _, name, error, how, time in sorted(rows)
