@@ -29,7 +29,7 @@ from launch.local import gpus, horovod, loopback, screen
 
 THREAD_VARIABLES = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
 _BLAME_SECONDS = 3.0  # from the first lost peer until surviving workers are declared hung
-_LOOK_SECONDS = 0.5  # between two calls of `asks_stop`
+_LOOK_SECONDS = 0.5  # between two looks at the workers, and two calls of `asks_stop`
 _PRINTING = threading.Lock()
 _COPIES: list[BinaryIO] = []  # of what is printed
 _SCREEN = screen.Screen()
@@ -324,8 +324,10 @@ class _Supervision:
         while self._running:
             info = signal.sigtimedwait(watched, self._timeout_seconds())
             received = info and info.si_signo
-            if received == signal.SIGCHLD:
+            if received in (None, signal.SIGCHLD):
                 self._note_ended()
+            if received == signal.SIGCHLD:
+                pass
             elif received is None and time.monotonic() < self._kill_time:
                 if self._asks_stop and self._all_is_well():
                     self._asked = self._asks_stop()
@@ -339,13 +341,13 @@ class _Supervision:
         return self._ending()
 
     def _timeout_seconds(self) -> float:
-        longest = _LOOK_SECONDS if self._all_is_well() else threading.TIMEOUT_MAX
-        return min(max(0.0, self._kill_time - time.monotonic()), longest)
+        # A worker's end is not only told by SIGCHLD: in a program with other threads, one of them
+        # may take the signal while this one does something else.
+        return min(max(0.0, self._kill_time - time.monotonic()), _LOOK_SECONDS)
 
     def _all_is_well(self) -> bool:
         """Returns whether to call `asks_stop`: nothing else is ending the workers."""
-        stopping = self._terminated or self._lost or self._hung
-        return self._asks_stop is not None and not stopping
+        return bool(self._running) and not (self._terminated or self._lost or self._hung)
 
     def _note_ended(self) -> None:
         for process in [each for each in self._running if _has_ended(each)]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import threading
 
 import pytest
 
@@ -55,3 +57,24 @@ def test_horovod_s_variables_take_the_place_of_a_cluster(monkeypatch):
     assert set(first) & set(horovod.VARIABLES) == set(horovod.VARIABLES) - {"HOROVOD_ELASTIC"}
     lines = local.shell_commands(["python"], 2, with_horovod=True)
     assert all(line.startswith("env -u TF_CONFIG -u HOROVOD_ELASTIC ") for line in lines)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_s_end_is_noticed_though_another_thread_took_the_signal(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def let_it_end(say):
+        pipe.write_text("")
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # SIGCHLD comes while this thread is busy
+        return False
+
+    command = [sys.executable, "-c", "import sys; open(sys.argv[1]).read()", str(pipe)]
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)  # it does not block SIGCHLD
+    other.start()
+    try:
+        assert local.run_together(command, 1, 5.0, False, let_it_end).exit_code == 0
+    finally:
+        done.set()
+        other.join()
