@@ -1,6 +1,7 @@
 """Keeps a run in results/*.json and its classifier beside it, and renders README's table from them.
 
   python -m benchmarks.kept_runs record RUN_DIR --out=results/NAME.json
+  python -m benchmarks.kept_runs again results/NAME.json FOLDER...  # other fine-tunings, refits
   python -m benchmarks.kept_runs halve RUN_DIR/warm/classifier --out=results/NAME   # or an encoder
   python -m benchmarks.kept_runs table            # README.md and docs/reproduction.md
 
@@ -43,17 +44,12 @@ CURVES = ("loss", "perplexity", "error_percent", "learning_rate")
 CURVE_POINTS = 200
 
 
-def record(
-    run_dir: Path, path: Path, evaluation: Path | None = None, again: Sequence[Path] = ()
-) -> dict[str, Any]:
+def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[str, Any]:
     """Writes and returns the result of the finished run of --stage=all in `run_dir`.
 
     Args:
         evaluation: Folder of a run of --stage=evaluate on the float16 bundle that is kept beside
             the result (see `halve`); its figures are added to the result.
-        again: Folders with a run of --stage=finetune from the same encoder in `finetune`, and one
-            of --stage=evaluate on the test split in `test`: other seeds of fine-tuning. They may
-            start from the encoder in float16 that is kept beside the result.
 
     Raises:
         InputError: The run has not ended, is of another stage, or its files are damaged.
@@ -79,29 +75,38 @@ def record(
         if "test" not in found:
             raise InputError(f"{evaluation} is no run of --stage=evaluate on the test split")
         result["kept_bundle"] = {"test": found["test"]}
-    if again:
-        kept = path.with_suffix("") / "encoder/encoder.json"
-        halved = json.loads(kept.read_text())["tensors_sha256"] if kept.exists() else ""
-        result["finetuned_again"] = [finetuned_again(folder, report, halved) for folder in again]
     replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def finetuned_again(folder: Path, report: dict[str, Any], halved: str) -> dict[str, Any]:
-    """Returns seed, validation and test of another fine-tuning from the encoder of `report`.
+def add_finetunings(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
+    """Adds other fine-tunings from the encoder of the result in `path` to it, and returns it.
 
     Args:
-        halved: SHA-256 of that encoder in float16, as it is kept; or "".
+        folders: Each has a run of --stage=finetune in `finetune`, and one of --stage=evaluate on
+            the test split in `test`. They may start from the encoder in float16 that is kept beside
+            the result. Those with --finetune_refit are a row of their own.
+
+    Raises:
+        InputError: A run has not ended, starts from another encoder, or its files are damaged.
     """
-    tuned, tested = tuned_and_tested(folder)
-    theirs, ours = tuned["finetune"]["broadcast"]["digests"], report["broadcast"]["digests"]
-    if set(theirs) != set(ours) and tuned["finetune"]["encoder_sha256"] != halved:
-        raise InputError(f"{folder / 'finetune'} starts from another encoder")
-    return {
-        "seed": tuned["config"]["seed"],
-        "validation": tuned["finetune"]["validation"],
-        "test": tested["test"],
-    }
+    result = json.loads(path.read_text())
+    kept = path.with_suffix("") / "encoder/encoder.json"
+    halved = json.loads(kept.read_text())["tensors_sha256"] if kept.exists() else ""
+    for folder in folders:
+        tuned, tested = tuned_and_tested(folder)
+        part, config = tuned["finetune"], tuned["config"]
+        same = set(part["broadcast"]["digests"]) == set(result["broadcast"]["digests"])
+        if not same and part["encoder_sha256"] != halved:
+            raise InputError(f"{folder / 'finetune'} starts from another encoder")
+        figures = {"seed": config["seed"], "test": tested["test"]}
+        if config["finetune_refit"]:
+            result.setdefault("refitted", []).append(figures)
+        else:
+            figures["validation"] = part["validation"]
+            result.setdefault("finetuned_again", []).append(figures)
+    replace_text(path, json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def tuned_and_tested(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -195,6 +200,11 @@ def table(folder: Path, names: Collection[str] = ()) -> str:
                     time,
                 )
             )
+        refits = [x["test"]["error_percent"] for r in results for x in r.get("refitted", ())]
+        if refits:
+            how = f"run here, {len(refits)} refit{'s' * (len(refits) > 1)}"
+            title = f"{name}, refitted on validation too"
+            rows.append((statistics.mean(refits), title, spread(refits), how, time))
     lines = ["| model | test error | | quickest run |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {error} | {how} | {time} |"
@@ -266,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_run.add_argument("run_dir", type=Path)
     of_run.add_argument("--out", type=Path, required=True)
     of_run.add_argument("--evaluation", type=Path, help="of the bundle that `halve` wrote")
-    of_run.add_argument("--again", type=Path, action="append", default=[], help="other seeds")
+    of_again = commands.add_parser("again", help="add other fine-tunings from a result's encoder")
+    of_again.add_argument("result", type=Path)
+    of_again.add_argument("folders", type=Path, nargs="+")
     of_half = commands.add_parser("halve", help="keep an encoder or a classifier in float16")
     of_half.add_argument("bundle", type=Path)
     of_half.add_argument("--out", type=Path, required=True)
@@ -277,7 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.command == "record":
-            record(options.run_dir, options.out, options.evaluation, options.again)
+            record(options.run_dir, options.out, options.evaluation)
+        elif options.command == "again":
+            add_finetunings(options.result, options.folders)
         elif options.command == "halve":
             is_encoder = (options.bundle / "encoder.json").is_file()
             halve(options.bundle, options.out, "encoder" if is_encoder else "classifier")

@@ -63,31 +63,47 @@ def test_what_the_kept_bundle_gave_goes_with_the_result(tmp_path: Path) -> None:
     assert results.record(run, out, evaluation)["kept_bundle"]["test"] == found["test"]
 
 
-def test_other_seeds_of_finetuning_are_in_the_row(tmp_path: Path) -> None:
-    run, again = write_run(tmp_path / "run", 7.0), tmp_path / "again"
+def write_finetuning(folder: Path, error: float, refit: bool = False) -> Path:
+    """Writes what another fine-tuning and its test leave."""
+    tuned = {"broadcast": {"digests": ["abc", "abc"]}, "encoder_sha256": "e16"}
+    if not refit:
+        tuned["validation"] = {"error_percent": 6.0}
+    config = {"seed": 1, "finetune_refit": refit}
+    for name, values in (
+        ("finetune", {"config": config, "finetune": tuned}),
+        ("test", {"test": {"error_percent": error}}),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "report.json").write_text(json.dumps(values))
+        (folder / name / "environment.json").write_text("{}")
+    return folder
+
+
+def test_other_finetunings_are_in_the_row_and_refits_have_their_own(tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "run", 7.0), tmp_path / "results/imdb.json"
     report = json.loads((run / "report.json").read_text())
     report["broadcast"] = {"digests": ["abc"]}
     (run / "report.json").write_text(json.dumps(report))
-    tuned = {
-        "validation": {"error_percent": 6.0},
-        "broadcast": {"digests": ["abc", "abc"]},
-        "encoder_sha256": "e16",
-    }
-    for name, values in (
-        ("finetune", {"config": {"seed": 1}, "finetune": tuned}),
-        ("test", {"test": {"error_percent": 8.0}}),
-    ):
-        (again / name).mkdir(parents=True)
-        (again / name / "report.json").write_text(json.dumps(values))
-        (again / name / "environment.json").write_text("{}")
-    (tmp_path / "results").mkdir()
-    results.record(run, tmp_path / "results/imdb.json", again=[again])
-    row = results.table(tmp_path / "results").splitlines()[2:]
-    assert any("7.50 % (7.00-8.00) | run here, 1 run, 2 fine-tunings |" in each for each in row)
-    report["broadcast"]["digests"] = ["another"]
+    out.parent.mkdir()
+    results.record(run, out)
+    again = write_finetuning(tmp_path / "again", 8.0)
+    refit = write_finetuning(tmp_path / "refit", 6.0, refit=True)
+    assert results.main(["again", str(out), str(again), str(refit)]) == 0
+    rows = results.table(out.parent).splitlines()
+    assert any("7.50 % (7.00-8.00) | run here, 1 run, 2 fine-tunings |" in row for row in rows)
+    start = "| imdb, refitted on validation too | 6.00 % | run here, 1 refit |"
+    assert any(row.startswith(start) for row in rows)
+
+
+def test_a_finetuning_from_another_encoder_is_refused(tmp_path: Path) -> None:
+    out, again = tmp_path / "imdb.json", write_finetuning(tmp_path / "again", 8.0)
+    out.write_text(json.dumps({"broadcast": {"digests": ["another"]}}))
     with pytest.raises(InputError, match="starts from another encoder"):
-        results.finetuned_again(again, report, "")
-    assert results.finetuned_again(again, report, "e16")["seed"] == 1  # from the one in float16
+        results.add_finetunings(out, [again])
+    kept = tmp_path / "imdb/encoder/encoder.json"  # the one in float16
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps({"tensors_sha256": "e16"}))
+    assert results.add_finetunings(out, [again])["finetuned_again"][0]["seed"] == 1
 
 
 def test_the_time_is_that_of_all_sittings() -> None:
