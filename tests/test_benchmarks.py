@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import ablation, label_efficiency, state_positions, state_tuning
+from benchmarks import (
+    ablation,
+    cross_validation,
+    label_efficiency,
+    state_positions,
+    state_tuning,
+)
 from benchmarks import all as benchmarks
 from benchmarks.processes import descendants_megabytes, peak_megabytes
 from trainer.reporting.report_file import errors_by_labels
@@ -36,6 +42,46 @@ def test_the_page_of_tuning_has_the_table_of_the_results() -> None:
     held = json.loads((REPOSITORY / "benchmarks/results/state_tuning.json").read_text())
     page = (REPOSITORY / "docs/initialising-lstm-state.md").read_text()
     assert state_tuning.table(held["results"]) in page
+
+
+def test_the_page_of_results_has_the_table_of_the_folds() -> None:
+    path = REPOSITORY / "benchmarks/results/rotten_tomatoes_folds.json"
+    page = (REPOSITORY / "docs/reproduction.md").read_text()
+    assert cross_validation.table(json.loads(path.read_text())["results"]["rows"]) in page
+
+
+def test_equal_texts_are_in_one_fold_whatever_their_order() -> None:
+    documents = [(f"text {number % 90}", number % 2) for number in range(180)]
+    parts = cross_validation.folds(documents, 10)
+    assert [len(part) for part in parts] == [18] * 10
+    texts = [{text for text, _ in part} for part in parts]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 90
+    assert [set(part) for part in cross_validation.folds(documents[::-1], 10)] == [
+        set(part) for part in parts
+    ]
+
+
+def test_the_splits_of_a_fold_are_read_and_share_no_document(tmp_path: Path) -> None:
+    documents = [(f"text {number}", number % 2) for number in range(40)]
+    parts = cross_validation.folds(documents, 4)
+    tested = set()
+    for fold in range(4):
+        spec = cross_validation.write_splits(parts, fold, tmp_path / str(fold))
+        found = cross_validation.labelled_documents(spec, None)
+        assert sorted(found) == sorted(documents)
+        lines = (tmp_path / str(fold) / "test.jsonl").read_text().splitlines()
+        tested |= {json.loads(line)["text"] for line in lines}
+    assert tested == {text for text, _ in documents}
+
+
+def test_differences_of_the_folds_are_paired() -> None:
+    wrong = np.array([True, False, False, False])
+    rows = cross_validation.summary(
+        [{"warm": wrong, "tfidf": ~wrong}, {"warm": wrong, "tfidf": wrong}]
+    )
+    assert [row["errors_percent"] for row in rows] == [[25.0, 25.0], [75.0, 25.0]]
+    assert rows[0]["more_than_the_first_percent"] == [0.0, 0.0, 0.0]
+    assert rows[1]["more_than_the_first_percent"][0] == 25.0
 
 
 def test_the_page_of_labels_is_that_of_the_results() -> None:
