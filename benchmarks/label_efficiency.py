@@ -52,9 +52,14 @@ OBJECTIVES = {
 FINETUNED = {
     "imdb_cpu_scratch": "LSTM from scratch",
     "imdb_cpu": "language model, fine-tuned",
+    "imdb_cpu_sequence_autoencoder": "sequence autoencoder, fine-tuned",
     "imdb_cpu_autoencoder": "bag autoencoder, fine-tuned",
 }
-FINETUNED_FROM = {"language_model": "imdb_cpu", "bag_autoencoder": "imdb_cpu_autoencoder"}
+FINETUNED_FROM = {
+    "language_model": "imdb_cpu",
+    "sequence_autoencoder": "imdb_cpu_sequence_autoencoder",
+    "bag_autoencoder": "imdb_cpu_autoencoder",
+}
 PAGE = Path("docs/label-efficiency.md")
 PICTURE = Path("docs/images/label-efficiency.svg")
 TEMPLATE = Path(__file__).with_name("label_efficiency.template.md")

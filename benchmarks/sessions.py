@@ -163,7 +163,7 @@ def server_memory(classifier: str, texts: list[bytes]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--classifier", default="results/imdb_cpu")
+    parser.add_argument("--classifier", default="results/imdb_cpu_384")
     parser.add_argument("--out", default="sessions", help="name of the JSON")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=("answers", "chats", "server"))
