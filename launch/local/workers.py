@@ -326,19 +326,20 @@ class _Supervision:
             received = info and info.si_signo
             if received in (None, signal.SIGCHLD):
                 self._note_ended()
-            if received == signal.SIGCHLD:
-                pass
-            elif received is None and time.monotonic() < self._kill_time:
-                if self._asks_stop and self._all_is_well():
-                    self._asked = self._asks_stop()
-            elif received is None or (
-                self._stop_signal and received in (signal.SIGINT, signal.SIGTERM)
-            ):
+            if received is None:
+                self._do_what_is_due()
+            elif self._stop_signal and received in (signal.SIGINT, signal.SIGTERM):
                 self._kill_running()
-            else:
+            elif received != signal.SIGCHLD:
                 self._stop_signal = self._stop_signal or received
             self._stop_if_needed()
         return self._ending()
+
+    def _do_what_is_due(self) -> None:
+        if time.monotonic() >= self._kill_time:
+            self._kill_running()
+        elif self._asks_stop and self._all_is_well():
+            self._asked = self._asks_stop()
 
     def _timeout_seconds(self) -> float:
         # A worker's end is not only told by SIGCHLD: in a program with other threads, one of them
