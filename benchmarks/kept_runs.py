@@ -86,7 +86,7 @@ def add_finetunings(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
     Args:
         folders: Each has a run of --stage=finetune in `finetune`, and one of --stage=evaluate on
             the test split in `test`. They may start from the encoder in float16 that is kept beside
-            the result. Those with --finetune_refit are a row of their own.
+            the result. The table lists runs with --finetune_refit in a separate row.
 
     Raises:
         InputError: A run has not ended, starts from another encoder, or its files are damaged.
