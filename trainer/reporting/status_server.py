@@ -94,27 +94,31 @@ class _Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.vitals = vitals
         self._open: dict[socket.socket, float] = {}  # by the time they were accepted, oldest first
-        self._lock = threading.Lock()
+        self._closed = threading.Condition()  # guards _open
         super().__init__((host, port), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answers in a thread; ends the oldest connection if too many are open."""
-        with self._lock:
+        """Answers in a thread; ends the oldest connection first if too many are open."""
+        with self._closed:
             if len(self._open) >= MAX_CONNECTIONS:
                 _end(next(iter(self._open)))
+                # Its thread closes it. Without waiting, a busy machine would accept them all
+                # before that thread runs.
+                self._closed.wait_for(lambda: len(self._open) < MAX_CONNECTIONS, MAX_SECONDS)
             self._open[request] = time.monotonic()
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         """Closes a connection."""
-        with self._lock:
-            self._open.pop(request, None)
         super().shutdown_request(request)
+        with self._closed:
+            self._open.pop(request, None)
+            self._closed.notify()
 
     def service_actions(self) -> None:
         """Ends connections that have been open for too long; called twice a second."""
         limit = time.monotonic() - MAX_SECONDS
-        with self._lock:
+        with self._closed:
             for connection in [c for c, accepted in self._open.items() if accepted < limit]:
                 _end(connection)
 

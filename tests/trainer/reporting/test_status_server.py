@@ -119,7 +119,7 @@ def test_slow_clients_take_few_descriptors_and_keep_nobody_out() -> None:
             client.sendall(b"GET /healthz HTTP/1.1\r\n")  # and never the empty line
         assert get(port, "/healthz") == (200, "ok\n")
         of_the_server = process.num_fds() - before - len(clients)
-        assert of_the_server <= 3 * status_server.MAX_CONNECTIONS
+        assert of_the_server <= status_server.MAX_CONNECTIONS + 1  # one is just being closed
     finally:
         for client in clients:
             client.close()
