@@ -6,8 +6,7 @@ r"""Cross-validation: a warm-started LSTM, the same LSTM from scratch, and linea
 Each document is tested once. To test a fold, models are trained on all the others but the next one,
 which selects their steps and strengths. Folds depend on the texts alone, and duplicates share a
 fold. The linear models build their vocabulary from the fold's training data; the LSTMs use the
-encoder's. An interrupted run continues from what FOLDER holds; use another FOLDER for another
-encoder.
+encoder's. An interrupted run continues from what FOLDER holds for this encoder.
 """
 
 import argparse
@@ -168,9 +167,10 @@ def main() -> None:
     parser.add_argument("--out", default="cross_validation", help="name of the JSON")
     options = parser.parse_args()
     parts = folds(labelled_documents(options.source, options.data_dir), options.folds)
+    digest = bundle.load(options.encoder, "encoder", "--encoder").info["tensors_sha256"]
     found = []
     for fold in range(options.folds):
-        folder = options.work / f"fold-{fold}"
+        folder = options.work / digest[:16] / f"fold-{fold}"
         found.append(wrong_in_fold(parts, fold, folder, options.encoder))
         errors = {name: f"{100 * wrong.mean():.1f} %" for name, wrong in found[-1].items()}
         print(f"fold {fold}: {len(parts[fold]):,} documents; {errors}", flush=True)
@@ -178,9 +178,7 @@ def main() -> None:
     print(table(rows))
     what = {
         "source": options.source,
-        "encoder_sha256": bundle.load(options.encoder, "encoder", "--encoder").info[
-            "tensors_sha256"
-        ],
+        "encoder_sha256": digest,
         "documents": sum(map(len, parts)),
     }
     write_results(options.out, facts(), what | {"rows": rows})

@@ -89,7 +89,8 @@ def add_finetunings(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
             the result. The table lists runs with --finetune_refit in a separate row.
 
     Raises:
-        InputError: A run has not ended, starts from another encoder, or its files are damaged.
+        InputError: A run has not ended, starts from another encoder, is in the result already, or
+            its files are damaged.
     """
     result = json.loads(path.read_text())
     kept = path.with_suffix("") / "encoder/encoder.json"
@@ -101,11 +102,12 @@ def add_finetunings(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
         if not same and part["encoder_sha256"] != halved:
             raise InputError(f"{folder / 'finetune'} starts from another encoder")
         figures = {"seed": config["seed"], "test": tested["test"]}
-        if config["finetune_refit"]:
-            result.setdefault("refitted", []).append(figures)
-        else:
+        if not config["finetune_refit"]:
             figures["validation"] = part["validation"]
-            result.setdefault("finetuned_again", []).append(figures)
+        rows = result.setdefault("refitted" if config["finetune_refit"] else "finetuned_again", [])
+        if figures in rows:
+            raise InputError(f"{folder} is in {path} already")
+        rows.append(figures)
     replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
 

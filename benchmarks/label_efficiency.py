@@ -30,6 +30,7 @@ from trainer.models import bundle
 from trainer.models.classifier import pooled
 from trainer.models.encoder import Encoder
 from trainer.report_page.statistics import mean_of_runs
+from trainer.reporting.report_file import MODELS
 from trainer.stages.linear_head import fitted
 from trainer.stages.linear_models import LinearModels, labels_of
 
@@ -42,15 +43,16 @@ COUNTS = {
     5_000: 3,
     0: 1,
 }  # samples of each number of labels; 0: all
-LINEAR = {"tfidf": "TF-IDF", "nbsvm": "NBSVM", "lsa": "LSA"}
+LINEAR = {name: MODELS[name] for name in ("tfidf", "nbsvm", "lsa")}
 OBJECTIVES = {
     "bag_autoencoder": "bag autoencoder",
     "sequence_autoencoder": "sequence autoencoder",
     "language_model": "language model",
 }
 # Kept recipes that train the whole LSTM, by the start of their file's name in results/.
+SCRATCH = "imdb_cpu_scratch"
 FINETUNED = {
-    "imdb_cpu_scratch": "LSTM from scratch",
+    SCRATCH: "LSTM from scratch",
     "imdb_cpu": "language model, fine-tuned",
     "imdb_cpu_sequence_autoencoder": "sequence autoencoder, fine-tuned",
     "imdb_cpu_autoencoder": "bag autoencoder, fine-tuned",
@@ -157,10 +159,16 @@ def finetuned_rows(folder: Path, others: Sequence[Path] = ()) -> list[dict[str, 
     rows = []
     for other in others:
         tuned, tested = tuned_and_tested(other)
-        objective = tuned["config"]["pretrain_objective"]
-        row = {"model": FINETUNED_FROM[objective], "draw": tuned["config"]["seed"]}
-        row["labels"] = tuned["finetune"]["labelled_documents"]
-        rows.append(row | {"test_error_percent": tested["test"]["error_percent"]})
+        config = tuned["config"]
+        is_scratch = config["init_weights"] == "random"
+        rows.append(
+            {
+                "model": SCRATCH if is_scratch else FINETUNED_FROM[config["pretrain_objective"]],
+                "draw": config["seed"],
+                "labels": tuned["finetune"]["labelled_documents"],
+                "test_error_percent": tested["test"]["error_percent"],
+            }
+        )
     for path in sorted(folder.glob("*.json")):
         name = path.stem.partition("-seed")[0]
         if name not in FINETUNED:

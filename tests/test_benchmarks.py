@@ -90,6 +90,29 @@ def test_the_page_of_labels_is_that_of_the_results() -> None:
     assert label_efficiency.PICTURE.read_text() == label_efficiency.picture(result)
 
 
+@pytest.mark.parametrize(
+    ("init_weights", "model"),
+    [("random", "imdb_cpu_scratch"), ("encoder", "imdb_cpu_sequence_autoencoder")],
+)
+def test_a_finetuning_on_few_labels_is_a_row_of_its_start(
+    tmp_path: Path, init_weights: str, model: str
+) -> None:
+    config = {
+        "seed": 2,
+        "init_weights": init_weights,
+        "pretrain_objective": "sequence_autoencoder",
+    }
+    for name, report in (
+        ("finetune", {"config": config, "finetune": {"labelled_documents": 200}}),
+        ("test", {"test": {"error_percent": 20.5}}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        (tmp_path / name / "environment.json").write_text("{}")
+    (row,) = label_efficiency.finetuned_rows(tmp_path, [tmp_path])
+    assert row == {"model": model, "draw": 2, "labels": 200, "test_error_percent": 20.5}
+
+
 def test_the_readme_has_the_demos_errors() -> None:
     rows = json.loads((REPOSITORY / "benchmarks/results/demo.json").read_text())["labels"]
     readme = (REPOSITORY / "README.md").read_text()

@@ -104,6 +104,8 @@ def test_a_finetuning_from_another_encoder_is_refused(tmp_path: Path) -> None:
     kept.parent.mkdir(parents=True)
     kept.write_text(json.dumps({"tensors_sha256": "e16"}))
     assert results.add_finetunings(out, [again])["finetuned_again"][0]["seed"] == 1
+    with pytest.raises(InputError, match="again is in .*imdb.json already"):
+        results.add_finetunings(out, [again])
 
 
 def test_the_time_is_that_of_all_sittings() -> None:

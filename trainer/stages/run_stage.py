@@ -83,12 +83,13 @@ def _run_stage(
     vitals = Vitals(stall_seconds=config.stall_seconds)
     if cluster.is_first_of_host and config.status_port:
         serve(config.status_host, config.status_port, vitals)
+    which_loops = loops(config)  # before the data are prepared: WARMSTATE_NATIVE may be wrong
     store = open_store(config, cluster, log)
     read = preflight.vocabulary_faults(config, store.vocab_sha256) if chief else []
     raise_if(preflight.store_faults(config, store) + read)
     if writes:
         remember_config(config)
-    for line in (f"data: {store.note}" if store.note else "", loops(config)):
+    for line in (f"data: {store.note}" if store.note else "", which_loops):
         if line:
             log(line)
     absl.logging.set_verbosity(absl.logging.WARNING)

@@ -72,6 +72,20 @@ def test_a_report_that_cannot_be_written_is_an_error_once_all_is_said(
     assert [told[0] for told in notes.told] == ["finished"]
 
 
+def test_wrong_loops_are_refused_before_data_are_prepared(
+    small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str:
+        raise InputError("WARMSTATE_NATIVE=avx3: this machine can have 0, portable")
+
+    monkeypatch.setattr(run_stage.native, "has_gpu", lambda: False)
+    monkeypatch.setattr(run_stage.native, "hint", refuse)
+    monkeypatch.setattr(run_stage, "open_store", lambda *_: pytest.fail("data were prepared"))
+    config = Config(stage="pretrain", run_dir=str(tmp_path), store=str(small_store))
+    with pytest.raises(InputError, match="WARMSTATE_NATIVE=avx3"):
+        run_stage.run_stage(config, Cluster(rank=0, size=1))
+
+
 def test_a_small_vocabulary_has_an_exact_softmax_by_default(small_store: Path) -> None:
     store = TokenStore(small_store)
     lines: list[str] = []
