@@ -165,49 +165,16 @@ def table(folder: Path, names: Collection[str] = ()) -> str:
         names: The rows to show; empty shows all.
     """
     rows = [(error, name, f"{error:.2f} %", "published", "") for name, error in PUBLISHED]
-    groups: dict[str, list[dict[str, Any]]] = {}
+    recipes: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         if result["kind"] == "baseline":
-            error = result["test_error_percent"]
-            rows.append(
-                (
-                    error,
-                    result["title"],
-                    f"{error:.2f} %",
-                    "run here",
-                    result.get("time", "minutes"),
-                )
-            )
+            error, time = result["test_error_percent"], result.get("time", "minutes")
+            rows.append((error, result["title"], f"{error:.2f} %", "run here", time))
         else:
-            groups.setdefault(result["name"].partition("-seed")[0], []).append(result)
-    for name, results in groups.items():
-        starts = list(results[0]["test_error_percent"])
-        quickest = min(results, key=seconds_of)
-        cores = quickest["environment"]["cores"]
-        time = f"{seconds_of(quickest) / 60:.0f} min on {cores} core{'s' * (cores > 1)}"
-        time += ", both starts together" if len(starts) > 1 else ""
-        for start in starts:
-            errors = [r["test_error_percent"][start] for r in results]
-            how = f"run here, {len(errors)} run{'s' if len(errors) > 1 else ''}"
-            more = [x for r in results for x in r.get("finetuned_again", ()) if start == "warm"]
-            if more:
-                errors += [each["test"]["error_percent"] for each in more]
-                how += f", {len(errors)} fine-tunings"
-            rows.append(
-                (
-                    statistics.mean(errors),
-                    f"{name}, {'warm start' if start == 'warm' else 'from scratch'}",
-                    spread(errors),
-                    how,
-                    time,
-                )
-            )
-        refits = [x["test"]["error_percent"] for r in results for x in r.get("refitted", ())]
-        if refits:
-            how = f"run here, {len(refits)} refit{'s' * (len(refits) > 1)}"
-            title = f"{name}, refitted on validation too"
-            rows.append((statistics.mean(refits), title, spread(refits), how, time))
+            recipes.setdefault(result["name"].partition("-seed")[0], []).append(result)
+    for name, results in recipes.items():
+        rows += rows_of_recipe(name, results)
     lines = ["| model | test error | | quickest run |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {error} | {how} | {time} |"
@@ -215,6 +182,37 @@ def table(folder: Path, names: Collection[str] = ()) -> str:
         if not names or name in names
     ]
     return "\n".join(lines)
+
+
+def rows_of_recipe(
+    name: str, results: Sequence[dict[str, Any]]
+) -> list[tuple[float, str, str, str, str]]:
+    """Returns a row for each start of a recipe, and one for its refits if there are any.
+
+    Returns:
+        For each row its mean error in percent, then the cells of the table.
+    """
+    starts = list(results[0]["test_error_percent"])
+    quickest = min(results, key=seconds_of)
+    cores = quickest["environment"]["cores"]
+    time = f"{seconds_of(quickest) / 60:.0f} min on {cores} core{'s' * (cores > 1)}"
+    time += ", both starts together" if len(starts) > 1 else ""
+    rows = []
+    for start in starts:
+        errors = [r["test_error_percent"][start] for r in results]
+        how = f"run here, {len(errors)} run{'s' * (len(errors) > 1)}"
+        more = [x for r in results for x in r.get("finetuned_again", ()) if start == "warm"]
+        if more:
+            errors += [each["test"]["error_percent"] for each in more]
+            how += f", {len(errors)} fine-tunings"
+        title = f"{name}, {'warm start' if start == 'warm' else 'from scratch'}"
+        rows.append((statistics.mean(errors), title, spread(errors), how, time))
+    refits = [x["test"]["error_percent"] for r in results for x in r.get("refitted", ())]
+    if refits:
+        how = f"run here, {len(refits)} refit{'s' * (len(refits) > 1)}"
+        title = f"{name}, refitted on validation too"
+        rows.append((statistics.mean(refits), title, spread(refits), how, time))
+    return rows
 
 
 def seconds_of(result: dict[str, Any]) -> float:
