@@ -7,6 +7,7 @@ import pytest
 
 import warmstate
 from tests import forked
+from tests.integration.equivalence import free_port
 from warmstate import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -15,15 +16,16 @@ PROGRAM = """
 import gc, json, signal, sys
 import keras
 import warmstate
-store, folder = sys.argv[1:]
+store, folder, port = sys.argv[1:]
 before = signal.getsignal(signal.SIGTERM)
 lines = []
-small = {"log": lines.append, "embedding_dim": 8, "units": 12}
+small = {"log": lines.append, "embedding_dim": 8, "units": 12, "status_port": int(port)}
 encoder = warmstate.pretrain(
     f"{folder}/a", store, **small, pretrain_steps=4, sampled_softmax=0, pretrain_max_tokens=24,
     pretrain_evaluate_documents=20, mean_state_documents=20, pretrain_learning_rate=1,
 )
-rest = {"finetune_steps": 4, "finetune_max_tokens": 24, "log": lines.append}
+rest = {"finetune_steps": 4, "finetune_max_tokens": 24, "log": lines.append,
+        "status_port": int(port)}
 warm = warmstate.finetune(f"{folder}/b", store, encoder.folder, **rest)
 longer = {"hidden_units": 5, "classify_max_tokens": 40}
 scratch = warmstate.finetune(f"{folder}/c", store, **longer, **small | rest)
@@ -64,7 +66,7 @@ def test_importing_it_does_not_import_tensorflow() -> None:
 def test_the_stages_one_after_the_other(small_store: Path, tmp_path: Path) -> None:
 
     done = forked.run(
-        [sys.executable, "-c", PROGRAM, str(small_store), str(tmp_path)],
+        [sys.executable, "-c", PROGRAM, str(small_store), str(tmp_path), str(free_port())],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -14,6 +14,7 @@ import socketserver
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,9 +118,12 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Ends connections that have been open for too long; called twice a second."""
-        limit = time.monotonic() - MAX_SECONDS
+        self.end_connections(since=time.monotonic() - MAX_SECONDS)
+
+    def end_connections(self, since: float) -> None:
+        """Ends the connections that were accepted before `since`."""
         with self._closed:
-            for connection in [c for c, accepted in self._open.items() if accepted < limit]:
+            for connection in [c for c, accepted in self._open.items() if accepted < since]:
                 _end(connection)
 
     def server_bind(self) -> None:
@@ -177,8 +181,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return 503, "text/plain", f"no step for {stalled:.0f} s\n"
 
 
-def serve(host: str, port: int, vitals: Vitals) -> int:
-    """Serves in daemon threads; returns the port (`port` 0 takes any free one).
+@contextlib.contextmanager
+def serving(host: str, port: int, vitals: Vitals) -> Iterator[int]:
+    """Serves in daemon threads until the block ends; yields the port (`port` 0 takes any free one).
 
     Raises:
         InputError: The port is taken, or the host is not an address of this machine.
@@ -192,4 +197,9 @@ def serve(host: str, port: int, vitals: Vitals) -> int:
             "--status_port or --status_host, or 0 for none"
         ) from None
     threading.Thread(target=server.serve_forever, name="status", daemon=True).start()
-    return server.socket.getsockname()[1]
+    try:
+        yield server.socket.getsockname()[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        server.end_connections(since=time.monotonic())

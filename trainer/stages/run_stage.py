@@ -31,7 +31,7 @@ from trainer.models import bundle
 from trainer.report_page import html
 from trainer.reporting import environment, report_file
 from trainer.reporting.console import Console
-from trainer.reporting.status_server import Vitals, serve
+from trainer.reporting.status_server import Vitals, serving
 from trainer.reporting.trackers import following, make_trackers
 from trainer.safe_files import replace_text
 from trainer.stages import compare, evaluate, finetune, lr_range, pretrain, replay
@@ -51,20 +51,28 @@ def run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | Non
         Preempted: A worker received TERM; the state is saved.
         BehindError: --mirror lacks the last state.
     """
-    if cluster.rank != 0 or config.stage == "replay":
-        return _run_stage(config, cluster, log, lambda: None)
-    folder, say = Path(config.run_dir), log or print
-    with (
-        run_lock.held(folder, say),
-        mirrored(config.mirror, folder, config.resume == "never", say) as saved,
-    ):
-        _run_stage(config, cluster, log, saved)
+    vitals = Vitals(stall_seconds=config.stall_seconds)
+    saved = _nothing
+    with contextlib.ExitStack() as held:
+        if cluster.rank == 0 and config.stage != "replay":
+            folder, say = Path(config.run_dir), log or print
+            is_new = config.resume == "never"
+            held.enter_context(run_lock.held(folder, say))
+            saved = held.enter_context(mirrored(config.mirror, folder, is_new, say))
+        if cluster.is_first_of_host and config.status_port:
+            held.enter_context(serving(config.status_host, config.status_port, vitals))
+        _run_stage(config, cluster, log, vitals, saved)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _run_stage(
     config: Config,
     cluster: Cluster,
     log: Callable[[str], None] | None,
+    vitals: Vitals,
     saved: Callable[[], None],
 ) -> None:
     """Checks, prepares the data, makes the distributor, runs the stage, writes the report."""
@@ -80,9 +88,6 @@ def _run_stage(
     faults = preflight.bundle_faults(config) if chief else []
     config = preflight.with_labels_of_bundle(config)
     raise_if(faults + (preflight.resume_faults(config, config_folder) if writes else []))
-    vitals = Vitals(stall_seconds=config.stall_seconds)
-    if cluster.is_first_of_host and config.status_port:
-        serve(config.status_host, config.status_port, vitals)
     which_loops = loops(config)  # before the data are prepared: WARMSTATE_NATIVE may be wrong
     store = open_store(config, cluster, log)
     read = preflight.vocabulary_faults(config, store.vocab_sha256) if chief else []

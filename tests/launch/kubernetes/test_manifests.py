@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -568,6 +569,15 @@ def test_an_elastic_job_has_one_pod_with_what_all_its_workers_need() -> None:
     assert "--distributor=horovod" not in container["command"]
 
 
+def status_of(port: int, probe: Document) -> int:
+    """Returns the status that a server on this machine answers to a probe."""
+    url = f"http://127.0.0.1:{port}{probe['httpGet']['path']}"
+    try:
+        return urllib.request.urlopen(url, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 @pytest.mark.parametrize("overlay", ["indexed-job", "jobset", "gpu-nodes", "trainjob", "elastic"])
 def test_probes_know_a_long_start_from_a_stalled_step(overlay: str) -> None:
     """The paths and flags are those of the trainer: its own server answers them."""
@@ -583,26 +593,19 @@ def test_probes_know_a_long_start_from_a_stalled_step(overlay: str) -> None:
         annotations = template["metadata"]["annotations"]
         assert annotations["prometheus.io/port"] == str(number)
         vitals = status_server.Vitals()
-        served = status_server.serve("127.0.0.1", 0, vitals)
-
-        def ask(probe: Document, served: int = served) -> int:
-            url = f"http://127.0.0.1:{served}{probe['httpGet']['path']}"
-            try:
-                return urllib.request.urlopen(url, timeout=10).status
-            except urllib.error.HTTPError as error:
-                return error.code
-
         long_ago = time.monotonic() - 3600
-        vitals.begin("pretrain", 100, 200)
-        vitals.beat = long_ago  # the first step takes an hour
-        assert (ask(start), ask(live)) == (503, 200)
-        vitals.step, vitals.beat = 101, time.monotonic()
-        assert (ask(start), ask(live)) == (200, 200)
-        vitals.beat = long_ago
-        assert (ask(start), ask(live)) == (200, 503)
-        vitals.begin("finetune", 0, 10)  # traces again
-        vitals.beat = long_ago
-        assert (ask(start), ask(live)) == (200, 200)
+        with status_server.serving("127.0.0.1", 0, vitals) as served:
+            ask = partial(status_of, served)
+            vitals.begin("pretrain", 100, 200)
+            vitals.beat = long_ago  # the first step takes an hour
+            assert (ask(start), ask(live)) == (503, 200)
+            vitals.step, vitals.beat = 101, time.monotonic()
+            assert (ask(start), ask(live)) == (200, 200)
+            vitals.beat = long_ago
+            assert (ask(start), ask(live)) == (200, 503)
+            vitals.begin("finetune", 0, 10)  # traces again
+            vitals.beat = long_ago
+            assert (ask(start), ask(live)) == (200, 200)
 
 
 def test_the_dashboard_and_the_monitor_name_what_there_is() -> None:

@@ -22,7 +22,7 @@ from trainer.distribution.cluster import Cluster
 from trainer.distribution.make import make_distributor
 from trainer.distribution.over_batches import sum_over_batches
 from trainer.distribution.preemption import Preempted
-from trainer.reporting.status_server import Vitals, serve
+from trainer.reporting.status_server import Vitals, serving
 from trainer.training import checkpoint, loop, progress
 from trainer.training.health import NonFiniteError
 from trainer.training.task import Task
@@ -299,14 +299,14 @@ def test_a_step_that_is_replayed_has_the_same_numbers_and_leaves_the_run_alone(
 
 def test_a_run_says_over_http_how_far_it_is(one: Any, tmp_path: Path) -> None:
     vitals, said = Vitals(), []
-    port = serve("127.0.0.1", 0, vitals)
+    with serving("127.0.0.1", 0, vitals) as port:
 
-    def evaluate() -> dict[str, float]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            said.append(answer.read().decode())
-        return {"metric": 1.0}
+        def evaluate() -> dict[str, float]:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                said.append(answer.read().decode())
+            return {"metric": 1.0}
 
-    train(one, tmp_path, evaluate=evaluate, vitals=vitals)
+        train(one, tmp_path, evaluate=evaluate, vitals=vitals)
     for step, text in zip((4, 8), said, strict=True):
         values = dict(line.split(" ") for line in text.splitlines() if not line.startswith("#"))
         assert float(values['warmstate_step{stage="pretrain"}']) == step
