@@ -49,6 +49,8 @@ OBJECTIVES = {
     "sequence_autoencoder": "sequence autoencoder",
     "language_model": "language model",
 }
+# The best of the frozen encoders, which also labels documents itself.
+SELF_TRAINED, SELF_TRAINING_ROUNDS = "language_model_self_trained", 4
 # Kept recipes that train the whole LSTM, by the start of their file's name in results/.
 SCRATCH = "imdb_cpu_scratch"
 FINETUNED = {
@@ -93,6 +95,30 @@ def mean_outputs(encoder: Encoder, view: SplitView) -> np.ndarray:
     return found
 
 
+def self_trained(
+    outputs: np.ndarray, chosen: np.ndarray, labels: np.ndarray, code: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns kernel and bias of a head for two classes that has labelled documents itself.
+
+    In each round it is fitted to the labelled documents, and to the quarter of all documents that
+    the last one finds likeliest of each class. So it assumes two classes of about equal size.
+
+    Args:
+        outputs: Of all training documents: [documents, units].
+        chosen: The labelled documents.
+        labels: Theirs, 0 or 1.
+        code: As for `fitted`.
+    """
+    kernel, bias = fitted(outputs[chosen], labels, 2, code)
+    quarter = len(outputs) // 4
+    for _ in range(SELF_TRAINING_ROUNDS):
+        order = np.argsort((outputs @ kernel + bias)[:, 0], kind="stable")
+        read = np.concatenate([chosen, order[:quarter], order[-quarter:]])
+        guessed = np.repeat([0, 1], quarter)
+        kernel, bias = fitted(outputs[read], np.concatenate([labels, guessed]), 2, code)
+    return kernel, bias
+
+
 class Heads:
     """Linear heads on a frozen encoder."""
 
@@ -111,15 +137,17 @@ class Heads:
         self._outputs = {split: outputs[split] for split in splits}
         self._labels = {split: labels_of(store.split(split)) for split in splits}
 
-    def errors(self, count: int, draw: int) -> dict[str, float]:
+    def errors(self, count: int, draw: int, trains_itself: bool = False) -> dict[str, float]:
         """Returns the errors, in percent, of the head of a sample of training documents."""
         truth = self._labels["train"]
         chosen = np.arange(len(truth))
         if count < len(truth):
             chosen = Permutation(len(truth), (draw, SAMPLE_KEY))(np.arange(count))
-        kernel, bias = fitted(
-            self._outputs["train"][chosen], truth[chosen], self._classes, self._code
-        )
+        outputs = self._outputs["train"]
+        if trains_itself:
+            kernel, bias = self_trained(outputs, chosen, truth[chosen], self._code)
+        else:
+            kernel, bias = fitted(outputs[chosen], truth[chosen], self._classes, self._code)
         found = {}
         for split in ("validation", "test"):
             logits = self._outputs[split] @ kernel + bias
@@ -134,16 +162,22 @@ def measure(store: TokenStore, encoders: Sequence[Path], work: Path) -> list[dic
     path = work / "rows.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     done = {(row["model"], row["labels"], row["draw"]) for row in rows}
-    heads = [Heads(folder, store, work) for folder in encoders]
+    heads = {head.name: head for head in (Heads(each, store, work) for each in encoders)}
     linear = LinearModels(store)
+    by_itself = SELF_TRAINED.removesuffix("_self_trained")
     for count, draw, view in samples(store.split("train")):
-        for name in (*linear.names, *(each.name for each in heads)):
+        names = [*linear.names, *heads]
+        if by_itself in heads and count < len(store.split("train")):
+            names.append(SELF_TRAINED)
+        for name in names:
             if (name, count, draw) in done:
                 continue
             if name in linear.names:
                 errors = linear.errors(name, view).in_record()
+            elif name == SELF_TRAINED:
+                errors = heads[by_itself].errors(count, draw, trains_itself=True)
             else:
-                errors = next(each for each in heads if each.name == name).errors(count, draw)
+                errors = heads[name].errors(count, draw)
             rows.append({"model": name, "labels": count, "draw": draw, **errors})
             path.write_text(json.dumps(rows) + "\n")
             print(f"{count:,} labels, sample {draw}: {name} {errors['test_error_percent']:.2f} %")
@@ -191,7 +225,8 @@ def cell(errors: Sequence[float]) -> str:
 
 def errors_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[float]]]:
     """Returns the test errors by title of the model and number of labels."""
-    titles = LINEAR | {name: f"{title}, frozen" for name, title in OBJECTIVES.items()} | FINETUNED
+    titles = LINEAR | {name: f"{title}, frozen" for name, title in OBJECTIVES.items()}
+    titles |= {SELF_TRAINED: "language model, frozen, self-trained"} | FINETUNED
     found: dict[str, dict[int, list[float]]] = {title: {} for title in titles.values()}
     for row in rows:
         of_model = found[titles[row["model"]]]
