@@ -118,13 +118,14 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Ends connections that have been open for too long; called twice a second."""
-        self.end_connections(since=time.monotonic() - MAX_SECONDS)
+        self.end_connections(accepted_before=time.monotonic() - MAX_SECONDS)
 
-    def end_connections(self, since: float) -> None:
-        """Ends the connections that were accepted before `since`."""
+    def end_connections(self, accepted_before: float) -> None:
+        """Ends the connections that were accepted before a monotonic time."""
         with self._closed:
-            for connection in [c for c, accepted in self._open.items() if accepted < since]:
-                _end(connection)
+            for connection, accepted in self._open.items():
+                if accepted < accepted_before:
+                    _end(connection)
 
     def server_bind(self) -> None:
         # HTTPServer's own would look up a name in the DNS. This sets SO_REUSEADDR, so that a
@@ -202,4 +203,4 @@ def serving(host: str, port: int, vitals: Vitals) -> Iterator[int]:
     finally:
         server.shutdown()
         server.server_close()
-        server.end_connections(since=time.monotonic())
+        server.end_connections(accepted_before=time.monotonic())
