@@ -226,7 +226,7 @@ def cell(errors: Sequence[float]) -> str:
 def errors_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[float]]]:
     """Returns the test errors by title of the model and number of labels."""
     titles = LINEAR | {name: f"{title}, frozen" for name, title in OBJECTIVES.items()}
-    titles |= {SELF_TRAINED: "language model, frozen, self-trained"} | FINETUNED
+    titles |= {SELF_TRAINED: "language model, self-trained"} | FINETUNED
     found: dict[str, dict[int, list[float]]] = {title: {} for title in titles.values()}
     for row in rows:
         of_model = found[titles[row["model"]]]
@@ -242,7 +242,7 @@ def picture(result: Mapping[str, Any]) -> str:
     }
     counts = sorted({row["labels"] for row in result["rows"]})
     labels = ("labelled documents", "test error, percent")
-    return line_chart.svg(lines, counts, (7, 10, 15, 20, 30, 50), labels, x_is_logarithmic=True)
+    return line_chart.svg(lines, counts, (6, 8, 10, 15, 20, 30, 50), labels, x_is_logarithmic=True)
 
 
 def page(result: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 340, 60, 220, 36, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 340, 60, 280, 36, 44
 COLOURS = ("#0b6e66", "#b35900", "#6639ba", "#0969da", "#bf3989", "#57606a", "#8a6d00")
 DARK = ("#57cfc0", "#f0a35e", "#bc8cff", "#79b8ff", "#f778ba", "#8b949e", "#e3b341")
 DASHES = ("none", "7 4", "2 3")
