@@ -49,8 +49,9 @@ OBJECTIVES = {
     "sequence_autoencoder": "sequence autoencoder",
     "language_model": "language model",
 }
-# The best of the frozen encoders, which also labels documents itself.
-SELF_TRAINED, SELF_TRAINING_ROUNDS = "language_model_self_trained", 4
+# The best of the frozen encoders, and its row when its head labels documents itself.
+BEST, SELF_TRAINED = "language_model", "language_model_self_trained"
+SELF_TRAINING_ROUNDS = 4
 # Kept recipes that train the whole LSTM, by the start of their file's name in results/.
 SCRATCH = "imdb_cpu_scratch"
 FINETUNED = {
@@ -111,11 +112,11 @@ def self_trained(
     """
     kernel, bias = fitted(outputs[chosen], labels, 2, code)
     quarter = len(outputs) // 4
+    with_guessed = np.concatenate([labels, np.repeat([0, 1], quarter)])
     for _ in range(SELF_TRAINING_ROUNDS):
         order = np.argsort((outputs @ kernel + bias)[:, 0], kind="stable")
         read = np.concatenate([chosen, order[:quarter], order[-quarter:]])
-        guessed = np.repeat([0, 1], quarter)
-        kernel, bias = fitted(outputs[read], np.concatenate([labels, guessed]), 2, code)
+        kernel, bias = fitted(outputs[read], with_guessed, 2, code)
     return kernel, bias
 
 
@@ -164,10 +165,10 @@ def measure(store: TokenStore, encoders: Sequence[Path], work: Path) -> list[dic
     done = {(row["model"], row["labels"], row["draw"]) for row in rows}
     heads = {head.name: head for head in (Heads(each, store, work) for each in encoders)}
     linear = LinearModels(store)
-    by_itself = SELF_TRAINED.removesuffix("_self_trained")
-    for count, draw, view in samples(store.split("train")):
+    train = store.split("train")
+    for count, draw, view in samples(train):
         names = [*linear.names, *heads]
-        if by_itself in heads and count < len(store.split("train")):
+        if BEST in heads and count < len(train):
             names.append(SELF_TRAINED)
         for name in names:
             if (name, count, draw) in done:
@@ -175,7 +176,7 @@ def measure(store: TokenStore, encoders: Sequence[Path], work: Path) -> list[dic
             if name in linear.names:
                 errors = linear.errors(name, view).in_record()
             elif name == SELF_TRAINED:
-                errors = heads[by_itself].errors(count, draw, trains_itself=True)
+                errors = heads[BEST].errors(count, draw, trains_itself=True)
             else:
                 errors = heads[name].errors(count, draw)
             rows.append({"model": name, "labels": count, "draw": draw, **errors})
