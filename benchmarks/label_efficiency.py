@@ -31,7 +31,7 @@ from trainer.models.classifier import pooled
 from trainer.models.encoder import Encoder
 from trainer.report_page.statistics import mean_of_runs
 from trainer.reporting.report_file import MODELS
-from trainer.stages.linear_head import fitted
+from trainer.stages.linear_head import fitted, self_trained
 from trainer.stages.linear_models import LinearModels, labels_of
 
 FLAGS = flags.FLAGS
@@ -51,7 +51,6 @@ OBJECTIVES = {
 }
 # The best of the frozen encoders, and its row when its head labels documents itself.
 BEST, SELF_TRAINED = "language_model", "language_model_self_trained"
-SELF_TRAINING_ROUNDS = 4
 # Kept recipes that train the whole LSTM, by the start of their file's name in results/.
 SCRATCH = "imdb_cpu_scratch"
 FINETUNED = {
@@ -96,30 +95,6 @@ def mean_outputs(encoder: Encoder, view: SplitView) -> np.ndarray:
     return found
 
 
-def self_trained(
-    outputs: np.ndarray, chosen: np.ndarray, labels: np.ndarray, code: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns kernel and bias of a head for two classes that has labelled documents itself.
-
-    In each round it is fitted to the labelled documents, and to the quarter of all documents that
-    the last one finds likeliest of each class. So it assumes two classes of about equal size.
-
-    Args:
-        outputs: Of all training documents: [documents, units].
-        chosen: The labelled documents.
-        labels: Theirs, 0 or 1.
-        code: As for `fitted`.
-    """
-    kernel, bias = fitted(outputs[chosen], labels, 2, code)
-    quarter = len(outputs) // 4
-    with_guessed = np.concatenate([labels, np.repeat([0, 1], quarter)])
-    for _ in range(SELF_TRAINING_ROUNDS):
-        order = np.argsort((outputs @ kernel + bias)[:, 0], kind="stable")
-        read = np.concatenate([chosen, order[:quarter], order[-quarter:]])
-        kernel, bias = fitted(outputs[read], with_guessed, 2, code)
-    return kernel, bias
-
-
 class Heads:
     """Linear heads on a frozen encoder."""
 
@@ -145,10 +120,8 @@ class Heads:
         if count < len(truth):
             chosen = Permutation(len(truth), (draw, SAMPLE_KEY))(np.arange(count))
         outputs = self._outputs["train"]
-        if trains_itself:
-            kernel, bias = self_trained(outputs, chosen, truth[chosen], self._code)
-        else:
-            kernel, bias = fitted(outputs[chosen], truth[chosen], self._classes, self._code)
+        known = outputs[chosen], truth[chosen], self._classes, self._code
+        kernel, bias = self_trained(*known, outputs) if trains_itself else fitted(*known)
         found = {}
         for split in ("validation", "test"):
             logits = self._outputs[split] @ kernel + bias
@@ -158,11 +131,20 @@ class Heads:
         return found
 
 
-def measure(store: TokenStore, encoders: Sequence[Path], work: Path) -> list[dict[str, Any]]:
-    """Returns a row for each model, number of labels and sample; rows in `work` are kept."""
+def measure(
+    store: TokenStore, encoders: Sequence[Path], finetuned: Sequence[Path], work: Path
+) -> list[dict[str, Any]]:
+    """Returns a row for each model, number of labels and sample; rows in `work` are kept.
+
+    Args:
+        finetuned: Folders as `finetuned_row` reads them.
+    """
     path = work / "rows.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     done = {(row["model"], row["labels"], row["draw"]) for row in rows}
+    new = [finetuned_row(folder) for folder in finetuned]
+    rows += [row for row in new if (row["model"], row["labels"], row["draw"]) not in done]
+    path.write_text(json.dumps(rows) + "\n")
     heads = {head.name: head for head in (Heads(each, store, work) for each in encoders)}
     linear = LinearModels(store)
     train = store.split("train")
@@ -185,25 +167,22 @@ def measure(store: TokenStore, encoders: Sequence[Path], work: Path) -> list[dic
     return rows
 
 
-def finetuned_rows(folder: Path, others: Sequence[Path] = ()) -> list[dict[str, Any]]:
-    """Returns a row for each run of FINETUNED that is kept in `folder`, and for others.
+def finetuned_row(folder: Path) -> dict[str, Any]:
+    """Returns the row of a run in `folder`/finetune that is tested in `folder`/test."""
+    tuned, tested = tuned_and_tested(folder)
+    config = tuned["config"]
+    is_scratch = config["init_weights"] == "random"
+    return {
+        "model": SCRATCH if is_scratch else FINETUNED_FROM[config["pretrain_objective"]],
+        "draw": config["seed"],
+        "labels": tuned["finetune"]["labelled_documents"],
+        "test_error_percent": tested["test"]["error_percent"],
+    }
 
-    Args:
-        others: Folders with a run of --stage=finetune in `finetune` and its test in `test`.
-    """
+
+def kept_rows(folder: Path) -> list[dict[str, Any]]:
+    """Returns a row for each run of FINETUNED that is kept in `folder`, all with all labels."""
     rows = []
-    for other in others:
-        tuned, tested = tuned_and_tested(other)
-        config = tuned["config"]
-        is_scratch = config["init_weights"] == "random"
-        rows.append(
-            {
-                "model": SCRATCH if is_scratch else FINETUNED_FROM[config["pretrain_objective"]],
-                "draw": config["seed"],
-                "labels": tuned["finetune"]["labelled_documents"],
-                "test_error_percent": tested["test"]["error_percent"],
-            }
-        )
     for path in sorted(folder.glob("*.json")):
         name = path.stem.partition("-seed")[0]
         if name not in FINETUNED:
@@ -273,8 +252,8 @@ def main(argv: list[str]) -> None:
     work = Path(FLAGS.work)
     work.mkdir(parents=True, exist_ok=True)
     store = TokenStore(FLAGS.store)
-    rows = measure(store, [Path(folder) for folder in FLAGS.encoder], work)
-    rows += finetuned_rows(Path("results"), [Path(folder) for folder in FLAGS.finetuned])
+    encoders, finetuned = map(Path, FLAGS.encoder), map(Path, FLAGS.finetuned)
+    rows = measure(store, [*encoders], [*finetuned], work) + kept_rows(Path("results"))
     result = {"rows": rows, "data_note": store.note, "machine": facts()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     PAGE.write_text(page(result))

@@ -19,7 +19,6 @@ from benchmarks import (
 from benchmarks import all as benchmarks
 from benchmarks.processes import descendants_megabytes, peak_megabytes
 from trainer.reporting.report_file import errors_by_labels
-from trainer.stages.linear_head import fitted
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -91,21 +90,6 @@ def test_the_page_of_labels_is_that_of_the_results() -> None:
     assert label_efficiency.PICTURE.read_text() == label_efficiency.picture(result)
 
 
-def test_a_head_that_labels_documents_itself_makes_fewer_errors() -> None:
-    truth, chosen = np.arange(400) % 2, np.arange(4)
-    wrong = {"before": 0, "after": 0}
-    for seed in range(5):
-        outputs = 1.5 * np.random.default_rng(seed).normal(size=(400, 8))
-        outputs[:, 0] += 3 * (2 * truth - 1)
-        heads = {
-            "before": fitted(outputs[chosen], truth[chosen], 2),
-            "after": label_efficiency.self_trained(outputs, chosen, truth[chosen], None),
-        }
-        for name, (kernel, bias) in heads.items():
-            wrong[name] += np.sum(((outputs @ kernel + bias)[:, 0] > 0) != truth)
-    assert wrong["after"] < wrong["before"] / 2
-
-
 @pytest.mark.parametrize(
     ("init_weights", "model"),
     [("random", "imdb_cpu_scratch"), ("encoder", "imdb_cpu_sequence_autoencoder")],
@@ -125,7 +109,7 @@ def test_a_finetuning_on_few_labels_is_a_row_of_its_start(
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(report))
         (tmp_path / name / "environment.json").write_text("{}")
-    (row,) = label_efficiency.finetuned_rows(tmp_path, [tmp_path])
+    row = label_efficiency.finetuned_row(tmp_path)
     assert row == {"model": model, "draw": 2, "labels": 200, "test_error_percent": 20.5}
 
 

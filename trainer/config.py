@@ -226,6 +226,10 @@ class FineTuningConfig:
         "the seed. 0: all of the train split.", at_least=0)
     finetune_steps: int = _finetune(1_000, "Number of fine-tuning steps. 0: only the linear "
         "head's start, see --hidden_units.", at_least=0)
+    self_training_documents: int = _finetune(0, "Number of documents of all training text that a "
+        "warm start's linear head, see --hidden_units, reads without labels. It labels the half "
+        "that it is surest of, and is fitted to these too, four times. For up to some hundred "
+        "labels. 0: off.", at_least=0)
     finetune_batch_size: int = _finetune(64, "Number of documents in a global batch.", at_least=1)
     finetune_max_tokens: int = _finetune(400, "Number of tokens that training reads of each "
         "document, counted from its end.", at_least=2)

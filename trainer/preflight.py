@@ -194,6 +194,11 @@ def _finetuning_faults(config: Config) -> Iterator[str]:
             "--finetune_steps=0 keeps a linear head as logistic regression leaves it: set "
             "--hidden_units=0 and --init_weights=encoder, or take some steps"
         )
+    if config.self_training_documents and not is_head_alone:
+        yield (
+            f"--self_training_documents={config.self_training_documents} is for a warm start's "
+            "linear head: set --hidden_units=0 and --init_weights=encoder, or leave it out"
+        )
     if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", config.label_counts, re.ASCII):
         yield f"--label_counts={config.label_counts} must be numbers above 0, such as 200,1000"
     vectors = config.init_embeddings
@@ -235,6 +240,11 @@ def _label_set_faults(config: Config) -> Iterator[str]:
     if config.train != "all":
         yield (
             f"--labels=multi with --train={config.train}: a task answers one label; use --train=all"
+        )
+    if config.self_training_documents:
+        yield (
+            "--labels=multi with --self_training_documents="
+            f"{config.self_training_documents}: it guesses one label a document; leave it out"
         )
     if config.label_counts:
         yield (

@@ -87,6 +87,10 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     (found,) = faults(folder, "--finetune_steps=0")
     assert "set --hidden_units=0 and --init_weights=encoder" in found
     assert faults(folder, "--finetune_steps=0", "--hidden_units=0") == []
+    itself = "--self_training_documents=9"
+    (found,) = faults(folder, itself)
+    assert found.startswith(f"{itself} is for a warm start's linear head: set --hidden_units=0 ")
+    assert faults(folder, itself, "--hidden_units=0") == []
     (found,) = faults(folder, "--label_counts=200,0")
     assert found == "--label_counts=200,0 must be numbers above 0, such as 200,1000"
     (found,) = faults(folder, "--source=movie_reviews", "--unlabelled=text:a", "--labelled=csv:b")
@@ -139,6 +143,8 @@ def test_faults_between_flags(tmp_path: Path) -> None:
     for other in ("--train=head", "--label_counts=200"):
         (found,) = faults(folder, "--labels=multi", other)
         assert found.startswith(f"--labels=multi with {other}: ")
+    (found,) = faults(folder, "--labels=multi", itself, "--hidden_units=0")
+    assert found.startswith(f"--labels=multi with {itself}: ")
 
 
 @pytest.mark.parametrize(
