@@ -43,17 +43,22 @@ HEADLINE = (
 )
 CURVES = ("loss", "perplexity", "error_percent", "learning_rate")
 CURVE_POINTS = 200
+# What `again` adds to a result.
+FINETUNED_AGAIN, REFITTED = "finetuned_again", "refitted"
 
 
 def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[str, Any]:
     """Writes and returns the result of the finished run of --stage=all in `run_dir`.
+
+    Other fine-tunings from its encoder that `path` has stay there.
 
     Args:
         evaluation: Folder of a run of --stage=evaluate on the float16 bundle that is kept beside
             the result (see `halve`); its figures are added to the result.
 
     Raises:
-        InputError: The run has not ended, is of another stage, or its files are damaged.
+        InputError: The run has not ended, is of another stage, or its files are damaged; or `path`
+            has fine-tunings from another encoder.
     """
     report, environment = run_files(run_dir)
     if report["stage"] != "all":
@@ -76,6 +81,11 @@ def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[st
         if "test" not in found:
             raise InputError(f"{evaluation} is no run of --stage=evaluate on the test split")
         result["kept_bundle"] = {"test": found["test"]}
+    old = json.loads(path.read_text()) if path.exists() else {}
+    added = {name: old[name] for name in (FINETUNED_AGAIN, REFITTED) if name in old}
+    if added and old["broadcast"]["digests"] != result["broadcast"]["digests"]:
+        raise InputError(f"{path} has fine-tunings from another encoder: choose another --out")
+    result |= added
     replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
 
@@ -104,7 +114,7 @@ def add_finetunings(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
         figures = {"seed": config["seed"], "test": tested["test"]}
         if not config["finetune_refit"]:
             figures["validation"] = part["validation"]
-        rows = result.setdefault("refitted" if config["finetune_refit"] else "finetuned_again", [])
+        rows = result.setdefault(REFITTED if config["finetune_refit"] else FINETUNED_AGAIN, [])
         if figures in rows:
             raise InputError(f"{folder} is in {path} already")
         rows.append(figures)
@@ -201,13 +211,13 @@ def rows_of_recipe(
     for start in starts:
         errors = [r["test_error_percent"][start] for r in results]
         how = f"run here, {len(errors)} run{'s' * (len(errors) > 1)}"
-        more = [x for r in results for x in r.get("finetuned_again", ()) if start == "warm"]
+        more = [x for r in results for x in r.get(FINETUNED_AGAIN, ()) if start == "warm"]
         if more:
             errors += [each["test"]["error_percent"] for each in more]
             how += f", {len(errors)} fine-tunings"
         title = f"{name}, {'warm start' if start == 'warm' else 'from scratch'}"
         rows.append((statistics.mean(errors), title, spread(errors), how, time))
-    refits = [x["test"]["error_percent"] for r in results for x in r.get("refitted", ())]
+    refits = [x["test"]["error_percent"] for r in results for x in r.get(REFITTED, ())]
     if refits:
         how = f"run here, {len(refits)} refit{'s' * (len(refits) > 1)}"
         title = f"{name}, refitted on validation too"

@@ -20,7 +20,7 @@ import tensorflow as tf
 from absl import app, flags
 
 from benchmarks import line_chart
-from benchmarks.kept_runs import tuned_and_tested
+from benchmarks.kept_runs import FINETUNED_AGAIN, tuned_and_tested
 from benchmarks.machine import facts, in_words
 from data_pipelines.permutation import Permutation
 from data_pipelines.store.split_view import SAMPLE_KEY, SplitView
@@ -189,7 +189,7 @@ def kept_rows(folder: Path) -> list[dict[str, Any]]:
             continue
         result = json.loads(path.read_text())
         ((start, error),) = result["test_error_percent"].items()
-        errors = [error, *(x["test"]["error_percent"] for x in result.get("finetuned_again", ()))]
+        errors = [error, *(x["test"]["error_percent"] for x in result.get(FINETUNED_AGAIN, ()))]
         labels = result[start]["labelled_documents"]
         rows += [{"model": name, "labels": labels, "test_error_percent": each} for each in errors]
     return rows

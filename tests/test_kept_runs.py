@@ -93,6 +93,12 @@ def test_other_finetunings_are_in_the_row_and_refits_have_their_own(tmp_path: Pa
     assert any("7.50 % (7.00-8.00) | run here, 1 run, 2 fine-tunings |" in row for row in rows)
     start = "| imdb, refitted on validation too | 6.00 % | run here, 1 refit |"
     assert any(row.startswith(start) for row in rows)
+    results.record(run, out)
+    assert results.table(out.parent).splitlines() == rows
+    report["broadcast"] = {"digests": ["another"]}
+    (run / "report.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="fine-tunings from another encoder: choose another"):
+        results.record(run, out)
 
 
 def test_a_finetuning_from_another_encoder_is_refused(tmp_path: Path) -> None:
