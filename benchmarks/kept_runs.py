@@ -1,6 +1,7 @@
 """Keeps a run in results/*.json and its classifier beside it, and renders README's table from them.
 
   python -m benchmarks.kept_runs record RUN_DIR --out=results/NAME.json
+  python -m benchmarks.kept_runs record FOLDER --encoder_of=results/OTHER.json --out=results/...
   python -m benchmarks.kept_runs again results/NAME.json FOLDER...  # other fine-tunings, refits
   python -m benchmarks.kept_runs halve RUN_DIR/warm/classifier --out=results/NAME   # or an encoder
   python -m benchmarks.kept_runs table            # README.md and docs/reproduction.md
@@ -63,31 +64,85 @@ def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[st
     report, environment = run_files(run_dir)
     if report["stage"] != "all":
         raise InputError(f"{run_dir} is of --stage={report['stage']}: a result is of --stage=all")
+    metrics = {
+        str(file.parent.relative_to(run_dir)): file for file in run_dir.rglob("metrics.jsonl")
+    }
+    result = report | _of_run(path, report, environment, metrics)
+    old = json.loads(path.read_text()) if path.exists() else {}
+    added = {name: old[name] for name in (FINETUNED_AGAIN, REFITTED) if name in old}
+    if added and old["broadcast"]["digests"] != result["broadcast"]["digests"]:
+        raise InputError(f"{path} has fine-tunings from another encoder: choose another --out")
+    return _written(path, result | added, evaluation)
+
+
+def record_finetuning(
+    folder: Path, pretrained: Path, path: Path, evaluation: Path | None = None
+) -> dict[str, Any]:
+    """Writes and returns the result of a fine-tuning, by another recipe, of a result's encoder.
+
+    Args:
+        folder: Has a run of --stage=finetune in `finetune`, and its test in `test`.
+        pretrained: The result with the encoder, whose pretraining the new result repeats.
+        evaluation: As for `record`.
+
+    Raises:
+        InputError: A run has not ended, starts from another encoder, or its files are damaged.
+    """
+    base = json.loads(pretrained.read_text())
+    tuned, tested = tuned_and_tested(folder)
+    refuse_another_encoder(base, pretrained, folder, tuned["finetune"])
+    _, environment = run_files(folder / "finetune")
+    metrics = {"warm": folder / "finetune/metrics.jsonl"}
     result = {
+        **{name: tuned[name] for name in ("stage", "world_size", "data_note", "wall_seconds")},
+        "pretrain": base["pretrain"],
+        "warm": tuned["finetune"],
+        "broadcast": tuned["finetune"]["broadcast"],
+        "test": {"warm": tested["test"]},
+        "test_error_percent": {"warm": tested["test"]["error_percent"]},
+        **_of_run(path, tuned, environment, metrics),
+    }
+    result["curves"] |= {"pretrain": base["curves"]["pretrain"]}
+    return _written(path, result, evaluation)
+
+
+def _of_run(
+    path: Path, report: dict[str, Any], environment: dict[str, Any], metrics: dict[str, Path]
+) -> dict[str, Any]:
+    """Returns what every result has of its run, without names of the machine's folders."""
+    config = report["config"]
+    return {
         "kind": "run",
         "name": path.stem,
-        **report,
-        "environment": {k: v for k, v in environment.items() if k != "command"},  # it names folders
-        "curves": {
-            str(metrics.parent.relative_to(run_dir)): curves(metrics)
-            for metrics in sorted(run_dir.rglob("metrics.jsonl"))
-        },
+        "config": {name: value for name, value in config.items() if name not in MACHINE_FLAGS},
+        "environment": {k: v for k, v in environment.items() if k != "command"},
+        "curves": {name: curves(file) for name, file in sorted(metrics.items())},
     }
-    result["config"] = {
-        name: value for name, value in report["config"].items() if name not in MACHINE_FLAGS
-    }
+
+
+def _written(path: Path, result: dict[str, Any], evaluation: Path | None) -> dict[str, Any]:
+    """Returns `result` with the figures of `evaluation`, after writing it."""
     if evaluation is not None:
         found, _ = run_files(evaluation)
         if "test" not in found:
             raise InputError(f"{evaluation} is no run of --stage=evaluate on the test split")
         result["kept_bundle"] = {"test": found["test"]}
-    old = json.loads(path.read_text()) if path.exists() else {}
-    added = {name: old[name] for name in (FINETUNED_AGAIN, REFITTED) if name in old}
-    if added and old["broadcast"]["digests"] != result["broadcast"]["digests"]:
-        raise InputError(f"{path} has fine-tunings from another encoder: choose another --out")
-    result |= added
     replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def refuse_another_encoder(
+    result: dict[str, Any], path: Path, folder: Path, tuned: dict[str, Any]
+) -> None:
+    """Raises InputError unless a fine-tuning starts from the encoder of the result in `path`.
+
+    It may start from the encoder in float16 that is kept beside the result.
+    """
+    kept = path.with_suffix("") / "encoder/encoder.json"
+    halved = json.loads(kept.read_text())["tensors_sha256"] if kept.exists() else ""
+    same = set(tuned["broadcast"]["digests"]) == set(result["broadcast"]["digests"])
+    if not same and tuned["encoder_sha256"] != halved:
+        raise InputError(f"{folder / 'finetune'} starts from another encoder")
 
 
 def add_finetunings(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
@@ -103,14 +158,10 @@ def add_finetunings(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
             its files are damaged.
     """
     result = json.loads(path.read_text())
-    kept = path.with_suffix("") / "encoder/encoder.json"
-    halved = json.loads(kept.read_text())["tensors_sha256"] if kept.exists() else ""
     for folder in folders:
         tuned, tested = tuned_and_tested(folder)
         part, config = tuned["finetune"], tuned["config"]
-        same = set(part["broadcast"]["digests"]) == set(result["broadcast"]["digests"])
-        if not same and part["encoder_sha256"] != halved:
-            raise InputError(f"{folder / 'finetune'} starts from another encoder")
+        refuse_another_encoder(result, path, folder, part)
         figures = {"seed": config["seed"], "test": tested["test"]}
         if not config["finetune_refit"]:
             figures["validation"] = part["validation"]
@@ -285,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     of_run = commands.add_parser("record", help="write the result of a finished run")
     of_run.add_argument("run_dir", type=Path)
+    of_run.add_argument("--encoder_of", type=Path, help="the result whose encoder it fine-tunes")
     of_run.add_argument("--out", type=Path, required=True)
     of_run.add_argument("--evaluation", type=Path, help="of the bundle that `halve` wrote")
     of_again = commands.add_parser("again", help="add other fine-tunings from a result's encoder")
@@ -300,7 +352,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.command == "record":
-            record(options.run_dir, options.out, options.evaluation)
+            out, evaluation = options.out, options.evaluation
+            if options.encoder_of is None:
+                record(options.run_dir, out, evaluation)
+            else:
+                record_finetuning(options.run_dir, options.encoder_of, out, evaluation)
         elif options.command == "again":
             add_finetunings(options.result, options.folders)
         elif options.command == "halve":

@@ -65,17 +65,22 @@ def test_what_the_kept_bundle_gave_goes_with_the_result(tmp_path: Path) -> None:
 
 def write_finetuning(folder: Path, error: float, refit: bool = False) -> Path:
     """Writes what another fine-tuning and its test leave."""
-    tuned = {"broadcast": {"digests": ["abc", "abc"]}, "encoder_sha256": "e16"}
+    tuned = {"broadcast": {"digests": ["abc", "abc"]}, "encoder_sha256": "e16", "seconds": 100.0}
     if not refit:
         tuned["validation"] = {"error_percent": 6.0}
-    config = {"seed": 1, "finetune_refit": refit}
-    for name, values in (
-        ("finetune", {"config": config, "finetune": tuned}),
-        ("test", {"test": {"error_percent": error}}),
-    ):
+    report = {
+        "stage": "finetune",
+        "world_size": 1,
+        "data_note": "made up",
+        "wall_seconds": 120.0,
+        "config": {"seed": 1, "finetune_refit": refit},
+        "finetune": tuned,
+    }
+    for name, values in (("finetune", report), ("test", {"test": {"error_percent": error}})):
         (folder / name).mkdir(parents=True)
         (folder / name / "report.json").write_text(json.dumps(values))
-        (folder / name / "environment.json").write_text("{}")
+        (folder / name / "environment.json").write_text(json.dumps({"cores": 2}))
+    (folder / "finetune/metrics.jsonl").write_text(json.dumps({"step": 5, "loss": 0.5}) + "\n")
     return folder
 
 
@@ -112,6 +117,27 @@ def test_a_finetuning_from_another_encoder_is_refused(tmp_path: Path) -> None:
     assert results.add_finetunings(out, [again])["finetuned_again"][0]["seed"] == 1
     with pytest.raises(InputError, match="again is in .*imdb.json already"):
         results.add_finetunings(out, [again])
+
+
+def test_a_finetuning_of_a_results_encoder_can_be_a_result_itself(tmp_path: Path) -> None:
+    base, out = tmp_path / "base.json", tmp_path / "of/other.json"
+    out.parent.mkdir()
+    folder = write_finetuning(tmp_path / "run", 6.4)
+    digests, pretraining = ["another"], {"steps": 9, "seconds": 500.0}
+    curve = {"pretrain": {"loss": [[1, 2.0]]}}
+    parts = {"pretrain": pretraining, "curves": curve, "broadcast": {"digests": digests}}
+    base.write_text(json.dumps(parts))
+    command = ["record", str(folder), f"--encoder_of={base}", f"--out={out}"]
+    assert results.main(command) == 2 and not out.exists()
+    digests[:] = ["abc"]
+    base.write_text(json.dumps(parts))
+    assert results.main(command) == 0
+    result = json.loads(out.read_text())
+    assert result["pretrain"] == pretraining and result["name"] == "other"
+    assert result["curves"]["warm"]["loss"] == [[5, 0.5]]
+    assert result["curves"]["pretrain"] == curve["pretrain"]
+    (row,) = [row for row in results.table(tmp_path / "of").splitlines() if "other" in row]
+    assert row == "| other, warm start | 6.40 % | run here, 1 run | 10 min on 2 cores |"
 
 
 def test_the_time_is_that_of_all_sittings() -> None:
