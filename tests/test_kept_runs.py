@@ -20,7 +20,8 @@ def write_run(folder: Path, warm: float = 7.5, stage: str = "all") -> Path:
         "stage": stage,
         "test_error_percent": {"warm": warm, "scratch": 9.0},
         "wall_seconds": 600.0,
-        "config": {"run_dir": str(folder), "data_dir": "/data", "units": 8},
+        "data_note": f"csv:{folder}/a.csv: split by a hash",
+        "config": {"run_dir": str(folder), "data_dir": "/data", "source": f"csv:{folder}/a.csv"},
     }
     environment = {"cores": 2, "command": ["main.py", f"--run_dir={folder}"]}
     (folder / "report.json").write_text(json.dumps(report))
@@ -35,7 +36,8 @@ def test_a_result_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     result = results.record(write_run(tmp_path / "run"), out)
     assert json.loads(out.read_text()) == result
     assert str(tmp_path) not in out.read_text() and "/data" not in out.read_text()
-    assert result["config"] == {"units": 8} and result["environment"] == {"cores": 2}
+    assert result["data_note"] == "csv:a.csv: split by a hash"
+    assert result["config"] == {"source": "csv:a.csv"} and result["environment"] == {"cores": 2}
     curve = result["curves"]["warm"]["loss"]
     assert len(curve) == results.CURVE_POINTS and curve[-1] == [1000, 0.001]
 
