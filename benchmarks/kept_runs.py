@@ -89,14 +89,14 @@ def record_finetuning(
         InputError: A run has not ended, starts from another encoder, or its files are damaged.
     """
     base = json.loads(pretrained.read_text())
-    tuned, tested = tuned_and_tested(folder)
+    tuned, environment = run_files(folder / "finetune")
+    tested, _ = run_files(folder / "test")
     refuse_another_encoder(base, pretrained, folder, tuned["finetune"])
-    _, environment = run_files(folder / "finetune")
     metrics = {"warm": folder / "finetune/metrics.jsonl"}
     result = {
-        **{name: tuned[name] for name in ("stage", "world_size", "data_note", "wall_seconds")},
+        **{name: tuned[name] for name in ("stage", "world_size", "wall_seconds")},
         "pretrain": base["pretrain"],
-        "warm": tuned["finetune"],
+        "warm": {name: part for name, part in tuned["finetune"].items() if name != "broadcast"},
         "broadcast": tuned["finetune"]["broadcast"],
         "test": {"warm": tested["test"]},
         "test_error_percent": {"warm": tested["test"]["error_percent"]},
@@ -110,11 +110,13 @@ def _of_run(
     path: Path, report: dict[str, Any], environment: dict[str, Any], metrics: dict[str, Path]
 ) -> dict[str, Any]:
     """Returns what every result has of its run, without names of the machine's folders."""
-    config = report["config"]
+    config = {k: v for k, v in report["config"].items() if k not in MACHINE_FLAGS}
+    sources = {name: without_folders(config[name]) for name in SOURCE_FLAGS if name in config}
     return {
         "kind": "run",
         "name": path.stem,
-        "config": {name: value for name, value in config.items() if name not in MACHINE_FLAGS},
+        "data_note": without_folders(report["data_note"]),
+        "config": config | sources,
         "environment": {k: v for k, v in environment.items() if k != "command"},
         "curves": {name: curves(file) for name, file in sorted(metrics.items())},
     }
@@ -127,10 +129,13 @@ def _written(path: Path, result: dict[str, Any], evaluation: Path | None) -> dic
         if "test" not in found:
             raise InputError(f"{evaluation} is no run of --stage=evaluate on the test split")
         result["kept_bundle"] = {"test": found["test"]}
-    text = json.dumps(result, indent=1) + "\n"
-    # A source of the machine's files is known by their names.
-    replace_text(path, re.sub(r"(?<=[a-z0-9]:)/[^\s,;:\"]*/", "", text))
-    return json.loads(path.read_text())
+    replace_text(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def without_folders(text: str) -> str:
+    """Returns `text` with each source on this machine, as in csv:/data/a.csv, cut to csv:a.csv."""
+    return re.sub(r"(?<=[a-z0-9]:)/(?!/)[^\s,;:]*/", "", text)
 
 
 def refuse_another_encoder(
@@ -199,6 +204,8 @@ MACHINE_FLAGS = (
     *("run_dir", "store", "data_dir", "encoder", "classifier", "backward_encoder"),
     "init_embeddings",
 )
+# Flags whose values may name files of the machine.
+SOURCE_FLAGS = ("source", "unlabelled", "labelled")
 
 
 def curves(path: Path) -> dict[str, list[list[float]]]:

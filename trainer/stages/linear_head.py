@@ -27,7 +27,7 @@ PENALTY = 0.3
 # Of a code the first axes are read: so many, or more with more labels.
 MIN_AXES = 20
 LABELS_PER_AXIS = 20
-# Self-training: in each round half of the documents without labels is labelled.
+# Self-training: each round pseudo-labels this fraction of the unlabelled documents.
 ROUNDS = 4
 LIKELIEST = 0.5
 
@@ -124,15 +124,15 @@ def self_trained(
     code: np.ndarray | None,
     others: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns kernel and bias of a head that is also fitted to labels of its own.
+    """Returns kernel and bias of a head that is fitted to its own pseudo-labels too.
 
-    In each round it labels the half of `others` of which it is surest, as many of each class as the
-    labels have, and is fitted again.
+    Each round pseudo-labels the half of `others` that the head is most confident about, in the
+    class proportions of `labels`, and fits the head again to both.
 
     Args:
         features: As for `fitted`, and so are `num_classes` and `code`.
         labels: Integers [documents].
-        others: Of documents without labels: [others, width].
+        others: Features of unlabelled documents: [others, width].
     """
     shares = np.bincount(labels, minlength=num_classes) / len(labels)
     kernel, bias = fitted(features, labels, num_classes, code)
@@ -149,12 +149,13 @@ def self_trained(
 
 
 def surest(logits: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Returns the class of documents that are among the likeliest of it, -1 of others: [documents].
+    """Returns a pseudo-label for each confidently classified document, -1 for others: [documents].
+
+    A document among the likeliest of two classes gets none.
 
     Args:
         logits: [documents, outputs].
-        shares: Of all documents, how many to take of each class: [classes]. One that two classes
-            take is of none.
+        shares: Fraction of all documents to label with each class: [classes].
     """
     is_binary = len(shares) == 2
     scores = np.hstack([-logits, logits]) if is_binary else special.log_softmax(logits, axis=1)
