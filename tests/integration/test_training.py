@@ -281,7 +281,7 @@ def test_a_linear_head_starts_alike_on_any_number_of_workers(
     flags += ("--self_training_documents=20",)
     for workers in (1, 2):
         printed = train(workers, *flags, f"--run_dir={tmp_path}/{workers}")
-        assert "the linear head labels documents itself, half of 20" in printed
+        assert "the linear head pseudo-labels half of 20 documents too" in printed
         assert "the linear head starts from a logistic regression" in printed
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)

@@ -53,7 +53,7 @@ def fit_head(
         text = run.store.split(*pretraining_splits(run.store))
         text = text.sample(min(config.self_training_documents, len(text)), config.seed)
         _, others = head_inputs(run, classifier, text)
-        run.log(f"finetune: the linear head labels documents itself, half of {len(text):,}")
+        run.log(f"finetune: the linear head pseudo-labels half of {len(text):,} documents too")
     heads: dict[str, np.ndarray] | None = None
     if run.is_chief:
         heads = {}

@@ -25,10 +25,7 @@ sys.exit(run_local(sys.argv[2:], int(sys.argv[1]), with_horovod=True))
 """
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(2, marks=pytest.mark.slow("two workers; quick: three")), 3],
-)
+@pytest.fixture(scope="module", params=[2, 3])  # two workers add by other collectives than more
 def results(request, tmp_path_factory) -> list[dict]:
     """Returns what each of the workers found, by rank."""
     folder = tmp_path_factory.mktemp("results")
