@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import (
     ablation,
+    candidates,
     cross_validation,
     label_efficiency,
     state_positions,
@@ -18,6 +19,7 @@ from benchmarks import (
 )
 from benchmarks import all as benchmarks
 from benchmarks.processes import descendants_megabytes, peak_megabytes
+from trainer.models import bundle
 from trainer.reporting.report_file import errors_by_labels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -82,6 +84,52 @@ def test_differences_of_the_folds_are_paired() -> None:
     assert [row["errors_percent"] for row in rows] == [[25.0, 25.0], [75.0, 25.0]]
     assert rows[0]["more_than_the_first_percent"] == [0.0, 0.0, 0.0]
     assert rows[1]["more_than_the_first_percent"][0] == 25.0
+
+
+def test_candidates_are_judged_on_all_labels_but_the_test_splits(tmp_path: Path) -> None:
+    splits = {"train": 4, "validation": 3, "test": 2, "unsupervised": 5}
+    for split, count in splits.items():
+        label = {} if split == "unsupervised" else {"label": 1}
+        lines = [json.dumps({"text": f"{split} {number}"} | label) for number in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    spec = "jsonl:" + ",".join(f"{split}={tmp_path}/{split}.jsonl" for split in splits)
+    labelled, unlabelled = candidates.read(spec, None)
+    assert sorted({text.split()[0] for text, _ in labelled}) == ["train", "validation"]
+    assert (len(labelled), len(unlabelled)) == (7, 5)
+
+
+def test_a_candidate_of_other_flags_has_another_folder(tmp_path: Path) -> None:
+    flagfile = tmp_path / "flags.cfg"
+    flagfile.write_text("--seed=1\n")
+    names = [
+        candidates.candidate(text).folder(str(flagfile))
+        for text in ("a", "a: --units=2", "a: --units=3", "b")
+    ]
+    flagfile.write_text("--seed=2\n")
+    names.append(candidates.candidate("a").folder(str(flagfile)))
+    assert len(set(names)) == 5
+    assert candidates.candidate("a: --units=2 --seed=1") == ("a", ["--units=2", "--seed=1"])
+
+
+@pytest.mark.slow("twelve programs, at their smallest")
+def test_candidates_are_compared_on_every_fold(tmp_path: Path, encoder_bundle: Path) -> None:
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    rows = [{"text": f"{'good' if n % 2 else 'bad'} film {n}", "label": n % 2} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = bundle.read_info(encoder_bundle, "encoder", "--encoder")["model"]
+    flags = [f"--{name}={sizes[name]}" for name in ("embedding_dim", "units", "num_layers")]
+    flags += ["--finetune_steps=2", "--finetune_batch_size=8"]
+    (tmp_path / "flags.cfg").write_text("\n".join(flags) + "\n")
+    command = [sys.executable, "-m", "benchmarks.candidates", "--flagfile=flags.cfg", "--folds=3"]
+    command += [f"--source=jsonl:train={tmp_path}/rows.jsonl", f"--encoder={encoder_bundle}"]
+    command += ["--work=work", "--candidate=as it is", "--candidate=more: --finetune_steps=3"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = json.loads((tmp_path / "benchmarks/results/candidates.json").read_text())["results"]
+    assert [row["model"] for row in kept["rows"]] == ["as it is", "more"]
+    assert kept["documents"] == len(rows)
+    assert candidates.table(kept["rows"]) in done.stdout
 
 
 def test_the_page_of_labels_is_that_of_the_results() -> None:
