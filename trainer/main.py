@@ -10,6 +10,8 @@ r"""warmstate: pretrain a recurrent encoder, hand over its weights and states, f
 On several workers: python -m launch.main --platform=local --workers=2 -- FLAGS
 """
 
+import contextlib
+import gc
 import os
 import signal
 import sys
@@ -60,13 +62,23 @@ def main(argv: Sequence[str]) -> None:
     """Runs the stage that the flags name.
 
     The exit code is 2 for bad input, 75 for a lost worker or a --mirror that is behind, 143 after
-    TERM.
+    TERM, 1 after another error. Ctrl-C ends the process by its signal.
     """
     config = configuration.from_flags()
     cluster = clusters.resolve(os.environ)
+    code = exit_code_of(config, cluster, argv[1:])
+    if code == PREEMPTED_EXIT_CODE and cluster.size > 1:
+        gc.collect()  # drops the input pipeline while its threads can still run Python
+        sys.exit(code)  # with the peers, which would miss a worker that ends at once
+    if code:
+        _exit_at_once(code)
+
+
+def exit_code_of(config: Config, cluster: Cluster, texts: Sequence[str]) -> int:
+    """Runs a stage; prints why it ended early, and returns the exit code."""
     try:
         if config.stage in configuration.USING_STAGES:
-            use_classifier(config, argv[1:])
+            use_classifier(config, texts)
         else:
             import_quietly(
                 is_program=True
@@ -77,18 +89,21 @@ def main(argv: Sequence[str]) -> None:
     except InputError as error:
         _print_faults(str(error))
         is_transient = isinstance(error, TransientError)
-        code = LOST_WORKER_EXIT_CODE if is_transient else USAGE_EXIT_CODE
-        if cluster.size > 1:
-            _exit_at_once(code)
-        sys.exit(code)
+        return LOST_WORKER_EXIT_CODE if is_transient else USAGE_EXIT_CODE
     except BehindError as error:
         _print_faults(str(error))
-        _exit_at_once(LOST_WORKER_EXIT_CODE)
+        return LOST_WORKER_EXIT_CODE
     except Preempted as stop:
-        print(stop, flush=True)
-        sys.exit(PREEMPTED_EXIT_CODE)
+        print(stop)
+        return PREEMPTED_EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     except Exception as error:
-        _exit_after(error, cluster)
+        return _code_after(error, cluster)
+    return 0
 
 
 def use_classifier(config: Config, texts: Sequence[str]) -> None:
@@ -127,18 +142,16 @@ def use_classifier(config: Config, texts: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _exit_after(error: Exception, cluster: Cluster) -> NoReturn:
-    """Ends a worker after an error: 75 if a lost peer caused it. Raises the error of a lone one."""
+def _code_after(error: Exception, cluster: Cluster) -> int:
+    """Prints an error; returns 75 if a lost peer caused it, else 1."""
     from trainer.distribution.failures import lost_peer
 
     reason = lost_peer(error)
-    if reason is None and cluster.size == 1:
-        raise error
     if reason is None:
         traceback.print_exception(error)
-        _exit_at_once(1)
+        return 1
     print(f"worker {cluster.rank} lost a peer: {reason}")
-    _exit_at_once(LOST_WORKER_EXIT_CODE)
+    return LOST_WORKER_EXIT_CODE
 
 
 def _print_faults(faults: str) -> None:
@@ -147,9 +160,14 @@ def _print_faults(faults: str) -> None:
 
 
 def _exit_at_once(code: int) -> NoReturn:
-    """Ends this process without cleaning up, which would wait for the peers."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Ends this process without cleaning up.
+
+    That would wait for the peers; and for the threads of the input pipeline, which can no longer
+    run Python by then: forever, if they were reading.
+    """
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

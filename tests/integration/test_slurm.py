@@ -100,7 +100,7 @@ def test_a_job_that_is_requeued_ends_with_the_same_bits(
     for rank in range(2):
         log = (tmp_path / "slurm-logs" / f"{job}-worker-{rank}.log").read_text()
         assert log.count("; state saved") == 2, printed
-    assert "workers were told to stop, and have saved: back into the queue" in printed
+    assert "workers were told to stop and have saved: back into the queue" in printed
     assert "workers ended with code 137, 2 of 3 restarts: back into the queue" in printed
     train(2, *flags, f"--run_dir={tmp_path}/whole")
     assert metrics(tmp_path / "slurm") == metrics(tmp_path / "whole")

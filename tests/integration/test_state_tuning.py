@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     train(1, *flags, f"--run_dir={tmp_path}/whole")
     cut = (*flags, f"--run_dir={tmp_path}/cut")
     assert train_until("step 25/40", signal.SIGKILL, 1, *cut) == -signal.SIGKILL
-    assert "resumed after step 20" in train(1, *cut)
+    assert "resumed after step" in train(1, *cut)
     whole, again = (tmp_path / name / "task" / "task.safetensors" for name in ("whole", "cut"))
     assert whole.read_bytes() == again.read_bytes()
     head = "initial_state/0/h" in task_of(tmp_path / "whole")
