@@ -53,7 +53,7 @@ QUICK := not slow$(if $(filter avx2,$(ISA)), and not bfloat16)
 test: $(TESTED) lint ## lint, and the tests but those that are marked slow: some minutes (HOROVOD=0: and but Horovod's)
 	$(PYTEST) -m "$(QUICK)"
 
-test-all: $(TESTED) lint ## every test, each process started anew
+test-all: $(TESTED) lint ## every test, each process started anew: three quarters of an hour
 	EXEC=1 $(PYTEST)
 
 check: $(INSTALLED) ## lint, types, and the tests that need neither TensorFlow nor a process: seconds
