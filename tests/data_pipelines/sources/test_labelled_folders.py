@@ -89,6 +89,26 @@ def test_newsgroups(tmp_path: Path, read: Callable, place: Callable) -> None:
     assert len(read(source, "train") + read(source, "validation")) == 60
 
 
+@pytest.mark.parametrize("end", ["\n", "\t"])
+def test_a_thread_of_newsgroups_is_on_one_side(tmp_path: Path, read: Callable, end: str) -> None:
+    answers = {
+        f"20news-bydate-train/sci.med/{thread}0{i}": end.join(
+            ["From: me", f"Subject: {'Re: ' * i}thread {thread}", "", f"answer {i}"]
+        ).encode()
+        for thread in range(100)
+        for i in range(3)
+    }
+    source = open_source(f"newsgroups20:{pack(tmp_path / 'a.tar.gz', posts() | answers)}")
+    sides = {
+        split: [e.id for e in read(source, split) if "answer" in e.text]
+        for split in ("train", "validation")
+    }
+    threads = {split: {name[:-2] for name in names} for split, names in sides.items()}
+    assert not threads["train"] & threads["validation"]
+    assert 0 < len(threads["validation"]) < 30
+    assert sum(map(len, sides.values())) == 300
+
+
 @pytest.mark.parametrize("place", [pack, unpack])
 def test_folders_that_are_missing_are_all_named(tmp_path: Path, place: Callable) -> None:
     members = {
