@@ -24,6 +24,7 @@ _TICK_SECONDS = 0.5
 _WORKERS_PER_TICK = 32  # larger jobs tick more slowly: the store serves about 200 requests a second
 _RAISE_SECONDS = 2.0  # for the main thread to raise
 _EXIT_SECONDS = 10.0  # for the interpreter to shut down after that
+_LEAVE_SECONDS = 30.0  # for all workers to end together
 _GUILTY_SECONDS = 30.0  # for a launcher to see which worker still runs
 _STDOUT = 1  # file descriptor
 _watchdogs: "list[Watchdog]" = []  # of this process: one, if it has peers
@@ -221,6 +222,25 @@ class Watchdog:
         """Returns as the function of this name."""
         verdict = self._judge.verdict(self._seconds, min(3.0, self._timeout_seconds / 2))
         return verdict.reason if verdict else ""
+
+    def leave(self) -> None:
+        """Waits, for seconds at most, until all workers have come here; after the last collective.
+
+        A worker that ends at once closes the connection on which another may still receive its
+        part of that collective.
+        """
+        if self._store is None:
+            return
+        last = time.monotonic() + _LEAVE_SECONDS
+        peers = range(1, len(self._table)) if self._rank == 0 else [0]  # which speaks for all
+        with contextlib.suppress(OSError, tf.errors.OpError):  # it has ended: all had come
+            if self._rank > 0:
+                self._store.put(f"left_{self._rank}", "1")
+            for peer in peers:
+                while self._store.get(f"left_{peer}") is None and time.monotonic() < last:
+                    time.sleep(0.01)
+            if self._rank == 0:
+                self._store.put("left_0", "1")
 
     def close(self) -> None:
         """Ends the watch."""

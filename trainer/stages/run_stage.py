@@ -24,8 +24,9 @@ from trainer import native, preflight
 from trainer.config import Config
 from trainer.distribution import run_lock
 from trainer.distribution.cluster import Cluster
+from trainer.distribution.distributor import Distributor
 from trainer.distribution.make import make_distributor
-from trainer.distribution.preemption import StopRequest
+from trainer.distribution.preemption import Preempted, StopRequest
 from trainer.mirror import mirrored
 from trainer.models import bundle
 from trainer.report_page import html
@@ -106,14 +107,26 @@ def _run_stage(
     trackers = make_trackers(config.track, log) if writes else []
     run = Run(config, distributor, store, stop_request, log, vitals, trackers, saved)
     if config.step:
-        replayed = replay.replay(run)
+        with _together(distributor):
+            replayed = replay.replay(run)
         log("\n".join(["", *replay.describe(replayed, distributor.num_shards)]))
         return
     with following(trackers, run.folder, dataclasses.asdict(config)):
-        with console, _faults_of_reading(store):
+        with console, _faults_of_reading(store), _together(distributor):
             result = _result(run)
         if chief:
             write_report(run, result, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _together(distributor: Distributor) -> Iterator[None]:
+    """Waits at the end for all workers, which may still receive what this one sent."""
+    try:
+        yield
+    except Preempted:  # in all workers, after the same collective
+        distributor.watchdog.leave()
+        raise
+    distributor.watchdog.leave()
 
 
 @contextlib.contextmanager

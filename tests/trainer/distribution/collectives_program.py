@@ -128,6 +128,7 @@ def main(kind: str, folder: Path) -> None:
         "dense": collectives_of_a_step(distributor, 2, sparse_reduce="dense"),
     }
     distributor.barrier()
+    distributor.watchdog.leave()
     (folder / f"{distributor.rank}.json").write_text(json.dumps(result))
 
 

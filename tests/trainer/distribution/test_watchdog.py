@@ -40,6 +40,62 @@ class Job:
         return self.judge.verdict(self.seconds)
 
 
+class Memory(dict):
+    """A store in this process, which can be lost."""
+
+    on_worker_0 = True
+    is_lost = False
+
+    def put(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def get(self, key: str) -> str | None:
+        if self.is_lost:
+            raise OSError("no answer")
+        return super().get(key)
+
+
+def leaving(store: Memory, size: int) -> list[threading.Thread]:
+    """Returns threads in which the workers leave."""
+    watchdogs = [Watchdog(rank, size, TIMEOUT, store) for rank in range(size)]
+    for watchdog in watchdogs:
+        watchdog.close()
+    return [threading.Thread(target=watchdog.leave) for watchdog in watchdogs]
+
+
+def test_nobody_leaves_before_all_have_come() -> None:
+    threads = leaving(Memory(), 3)
+    for thread in threads[:2]:
+        thread.start()
+    threads[0].join(0.3)
+    assert [thread.is_alive() for thread in threads[:2]] == [True, True]
+    threads[2].start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_worker_leaves_if_worker_0_which_spoke_for_all_has_ended() -> None:
+    store = Memory()
+    _, second = leaving(store, 2)
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    store.is_lost = True
+    second.join(10)
+    assert not second.is_alive()
+
+
+def test_a_worker_that_does_not_come_is_not_waited_for_forever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.distribution.watchdog._LEAVE_SECONDS", 0.3)
+    first, _ = leaving(Memory(), 2)
+    first.start()
+    first.join(10)
+    assert not first.is_alive()
+
+
 def test_a_worker_that_does_not_join_is_found_after_the_timeout() -> None:
     job = Job()
     job.one_second(7, 7, 7)
