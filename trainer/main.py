@@ -94,7 +94,7 @@ def exit_code_of(config: Config, cluster: Cluster, texts: Sequence[str]) -> int:
         _print_faults(str(error))
         return LOST_WORKER_EXIT_CODE
     except Preempted as stop:
-        print(stop)
+        print(stop, flush=True)
         return PREEMPTED_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -45,8 +45,8 @@ LAYOUTS = {
         "the text",
     ),
     # The posts are of 1993 and declare no encoding; every byte is a character of Latin-1. Answers
-    # quote posts of their thread: with some of it in training, validation would be too easy. In
-    # the published archive, lines of training posts end with tabs.
+    # quote posts of their thread: with some of it in training, validation would be too easy.
+    # Lines of the archive's training posts end with tabs.
     "newsgroups20": Layout(
         pattern=r"(?:^|/)20news-bydate-(?P<split>train|test)/(?P<label>[^/]+)/[^/]+$",
         labels=NEWSGROUPS,

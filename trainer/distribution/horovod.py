@@ -41,14 +41,14 @@ class HorovodDistributor(Distributor):
     def local_shard(self) -> int | tf.Tensor:
         return 0
 
-    # Horovod does not support bfloat16.
-
     def _all_reduce(self, flat: tf.Tensor) -> tf.Tensor:
+        # Horovod does not support bfloat16.
         wide = tf.cast(flat, tf.float32) if flat.dtype == tf.bfloat16 else flat
         name = f"sum_{flat.dtype.name}"
         return tf.cast(self._hvd.allreduce(wide, op=self._hvd.Sum, name=name), flat.dtype)
 
     def _all_gather(self, flat: tf.Tensor) -> tf.Tensor:
+        # Nor does it gather it; integers of as many bits arrive as they were.
         bits = tf.bitcast(flat, tf.uint16) if flat.dtype == tf.bfloat16 else flat
         return tf.bitcast(self._hvd.allgather(bits[None], name="gather"), flat.dtype)
 
