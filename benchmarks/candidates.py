@@ -25,14 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import warmstate
-from benchmarks.cross_validation import folds, summary, write_splits
+from benchmarks.cross_validation import examples, folds, summary, write_splits, wrong_documents
 from benchmarks.machine import facts
 from benchmarks.processes import write_results
-from data_pipelines.sources import Example, open_source
+from data_pipelines.sources import open_source
 from trainer.models import bundle
-from trainer.reporting import predictions
-
-LABELLED = ("train", "validation")
 
 
 class Candidate(NamedTuple):
@@ -54,21 +51,15 @@ def candidate(text: str) -> Candidate:
 
 
 def read(spec: str, data_dir: str | None) -> tuple[list[tuple[str, int]], list[str]]:
-    """Returns the texts and labels of LABELLED, and the texts without labels, in their order."""
+    """Returns texts and labels, and texts without labels, of all splits but test; in order."""
     source = open_source(spec, data_dir)
     labelled: list[tuple[str, int]] = []
     unlabelled: list[str] = []
-    for split in source.splits:
-        if split == "test":
-            continue
-        for part in source.parts(split):
-            for found in source.examples(split, part):
-                if not isinstance(found, Example):
-                    continue
-                if split in LABELLED and found.label is not None:
-                    labelled.append((found.text, found.label))
-                else:
-                    unlabelled.append(found.text)
+    for found in examples(source, [split for split in source.splits if split != "test"]):
+        if found.label is None:
+            unlabelled.append(found.text)
+        else:
+            labelled.append((found.text, found.label))
     return labelled, unlabelled
 
 
@@ -92,7 +83,9 @@ def prepared(
     return store
 
 
-def wrong_documents(store: Path, encoder: Path, flags: Sequence[str], folder: Path) -> np.ndarray:
+def wrong_after_fine_tuning(
+    store: Path, encoder: Path, flags: Sequence[str], folder: Path
+) -> np.ndarray:
     """Returns which test documents a fine-tuning gets wrong: bool [documents]; kept in `folder`."""
     kept = folder / "wrong.npy"
     if not kept.exists():
@@ -108,8 +101,7 @@ def wrong_documents(store: Path, encoder: Path, flags: Sequence[str], folder: Pa
                 raise SystemExit(
                     f"{shlex.join(done.args)} ended with {done.returncode}:\n{done.stdout}"
                 )
-        found = predictions.read(folder / "test/predictions")
-        np.save(kept, found.is_wrong[np.argsort(found.tensors["document"])])
+        np.save(kept, wrong_documents(folder / "test"))
     return np.load(kept)
 
 
@@ -151,7 +143,7 @@ def main() -> None:
         for each in options.candidate:
             flags = [f"--flagfile={options.flagfile}", *each.flags]
             work = folder / each.folder(options.flagfile)
-            found[-1][each.name] = wrong_documents(store, options.encoder, flags, work)
+            found[-1][each.name] = wrong_after_fine_tuning(store, options.encoder, flags, work)
             print(
                 f"fold {fold}, {each.name}: {100 * found[-1][each.name].mean():.2f} %", flush=True
             )

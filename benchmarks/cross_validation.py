@@ -12,7 +12,7 @@ encoder's. An interrupted run continues from what FOLDER holds for this encoder.
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import warmstate
 from benchmarks.machine import facts
 from benchmarks.processes import write_results
-from data_pipelines.sources import Example, open_source
+from data_pipelines.sources import Example, Source, open_source
 from data_pipelines.store.token_store import TokenStore
 from trainer.models import bundle
 from trainer.report_page.statistics import mean_of_runs, paired_difference
@@ -57,16 +57,20 @@ def folds(documents: Sequence[tuple[str, int]], count: int) -> list[list[tuple[s
     return parts
 
 
+def examples(source: Source, splits: Sequence[str]) -> Iterator[Example]:
+    """Yields the usable documents of splits, in the source's order."""
+    for split in splits:
+        for part in source.parts(split):
+            for found in source.examples(split, part):
+                if isinstance(found, Example):
+                    yield found
+
+
 def labelled_documents(spec: str, data_dir: str | None) -> list[tuple[str, int]]:
     """Returns texts and labels of all splits of a source, in its order."""
     source = open_source(spec, data_dir)
-    return [
-        (found.text, found.label)
-        for split in source.splits
-        for part in source.parts(split)
-        for found in source.examples(split, part)
-        if isinstance(found, Example) and found.label is not None
-    ]
+    found = examples(source, source.splits)
+    return [(each.text, each.label) for each in found if each.label is not None]
 
 
 def write_splits(parts: Sequence[Sequence[tuple[str, int]]], fold: int, folder: Path) -> str:
@@ -86,7 +90,12 @@ def lstm_wrong(folder: Path, store: TokenStore, encoder: Path | None) -> np.ndar
     settings = FINE_TUNING if encoder else FINE_TUNING | SCRATCH
     trained = warmstate.finetune(folder / "finetune", store, encoder, log=_silent, **settings)
     warmstate.evaluate(folder / "test", store, trained.folder, log=_silent)
-    found = predictions.read(folder / "test/predictions")
+    return wrong_documents(folder / "test")
+
+
+def wrong_documents(run_dir: Path) -> np.ndarray:
+    """Returns which documents an evaluation got wrong, in the store's order: bool [documents]."""
+    found = predictions.read(run_dir / "predictions")
     return found.is_wrong[np.argsort(found.tensors["document"])]
 
 

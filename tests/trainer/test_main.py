@@ -7,8 +7,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Each ending in a process of its own, forked where TensorFlow is imported and has run nothing. They
-# end as Python does, which processes of tests/forked.py do not.
+# Forks one process per ending, after importing TensorFlow and before running any operation. Unlike
+# the processes of tests/forked.py, these finalise the interpreter.
 PROGRAM = """
 import json, os, sys, threading, time
 import tensorflow as tf

@@ -48,7 +48,7 @@ class HorovodDistributor(Distributor):
         return tf.cast(self._hvd.allreduce(wide, op=self._hvd.Sum, name=name), flat.dtype)
 
     def _all_gather(self, flat: tf.Tensor) -> tf.Tensor:
-        # Nor does it gather it; integers of as many bits arrive as they were.
+        # Horovod cannot gather bfloat16 either; integers of the same width keep the bits.
         bits = tf.bitcast(flat, tf.uint16) if flat.dtype == tf.bfloat16 else flat
         return tf.bitcast(self._hvd.allgather(bits[None], name="gather"), flat.dtype)
 
