@@ -53,20 +53,16 @@ def run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | Non
         BehindError: --mirror lacks the last state.
     """
     vitals = Vitals(stall_seconds=config.stall_seconds)
-    saved = _nothing
+    folder, say = Path(config.run_dir), log or print
+    writes = cluster.rank == 0 and config.stage != "replay"
     with contextlib.ExitStack() as held:
-        if cluster.rank == 0 and config.stage != "replay":
-            folder, say = Path(config.run_dir), log or print
-            is_new = config.resume == "never"
+        if writes:
             held.enter_context(run_lock.held(folder, say))
-            saved = held.enter_context(mirrored(config.mirror, folder, is_new, say))
+        url, is_new = config.mirror if writes else "", config.resume == "never"
+        saved = held.enter_context(mirrored(url, folder, is_new, say))
         if cluster.is_first_of_host and config.status_port:
             held.enter_context(serving(config.status_host, config.status_port, vitals))
         _run_stage(config, cluster, log, vitals, saved)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _run_stage(
