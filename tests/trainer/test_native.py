@@ -192,13 +192,18 @@ def test_steps_clip_as_tensorflows_loops_do(
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
-def test_only_the_factors_of_the_recurrent_products_are_rounded(instruction_set: str) -> None:
+@pytest.mark.parametrize("units", [16, 32, 48])
+@pytest.mark.parametrize("rows", [1, 5, 75])
+def test_only_the_factors_of_the_recurrent_products_are_rounded(
+    rows: int, units: int, instruction_set: str
+) -> None:
     """From factors that bfloat16 holds exactly, both kinds of product give the same."""
     operations = native.operations(training=True)
     random = np.random.default_rng(4)
-    z = tf.constant(random.normal(size=(5, 1, 128)), tf.float32)
-    recurrent, h = half(random.normal(0, 0.3, (32, 128))), half(random.normal(size=(5, 32)))
-    c = tf.constant(random.normal(size=(5, 32)), tf.float32)
+    z = tf.constant(random.normal(size=(rows, 1, 4 * units)), tf.float32)
+    recurrent = half(random.normal(0, 0.3, (units, 4 * units)))
+    h, c = half(random.normal(size=(rows, units))), tf.constant(random.normal(size=(rows, units)))
+    c = tf.cast(c, tf.float32)
     rounded, whole = (
         forward(operations, z, recurrent, h, c, factors=factors)
         for factors in (tf.bfloat16, tf.float32)
@@ -331,17 +336,17 @@ def test_what_is_not_asked_for_is_not_kept(factors: tf.DType, operations: Any) -
 
 @pytest.mark.parametrize("factors", [tf.float32, tf.bfloat16])
 def test_a_row_alone_has_the_same_bits(factors: tf.DType, instruction_set: str) -> None:
-    """Whatever the number of rows: they are multiplied up to six at a time, and go in threads."""
+    """Whatever the number of rows: 6 or 32 are multiplied at a time, and they go in threads."""
     operations = native.operations(training=True)
     random = np.random.default_rng(0)
     x, kernel = (
-        random.normal(size=(13, 20, 7)),
-        tf.constant(random.normal(size=(7, 64)), tf.float32),
+        random.normal(size=(75, 20, 7)),
+        tf.constant(random.normal(size=(7, 128)), tf.float32),
     )
-    recurrent = tf.constant(random.normal(0, 0.3, (16, 64)), tf.float32)
+    recurrent = tf.constant(random.normal(0, 0.3, (32, 128)), tf.float32)
 
     def all_of(x: np.ndarray) -> list[np.ndarray]:
-        zeros = tf.zeros((len(x), 16))
+        zeros = tf.zeros((len(x), 32))
         inputs = tf.constant(x, tf.float32)
         z = operations.warmstate_product(inputs, kernel, NO_NUMBERS, NO_MASK, transpose=False)
         found = forward(operations, z, recurrent, zeros, zeros, factors=factors)
@@ -362,7 +367,7 @@ def test_a_row_alone_has_the_same_bits(factors: tf.DType, instruction_set: str) 
         return [tensor.numpy() for tensor in (z, *found, *gradients, d_x)]
 
     together = all_of(x)
-    for rows in (slice(0, 1), slice(3, 5), slice(9, 12), slice(2, 13)):
+    for rows in (slice(0, 1), slice(3, 5), slice(9, 12), slice(2, 13), slice(5, 45)):
         for part, whole in zip(all_of(x[rows]), together, strict=True):
             assert part.tobytes() == whole[rows].tobytes()
 
@@ -745,9 +750,12 @@ def test_what_a_variable_asks_for_is_used_unmeasured(
 @pytest.mark.parametrize(
     ("most", "expected"),
     [
-        ("", "avx512_bf16"),
-        ("DEFAULT", "avx512_bf16"),
-        ("AVX512_CORE_AMX", "avx512"),
+        ("", "amx_bf16"),
+        ("DEFAULT", "amx_bf16"),
+        ("AVX512_CORE_AMX", "amx_bf16"),
+        ("AVX512_CORE_AMX_FP16", "amx_bf16"),
+        ("AVX10_1_512_AMX", "amx_bf16"),
+        ("AVX10_1_512", "avx512_bf16"),
         ("AVX512_CORE_BF16", "avx512_bf16"),
         ("avx512_core_vnni", "avx512"),
         ("AVX2_VNNI_2", "avx2"),
@@ -760,7 +768,7 @@ def test_the_variable_of_onednn_holds_for_the_loops(
     most: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
-    sets = ("portable", "avx2", "avx512", "avx512_bf16")
+    sets = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
     monkeypatch.setattr(native, "instruction_sets", lambda: sets)
     assert native.best_instruction_set() == expected
     # Which asks for no more than the processor has.

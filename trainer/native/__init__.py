@@ -41,7 +41,8 @@ BUILD = "python -m trainer.native.build"
 MEASURE = "trainer.models.native_speed"
 MEASURE_SECONDS = 240  # at most, on a busy machine; about 10 on an idle one
 # What ONEDNN_MAX_CPU_ISA may be, by how it begins, and the best set that each allows.
-MAX_ISA = {"AVX512_CORE_BF16": "avx512_bf16", "AVX512_CORE_FP16": "avx512_bf16",
+MAX_ISA = {"AVX512_CORE_AMX": "amx_bf16", "AVX10_1_512_AMX": "amx_bf16", "AVX10_2": "amx_bf16",
+           "AVX512_CORE_BF16": "avx512_bf16", "AVX512_CORE_FP16": "avx512_bf16",
            "AVX10": "avx512_bf16", "AVX512": "avx512", "AVX2": "avx2", "AVX": "portable",
            "SSE": "portable"}  # fmt: skip
 

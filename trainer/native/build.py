@@ -19,11 +19,13 @@ FLAGS = ("-O3", "-fPIC", "-w")
 # What loops.cc is compiled with for each instruction set; lstm.cc chooses one of them.
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f")
+BFLOAT16 = (*AVX512, "-mavx512bf16")
 X86: dict[str, tuple[str, ...]] = {
     "portable": (),
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": (*AVX512, "-mavx512bf16"),
+    "avx512_bf16": BFLOAT16,
+    "amx_bf16": (*BFLOAT16, "-mamx-tile", "-mamx-bf16"),
 }
 NEON: dict[str, tuple[str, ...]] = {"neon": ()}
 PORTABLE: dict[str, tuple[str, ...]] = {"portable": ()}

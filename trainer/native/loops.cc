@@ -35,6 +35,7 @@ constexpr int kGroup = 4 * kWidth;        // columns of a group of tiles: all ga
 constexpr int kTiles = kGroup / kTile;    // tiles of a group
 constexpr int kLine = 16;                 // floats in a cache line
 constexpr int kAhead = 4096;              // floats by which a matrix is fetched into the second cache
+constexpr int kMatrixRows = 16;           // of a matrix register (AMX)
 
 typedef float Vector __attribute__((vector_size(4 * kWidth)));
 typedef float Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
@@ -91,6 +92,7 @@ struct Whole {
   typedef float Number;
   static constexpr Factor kFactor = Factor::kFloat;
   static constexpr int64_t kSteps = 1;
+  static constexpr int kTogether = kRows;  // rows of a product
 
   static Vector load(const Number* p) { return ::load(p); }
   static Vector all(Number a) { return ::all(a); }
@@ -103,6 +105,11 @@ struct Half {
   typedef uint32_t Number;
   static constexpr Factor kFactor = Factor::kPair;
   static constexpr int64_t kSteps = 2;
+#if defined(__AMX_BF16__)
+  static constexpr int kTogether = 2 * kMatrixRows;
+#else
+  static constexpr int kTogether = kRows;
+#endif
 
   static __m512bh load(const Number* p) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
@@ -192,11 +199,78 @@ void multiply_tile(int64_t many, const NumberOf<Kind>* tile, int64_t factors,
   }
 }
 
+#if defined(__AMX_BF16__)
+// What the processor has to know of its eight matrix registers.
+struct alignas(64) MatrixRegisters {
+  uint8_t palette = 1, restart = 0, reserved[14] = {};
+  uint16_t bytes_of_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Sums are in registers 0 to 3, rows in 4 and 5, and `factors` rows of the matrix in 6 and 7.
+void use_matrix_registers(int64_t many, int64_t factors) {
+  MatrixRegisters registers;
+  const int64_t first = many < kMatrixRows ? many : kMatrixRows;
+  const int64_t second = many > kMatrixRows ? many - kMatrixRows : 1;
+  const int64_t rows[] = {first, first, second, second, first, second, factors, factors};
+  for (int i = 0; i < 8; ++i) {
+    registers.rows[i] = rows[i];
+    registers.bytes_of_row[i] = i == 4 || i == 5 ? 4 * factors : 64;
+  }
+  _tile_loadconfig(&registers);
+}
+
+// sums[m] += row m * half a group, by the processor's matrix registers. Rows are evenly spaced.
+template <bool kSecond>  // whether there are more than kMatrixRows rows
+void multiply_half_group(const uint32_t* half, int64_t factors, int64_t chunk,
+                         const uint32_t* const* rows, int64_t stride, Vector (*sums)[4]) {
+  _tile_loadd(0, sums[0], sizeof *sums);
+  _tile_loadd(1, sums[0] + 1, sizeof *sums);
+  if (kSecond) _tile_loadd(2, sums[kMatrixRows], sizeof *sums);
+  if (kSecond) _tile_loadd(3, sums[kMatrixRows] + 1, sizeof *sums);
+  for (int64_t k = 0; k < factors; k += chunk) {
+    _tile_loadd(6, half + k * kTile, 4 * kTile);
+    _tile_loadd(4, rows[0] + k, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, half + k * kTile + kWidth, 4 * kTile);
+    _tile_dpbf16ps(1, 4, 7);
+    if (!kSecond) continue;
+    _tile_loadd(5, rows[kMatrixRows] + k, stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums[0], sizeof *sums);
+  _tile_stored(1, sums[0] + 1, sizeof *sums);
+  if (kSecond) _tile_stored(2, sums[kMatrixRows], sizeof *sums);
+  if (kSecond) _tile_stored(3, sums[kMatrixRows] + 1, sizeof *sums);
+}
+
+void multiply_group_in_matrices(int64_t many, const uint32_t* group, int64_t factors,
+                                const uint32_t* const* rows, Vector (*sums)[4]) {
+  const int64_t chunk = factors % 16 ? 8 : 16;  // units are a multiple of 16, pairs of 8
+  const int64_t stride = many > 1 ? 4 * (rows[1] - rows[0]) : 0;
+  asm volatile("" ::: "memory");  // g++ does not know that these functions read memory
+  use_matrix_registers(many, chunk);
+  for (int half = 0; half < 2; ++half) {
+    auto* of_half = reinterpret_cast<Vector(*)[4]>(&sums[0][2 * half]);
+    const auto multiply = many > kMatrixRows ? multiply_half_group<true> : multiply_half_group<false>;
+    multiply(group + 2 * half * kWidth, factors, chunk, rows, stride, of_half);
+  }
+  _tile_release();
+  asm volatile("" ::: "memory");
+}
+#endif
+
 // The same for a group of tiles. The tiles of few rows go together: a sum waits for its last step,
 // so there must be several.
 template <typename Kind>
 void multiply_group(int64_t many, const NumberOf<Kind>* group, int64_t factors,
                     const NumberOf<Kind>* const* rows, Vector (*sums)[4]) {
+#if defined(__AMX_BF16__)
+  if constexpr (Kind::kTogether > kRows) {
+    return multiply_group_in_matrices(many, group, factors, rows, sums);
+  }
+#endif
   switch (many) {
     case 1: return multiply<Kind, 1, kTiles, 1>(group, factors, rows, sums);
     case 2: return multiply<Kind, 2, kTiles, 1>(group, factors, rows, sums);
@@ -210,8 +284,9 @@ void multiply_group(int64_t many, const NumberOf<Kind>* group, int64_t factors,
 }
 
 // Returns how many of `left` rows go together: as many as fit, but no small rest at the end.
-inline int64_t rows_together(int64_t left) {
-  const int64_t parts = (left + kRows - 1) / kRows;
+template <typename Kind>
+int64_t rows_together(int64_t left) {
+  const int64_t parts = (left + Kind::kTogether - 1) / Kind::kTogether;
   return (left + parts - 1) / parts;
 }
 
@@ -230,6 +305,17 @@ struct States {
 
   NumberOf<Kind>* state(int64_t i, int64_t which) {
     return packed + (2 * i + which) * (factors + kPadding);
+  }
+  // Finds the states before the step. Where many rows go together they must be evenly spaced, and
+  // so are copied behind all states of `count` rows.
+  void before(const int64_t* shown, int64_t many, int64_t count, const NumberOf<Kind>** found) {
+    for (int64_t m = 0; m < many; ++m) {
+      found[m] = state(shown[m], newer[shown[m]]);
+      if (Kind::kTogether == kRows) continue;
+      NumberOf<Kind>* copy = packed + (2 * count + m) * (factors + kPadding);
+      std::memcpy(copy, found[m], sizeof *copy * factors);
+      found[m] = copy;
+    }
   }
   void begin(int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
@@ -295,17 +381,18 @@ void forward(const Forward& call, const int64_t* rows, int64_t count, float* scr
         states.repeat(i, place);
       }
     }
+    const NumberOf<Kind>* before[kMostRows];
+    states.before(shown, many_shown, count, before);
     for (int64_t u = 0; u < call.units; u += kWidth) {
       for (int64_t first = 0, many; first < many_shown; first += many) {
-        many = rows_together(many_shown - first);
-        Vector sums[kRows][4];
-        const NumberOf<Kind>* before[kRows];
+        many = rows_together<Kind>(many_shown - first);
+        Vector sums[Kind::kTogether][4];
         for (int64_t m = 0; m < many; ++m) {
           const int64_t i = shown[first + m];
-          before[m] = states.state(i, states.newer[i]);
           states.start(i, u, rows[i] * call.steps + t, sums[m]);
         }
-        multiply_group<Kind>(many, recurrent + 4 * u * states.factors, states.factors, before, sums);
+        multiply_group<Kind>(many, recurrent + 4 * u * states.factors, states.factors, before + first,
+                             sums);
         for (int64_t m = 0; m < many; ++m) {
           const int64_t i = shown[first + m];
           states.finish(i, u, rows[i] * call.steps + t, sums[m]);
@@ -376,9 +463,9 @@ void backward(const Backward& call, const int64_t* rows, int64_t count, float* s
     for (int64_t u = 0; u < units; u += kGroup) {
       const int64_t vectors = units - u < kGroup ? (units - u) / kWidth : 4;
       for (int64_t first = 0, many; first < many_shown; first += many) {
-        many = rows_together(many_shown - first);
-        Vector sums[kRows][4] = {};
-        const NumberOf<Kind>* left[kRows];
+        many = rows_together<Kind>(many_shown - first);
+        Vector sums[Kind::kTogether][4] = {};
+        const NumberOf<Kind>* left[Kind::kTogether];
         for (int64_t m = 0; m < many; ++m) left[m] = d_gates + (first + m) * (factors + kPadding);
         multiply_group<Kind>(many, recurrent + u * factors, factors, left, sums);
         for (int64_t m = 0; m < many; ++m) {
@@ -419,7 +506,7 @@ void product_of_group(const Product& call, const int64_t* rows, int64_t count, i
   Vector bias[4] = {};
   if (call.bias) load_some(call.bias + column, columns, bias);
   for (int64_t first = 0, many; first < count; first += many) {
-    many = rows_together(count - first);
+    many = rows_together<Whole>(count - first);
     Vector sums[kRows][4];
     const float* left[kRows];
     for (int64_t m = 0; m < many; ++m) {

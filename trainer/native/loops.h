@@ -86,7 +86,7 @@ struct Factors {
 };
 
 static inline int64_t forward_scratch(int64_t rows, int64_t units) {
-  return 2 * rows * (units + kPadding);
+  return 3 * rows * (units + kPadding);
 }
 static inline int64_t backward_scratch(int64_t rows, int64_t units) {
   return rows * (4 * units + kPadding);
@@ -104,7 +104,7 @@ struct Loops {
   void (*weight_gradient)(const WeightGradient&, int64_t first, int64_t last, float* scratch);
 };
 
-extern const Loops portable, avx2, avx512, avx512_bf16, neon;
+extern const Loops portable, avx2, avx512, avx512_bf16, amx_bf16, neon;
 
 }  // namespace warmstate
 

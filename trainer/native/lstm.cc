@@ -16,8 +16,13 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "loops.h"
@@ -49,6 +54,24 @@ struct InstructionSet {
   bool is_there;
 };
 
+#if defined(__x86_64__)
+// Returns whether the processor multiplies matrices of bfloat16, and Linux lets this process do so:
+// their registers are eight KiB, which it saves only for processes that asked.
+bool has_matrix_registers() {
+#if defined(__linux__)
+  constexpr unsigned kBfloat16 = 1 << 22, kTile = 1 << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBfloat16 | kTile)) != (kBfloat16 | kTile)) {
+    return false;
+  }
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, of Linux 5.16
+  return !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+#else
+  return false;
+#endif
+}
+#endif
+
 // Returns those of this build, the best one last.
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
@@ -62,6 +85,7 @@ const std::vector<InstructionSet>& instruction_sets() {
       {"avx512", &avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")},
       {"avx512_bf16", &avx512_bf16,
        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma")},
+      {"amx_bf16", &amx_bf16, __builtin_cpu_supports("avx512bf16") && has_matrix_registers()},
 #endif
   };
   return sets;
