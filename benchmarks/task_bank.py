@@ -213,7 +213,7 @@ def main() -> None:
         make_store(store)
         encoder = write_encoder(folder / "encoder", TokenStore(store))
         results = {
-            "loops": native.choice().instruction_set,
+            "loops": native.choice(tf.float32).instruction_set,
             "rows_per_second": rows_per_second(folder, encoder, args.repeats),
             "task": bytes_beside_head(folder / f"{TASKS} tasks with states and biases" / "0"),
             "tuning": tuning(args.repeats),

@@ -715,21 +715,34 @@ def test_a_build_that_is_not_there_is_said(anew: Path) -> None:
     assert "; the build is for another source or TensorFlow; python -m" in native.hint()
 
 
-@pytest.mark.parametrize(
-    ("measured", "expected"),
-    [
-        (0.52, "lstm: TensorFlow's loops; the compiled ones (SET) were measured 0.52 times"),
-        (1.5, "lstm: compiled loops (SET), measured 1.50 times as fast as TensorFlow's"),
-    ],
-)
-def test_loops_that_lose_are_not_used(anew: Path, measured: float, expected: str) -> None:
+@pytest.mark.parametrize("whole", [0.52, 1.5])
+@pytest.mark.parametrize("half", [0.7, 2.5])
+def test_loops_that_lose_are_not_used(anew: Path, whole: float, half: float) -> None:
     best = native.best_instruction_set()
     (anew / "lstm-1.so").touch()
     native.measured_path().write_text('{"another processor": 3.0}')
-    native._keep(f"{native.processor()} {best}", measured)
+    lost = f"TensorFlow's loops; the compiled ones ({best}) were measured"
+    won = f"compiled loops ({best}), measured"
+    expected = []
+    for dtype, ratio in ((tf.float32, whole), (tf.bfloat16, half)):
+        native._keep(native._key(best, dtype), ratio)
+        if dtype == tf.bfloat16 and best not in native.HALF_SETS:
+            continue
+        said = won if ratio > 1 else lost
+        expected.append(f"{said} {ratio:.2f} times as fast as TensorFlow's on this processor")
+        assert (native.choice(dtype).instruction_set is not None) == (ratio > 1)
     assert native.measured()["another processor"] == 3.0
-    assert native.hint().startswith(expected.replace("SET", best))
-    assert (native.choice().instruction_set is not None) == (measured == 1.5)
+    assert native.hint() == f"lstm: {'; in bfloat16 '.join(expected)}"
+
+
+def test_without_instructions_for_bfloat16_the_choice_is_that_of_float32(
+    anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # with which TensorFlow must not try it
+    (anew / "lstm-1.so").touch()
+    native._keep(native._key("portable", tf.float32), 1.25)
+    assert native.choice(tf.bfloat16) == native.choice(tf.float32)
+    assert native.hint().startswith("lstm: compiled loops (portable), measured 1.25 times")
 
 
 def test_what_a_variable_asks_for_is_used_unmeasured(
@@ -792,13 +805,16 @@ def test_a_measurement_that_fails_is_said(anew: Path, monkeypatch: pytest.Monkey
     native.measured_path().write_text("{")
     monkeypatch.setattr(native, "MEASURE", "no.such.module")
     assert "lstm: TensorFlow's loops; the compiled ones could not be measured: " in native.hint()
-    assert native.choice().instruction_set is None
+    assert native.choice(tf.float32).instruction_set is None
 
 
-def test_the_loops_are_timed_against_tensorflows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.bfloat16)])
+def test_the_loops_are_timed_against_tensorflows(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(native_speed, "SIZES", [(6, 5, 16, 32)])
     monkeypatch.setattr(native_speed, "TURNS", 2)
-    assert 0.01 < native_speed.ratio(native.best_instruction_set()) < 100
+    assert 0.01 < native_speed.ratio(native.best_instruction_set(), dtype) < 100
 
 
 # ---- The build ----

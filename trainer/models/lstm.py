@@ -454,9 +454,9 @@ def lstm(
         final h and c, each [batch, units].
     """
     width, units = weights[0].shape[0], weights[1].shape[0]
-    compiled = native.operations(mode.training)
     fits = inputs.dtype in (tf.float32, tf.bfloat16) and units % native.UNITS_MULTIPLE == 0
-    if compiled and fits:
+    compiled = native.operations(mode.training, inputs.dtype) if fits else None
+    if compiled:
         run = _compiled(compiled, mask, mode, index)
     else:
         run = _in_tensorflow(mask, (width, units), mode)

@@ -1,6 +1,6 @@
 """Measures the compiled loops of an LSTM layer against TensorFlow's, on this processor.
 
-python -m trainer.models.native_speed SET     (as trainer.native does where it has no figure)
+python -m trainer.models.native_speed SET DTYPE     (as trainer.native does where it has no figure)
 
 It counts the processor time of all threads: on a busy machine the wall time has called loops slower
 that were faster.
@@ -24,10 +24,13 @@ SIZES = [(32, 40, 128, 256), (64, 10, 256, 512)]  # batch, steps, inputs, units
 TURNS = 9
 
 
-def step(sizes: tuple[int, int, int, int], instruction_set: str | None) -> Callable[[], float]:
+def step(
+    sizes: tuple[int, int, int, int], instruction_set: str | None, dtype: str
+) -> Callable[[], float]:
     """Returns what runs a forward and a backward pass, and returns its processor seconds."""
     batch, steps, inputs, units = sizes
-    layer = WarmLSTM(units, return_sequences=True)
+    policy = "mixed_bfloat16" if dtype == "bfloat16" else dtype
+    layer = WarmLSTM(units, return_sequences=True, dtype=policy)
     layer.build((batch, steps, inputs))
     sequences = tf.random.stateless_normal((batch, steps, inputs), (0, 0))
     weights = [variable.value for variable in layer.trainable_variables]
@@ -37,7 +40,8 @@ def step(sizes: tuple[int, int, int, int], instruction_set: str | None) -> Calla
         with tf.GradientTape() as tape:
             tape.watch(sequences)
             loss = tf.reduce_sum(layer(sequences, training=True))
-        return tf.add_n([tf.reduce_sum(g) for g in tape.gradient(loss, [sequences, *weights])])
+        gradients = tape.gradient(loss, [sequences, *weights])
+        return tf.add_n([tf.reduce_sum(tf.cast(g, tf.float32)) for g in gradients])
 
     def timed() -> float:
         with native.using(instruction_set):
@@ -49,21 +53,21 @@ def step(sizes: tuple[int, int, int, int], instruction_set: str | None) -> Calla
     return timed
 
 
-def ratio(instruction_set: str) -> float:
+def ratio(instruction_set: str, dtype: str = "float32") -> float:
     """Returns how many times faster a set's loops are than TensorFlow's, at the worse size.
 
     They take turns, and the median of the turns' ratios counts.
     """
     found = []
     for sizes in SIZES:
-        compiled, plain = step(sizes, instruction_set), step(sizes, None)
+        compiled, plain = step(sizes, instruction_set, dtype), step(sizes, None, dtype)
         found.append(statistics.median(plain() / compiled() for _ in range(TURNS)))
     return min(found)
 
 
 def main() -> None:
-    """Prints the ratio of the instruction set that the command line names."""
-    print(round(ratio(sys.argv[1]), 3))
+    """Prints the ratio of the instruction set and the dtype that the command line names."""
+    print(round(ratio(*sys.argv[1:]), 3))
 
 
 if __name__ == "__main__":

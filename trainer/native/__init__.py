@@ -3,8 +3,8 @@
 They are optional: without them the layer runs TensorFlow's own operations, which give the same
 numbers up to rounding. One build holds the loops of every instruction set of an architecture, and
 belongs to one TensorFlow and one source. The best set that the processor has is used if it is
-faster here than TensorFlow's loops. That is measured once for each kind of processor, at build time
-or at first use, and kept beside the build.
+faster here than TensorFlow's loops; for bfloat16 that may be so where it is not for float32. It is
+measured once for each kind of processor, at build time or at first use, and kept beside the build.
 
 Two variables change that: WARMSTATE_NATIVE=0 leaves the compiled loops out, WARMSTATE_NATIVE=avx2
 uses those of that set, measured or not. ONEDNN_MAX_CPU_ISA holds for them as for TensorFlow.
@@ -40,6 +40,7 @@ CHOICE = "WARMSTATE_NATIVE"
 BUILD = "python -m trainer.native.build"
 MEASURE = "trainer.models.native_speed"
 MEASURE_SECONDS = 240  # at most, on a busy machine; about 10 on an idle one
+HALF_SETS = ("avx512_bf16", "amx_bf16")  # with instructions that multiply bfloat16
 # What ONEDNN_MAX_CPU_ISA may be, by how it begins, and the best set that each allows.
 MAX_ISA = {"AVX512_CORE_AMX": "amx_bf16", "AVX10_1_512_AMX": "amx_bf16", "AVX10_2": "amx_bf16",
            "AVX512_CORE_BF16": "avx512_bf16", "AVX512_CORE_FP16": "avx512_bf16",
@@ -68,7 +69,7 @@ def library_path() -> Path:
 
 
 def measured_path() -> Path:
-    """Returns the file that holds how much faster the build is, by processor and set."""
+    """Returns the file that holds how much faster the build is, by processor, set and dtype."""
     return library_path().with_suffix(".json")
 
 
@@ -104,8 +105,11 @@ def best_instruction_set() -> str:
 
 
 @functools.cache
-def choice() -> Choice:
+def choice(dtype: tf.DType) -> Choice:
     """Returns which loops this process uses, and why.
+
+    Args:
+      dtype: of the layer's products, float32 or bfloat16.
 
     Raises:
       InputError: WARMSTATE_NATIVE names an instruction set that is not there.
@@ -125,8 +129,10 @@ def choice() -> Choice:
             raise InputError(f"{CHOICE}={wanted}: this machine can have {can}; unset it, or set it")
         return Choice(wanted, f"{CHOICE}={wanted}")
     best = best_instruction_set()
+    if dtype != tf.float32 and best not in HALF_SETS:
+        return choice(tf.float32)
     try:
-        ratio = measured().get(f"{processor()} {best}") or _measure(best)
+        ratio = measured().get(_key(best, dtype)) or _measure(best, dtype)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         return Choice(None, f"the compiled ones could not be measured: {error}")
     compared = f"measured {ratio:.2f} times as fast as TensorFlow's on this processor"
@@ -135,10 +141,14 @@ def choice() -> Choice:
     return Choice(best, compared)
 
 
-def _measure(instruction_set: str) -> float:
+def _key(instruction_set: str, dtype: tf.DType) -> str:
+    return f"{processor()} {instruction_set} {dtype.name}"
+
+
+def _measure(instruction_set: str, dtype: tf.DType) -> float:
     """Returns how many times faster than TensorFlow's the loops are, and keeps it."""
     done = subprocess.run(
-        [sys.executable, "-m", MEASURE, instruction_set],
+        [sys.executable, "-m", MEASURE, instruction_set, dtype.name],
         cwd=FOLDER.parents[1],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
@@ -147,7 +157,7 @@ def _measure(instruction_set: str) -> float:
         check=True,
     )
     ratio = float(done.stdout.splitlines()[-1])
-    _keep(f"{processor()} {instruction_set}", ratio)
+    _keep(_key(instruction_set, dtype), ratio)
     return ratio
 
 
@@ -159,7 +169,7 @@ def _keep(key: str, ratio: float) -> None:
 
 
 def measured() -> dict[str, float]:
-    """Returns how many times faster than TensorFlow's the loops are, by processor and set."""
+    """Returns how many times faster the loops are, by processor, set and dtype."""
     try:
         held = json.loads(measured_path().read_text())
     except (OSError, ValueError):
@@ -176,10 +186,14 @@ def hint() -> str:
     """Returns which loops an LSTM layer runs here, and why; "" on a GPU, which has cuDNN's."""
     if has_gpu():
         return ""
-    found = choice()
+    whole, half = choice(tf.float32), choice(tf.bfloat16)
+    return f"lstm: {_said(whole)}" + (f"; in bfloat16 {_said(half)}" if half != whole else "")
+
+
+def _said(found: Choice) -> str:
     if found.instruction_set is None:
-        return f"lstm: TensorFlow's loops; {found.why}"
-    return f"lstm: compiled loops ({found.instruction_set}), {found.why}"
+        return f"TensorFlow's loops; {found.why}"
+    return f"compiled loops ({found.instruction_set}), {found.why}"
 
 
 _in_inference = False
@@ -214,11 +228,15 @@ def using(instruction_set: str | None) -> Iterator[None]:
             _use(before)
 
 
-def operations(training: bool) -> ModuleType | None:
-    """Returns the module of the compiled operations, None where they are not to be used."""
+def operations(training: bool, dtype: tf.DType = tf.float32) -> ModuleType | None:
+    """Returns the module of the compiled operations, None where they are not to be used.
+
+    Args:
+      dtype: of the layer's products.
+    """
     if not (training or _in_inference) or (has_gpu() and not _overrides):
         return None
-    chosen = _overrides[-1] if _overrides else choice().instruction_set
+    chosen = _overrides[-1] if _overrides else choice(dtype).instruction_set
     if chosen is None:
         return None
     _use(chosen)

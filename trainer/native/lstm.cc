@@ -462,10 +462,10 @@ class ProductOp : public OpKernel {
     OP_REQUIRES_OK(context, has_shape_or_none("mask", mask, {batch, steps}, "[batch, time]"));
     Product call = {depth, columns, data_or_null<bool>(mask), left.flat<float>().data(), nullptr,
                     data_or_null<float>(bias), nullptr};
-    OP_REQUIRES_OK(context, allocate(context, 0, {batch, steps, columns}, &call.out));
     const Loops& loops = *chosen.load();
     Packed packed(loops, Factor::kFloat, right.flat<float>().data(), depth, columns);
     if (is_packed) OP_REQUIRES_OK(context, packed.ready("right", right, false));
+    OP_REQUIRES_OK(context, allocate(context, 0, {batch, steps, columns}, &call.out));
     if (!(batch && steps && columns)) return;
 
     if (!is_packed) {
@@ -495,7 +495,6 @@ class ForwardOp : public OpKernel {
     Forward call = {};
     int64_t batch = 0;
     OP_REQUIRES_OK(context, check(context, &batch, &call));
-    OP_REQUIRES_OK(context, allocate_results(context, batch, &call));
     const Loops& loops = *chosen.load();
     const Factors& factors = factors_of<Kind>(loops);
     Packed packed(loops, factors.factor, context->input(2).template flat<float>().data(),
@@ -503,6 +502,7 @@ class ForwardOp : public OpKernel {
     const Tensor& recurrent = context->input(2);
     const bool is_packed = recurrent.dims() == 1;
     if (is_packed) OP_REQUIRES_OK(context, packed.ready("recurrent", recurrent, true));
+    OP_REQUIRES_OK(context, allocate_results(context, batch, &call));
     if (!batch) return;
     if (!is_packed) OP_REQUIRES_OK(context, packed.of_gates(context));
     call.recurrent = packed.numbers();

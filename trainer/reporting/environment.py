@@ -31,7 +31,7 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": gpus,
-        "compiled_loops": native.operations(training=True) is not None,
+        "compiled_loops": any(native.operations(True, t) for t in (tf.float32, tf.bfloat16)),
         "command": sys.argv,
     }
 
