@@ -43,8 +43,10 @@ class Layer:
     def device(self) -> str:
         return DEVICE
 
-    def _step(self) -> list[torch.Tensor]:
-        outputs, _ = self._lstm(self._inputs)
+    def _step(self, half: bool) -> list[torch.Tensor]:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+            outputs, _ = self._lstm(self._inputs)
+        outputs = outputs.float()
         (outputs * outputs).sum().backward()
         gradients = [
             self._inputs.grad,
@@ -56,12 +58,12 @@ class Layer:
         self._inputs.grad = None
         return [outputs.detach(), *gradients]
 
-    def results(self, path: str) -> None:
-        np.savez(path, *(tensor.cpu().numpy() for tensor in self._step()))
+    def results(self, path: str, half: bool = False) -> None:
+        np.savez(path, *(tensor.cpu().numpy() for tensor in self._step(half)))
 
-    def seconds(self) -> float:
+    def seconds(self, half: bool = False) -> float:
         began = time.perf_counter()
-        self._step()
+        self._step(half)
         _wait()
         return time.perf_counter() - began
 
