@@ -489,15 +489,21 @@ class _CompiledLoops(NamedTuple):
     def forward(self, tensors: tuple[tf.Tensor, ...], keep: bool) -> Any:
         """Returns outputs, final h and c, and, where they are kept, gates and cells."""
         inputs, h, c, kernel, recurrent, bias = tensors
-        none, by_row = tf.zeros([0]), self.mode.row_biases
+        of_all = of_rows = tf.zeros([0])  # biases
+        if self.mode.row_biases:
+            of_rows = _whole(bias)
+        elif inputs.dtype == tf.float32:
+            of_all = bias
+        else:  # with a bias, oneDNN takes three times as long for a product in half precision
+            of_rows = tf.repeat(_whole(bias)[tf.newaxis], tf.shape(h)[0], 0)
         found = self.operations.warmstate_lstm(
-            self._of_inputs(inputs, kernel, none if by_row else bias),
+            self._of_inputs(inputs, kernel, of_all),
             self.index,
             _whole(recurrent),
             _whole(h),
             _whole(c),
             self.mask,
-            _whole(bias) if by_row else none,
+            of_rows,
             factors=inputs.dtype,
             keep=keep,
             return_sequences=self.mode.return_sequences,
@@ -510,8 +516,6 @@ class _CompiledLoops(NamedTuple):
         if inputs.dtype == tf.float32:
             return self._product(inputs, kernel, bias, self.mask)
         z = tf.matmul(_flat(inputs), kernel)
-        if bias.shape != [0]:
-            z = tf.nn.bias_add(z, bias)  # one operation with the product, when run
         return _whole(tf.reshape(z, [*tf.unstack(tf.shape(inputs))[:2], z.shape[1]]))
 
     def backward(
