@@ -92,7 +92,7 @@ struct Whole {
   typedef float Number;
   static constexpr Factor kFactor = Factor::kFloat;
   static constexpr int64_t kSteps = 1;
-  static constexpr int kTogether = kRows;  // rows of a product
+  static constexpr int kTogether = kRows;  // rows that go through a product together
 
   static Vector load(const Number* p) { return ::load(p); }
   static Vector all(Number a) { return ::all(a); }
@@ -217,7 +217,8 @@ void use_matrix_registers(int64_t many, int64_t factors) {
     registers.rows[i] = rows[i];
     registers.bytes_of_row[i] = i == 4 || i == 5 ? 4 * factors : 64;
   }
-  _tile_loadconfig(&registers);
+  asm volatile("" : : "r"(&registers) : "memory");  // g++ does not know that all of it is read,
+  _tile_loadconfig(&registers);                     // nor what the other functions read and write
 }
 
 // sums[m] += row m * half a group, by the processor's matrix registers. Rows are evenly spaced.
@@ -249,7 +250,6 @@ void multiply_group_in_matrices(int64_t many, const uint32_t* group, int64_t fac
                                 const uint32_t* const* rows, Vector (*sums)[4]) {
   const int64_t chunk = factors % 16 ? 8 : 16;  // units are a multiple of 16, pairs of 8
   const int64_t stride = many > 1 ? 4 * (rows[1] - rows[0]) : 0;
-  asm volatile("" ::: "memory");  // g++ does not know that these functions read memory
   use_matrix_registers(many, chunk);
   for (int half = 0; half < 2; ++half) {
     auto* of_half = reinterpret_cast<Vector(*)[4]>(&sums[0][2 * half]);
@@ -257,7 +257,7 @@ void multiply_group_in_matrices(int64_t many, const uint32_t* group, int64_t fac
     multiply(group + 2 * half * kWidth, factors, chunk, rows, stride, of_half);
   }
   _tile_release();
-  asm volatile("" ::: "memory");
+  asm volatile("" : : : "memory");
 }
 #endif
 

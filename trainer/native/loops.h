@@ -85,6 +85,7 @@ struct Factors {
   void (*backward)(const Backward&, const int64_t* rows, int64_t count, float* scratch);
 };
 
+// Of a row, two states and a copy of one.
 static inline int64_t forward_scratch(int64_t rows, int64_t units) {
   return 3 * rows * (units + kPadding);
 }
