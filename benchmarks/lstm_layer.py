@@ -41,7 +41,7 @@ SHAPES = [(64, 200, 256, 512, 11), (32, 400, 512, 1024, 5), (32, 100, 128, 256, 
 GEMM_SIDE = 2048
 PRODUCTS = 50
 TOLERANCE = 1e-5
-HALF, INFERENCE = " bfloat16", " inference"  # after the name of a program
+HALF = "warmstate bfloat16"
 HALF_TOLERANCE = 0.02
 
 
@@ -148,13 +148,12 @@ def functions_of(
         functions["block_lstm"] = block_lstm_step(layers["keras"], inputs)
     # oneDNN, limited to AVX2, ends the process at a bfloat16 product.
     if not gpu and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() != "AVX2":
-        for name, layer in layers.items():
-            half = type(layer)(units, return_sequences=True, dtype="mixed_bfloat16")
-            half.build(inputs.shape)
-            half.set_weights(layer.get_weights())
-            functions[name + HALF] = layer_step(half, inputs, None)
+        half = WarmLSTM(units, return_sequences=True, dtype="mixed_bfloat16")
+        half.build(inputs.shape)
+        half.set_weights(layers["keras"].get_weights())
+        functions[HALF] = layer_step(half, inputs, None)
     for name, layer in layers.items():
-        functions[name + INFERENCE] = inference(layer, inputs)
+        functions[f"{name} inference"] = inference(layer, inputs)
     functions["small products"] = products(4 * units, units, batch, PRODUCTS)
     functions["large product"] = products(GEMM_SIDE, GEMM_SIDE, GEMM_SIDE, 1)
     return functions
@@ -182,25 +181,20 @@ def measure(
     for name in ("warmstate", "block_lstm"):
         if name in functions:
             check(f"{shape}: {name}", functions[name](), expected)
-    for name in (program + HALF for program in layers):
-        if name in functions:
-            found = [tf.cast(tensor, tf.float32) for tensor in functions[name]()]
-            check(f"{shape}: {name}", found, expected, HALF_TOLERANCE)
+    if HALF in functions:
+        found = [tf.cast(tensor, tf.float32) for tensor in functions[HALF]()]
+        check(f"{shape}: {HALF}", found, expected, HALF_TOLERANCE)
     timed = {name: lambda f=function: seconds(f) for name, function in functions.items()}
     if torch and not padded:
         kernel, recurrent, bias = layers["keras"].get_weights()
         held = folder / "layer.npz"
         np.savez(held, inputs=inputs, kernel=kernel, recurrent=recurrent, bias=bias)
         torch.ask("load", str(held))
-        in_half = f"warmstate{HALF}" in functions
-        halves = {"pytorch": False} | ({f"pytorch{HALF}": True} if in_half else {})
-        for name, half in halves.items():
-            torch.ask("results", str(folder / "torch.npz"), half)
-            with np.load(folder / "torch.npz") as answer:
-                found = [answer[held] for held in answer.files]
-            check(f"{shape}: {name}", found, expected, HALF_TOLERANCE if half else TOLERANCE)
-            timed[name] = lambda half=half: torch.ask("seconds", half)
-        timed[f"pytorch{INFERENCE}"] = lambda: torch.ask("inference_seconds")
+        torch.ask("results", str(folder / "torch.npz"))
+        with np.load(folder / "torch.npz") as answer:
+            check(f"{shape}: PyTorch", [answer[name] for name in answer.files], expected)
+        timed["pytorch"] = lambda: torch.ask("seconds")
+        timed["pytorch inference"] = lambda: torch.ask("inference_seconds")
     in_turn(timed, 1)  # threads, memory
     times = in_turn(timed, repeats)
     name = f"batch {batch}, {steps} steps, {width} -> {units}" + (", padded" if padded else "")
@@ -241,8 +235,7 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
     """Returns how many times faster ours is: the median over the turns of each turn's ratio."""
     found = {}
     for name, values in times.items():
-        kind = next((kind for kind in (HALF, INFERENCE) if name.endswith(kind)), "")
-        ours = times[f"warmstate{kind}"]
+        ours = times["warmstate inference" if name.endswith("inference") else "warmstate"]
         if name not in ("small products", "large product") and values is not ours:
             pairs = zip(values, ours, strict=True)
             found[name] = round(statistics.median(theirs / own for theirs, own in pairs), 2)
@@ -252,9 +245,9 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
 def table(results: list[dict[str, Any]]) -> str:
     """Returns the results as Markdown."""
     lines = [
-        "| forward and backward, min (median) ms | ours | Keras | BlockLSTM "
+        "| forward and backward, min (median) ms | ours | in bfloat16 | Keras | BlockLSTM "
         "| PyTorch | ours / Keras, PyTorch | of the limit |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
 
     def cell(r: dict[str, Any], name: str) -> str:
@@ -263,14 +256,15 @@ def table(results: list[dict[str, Any]]) -> str:
         return f"{r['ms'][name]['min']:,.0f} ({r['ms'][name]['median']:,.0f})"
 
     for r in results:
-        for kind, words in (("", ""), (HALF, ", in bfloat16"), (INFERENCE, ", forward only")):
-            if f"warmstate{kind}" not in r["ms"]:
+        for suffix in ("", " inference"):
+            if f"warmstate{suffix}" not in r["ms"]:
                 continue
-            names = [name + kind for name in ("warmstate", "keras", "block_lstm", "pytorch")]
-            faster = [r["ratios"].get(f"{n}{kind}") for n in ("keras", "pytorch")]
-            percent = r.get("percent_of_limit", {}).get("warmstate") if not kind else None
+            programs = ("warmstate", HALF, "keras", "block_lstm", "pytorch")
+            names = [f"{n}{suffix}" for n in programs]
+            faster = [r["ratios"].get(f"{n}{suffix}") for n in ("keras", "pytorch")]
+            percent = r.get("percent_of_limit", {}).get("warmstate") if not suffix else None
             lines.append(
-                f"| {r['name']}{words} | "
+                f"| {r['name']}{suffix and ', forward only'} | "
                 + " | ".join(cell(r, name) for name in names)
                 + f" | {', '.join(f'{value:.2f} x' for value in faster if value)}"
                 + f" | {f'{percent} %' if percent else ''} |"

@@ -43,10 +43,8 @@ class Layer:
     def device(self) -> str:
         return DEVICE
 
-    def _step(self, half: bool) -> list[torch.Tensor]:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
-            outputs, _ = self._lstm(self._inputs)
-        outputs = outputs.float()
+    def _step(self) -> list[torch.Tensor]:
+        outputs, _ = self._lstm(self._inputs)
         (outputs * outputs).sum().backward()
         gradients = [
             self._inputs.grad,
@@ -58,12 +56,12 @@ class Layer:
         self._inputs.grad = None
         return [outputs.detach(), *gradients]
 
-    def results(self, path: str, half: bool = False) -> None:
-        np.savez(path, *(tensor.cpu().numpy() for tensor in self._step(half)))
+    def results(self, path: str) -> None:
+        np.savez(path, *(tensor.cpu().numpy() for tensor in self._step()))
 
-    def seconds(self, half: bool = False) -> float:
+    def seconds(self) -> float:
         began = time.perf_counter()
-        self._step(half)
+        self._step()
         _wait()
         return time.perf_counter() - began
 
