@@ -249,17 +249,16 @@ def run(name: str, x: Mapping[str, Any]) -> list[tf.Tensor]:
         x = {**x, operand: operations.warmstate_pack(x[operand], of_gates=of_gates)}
     if name.startswith("product"):
         return [operations.warmstate_product(*x.values(), transpose=name == "product_transposed")]
-    if name in ("lstm", "lstm_words", "lstm_packed"):
-        return list(operations.warmstate_lstm(*x.values(), keep=True, return_sequences=True))
-    if name == "lstm_in_half":
+    factors = tf.bfloat16 if name.endswith("_in_half") else tf.float32
+    if name.startswith("lstm_grad"):
+        clip_norm = CLIP_NORM if name == "lstm_grad_clipped" else 0
+        return list(
+            operations.warmstate_lstm_grad(*x.values(), factors=factors, clip_norm=clip_norm)
+        )
+    if name != "lstm_weight_grad":
         kept = {"keep": True, "return_sequences": True}
-        return list(operations.warmstate_lstm(*x.values(), factors=tf.bfloat16, **kept))
-    if name == "lstm_grad_in_half":
-        return list(operations.warmstate_lstm_grad(*x.values(), factors=tf.bfloat16))
-    if name == "lstm_grad_clipped":
-        return list(operations.warmstate_lstm_grad(*x.values(), clip_norm=CLIP_NORM))
-    function = getattr(operations, f"warmstate_{name}")
-    return list(function(*x.values()))
+        return list(operations.warmstate_lstm(*x.values(), factors=factors, **kept))
+    return list(operations.warmstate_lstm_weight_grad(*x.values()))
 
 
 def check_values(name: str, x: Arrays, found: list[np.ndarray]) -> None:

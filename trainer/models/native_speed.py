@@ -53,7 +53,7 @@ def step(
     return timed
 
 
-def ratio(instruction_set: str, dtype: str = "float32") -> float:
+def ratio(instruction_set: str, dtype: str) -> float:
     """Returns how many times faster a set's loops are than TensorFlow's, at the worse size.
 
     They take turns, and the median of the turns' ratios counts.
