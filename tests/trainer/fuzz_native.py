@@ -60,6 +60,7 @@ SHAPES: dict[str, dict[str, str]] = {
 }
 SHAPES["lstm_grad_clipped"] = SHAPES["lstm_grad"]
 SHAPES["lstm_in_half"], SHAPES["lstm_grad_in_half"] = SHAPES["lstm"], SHAPES["lstm_grad"]
+OF_STEPS = ("z", "d_outputs")  # what goes into the loops at each step has the factors' type
 CLIP_NORM = 0.5  # some rows of random gradients are longer, some are not
 LARGE = 2**40
 SANITIZERS = (
@@ -148,6 +149,8 @@ def arrays_of(random: np.random.Generator, shapes: Mapping[str, tuple[int, ...]]
             found[name] = random.random(shape).astype(np.float32)
         else:
             found[name] = (0.4 * random.normal(size=shape)).astype(np.float32)
+            if name in OF_STEPS:  # bfloat16 holds them exactly: only factors are rounded
+                found[name] = found[name].astype(tf.bfloat16.as_numpy_dtype).astype(np.float32)
     return found
 
 
@@ -191,7 +194,7 @@ def lstm(x: Arrays) -> list[np.ndarray]:
 
 
 def lstm_grad(x: Arrays, clip_norm: float = np.inf) -> list[np.ndarray]:
-    """Returns the gradients of z and of the states at the start."""
+    """Returns the gradients of z, of the states at the start and of the rows' biases."""
     batch, steps, units = x["cells"].shape
     d_h, d_c, shown = x["d_h"], x["d_c"], shown_by(x["mask"], batch, steps)
     d_z = np.zeros((batch, steps, 4 * units))
@@ -209,16 +212,15 @@ def lstm_grad(x: Arrays, clip_norm: float = np.inf) -> list[np.ndarray]:
         norms = np.linalg.norm(of_step, axis=1, keepdims=True)
         of_step *= np.minimum(1, clip_norm / np.maximum(norms, 1e-30))
         d_h = np.where(now, of_step, d_h)
-    return [d_z, d_h, d_c]
+    return [d_z, d_h, d_c, d_z.sum(1)]
 
 
 def lstm_weight_grad(x: Arrays) -> list[np.ndarray]:
-    """Returns the gradients of kernel, recurrent kernel and bias."""
+    """Returns the gradients of kernel and recurrent kernel."""
     shown = shown_by(x["mask"], *x["inputs"].shape[:2])[:, :, None]
     before = np.concatenate([x["h"][:, None], x["outputs"]], 1)[:, : x["outputs"].shape[1]]
     d_z = x["d_z"] * shown
-    of_all = (np.einsum("btm,btn->mn", left, d_z) for left in (x["inputs"], before))
-    return [*of_all, d_z.sum((0, 1))]
+    return [np.einsum("btm,btn->mn", left, d_z) for left in (x["inputs"], before)]
 
 
 EXPECTED: dict[str, Callable[[Arrays], list[np.ndarray]]] = {
@@ -249,16 +251,17 @@ def run(name: str, x: Mapping[str, Any]) -> list[tf.Tensor]:
         x = {**x, operand: operations.warmstate_pack(x[operand], of_gates=of_gates)}
     if name.startswith("product"):
         return [operations.warmstate_product(*x.values(), transpose=name == "product_transposed")]
+    if name == "lstm_weight_grad":
+        return list(operations.warmstate_lstm_weight_grad(*x.values()))
     factors = tf.bfloat16 if name.endswith("_in_half") else tf.float32
+    x = {k: tf.cast(v, factors) if k in OF_STEPS else v for k, v in x.items()}
     if name.startswith("lstm_grad"):
         clip_norm = CLIP_NORM if name == "lstm_grad_clipped" else 0
-        return list(
-            operations.warmstate_lstm_grad(*x.values(), factors=factors, clip_norm=clip_norm)
-        )
-    if name != "lstm_weight_grad":
+        found = operations.warmstate_lstm_grad(*x.values(), clip_norm=clip_norm)
+    else:
         kept = {"keep": True, "return_sequences": True}
-        return list(operations.warmstate_lstm(*x.values(), factors=factors, **kept))
-    return list(operations.warmstate_lstm_weight_grad(*x.values()))
+        found = operations.warmstate_lstm(*x.values(), **kept)
+    return [tf.cast(tensor, tf.float32) for tensor in found]
 
 
 def check_values(name: str, x: Arrays, found: list[np.ndarray]) -> None:
@@ -268,8 +271,8 @@ def check_values(name: str, x: Arrays, found: list[np.ndarray]) -> None:
     )
     for ours, theirs in zip(found, expected, strict=True):
         # Sums of at most 1,000 terms of about 1, each rounded to 24 bits; in half, of at most 320
-        # terms of about 0.1, whose factors are rounded to 8.
-        tolerance = 0.02 if name.endswith("_in_half") else 1e-4
+        # terms of about 0.1, whose factors are rounded to 8: of 1,600 sets the worst needs 0.026.
+        tolerance = 0.04 if name.endswith("_in_half") else 1e-4
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 

@@ -99,7 +99,6 @@ class CompiledReader:
                     carried[:, 2 * layer + 1],
                     mask,
                     self._no_bias,
-                    factors=tf.float32,
                     keep=False,
                     return_sequences=layer < last or pools,
                 )

@@ -504,7 +504,6 @@ class _CompiledLoops(NamedTuple):
             _whole(c),
             self.mask,
             of_rows,
-            factors=inputs.dtype,
             keep=keep,
             return_sequences=self.mode.return_sequences,
         )
@@ -516,17 +515,17 @@ class _CompiledLoops(NamedTuple):
         if inputs.dtype == tf.float32:
             return self._product(inputs, kernel, bias, self.mask)
         z = tf.matmul(_flat(inputs), kernel)
-        return _whole(tf.reshape(z, [*tf.unstack(tf.shape(inputs))[:2], z.shape[1]]))
+        return tf.reshape(z, [*tf.unstack(tf.shape(inputs))[:2], z.shape[1]])
 
     def backward(
         self, upstream: tuple[tf.Tensor, ...], tensors: tuple[tf.Tensor, ...], kept: Any
     ) -> tuple[tf.Tensor | None, ...]:
         """Returns the gradients of `tensors`; each is computed only if it is asked for."""
         inputs, _h, c, _kernel, recurrent, _ = tensors
-        d_outputs, dh, dc = map(_whole, upstream)
+        d_outputs, (dh, dc) = upstream[0], map(_whole, upstream[1:])
         if not self.mode.return_sequences:
-            dh, d_outputs = dh + d_outputs[:, 0], tf.zeros([0])
-        dz, dh, dc = self.operations.warmstate_lstm_grad(
+            dh, d_outputs = dh + _whole(d_outputs[:, 0]), tf.zeros([0], inputs.dtype)
+        dz, dh, dc, of_rows = self.operations.warmstate_lstm_grad(
             kept.gates,
             _whole(recurrent),
             _whole(c),
@@ -535,47 +534,35 @@ class _CompiledLoops(NamedTuple):
             d_outputs,
             dh,
             dc,
-            factors=inputs.dtype,
             clip_norm=self.mode.clip_norm,
         )
-        if inputs.dtype == tf.float32:
-            return self._of_dz(dz, tensors, kept.outputs, dh, dc)
-        return self._of_dz_in_half(dz, tensors, kept.outputs, dh, dc)
+        of_dz = self._of_dz if inputs.dtype == tf.float32 else self._of_dz_in_half
+        d_bias = of_rows if self.mode.row_biases else tf.reduce_sum(of_rows, 0)
+        d_inputs, d_kernel, d_recurrent = of_dz(dz, tensors, kept.outputs)
+        dh, dc, d_bias = (tf.cast(t, inputs.dtype) for t in (dh, dc, d_bias))
+        return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
 
     def _of_dz_in_half(
-        self,
-        dz: tf.Tensor,
-        tensors: tuple[tf.Tensor, ...],
-        outputs: tf.Tensor,
-        dh: tf.Tensor,
-        dc: tf.Tensor,
+        self, dz: tf.Tensor, tensors: tuple[tf.Tensor, ...], outputs: tf.Tensor
     ) -> tuple[tf.Tensor | None, ...]:
-        """Returns the gradients of tensors in half precision from those of the gates."""
+        """Returns the gradients of inputs and matrices in half precision."""
         inputs, h, _, kernel, _, _ = tensors
         d_inputs = d_kernel = d_recurrent = None
-        dh, dc, d_bias, flat = (
-            tf.cast(t, inputs.dtype) for t in (dh, dc, _of_bias(dz, self.mode), _flat(dz))
-        )
+        flat = _flat(dz)
         if self.mode.of_inputs:
             d_inputs = tf.reshape(tf.matmul(flat, kernel, transpose_b=True), tf.shape(inputs))
         if self.mode.of_matrices:
-            before = tf.concat([_whole(h)[:, tf.newaxis], outputs[:, :-1]], 1)
-            before = _flat(tf.cast(before, inputs.dtype))
+            before = _flat(tf.concat([h[:, tf.newaxis], outputs[:, :-1]], 1))
             d_kernel = tf.matmul(_flat(inputs), flat, transpose_a=True)
             d_recurrent = tf.matmul(before, flat, transpose_a=True)
-        return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
+        return d_inputs, d_kernel, d_recurrent
 
     def _of_dz(
-        self,
-        dz: tf.Tensor,
-        tensors: tuple[tf.Tensor, ...],
-        outputs: tf.Tensor,
-        dh: tf.Tensor,
-        dc: tf.Tensor,
+        self, dz: tf.Tensor, tensors: tuple[tf.Tensor, ...], outputs: tf.Tensor
     ) -> tuple[tf.Tensor | None, ...]:
-        """Returns the gradients of float32 tensors from those of the gates."""
+        """Returns the gradients of inputs and matrices in float32."""
         inputs, h, _, kernel, _, _ = tensors
-        d_inputs = d_kernel = d_recurrent = d_bias = None
+        d_inputs = d_kernel = d_recurrent = None
         left = inputs  # of the kernel's gradient
         if self._by_index:
             of_words = tf.math.unsorted_segment_sum(dz, self.index, tf.shape(inputs)[0])
@@ -584,14 +571,12 @@ class _CompiledLoops(NamedTuple):
         elif self.mode.of_inputs:
             d_inputs = self._product(dz, kernel, tf.zeros([0]), self.mask, transpose=True)
         if self.mode.of_matrices:
-            d_kernel, d_recurrent, d_bias = self.operations.warmstate_lstm_weight_grad(
+            d_kernel, d_recurrent = self.operations.warmstate_lstm_weight_grad(
                 left, outputs, h, dz, self.mask
             )
             if self._by_index:
                 d_kernel = tf.matmul(inputs, of_words, transpose_a=True)
-        if self.mode.frozen or self.mode.row_biases or d_bias is None:
-            d_bias = _of_bias(dz, self.mode)
-        return d_inputs, dh, dc, d_kernel, d_recurrent, d_bias
+        return d_inputs, d_kernel, d_recurrent
 
     def _product(
         self,

@@ -40,10 +40,30 @@ constexpr int kMatrixRows = 16;           // of a matrix register (AMX)
 typedef float Vector __attribute__((vector_size(4 * kWidth)));
 typedef float Unaligned __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vector all(float x) { return x - Vector{}; }  // x + 0 would add: x may be -0
+
+// Numbers in bfloat16, which are the upper halves of floats.
+inline Vector load(const uint16_t* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return reinterpret_cast<Vector>(__builtin_convertvector(halves, Bits) << 16);
+}
+inline void store(uint16_t* p, Vector v) {
+#if defined(__AVX512BF16__)
+  const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+#else
+  const Bits bits = reinterpret_cast<Bits>(v);
+  const Bits nearest = bits + 0x7fff + (bits >> 16 & 1);  // a tie goes to the even one
+  const auto is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  const Halves halves = __builtin_convertvector((is_nan ? bits | 0x00400000 : nearest) >> 16, Halves);
+#endif
+  std::memcpy(p, &halves, sizeof halves);
+}
 
 // What is not a number compares as false, and so stays: a run must see it.
 inline Vector clamped(Vector x, float bound) {
@@ -87,9 +107,11 @@ inline Vector tanh_of(Vector x) {
   return x * above / below;
 }
 
-// The types of factors. A factor holds kSteps numbers that follow each other along the depth.
+// The types of factors. A factor holds kSteps numbers that follow each other along the depth. What
+// goes into the loops and comes out of them at every step has type Stored.
 struct Whole {
   typedef float Number;
+  typedef float Stored;
   static constexpr Factor kFactor = Factor::kFloat;
   static constexpr int64_t kSteps = 1;
   static constexpr int kTogether = kRows;  // rows that go through a product together
@@ -103,6 +125,7 @@ struct Whole {
 #if defined(__AVX512BF16__)
 struct Half {
   typedef uint32_t Number;
+  typedef uint16_t Stored;
   static constexpr Factor kFactor = Factor::kPair;
   static constexpr int64_t kSteps = 2;
 #if defined(__AMX_BF16__)
@@ -121,12 +144,12 @@ struct Half {
     sum = reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), b, a));
   }
   static void pack(Vector numbers, Number* to) {
-    const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(numbers));
-    std::memcpy(to, &halves, sizeof halves);
+    store(reinterpret_cast<uint16_t*>(to), numbers);
   }
 };
 #else
 struct Half : Whole {  // without an instruction for them
+  typedef uint16_t Stored;
   static constexpr Factor kFactor = Factor::kRounded;
 
   static void pack(Vector numbers, Number* to) {
@@ -142,6 +165,8 @@ struct Half : Whole {  // without an instruction for them
 
 template <typename Kind>
 using NumberOf = typename Kind::Number;
+template <typename Kind>
+using StoredOf = typename Kind::Stored;
 
 template <typename Kind>
 int64_t factors_of(int64_t depth) {
@@ -303,6 +328,7 @@ struct States {
   NumberOf<Kind>* packed;   // two states h of a row, before and after the step
   int64_t newer[kMostRows];  // which of the two is the newer one
 
+  StoredOf<Kind>* outputs() { return static_cast<StoredOf<Kind>*>(call.outputs); }
   NumberOf<Kind>* state(int64_t i, int64_t which) {
     return packed + (2 * i + which) * (factors + kPadding);
   }
@@ -327,21 +353,23 @@ struct States {
   }
   void repeat(int64_t i, int64_t place) {
     const int64_t at = rows[i] * call.units, to = place * call.units;
-    if (call.outputs) std::memcpy(call.outputs + to, call.h + at, 4 * call.units);
+    for (int64_t u = 0; call.outputs && u < call.units; u += kWidth) {
+      store(outputs() + to + u, load(call.h + at + u));
+    }
     if (call.cells) std::memcpy(call.cells + to, call.c + at, 4 * call.units);
     if (call.gates) std::memset(call.gates + 4 * to, 0, 4 * 4 * call.units);
   }
   // Begins the sums of the units from u on with z, and fetches what is next.
   void start(int64_t i, int64_t u, int64_t place, Vector (&sums)[4]) {
     const int64_t units = call.units, row = call.index ? call.index[place] : place;
-    const float* z = call.z + row * 4 * units + u;
+    const auto* z = static_cast<const StoredOf<Kind>*>(call.z) + row * 4 * units + u;
     const float* bias = call.bias ? call.bias + rows[i] * 4 * units + u : nullptr;
     for (int gate = 0; gate < 4; ++gate) {
       sums[gate] = load(z + gate * units);
       if (bias) sums[gate] += load(bias + gate * units);
       __builtin_prefetch(z + gate * units + kWidth);
     }
-    if (call.outputs) __builtin_prefetch(call.outputs + place * units + u, 1);
+    if (call.outputs) __builtin_prefetch(outputs() + place * units + u, 1);
     if (call.cells) __builtin_prefetch(call.cells + place * units + u, 1);
   }
   // From the sums to the new states.
@@ -354,7 +382,7 @@ struct States {
     store(c, cell);
     store(h, output);
     Kind::pack(output, state(i, 1 - newer[i]) + u / Kind::kSteps);
-    if (call.outputs) store(call.outputs + place * units + u, output);
+    if (call.outputs) store(outputs() + place * units + u, output);
     if (!call.gates) return;
     float* gate = call.gates + place * 4 * units + u;
     store(gate, in);
@@ -411,7 +439,8 @@ inline void through_gates(const Backward& call, int64_t row, int64_t t, NumberOf
   const int64_t units = call.units, place = row * call.steps + t;
   const float *gate = call.gates + place * 4 * units, *c = call.cells + place * units;
   const float *c_before = t ? c - units : call.c + row * units, *d_h = call.d_h + row * units;
-  float *d_z = call.d_z + place * 4 * units, *d_c = call.d_c + row * units;
+  auto* d_z = static_cast<StoredOf<Kind>*>(call.d_z) + place * 4 * units;
+  float *d_c = call.d_c + row * units, *d_bias = call.d_bias + row * 4 * units;
   for (int64_t u = 0; u < units; u += kWidth) {
     const Vector in = load(gate + u), forget = load(gate + units + u),
                  candidate = load(gate + 2 * units + u), out = load(gate + 3 * units + u);
@@ -424,6 +453,7 @@ inline void through_gates(const Backward& call, int64_t row, int64_t t, NumberOf
     store(d_c + u, of_c * forget);
     for (int64_t g = 0; g < 4; ++g) {
       store(d_z + g * units + u, gradients[g]);
+      store(d_bias + g * units + u, load(d_bias + g * units + u) + gradients[g]);
       Kind::pack(gradients[g], packed + (g * units + u) / Kind::kSteps);
     }
   }
@@ -445,19 +475,24 @@ void backward(const Backward& call, const int64_t* rows, int64_t count, float* s
   const int64_t units = call.units, factors = factors_of<Kind>(4 * units);
   const auto* recurrent = static_cast<const NumberOf<Kind>*>(call.recurrent);
   auto* d_gates = reinterpret_cast<NumberOf<Kind>*>(scratch);
+  const auto* d_outputs = static_cast<const StoredOf<Kind>*>(call.d_outputs);
+  auto* d_z = static_cast<StoredOf<Kind>*>(call.d_z);
+  for (int64_t i = 0; i < count; ++i) {
+    std::memset(call.d_bias + rows[i] * 4 * units, 0, 4 * 4 * units);
+  }
   for (int64_t t = call.steps - 1; t >= 0; --t) {
     int64_t shown[kMostRows], many_shown = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t place = rows[i] * call.steps + t;
       float* d_h = call.d_h + rows[i] * units;
-      for (int64_t u = 0; call.d_outputs && u < units; u += kWidth) {
-        store(d_h + u, load(d_h + u) + load(call.d_outputs + place * units + u));
+      for (int64_t u = 0; d_outputs && u < units; u += kWidth) {
+        store(d_h + u, load(d_h + u) + load(d_outputs + place * units + u));
       }
       if (shows(call.mask, place)) {
         through_gates<Kind>(call, rows[i], t, d_gates + many_shown * (factors + kPadding));
         shown[many_shown++] = rows[i];
       } else {
-        std::memset(call.d_z + place * 4 * units, 0, 4 * 4 * units);
+        std::memset(d_z + place * 4 * units, 0, sizeof *d_z * 4 * units);
       }
     }
     for (int64_t u = 0; u < units; u += kGroup) {
@@ -548,14 +583,14 @@ constexpr int64_t kRowsAhead = 48;
 constexpr int64_t kLeftTile = kDepth * kRows + kCopied;
 
 int64_t left_tiles(const WeightGradient& call) {
-  return (call.width + call.units + 1 + kRows - 1) / kRows;
+  return (call.width + call.units + kRows - 1) / kRows;
 }
 
 int64_t weight_gradient_scratch(const WeightGradient& call, int64_t columns) {
   return left_tiles(call) * (kRows + kLeftTile) + kCopied + kDepth * kTile;
 }
 
-// Packs [inputs, h before the step, 1] of some places, each of which is `line` meanwhile.
+// Packs [inputs, h before the step] of some places, each of which is `line` meanwhile.
 void pack_left(const WeightGradient& call, const int64_t* places, int64_t many, float* line,
                float* to) {
   for (int64_t k = 0; k < many; ++k) {
@@ -563,7 +598,6 @@ void pack_left(const WeightGradient& call, const int64_t* places, int64_t many, 
     const float* h = t ? call.outputs + (places[k] - 1) * call.units : call.h + row * call.units;
     std::memcpy(line, call.inputs + places[k] * call.width, 4 * call.width);
     std::memcpy(line + call.width, h, 4 * call.units);
-    line[call.width + call.units] = 1.0f;
     for (int64_t tile = 0; tile < left_tiles(call); ++tile) {
       std::memcpy(to + tile * kLeftTile + k * kRows, line + tile * kRows, 4 * kCopied);
     }
@@ -573,11 +607,10 @@ void pack_left(const WeightGradient& call, const int64_t* places, int64_t many, 
 // Adds what some places give to a tile of columns; or begins with it.
 void add_tile(const WeightGradient& call, bool begins, int64_t column, int64_t places,
               const float* left, const float* right) {
-  const int64_t rows = call.width + call.units + 1, columns = 4 * call.units;
+  const int64_t rows = call.width + call.units, columns = 4 * call.units;
   const auto sum = [&](int64_t m) {
     if (m < call.width) return call.d_kernel + m * columns + column;
-    if (m < rows - 1) return call.d_recurrent + (m - call.width) * columns + column;
-    return call.d_bias + column;
+    return call.d_recurrent + (m - call.width) * columns + column;
   };
   for (int64_t first = 0; first < rows; first += kRows, left += kLeftTile) {
     const int64_t many = rows - first < kRows ? rows - first : kRows;

@@ -1,6 +1,7 @@
 // What lstm.cc, which TensorFlow calls, and loops.cc, which is compiled once for each instruction
-// set, share. Pointers are to float32 in row-major order unless a comment says otherwise. Gates are
-// input, forget, candidate and output. A mask is true where a step is not masked; null: everywhere.
+// set, share. Numbers are float32 in row-major order unless a comment says otherwise; those behind
+// `void*` have the type of the recurrent products' factors. Gates are input, forget, candidate and
+// output. A mask is true where a step is not masked; null: everywhere.
 
 #ifndef WARMSTATE_LOOPS_H_
 #define WARMSTATE_LOOPS_H_
@@ -18,13 +19,14 @@ constexpr int64_t kProductRows = 48;  // rows that stay in the caches while a wh
 struct Forward {
   int64_t steps, units;
   const bool* mask;       // [batch, time]
-  const float* z;         // [batch, time, 4 * units], what inputs and bias give the gates
+  const void* z;          // [batch, time, 4 * units], what inputs and bias give the gates
   const int32_t* index;   // [batch, time], rows of z [words, 4 * units]; null: z is as above
   const float* bias;      // [batch, 4 * units], of the rows of the batch, added to z; null: 0
   const void* recurrent;  // packed, [units, 4 * units]
   float *h, *c;           // [batch, units]: before the first step; on return, after the last
-  float* outputs;         // [batch, time, units]; null: not kept
-  float *gates, *cells;   // [batch, time, 4 * units], may be z; [batch, time, units]; null: not kept
+  void* outputs;          // [batch, time, units]; null: not kept
+  float* gates;           // [batch, time, 4 * units], may be z if that is float32; null: not kept
+  float* cells;           // [batch, time, units]; null: not kept
 };
 
 // The backward loop.
@@ -34,10 +36,11 @@ struct Backward {
   const float *gates, *cells;  // of the forward loop
   const float* c;              // [batch, units], before the first step
   const void* recurrent;       // packed, [4 * units, units]
-  const float* d_outputs;      // [batch, time, units]; null: all are 0
+  const void* d_outputs;       // [batch, time, units]; null: all are 0
   float *d_h, *d_c;            // [batch, units], after the last step; on return, before the first
   float clip_norm;             // of a row of d_h that a step gives the step before it; 0: any
-  float* d_z;                  // [batch, time, 4 * units], may be `gates`
+  void* d_z;                   // [batch, time, 4 * units], may be `gates` if it is float32
+  float* d_bias;               // [batch, 4 * units]: d_z, before it is rounded, summed over time
 };
 
 // out = left * right + bias; rows that are masked are 0.
@@ -50,14 +53,14 @@ struct Product {
   float* out;         // [rows, columns]
 };
 
-// The gradients of all weights: [inputs, h before the step, 1] transposed, times d_z.
+// The gradients of both matrices: [inputs, h before the step] transposed, times d_z.
 struct WeightGradient {
   int64_t batch, steps, width, units;
   const bool* mask;
   const float *inputs, *outputs;  // [batch, time, width], [batch, time, units]
   const float* h;                 // [batch, units], before the first step
   const float* d_z;               // [batch, time, 4 * units]
-  float *d_kernel, *d_recurrent, *d_bias;
+  float *d_kernel, *d_recurrent;
 };
 
 // How the numbers of a packed matrix are written, each factor in four bytes.

@@ -1,6 +1,7 @@
 // TensorFlow's operations for an LSTM layer on a CPU: they check their operands, pack the matrices
 // and share the rows among threads. loops.h has the loops, for the instruction set that was chosen.
-// Everything is float32, but the recurrent products' factors may be bfloat16.
+// Everything is float32, but the recurrent products' factors may be bfloat16, and so what goes into
+// the loops and comes out of them at every step.
 //
 // The rows of a batch do not depend on each other, so each thread takes some of them through all
 // steps and never waits for another.
@@ -14,6 +15,7 @@
 #include <initializer_list>
 #include <mutex>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -150,14 +152,15 @@ void use_huge_pages(void* address, size_t bytes) {
 #endif
 }
 
+template <typename Number, typename Pointer>
 Status allocate(OpKernelContext* context, int output, std::initializer_list<int64_t> sizes,
-                float** data) {
+                Pointer* data) {
   TensorShape shape;
   TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &shape));
   Tensor* tensor = nullptr;
   TF_RETURN_IF_ERROR(context->allocate_output(output, shape, &tensor));
-  *data = tensor->flat<float>().data();
-  use_huge_pages(*data, 4 * tensor->NumElements());
+  *data = tensor->flat<Number>().data();
+  use_huge_pages(*data, sizeof(Number) * tensor->NumElements());
   return absl::OkStatus();
 }
 
@@ -429,7 +432,7 @@ class PackOp : public OpKernel {
     Packed packed(*chosen.load(), Factor::kFloat, matrix.flat<float>().data(), matrix.dim_size(0),
                   matrix.dim_size(1));
     float* numbers = nullptr;
-    OP_REQUIRES_OK(context, allocate(context, 0, {packed.size_kept()}, &numbers));
+    OP_REQUIRES_OK(context, allocate<float>(context, 0, {packed.size_kept()}, &numbers));
     packed.keep_in(numbers);
     OP_REQUIRES_OK(context, of_gates_ ? packed.of_gates(context) : packed.plain(context));
   }
@@ -465,7 +468,7 @@ class ProductOp : public OpKernel {
     const Loops& loops = *chosen.load();
     Packed packed(loops, Factor::kFloat, right.flat<float>().data(), depth, columns);
     if (is_packed) OP_REQUIRES_OK(context, packed.ready("right", right, false));
-    OP_REQUIRES_OK(context, allocate(context, 0, {batch, steps, columns}, &call.out));
+    OP_REQUIRES_OK(context, allocate<float>(context, 0, {batch, steps, columns}, &call.out));
     if (!(batch && steps && columns)) return;
 
     if (!is_packed) {
@@ -553,7 +556,7 @@ class ForwardOp : public OpKernel {
     call->steps = steps;
     call->units = units;
     call->mask = data_or_null<bool>(mask);
-    call->z = z.flat<float>().data();
+    call->z = z.flat<Kind>().data();
     call->index = data_or_null<int32_t>(index);
     call->bias = data_or_null<float>(bias);
     return absl::OkStatus();
@@ -561,23 +564,23 @@ class ForwardOp : public OpKernel {
 
   Status allocate_results(OpKernelContext* context, int64_t batch, Forward* call) const {
     const int64_t units = call->units, steps = call->steps;
-    TF_RETURN_IF_ERROR(allocate(context, 1, {batch, units}, &call->h));
-    TF_RETURN_IF_ERROR(allocate(context, 2, {batch, units}, &call->c));
+    TF_RETURN_IF_ERROR(allocate<float>(context, 1, {batch, units}, &call->h));
+    TF_RETURN_IF_ERROR(allocate<float>(context, 2, {batch, units}, &call->c));
     std::memcpy(call->h, context->input(3).flat<float>().data(), 4 * batch * units);
     std::memcpy(call->c, context->input(4).flat<float>().data(), 4 * batch * units);
-    float* none = nullptr;
+    void* none = nullptr;
     if (keep_ || sequences_) {
-      TF_RETURN_IF_ERROR(allocate(context, 0, {batch, steps, units}, &call->outputs));
+      TF_RETURN_IF_ERROR(allocate<Kind>(context, 0, {batch, steps, units}, &call->outputs));
     } else {
-      TF_RETURN_IF_ERROR(allocate(context, 0, {batch, 0, units}, &none));
+      TF_RETURN_IF_ERROR(allocate<Kind>(context, 0, {batch, 0, units}, &none));
     }
     if (!keep_) {
-      TF_RETURN_IF_ERROR(allocate(context, 3, {batch, 0, 4 * units}, &none));
-      return allocate(context, 4, {batch, 0, units}, &none);
+      TF_RETURN_IF_ERROR(allocate<float>(context, 3, {batch, 0, 4 * units}, &none));
+      return allocate<float>(context, 4, {batch, 0, units}, &none);
     }
-    TF_RETURN_IF_ERROR(allocate(context, 4, {batch, steps, units}, &call->cells));
-    if (context->input(1).dims() == 2) {
-      return allocate(context, 3, {batch, steps, 4 * units}, &call->gates);
+    TF_RETURN_IF_ERROR(allocate<float>(context, 4, {batch, steps, units}, &call->cells));
+    if (context->input(1).dims() == 2 || !std::is_same<Kind, float>()) {  // z has no room for them
+      return allocate<float>(context, 3, {batch, steps, 4 * units}, &call->gates);
     }
     Tensor* gates = nullptr;
     TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output(
@@ -602,12 +605,18 @@ class BackwardOp : public OpKernel {
     call.clip_norm = clip_norm_;
     int64_t batch = 0;
     OP_REQUIRES_OK(context, check(context, &batch, &call));
-    Tensor* d_z = nullptr;
-    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
-                                {0}, 0, context->input(0).shape(), &d_z));
-    call.d_z = d_z->template flat<float>().data();
-    OP_REQUIRES_OK(context, allocate(context, 1, {batch, call.units}, &call.d_h));
-    OP_REQUIRES_OK(context, allocate(context, 2, {batch, call.units}, &call.d_c));
+    if (std::is_same<Kind, float>()) {  // the gates have room for it
+      Tensor* d_z = nullptr;
+      OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
+                                  {0}, 0, context->input(0).shape(), &d_z));
+      call.d_z = d_z->template flat<float>().data();
+    } else {
+      OP_REQUIRES_OK(context, allocate<Kind>(context, 0, {batch, call.steps, 4 * call.units},
+                                             &call.d_z));
+    }
+    OP_REQUIRES_OK(context, allocate<float>(context, 1, {batch, call.units}, &call.d_h));
+    OP_REQUIRES_OK(context, allocate<float>(context, 2, {batch, call.units}, &call.d_c));
+    OP_REQUIRES_OK(context, allocate<float>(context, 3, {batch, 4 * call.units}, &call.d_bias));
     if (!batch) return;
     const int64_t bytes = 4 * batch * call.units;
     std::memcpy(call.d_h, context->input(6).template flat<float>().data(), bytes);
@@ -651,7 +660,7 @@ class BackwardOp : public OpKernel {
     call->gates = gates.flat<float>().data();
     call->cells = cells.flat<float>().data();
     call->c = c.flat<float>().data();
-    call->d_outputs = data_or_null<float>(d_outputs);
+    call->d_outputs = data_or_null<Kind>(d_outputs);
     return absl::OkStatus();
   }
 
@@ -666,9 +675,8 @@ class WeightGradientOp : public OpKernel {
     WeightGradient call = {};
     OP_REQUIRES_OK(context, check(context, &call));
     const int64_t units = call.units, columns = 4 * units;
-    OP_REQUIRES_OK(context, allocate(context, 0, {call.width, columns}, &call.d_kernel));
-    OP_REQUIRES_OK(context, allocate(context, 1, {units, columns}, &call.d_recurrent));
-    OP_REQUIRES_OK(context, allocate(context, 2, {columns}, &call.d_bias));
+    OP_REQUIRES_OK(context, allocate<float>(context, 0, {call.width, columns}, &call.d_kernel));
+    OP_REQUIRES_OK(context, allocate<float>(context, 1, {units, columns}, &call.d_recurrent));
 
     const Loops& loops = *chosen.load();
     const int64_t tiles = columns / loops.tile;
@@ -706,7 +714,7 @@ class WeightGradientOp : public OpKernel {
     }
     *call = {batch,  steps, inputs.dim_size(2), units, data_or_null<bool>(mask),
              inputs.flat<float>().data(), outputs.flat<float>().data(), h.flat<float>().data(),
-             d_z.flat<float>().data(), nullptr, nullptr, nullptr};
+             d_z.flat<float>().data(), nullptr, nullptr};
     return absl::OkStatus();
   }
 };
@@ -823,6 +831,7 @@ Status backward_shape(InferenceContext* c) {
   c->set_output(0, c->MakeShape({batch, steps, gates}));
   c->set_output(1, c->MakeShape({batch, units}));
   c->set_output(2, c->MakeShape({batch, units}));
+  c->set_output(3, c->MakeShape({batch, gates}));
   return absl::OkStatus();
 }
 
@@ -840,7 +849,6 @@ Status weight_gradient_shape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(merge_or_none(c, 4, {batch, steps}));
   c->set_output(0, c->MakeShape({width, gates}));
   c->set_output(1, c->MakeShape({units, gates}));
-  c->set_output(2, c->MakeShape({gates}));
   return absl::OkStatus();
 }
 
@@ -894,20 +902,20 @@ REGISTER_KERNEL_BUILDER(Name("WarmstateProduct").Device(tensorflow::DEVICE_CPU),
 // candidate and output. Or, with an index [batch, time], [words, 4 * units]: what each different
 // word gives. recurrent: [units, 4 * units], or packed. mask: [batch, time], or empty. bias:
 // [batch, 4 * units], added to the z of each row's steps, or empty. factors: of the recurrent
-// products. keep: what the gradient needs, which are all outputs, gates and cells; they have no
-// steps otherwise.
+// products, and of z and outputs. keep: what the gradient needs, which are all outputs, gates and
+// cells; they have no steps otherwise.
 REGISTER_OP("WarmstateLstm")
-    .Attr("factors: {float, bfloat16} = DT_FLOAT")
+    .Attr("factors: {float, bfloat16}")
     .Attr("keep: bool")
     .Attr("return_sequences: bool")
-    .Input("z: float")
+    .Input("z: factors")
     .Input("index: int32")
     .Input("recurrent: float")
     .Input("h: float")
     .Input("c: float")
     .Input("mask: bool")
     .Input("bias: float")
-    .Output("outputs: float")
+    .Output("outputs: factors")
     .Output("final_h: float")
     .Output("final_c: float")
     .Output("gates: float")
@@ -921,21 +929,23 @@ REGISTER_KERNEL_BUILDER(
     ForwardOp<bfloat16>);
 
 // d_outputs: [batch, time, units], or empty where only the final states have a gradient. clip_norm:
-// the largest norm of a row of d_h that a step gives the step before it; 0: any.
+// the largest norm of a row of d_h that a step gives the step before it; 0: any. d_bias: d_z summed
+// over time, [batch, 4 * units], before it is rounded.
 REGISTER_OP("WarmstateLstmGrad")
-    .Attr("factors: {float, bfloat16} = DT_FLOAT")
+    .Attr("factors: {float, bfloat16}")
     .Attr("clip_norm: float = 0.0")
     .Input("gates: float")
     .Input("recurrent: float")
     .Input("c: float")
     .Input("cells: float")
     .Input("mask: bool")
-    .Input("d_outputs: float")
+    .Input("d_outputs: factors")
     .Input("d_h: float")
     .Input("d_c: float")
-    .Output("d_z: float")
+    .Output("d_z: factors")
     .Output("d_first_h: float")
     .Output("d_first_c: float")
+    .Output("d_bias: float")
     .SetShapeFn(backward_shape);
 REGISTER_KERNEL_BUILDER(
     Name("WarmstateLstmGrad").Device(tensorflow::DEVICE_CPU).TypeConstraint<float>("factors"),
@@ -952,7 +962,6 @@ REGISTER_OP("WarmstateLstmWeightGrad")
     .Input("mask: bool")
     .Output("d_kernel: float")
     .Output("d_recurrent: float")
-    .Output("d_bias: float")
     .SetShapeFn(weight_gradient_shape);
 REGISTER_KERNEL_BUILDER(Name("WarmstateLstmWeightGrad").Device(tensorflow::DEVICE_CPU),
                         WeightGradientOp);
