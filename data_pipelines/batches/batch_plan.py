@@ -50,7 +50,9 @@ class BatchPlan(_Epochs):
     the number of workers. Memory is that of two windows, whatever the number of examples.
 
     An epoch's shuffled examples are cut into windows of about `bucket_batches` batches; a window is
-    sorted by length and cut into batches, and these are shuffled inside their window.
+    sorted by length and cut into batches, and these are shuffled inside their window. With another
+    plan `beside`, a window's batches are instead in the order of that plan's lengths in the same
+    steps, so that two batches that are joined need little padding.
 
     Args:
         examples: what the batches are made of.
@@ -64,6 +66,7 @@ class BatchPlan(_Epochs):
         shuffle: False keeps the order of the windows, the same in every epoch, and begins each
             with its shortest examples: for evaluation.
         bucket_batches: more means less padding, and batches that are less random.
+        beside: the plan of what is read in the same steps; None: nothing is.
 
     Raises:
         InputError: there are no examples, or an argument is out of range.
@@ -79,6 +82,7 @@ class BatchPlan(_Epochs):
         tokens_per_batch: int | None = None,
         shuffle: bool = True,
         bucket_batches: int = 50,
+        beside: "BatchPlan | None" = None,
     ) -> None:
         if (global_batch is None) == (tokens_per_batch is None):
             raise ValueError("give either global_batch or tokens_per_batch")
@@ -99,6 +103,7 @@ class BatchPlan(_Epochs):
         self._global_batch = global_batch
         self._seed = seed
         self._shuffle = shuffle
+        self._beside = beside
         if global_batch is not None:
             self._steps = -(-self.num_examples // global_batch)
         elif tokens_per_batch is not None:
@@ -162,6 +167,10 @@ class BatchPlan(_Epochs):
         batches = list(zip(np.split(order, cuts), np.split(lengths, cuts), strict=True))
         if not self._shuffle:
             return batches
+        if self._beside is not None:
+            steps = range(epoch * self._steps + first, epoch * self._steps + stop)
+            longest = [self._beside.lengths(step).max() for step in steps]
+            return [batches[place] for place in np.argsort(np.argsort(longest, kind="stable"))]
         places = Permutation(len(batches), (self._seed, BATCHES_KEY, epoch, window))
         return [batches[place] for place in places(np.arange(len(batches)))]
 

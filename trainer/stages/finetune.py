@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from data_pipelines.batches.batch_plan import BatchPlan
 from data_pipelines.store.split_view import SplitView, chunks
 from trainer.config import Config
 from trainer.distribution.variables import values_of
@@ -124,7 +125,7 @@ def set_up(run: Run, folder: Path) -> tuple[Classifier, Task, FinetuneBatches, d
         # mean state differs in the last bits.
         inputs={"--store": run.store.sha256} | ({} if config.trains_encoder else encoders),
     )
-    batches = FinetuneBatches(run.batches(view, plan), unlabelled_documents(run))
+    batches = FinetuneBatches(run.batches(view, plan), unlabelled_documents(run, plan))
     return classifier, task, batches, report
 
 
@@ -177,13 +178,18 @@ def class_weights(run: Run, view: SplitView) -> np.ndarray | None:
     return np.where(counts, weights, 0).astype(np.float32)
 
 
-def unlabelled_documents(run: Run) -> StoreBatches | None:
-    """Returns batches of --unlabelled_batch_size documents; None if that is 0."""
+def unlabelled_documents(run: Run, labelled: BatchPlan) -> StoreBatches | None:
+    """Returns batches of --unlabelled_batch_size documents; None if that is 0.
+
+    Args:
+        labelled: The plan of the documents that they are joined with.
+    """
     batch_size, split = run.config.unlabelled_batch_size, "unsupervised"
     if not batch_size:
         return None
     view = run.store.split(split)
-    return run.batches(view, run.plan(view, batch_size, run.config.finetune_max_tokens))
+    plan = run.plan(view, batch_size, run.config.finetune_max_tokens, beside=labelled)
+    return run.batches(view, plan)
 
 
 def word_frequencies(run: Run) -> np.ndarray:

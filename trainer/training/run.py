@@ -54,6 +54,7 @@ class Run:
         max_tokens: int,
         shuffle: bool = True,
         tokens_per_batch: int = 0,
+        beside: BatchPlan | None = None,
     ) -> BatchPlan:
         """Returns the order in which `view` is read, from the run's seed.
 
@@ -61,6 +62,7 @@ class Run:
             max_tokens: Tokens that are read of an example, the last ones.
             shuffle: Whether each epoch has a new order.
             tokens_per_batch: In place of `batch_size`, unless it is 0.
+            beside: The plan of what is read in the same steps.
         """
         return BatchPlan(
             view,
@@ -69,6 +71,7 @@ class Run:
             tokens_per_batch=tokens_per_batch or None,
             seed=self.config.seed,
             shuffle=shuffle,
+            beside=beside,
         )
 
     def batches(self, view: SplitView, plan: BatchPlan | PackedPlan) -> "StoreBatches":

@@ -172,6 +172,26 @@ def test_padding_waste_on_review_lengths(batch: int, shuffle: bool) -> None:
     assert waste(review_lengths(), make(review_lengths(), batch, shuffle=shuffle)) < 0.08
 
 
+def test_batches_beside_others_are_of_similar_lengths_and_still_have_each_example_once() -> None:
+    labelled, unlabelled = review_lengths(5_000), review_lengths(12_000)[::-1]
+    others = make(labelled, 64)
+    plans = {"beside": make(unlabelled, 64, beside=others), "alone": make(unlabelled, 64)}
+    steps = range(plans["alone"].steps_per_epoch)  # of another length than those of `others`
+    padded = {
+        name: sum(128 * max(p.lengths(i).max(), others.lengths(i).max()) for i in steps)
+        for name, p in plans.items()
+    }
+    real = sum(plans["beside"].lengths(i).sum() + others.lengths(i).sum() for i in steps)
+    assert 1 - real / padded["beside"] < 0.06 < 0.2 < 1 - real / padded["alone"]
+    for epoch in (0, 1):
+        first = epoch * len(steps)
+        found = np.concatenate([plans["beside"].indices(first + i) for i in steps])
+        np.testing.assert_array_equal(np.sort(found), np.arange(len(unlabelled)))
+    again = make(unlabelled, 64, beside=make(labelled, 64))  # from any step on
+    for step in (len(steps) + 77, 5, len(steps) - 1):
+        np.testing.assert_array_equal(again.indices(step), plans["beside"].indices(step))
+
+
 def test_a_budget_of_tokens_is_kept_in_the_mean_and_nearly_in_each_batch() -> None:
     lengths = review_lengths()
     cut = np.minimum(lengths, MAX_TOKENS)
