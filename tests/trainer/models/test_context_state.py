@@ -46,7 +46,7 @@ def test_a_stock_lstm_starts_from_it_and_the_model_is_saved_with_it(
     kind: str, tmp_path: Path
 ) -> None:
     model, context = from_context(kind), KINDS[kind][1]
-    model.compile("adam", "mse")
+    model.compile(keras.optimizers.Adam(0.1), "mse")  # six steps that change the states clearly
     data = batches(FORCES, context)
     targets = tf.data.Dataset.from_tensor_slices(RANDOM.normal(size=(ROWS, 1))).batch(8)
     before = model.get_layer("state").get_weights()
@@ -60,7 +60,7 @@ def test_a_stock_lstm_starts_from_it_and_the_model_is_saved_with_it(
     lstm = model.layers[-2]
     outputs = model.layers[-1](lstm(FORCES, initial_state=[h, c]))
     np.testing.assert_allclose(model.predict(data, verbose=0), outputs, atol=1e-6)
-    assert np.abs(outputs - model.layers[-1](lstm(FORCES))).max() > 1e-4
+    assert np.abs(outputs - model.layers[-1](lstm(FORCES))).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["names", "numbers"])
