@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -66,30 +67,49 @@ class FinetuneLoss:
     ) -> tuple[tf.Tensor, tf.Tensor]:
         config, classifier = self._config, self._classifier
         tokens, lengths = rows["tokens"], rows["lengths"]
-        labelled = rows["weights"] * tf.cast(rows["labels"] >= 0, tf.float32)
-        labels = targets(tf.maximum(rows["labels"], 0), self._label_sets)
-        sets_weights = None if self._label_sets is None else self._class_weights
-        read = functools.partial(
-            classifier.read,
-            lengths=lengths,
-            start=classifier.start(tokens, lengths, rows.get("contexts")),
-            training=config.trains_lstm,
-            dropout_rate=config.finetune_dropout,
-            output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
-            every_step=config.label_gain == "linear",
-        )
-
-        def label_loss(logits: tf.Tensor) -> tf.Tensor:
-            losses = label_losses(logits, labels, lengths, config.label_smoothing, sets_weights)
-            if self._class_weights is not None and self._label_sets is None:
-                losses *= tf.gather(self._class_weights, labels)
-            return tf.reduce_sum(losses * labelled)
-
+        start = classifier.start(tokens, lengths, rows.get("contexts"))
         if config.train == "all" or config.normalises_embeddings:
             embedding_seed = seeds.fold(config.seed, seeds.EMBEDDING_DROPOUT, step, shard)
             embedded = classifier.embed(tokens, lengths, config.finetune_dropout, embedding_seed)
         else:  # frozen embeddings: their products with the kernel are shared by equal words
             embedded = classifier.words(tokens, lengths)
+
+        def reader(part: Callable[[Any], Any]) -> Read:
+            return functools.partial(
+                classifier.read,
+                lengths=part(lengths),
+                start=part(start),
+                training=config.trains_lstm,
+                dropout_rate=config.finetune_dropout,
+                output_seed=seeds.fold(config.seed, seeds.OUTPUT_DROPOUT, step, shard),
+                every_step=config.label_gain == "linear",
+            )
+
+        # Documents without labels follow the others, and the label's terms need not read them.
+        virtual = config.virtual_adversarial_weight
+        labelled = _first(tf.math.count_nonzero(rows["labels"] >= 0)) if virtual else _all
+        parts = {name: labelled(rows[name]) for name in ("lengths", "labels", "weights")}
+        total = self._of_labels(parts, reader(labelled), labelled(embedded))
+        if virtual:
+            total += virtual * self._virtual_adversarial(rows, step, reader(_all), embedded)
+        weights = _label_weights(rows)
+        if self._objective_loss:
+            nats, _ = self._objective_loss({**rows, "weights": weights}, step, shard)
+            total += config.joint_weight * nats * _documents_per_token(rows)
+        return total, tf.reduce_sum(weights)
+
+    def _of_labels(self, rows: Rows, read: Read, embedded: list[Any]) -> tf.Tensor:
+        """Returns the label's loss, and at adversarially perturbed embeddings, summed."""
+        config, lengths, weights = self._config, rows["lengths"], _label_weights(rows)
+        labels = targets(tf.maximum(rows["labels"], 0), self._label_sets)
+        sets_weights = None if self._label_sets is None else self._class_weights
+
+        def label_loss(logits: tf.Tensor) -> tf.Tensor:
+            losses = label_losses(logits, labels, lengths, config.label_smoothing, sets_weights)
+            if self._class_weights is not None and self._label_sets is None:
+                losses *= tf.gather(self._class_weights, labels)
+            return tf.reduce_sum(losses * weights)
+
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             if config.adversarial_weight:
                 tape.watch(embedded)
@@ -97,27 +117,22 @@ class FinetuneLoss:
         total = label_loss(logits)
         if config.adversarial_weight:
             norm = config.perturbation_norm
-            half = classifier.encoder.precision == "mixed_float16"
+            half = self._classifier.encoder.precision == "mixed_float16"
             moves = adversarial_perturbation(
                 label_loss, logits, tape, embedded, lengths, norm, rescaled=half
             )
             total += config.adversarial_weight * label_loss(read(_moved(embedded, moves)))
-        if config.virtual_adversarial_weight:
-            changed = self._virtual_adversarial(rows, step, read, embedded, logits)
-            total += config.virtual_adversarial_weight * changed
-        if self._objective_loss:
-            nats, _ = self._objective_loss({**rows, "weights": labelled}, step, shard)
-            total += config.joint_weight * nats * _documents_per_token(rows)
-        return total, tf.reduce_sum(labelled)
+        return total
 
     def _virtual_adversarial(
-        self, rows: Rows, step: tf.Tensor, read: Read, embedded: list[tf.Tensor], logits: tf.Tensor
+        self, rows: Rows, step: tf.Tensor, read: Read, embedded: list[tf.Tensor]
     ) -> tf.Tensor:
         """Returns the divergence of predictions, summed for a mean over all documents."""
         lengths = rows["lengths"]
+        logits = at_end(tf.stop_gradient(read(embedded)), lengths)
         seed = seeds.fold(self._config.seed, seeds.VIRTUAL_ADVERSARIAL_DIRECTION, step)
         moves = virtual_adversarial_perturbation(
-            at_end(logits, lengths),
+            logits,
             lambda embedded: at_end(read(embedded), lengths),
             embedded,
             [random_direction(e, rows["tokens"], seed + i) for i, e in enumerate(embedded)],
@@ -126,13 +141,27 @@ class FinetuneLoss:
             self._classifier.multi_label,
         )
         changes = divergence(
-            tf.stop_gradient(at_end(logits, lengths)),
+            logits,
             at_end(read(_moved(embedded, moves)), lengths),
             self._classifier.multi_label,
         )
         # The step divides the sum by the labelled documents, but this term is a mean over all.
         labelled_part = rows["global_counts"][:, 0] / rows["global_counts"][:, 1]
         return tf.reduce_sum(changes * rows["weights"] * labelled_part)
+
+
+def _label_weights(rows: Rows) -> tf.Tensor:
+    """Returns the documents' weights, 0 for those without a label: float32 [batch]."""
+    return rows["weights"] * tf.cast(rows["labels"] >= 0, tf.float32)
+
+
+def _first(count: tf.Tensor) -> Callable[[Any], Any]:
+    """Returns a function that cuts tensors, in any structure, to their first `count` rows."""
+    return lambda tensors: tf.nest.map_structure(lambda tensor: tensor[:count], tensors)
+
+
+def _all(tensors: Any) -> Any:
+    return tensors
 
 
 def _moved(embedded: list[tf.Tensor], moves: list[tf.Tensor]) -> list[tf.Tensor]:

@@ -85,6 +85,15 @@ def test_words_are_read_as_their_embeddings_are() -> None:
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+def test_the_first_rows_are_dropped_alike_without_the_others() -> None:
+    """As the label's terms read them in virtual adversarial training."""
+    x = tf.ones((7, 5, 3))
+    for rows in (0, 1, 4):
+        for rate in (0.3, 0.5):
+            first = dropout(x[:rows], rate, tf.constant([3, 4]))
+            np.testing.assert_array_equal(first, dropout(x, rate, tf.constant([3, 4]))[:rows])
+
+
 def test_no_dropout_is_the_same_tensor() -> None:
     x = np.ones(3)
     assert dropout(x, 0.0, None) is x

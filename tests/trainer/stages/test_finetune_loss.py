@@ -148,3 +148,41 @@ def test_adversarial_training_runs_two_backward_passes_not_three(
     (path,) = tmp_path.rglob("*.xplane.pb")
     names = re.findall(rb"lstm_backward[\w/]*:WarmstateLstmGrad", path.read_bytes())
     assert len(set(names)) == 2, names
+
+
+def test_the_labels_terms_are_those_of_the_labelled_documents_alone() -> None:
+    encoder = Encoder(50, 8, 16, seed=0, normalised=True, num_layers=2)
+    classifier = Classifier(encoder, 2, pooling="concat")
+    classifier.build()
+    variables = [variable.value for variable in classifier.trainable_variables]
+    random = np.random.default_rng(0)
+    rows = {
+        "tokens": tf.constant(random.integers(3, 50, (5, 9), np.int32)),
+        "lengths": tf.constant([9, 5, 3, 9, 6]),
+        "labels": tf.constant([0, 1, 1, -1, -1]),
+        "weights": tf.ones(5),
+        "global_counts": tf.constant([[3.0, 5.0, 17.0]] * 5),
+    }
+
+    def of(adversarial: float, virtual: float, rows: dict) -> list[np.ndarray]:
+        """Returns the loss, the number of labelled documents, and the gradients."""
+        config = Config(
+            adversarial_weight=adversarial,
+            virtual_adversarial_weight=virtual,
+            finetune_dropout=0.3,
+            perturbation_norm=2.0,
+        )
+        with tf.GradientTape() as tape:
+            total, weight = tf.function(FinetuneLoss(config, classifier))(rows, tf.constant(3), 0)
+        gradients = tape.gradient(total, variables)
+        return [tf.convert_to_tensor(t).numpy() for t in (total, weight, *gradients)]
+
+    labelled = {name: tensor[:3] for name, tensor in rows.items()}
+    both, virtual = of(1, 1, rows), of(0, 1, rows)
+    adversarial, plain = of(1, 0, labelled), of(0, 0, labelled)
+    assert both[1] == virtual[1] == plain[1] == 3
+    for found, *parts in zip(both, virtual, adversarial, plain, strict=True):
+        expected = parts[0] + parts[1] - parts[2]
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    unlabelled = {name: tensor[3:] for name, tensor in rows.items()}
+    assert float(of(1, 1, unlabelled)[1]) == 0 < float(of(1, 1, unlabelled)[0])
