@@ -153,12 +153,9 @@ struct Half : Whole {  // without an instruction for them
   static constexpr Factor kFactor = Factor::kRounded;
 
   static void pack(Vector numbers, Number* to) {
-    float each[kWidth];
-    store(each, numbers);
-    for (int v = 0; v < kWidth; ++v) {
-      const uint32_t bits = nearest_half(each[v]);
-      std::memcpy(to + v, &bits, sizeof bits);
-    }
+    Stored rounded[kWidth];
+    store(rounded, numbers);
+    store(to, ::load(rounded));
   }
 };
 #endif

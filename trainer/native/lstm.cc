@@ -15,7 +15,6 @@
 #include <initializer_list>
 #include <mutex>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -159,6 +158,17 @@ Status allocate(OpKernelContext* context, int output, std::initializer_list<int6
   TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &shape));
   Tensor* tensor = nullptr;
   TF_RETURN_IF_ERROR(context->allocate_output(output, shape, &tensor));
+  *data = tensor->flat<Number>().data();
+  use_huge_pages(*data, sizeof(Number) * tensor->NumElements());
+  return absl::OkStatus();
+}
+
+// An output of an input's shape, in its memory if nobody else reads that and the types are equal.
+template <typename Number, typename Pointer>
+Status reuse_or_allocate(OpKernelContext* context, int input, int output, Pointer* data) {
+  Tensor* tensor = nullptr;
+  TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output(
+      {input}, output, context->input(input).shape(), &tensor));
   *data = tensor->flat<Number>().data();
   use_huge_pages(*data, sizeof(Number) * tensor->NumElements());
   return absl::OkStatus();
@@ -579,14 +589,10 @@ class ForwardOp : public OpKernel {
       return allocate<float>(context, 4, {batch, 0, units}, &none);
     }
     TF_RETURN_IF_ERROR(allocate<float>(context, 4, {batch, steps, units}, &call->cells));
-    if (context->input(1).dims() == 2 || !std::is_same<Kind, float>()) {  // z has no room for them
+    if (context->input(1).dims() == 2) {  // z may be read again
       return allocate<float>(context, 3, {batch, steps, 4 * units}, &call->gates);
     }
-    Tensor* gates = nullptr;
-    TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output(
-        {0}, 3, context->input(0).shape(), &gates));
-    call->gates = gates->flat<float>().data();
-    return absl::OkStatus();
+    return reuse_or_allocate<float>(context, 0, 3, &call->gates);
   }
 
   bool keep_, sequences_;
@@ -605,15 +611,7 @@ class BackwardOp : public OpKernel {
     call.clip_norm = clip_norm_;
     int64_t batch = 0;
     OP_REQUIRES_OK(context, check(context, &batch, &call));
-    if (std::is_same<Kind, float>()) {  // the gates have room for it
-      Tensor* d_z = nullptr;
-      OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
-                                  {0}, 0, context->input(0).shape(), &d_z));
-      call.d_z = d_z->template flat<float>().data();
-    } else {
-      OP_REQUIRES_OK(context, allocate<Kind>(context, 0, {batch, call.steps, 4 * call.units},
-                                             &call.d_z));
-    }
+    OP_REQUIRES_OK(context, reuse_or_allocate<Kind>(context, 0, 0, &call.d_z));
     OP_REQUIRES_OK(context, allocate<float>(context, 1, {batch, call.units}, &call.d_h));
     OP_REQUIRES_OK(context, allocate<float>(context, 2, {batch, call.units}, &call.d_c));
     OP_REQUIRES_OK(context, allocate<float>(context, 3, {batch, 4 * call.units}, &call.d_bias));
