@@ -437,6 +437,12 @@ def resume_faults(config: Config, folder: Path) -> list[str]:
             f"--run_dir={folder}: {error}. The file records the run's flags: remove it if they are "
             "the same, or start again with --resume=never"
         ]
+    trained = saved.get("stage", "evaluate")
+    if config.stage == "evaluate" != trained:
+        return [
+            f"--run_dir={folder} holds a run of --stage={trained}, whose report this one would "
+            "replace; name another --run_dir"
+        ]
     return [
         f"--run_dir={folder} holds a run of other settings: {line}; name another --run_dir, or "
         "start again with --resume=never"

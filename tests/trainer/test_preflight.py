@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -26,6 +27,17 @@ def faults(*argv: str, cluster: Cluster = ONE) -> list[str]:
 def test_defaults_need_only_a_run_folder(tmp_path: Path) -> None:
     assert faults(f"--run_dir={tmp_path}") == []
     assert [fault.split()[0] for fault in faults()] == ["--run_dir"]
+
+
+@pytest.mark.parametrize(("saved", "is_refused"), [("finetune", True), ("evaluate", False)])
+def test_an_evaluation_does_not_replace_the_report_of_a_training(
+    tmp_path: Path, saved: str, is_refused: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"stage": saved}))
+    for resume, expected in (("auto", is_refused), ("never", False)):
+        found = preflight.resume_faults(Config(stage="evaluate", resume=resume), tmp_path)
+        assert [line.partition("; ")[2] for line in found] == ["name another --run_dir"] * expected
+    assert preflight.resume_faults(Config(stage="finetune"), tmp_path) == []
 
 
 def test_a_clipped_gradient_is_not_one_that_a_loss_scale_multiplies(tmp_path: Path) -> None:
