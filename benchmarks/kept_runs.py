@@ -76,7 +76,7 @@ def record(run_dir: Path, path: Path, evaluation: Path | None = None) -> dict[st
 
 
 def record_finetuning(
-    folder: Path, pretrained: Path, path: Path, evaluation: Path | None = None
+    folder: Path, pretrained: Path, path: Path, evaluation: Path | None = None, time: str = ""
 ) -> dict[str, Any]:
     """Writes and returns the result of a fine-tuning, by another recipe, of a result's encoder.
 
@@ -84,6 +84,7 @@ def record_finetuning(
         folder: Has a run of --stage=finetune in `finetune`, and its test in `test`.
         pretrained: The result with the encoder, whose pretraining the new result repeats.
         evaluation: As for `record`.
+        time: What the table says in place of minutes, for a recipe that needs other runs too.
 
     Raises:
         InputError: A run has not ended, starts from another encoder, or its files are damaged.
@@ -101,6 +102,7 @@ def record_finetuning(
         "test": {"warm": tested["test"]},
         "test_error_percent": {"warm": tested["test"]["error_percent"]},
         **_of_run(path, tuned, environment, metrics),
+        **({"time": time} if time else {}),
     }
     result["curves"] |= {"pretrain": base["curves"]["pretrain"]}
     return _written(path, result, evaluation)
@@ -267,6 +269,7 @@ def rows_of_recipe(
     cores = quickest["environment"]["cores"]
     time = f"{seconds_of(quickest) / 60:.0f} min on {cores} core{'s' * (cores > 1)}"
     time += ", both starts together" if len(starts) > 1 else ""
+    time = quickest.get("time", time)
     rows = []
     for start in starts:
         errors = [r["test_error_percent"][start] for r in results]
@@ -346,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_run = commands.add_parser("record", help="write the result of a finished run")
     of_run.add_argument("run_dir", type=Path)
     of_run.add_argument("--encoder_of", type=Path, help="the result whose encoder it fine-tunes")
+    of_run.add_argument("--time", default="", help="with --encoder_of: the table's time, in words")
     of_run.add_argument("--out", type=Path, required=True)
     of_run.add_argument("--evaluation", type=Path, help="of the bundle that `halve` wrote")
     of_again = commands.add_parser("again", help="add other fine-tunings from a result's encoder")
@@ -365,7 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.encoder_of is None:
                 record(options.run_dir, out, evaluation)
             else:
-                record_finetuning(options.run_dir, options.encoder_of, out, evaluation)
+                record_finetuning(
+                    options.run_dir, options.encoder_of, out, evaluation, options.time
+                )
         elif options.command == "again":
             add_finetunings(options.result, options.folders)
         elif options.command == "halve":

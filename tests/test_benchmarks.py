@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import warmstate
 from benchmarks import (
     ablation,
     candidates,
     cross_validation,
+    distil,
     label_efficiency,
     state_positions,
     state_tuning,
@@ -130,6 +132,62 @@ def test_candidates_are_compared_on_every_fold(tmp_path: Path, encoder_bundle: P
     assert [row["model"] for row in kept["rows"]] == ["as it is", "more"]
     assert kept["documents"] == len(rows)
     assert candidates.table(kept["rows"]) in done.stdout
+
+
+def test_one_wholly_sure_teacher_does_not_outvote_four_others() -> None:
+    sure, others = [[1.0, 0.0]], [[0.01, 0.99]]
+    mean = distil.mean_of(np.array([sure, *[others] * 4]))
+    assert mean.sum() == pytest.approx(1)
+    assert mean[0, 1] > 0.5
+    assert distil.mean_of(np.array([others]))[0] == pytest.approx(others[0])
+
+
+def test_teachers_label_what_they_are_sure_of_and_no_text_that_is_held_out(tmp_path: Path) -> None:
+    def write(split: str, texts: list[str]) -> None:
+        rows = [{"text": text, "label": "neg" if "bad" in text else "pos"} for text in texts]
+        if split == "unsupervised":
+            rows = [{"text": row["text"]} for row in rows]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+
+    words = ("bad", "good")
+    write("train", [f"a {words[n % 2]} film {n}" for n in range(64)])
+    write("validation", ["a bad film", "a good film"])
+    write("test", ["the bad film", "the good film"])
+    write("unsupervised", ["a bad bad film", "a good good film", "good bad", "the good film"])
+    splits = ("train", "validation", "test", "unsupervised")
+    spec = "jsonl:" + ",".join(f"{split}={tmp_path}/{split}.jsonl" for split in splits)
+    store = warmstate.prepare(tmp_path / "store", source=spec)
+    flags = {"units": 8, "embedding_dim": 8, "finetune_steps": 60, "finetune_learning_rate": 0.02}
+    teacher = warmstate.finetune(tmp_path / "teacher", store, **flags, finetune_batch_size=16)
+
+    out = tmp_path / "student"
+    command = [f"--source={spec}", f"--teacher={teacher.folder}", f"--out={out}"]
+    assert distil.main(command) == 0
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    taught = [(row["text"], row["label"]) for row in rows[2 * 64 :]]
+    assert taught[:2] == [("a bad bad film", "neg"), ("a good good film", "pos")]
+    assert "the good film" not in [text for text, _ in taught]
+    assert rows[:64] == rows[64:128]
+    student = "jsonl:" + ",".join(f"{split}={out}/{split}.jsonl" for split in splits[:3])
+    assert len(warmstate.prepare(tmp_path / "taught", source=student).split("train")) == len(rows)
+
+
+def test_a_teacher_of_other_classes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "validation", "test", "unsupervised"):
+        label = {} if split == "unsupervised" else {"label": "x"}
+        lines = [json.dumps({"text": f"{split} text", **label}) + "\n"] * 2
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines).replace('"x"', '"y"', 1))
+    spec = f"jsonl:train={tmp_path}/train.jsonl,test={tmp_path}/test.jsonl"
+    command = [f"--teacher={REPOSITORY / 'results/imdb_cpu'}", f"--out={tmp_path / 'out'}"]
+    assert distil.main([f"--source={spec}", *command]) == 2
+    assert "has no split unsupervised" in capsys.readouterr().err
+    splits = ("train", "validation", "test", "unsupervised")
+    spec = "jsonl:" + ",".join(f"{split}={tmp_path}/{split}.jsonl" for split in splits)
+    assert distil.main([f"--source={spec}", *command]) == 2
+    assert "has the classes neg, pos, and --source x, y" in capsys.readouterr().err
 
 
 def test_the_page_of_labels_is_that_of_the_results() -> None:

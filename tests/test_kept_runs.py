@@ -141,6 +141,9 @@ def test_a_finetuning_of_a_results_encoder_can_be_a_result_itself(tmp_path: Path
     assert result["curves"]["pretrain"] == curve["pretrain"]
     (row,) = [row for row in results.table(tmp_path / "of").splitlines() if "other" in row]
     assert row == "| other, warm start | 6.40 % | run here, 1 run | 10 min on 2 cores |"
+    assert results.main([*command, "--time=its parts'"]) == 0
+    (row,) = [row for row in results.table(tmp_path / "of").splitlines() if "other" in row]
+    assert row == "| other, warm start | 6.40 % | run here, 1 run | its parts' |"
 
 
 def test_the_time_is_that_of_all_sittings() -> None:
