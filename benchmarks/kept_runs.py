@@ -137,7 +137,7 @@ def _written(path: Path, result: dict[str, Any], evaluation: Path | None) -> dic
 
 def without_folders(text: str) -> str:
     """Returns `text` with each source on this machine, as in csv:/data/a.csv, cut to csv:a.csv."""
-    return re.sub(r"(?<=[a-z0-9]:)/(?!/)[^\s,;:]*/", "", text)
+    return re.sub(r"(?<=[a-z0-9][:=])/(?!/)[^\s,;:]*/", "", text)
 
 
 def refuse_another_encoder(

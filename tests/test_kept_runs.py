@@ -38,6 +38,8 @@ def test_a_result_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text() and "/data" not in out.read_text()
     assert result["data_note"] == "csv:a.csv: split by a hash"
     assert results.without_folders("csv:s3://bucket/a.csv") == "csv:s3://bucket/a.csv"
+    splits = "csv:train=/data/a.csv,test=/data/b.csv"
+    assert results.without_folders(splits) == "csv:train=a.csv,test=b.csv"
     assert result["config"] == {"source": "csv:a.csv"} and result["environment"] == {"cores": 2}
     curve = result["curves"]["warm"]["loss"]
     assert len(curve) == results.CURVE_POINTS and curve[-1] == [1000, 0.001]
