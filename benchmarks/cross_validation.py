@@ -12,7 +12,7 @@ encoder's. An interrupted run continues from what FOLDER holds for this encoder.
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,19 @@ def write_splits(parts: Sequence[Sequence[tuple[str, int]]], fold: int, folder: 
     """Writes the splits of a fold as JSON Lines; returns the source that reads them."""
     chooses = (fold + 1) % len(parts)
     rest = [row for i, part in enumerate(parts) if i not in (fold, chooses) for row in part]
-    folder.mkdir(parents=True, exist_ok=True)
     named = {"train": rest, "validation": parts[chooses], "test": parts[fold]}
-    for split, rows in named.items():
+    return write_json_lines(named, folder)
+
+
+def write_json_lines(
+    splits: Mapping[str, Sequence[tuple[str, int] | tuple[str, str]]], folder: Path
+) -> str:
+    """Writes texts and labels of splits as JSON Lines; returns the source that reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
         lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
         (folder / f"{split}.jsonl").write_text("".join(lines))
-    return "jsonl:" + ",".join(f"{split}={folder}/{split}.jsonl" for split in named)
+    return "jsonl:" + ",".join(f"{split}={folder}/{split}.jsonl" for split in splits)
 
 
 def lstm_wrong(folder: Path, store: TokenStore, encoder: Path | None) -> np.ndarray:

@@ -11,18 +11,17 @@ must not have learned from validation or test.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import warmstate
-from benchmarks.cross_validation import examples
-from data_pipelines.errors import InputError
-from data_pipelines.sources import Source, open_source
-from trainer.safe_files import replace_text
+from benchmarks.cross_validation import examples, write_json_lines
+from data_pipelines.errors import InputError, raise_if
+from data_pipelines.sources import SPLITS, Source, open_source
+from trainer.inference.text_classifier import TextClassifier
 
 LABELLED_COPIES = 2  # so that the labels are read about as often as without other documents
 LEAST_PROBABILITY = 0.8
@@ -35,41 +34,38 @@ def mean_of(probabilities: np.ndarray) -> np.ndarray:
     Args:
         probabilities: Of each teacher: [teachers, texts, classes].
     """
-    log_mean = np.log(np.clip(probabilities.astype(np.float64), FLOOR, 1 - FLOOR)).mean(axis=0)
+    log_mean = np.log(np.maximum(probabilities, FLOOR, dtype=np.float64)).mean(axis=0)
     mean = np.exp(log_mean)
     return mean / mean.sum(axis=1, keepdims=True)
 
 
-def taught(
-    texts: Sequence[str], teachers: Sequence[str], class_names: tuple[str, ...]
-) -> list[tuple[str, str]]:
-    """Returns the texts that the teachers are sure of, each with the name of its class.
+def teachers_of(folders: Sequence[str], class_names: tuple[str, ...]) -> list[TextClassifier]:
+    """Returns the classifiers in the folders.
 
     Raises:
-        InputError: A teacher has other classes, or its bundle cannot be read.
+        InputError: A classifier has other classes, or its bundle cannot be read.
     """
-    found = []
-    for folder in teachers:
-        classifier = warmstate.load_classifier(folder)
-        if tuple(classifier.class_names) != class_names:
-            raise InputError(
-                f"--teacher={folder} has the classes {', '.join(classifier.class_names)}, "
-                f"and --source {', '.join(class_names)}"
-            )
-        found.append(classifier.probabilities(texts))
-    mean = mean_of(np.stack(found))
+    teachers = [warmstate.load_classifier(folder) for folder in folders]
+    raise_if(
+        [
+            f"--teacher={folder} has the classes {', '.join(teacher.class_names)}, "
+            f"and --source {', '.join(class_names)}"
+            for folder, teacher in zip(folders, teachers, strict=True)
+            if tuple(teacher.class_names) != class_names
+        ]
+    )
+    return teachers
+
+
+def taught(texts: Sequence[str], teachers: Sequence[TextClassifier]) -> list[tuple[str, str]]:
+    """Returns the texts that the teachers are sure of, each with the name of its class."""
+    mean = mean_of(np.stack([teacher.probabilities(texts) for teacher in teachers]))
     sure = np.flatnonzero(mean.max(axis=1) >= LEAST_PROBABILITY)
-    return [(texts[row], class_names[mean[row].argmax()]) for row in sure]
+    return [(texts[row], teachers[0].class_names[mean[row].argmax()]) for row in sure]
 
 
-def write_splits(source: Source, teachers: Sequence[str], folder: Path) -> dict[str, int]:
-    """Writes the splits; returns how many documents train has of each kind.
-
-    Raises:
-        InputError: As for `taught`; or the source lacks a split.
-    """
-    if missing := {"train", "validation", "test", "unsupervised"} - set(source.splits):
-        raise InputError(f"--source={source.name} has no split {', '.join(sorted(missing))}")
+def write_splits(source: Source, teachers: Sequence[TextClassifier], folder: Path) -> str:
+    """Writes the splits; returns the source that reads them."""
     rows = {
         split: [
             (each.text, source.class_names[each.label])
@@ -81,19 +77,13 @@ def write_splits(source: Source, teachers: Sequence[str], folder: Path) -> dict[
     held_out = {text for split in ("validation", "test") for text, _ in rows[split]}
     texts = [each.text for each in examples(source, ["unsupervised"])]
     texts = [text for text in texts if text not in held_out]
-    others = taught(texts, teachers, source.class_names)
-    counts = {"labelled": len(rows["train"]), "unlabelled": len(texts), "taught": len(others)}
+    others = taught(texts, teachers)
+    print(
+        f"train: {len(rows['train']):,} labelled documents, {LABELLED_COPIES} times each, and "
+        f"{len(others):,} of {len(texts):,} unlabelled ones"
+    )
     rows["train"] = rows["train"] * LABELLED_COPIES + others
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, documents in rows.items():
-        replace_text(folder / f"{split}.jsonl", json_lines(documents))
-    return counts
-
-
-def json_lines(documents: Iterable[tuple[str, str]]) -> str:
-    """Returns a line for each text and label."""
-    lines = (json.dumps({"text": text, "label": label}) for text, label in documents)
-    return "".join(f"{line}\n" for line in lines)
+    return write_json_lines(rows, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,14 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         source = open_source(options.source, options.data_dir)
-        counts = write_splits(source, options.teacher, options.out)
+        if missing := [split for split in SPLITS if split not in source.splits]:
+            raise InputError(f"--source={options.source} has no split {', '.join(missing)}")
+        written = write_splits(
+            source, teachers_of(options.teacher, source.class_names), options.out
+        )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"{options.out}: {counts['labelled']:,} labelled documents, {LABELLED_COPIES} times each, "
-        f"and {counts['taught']:,} of {counts['unlabelled']:,} unlabelled ones"
-    )
+    print(f"wrote --source={written}")
     return 0
 
 

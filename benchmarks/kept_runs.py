@@ -367,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "record":
             out, evaluation = options.out, options.evaluation
             if options.encoder_of is None:
+                if options.time:
+                    raise InputError(f"--time={options.time} is for --encoder_of; leave it out")
                 record(options.run_dir, out, evaluation)
             else:
                 record_finetuning(

@@ -146,6 +146,8 @@ def test_a_finetuning_of_a_results_encoder_can_be_a_result_itself(tmp_path: Path
     assert results.main([*command, "--time=its parts'"]) == 0
     (row,) = [row for row in results.table(tmp_path / "of").splitlines() if "other" in row]
     assert row == "| other, warm start | 6.40 % | run here, 1 run | its parts' |"
+    whole = ["record", str(folder), f"--out={tmp_path / 'whole.json'}", "--time=its parts'"]
+    assert results.main(whole) == 2
 
 
 def test_the_time_is_that_of_all_sittings() -> None:
