@@ -45,6 +45,8 @@ _, final = None, warmstate.load_encoder(encoder.folder)(["some text", "more"])
 from absl import flags
 assert "pretrain_steps" not in flags.FLAGS, "a program of ours defined flags"
 assert signal.getsignal(signal.SIGTERM) is before
+from trainer import native
+assert native.operations(training=False) is None, "an export would need our operations"
 print(json.dumps({
     "graphs": graphs,
     "lines": len(lines), "error": found["error_percent"], "documents": found["documents"],

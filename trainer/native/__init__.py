@@ -202,13 +202,17 @@ _overrides: list[str | None] = []  # of `using`, the innermost last
 _used: str | None = None  # by the library
 
 
-def use_in_inference() -> None:
+def use_in_inference(wanted: bool = True) -> bool:
     """Lets layers run the compiled loops outside of training too, in this process, from now on.
 
     For programs that export nothing: what is traced then cannot be loaded elsewhere.
+
+    Returns:
+      Whether it was so before.
     """
     global _in_inference
-    _in_inference = True
+    before, _in_inference = _in_inference, wanted
+    return before
 
 
 @contextlib.contextmanager

@@ -56,6 +56,8 @@ def run_stage(config: Config, cluster: Cluster, log: Callable[[str], None] | Non
     folder, say = Path(config.run_dir), log or print
     writes = cluster.rank == 0 and config.stage != "replay"
     with contextlib.ExitStack() as held:
+        # Undone after it: what the caller exports from this process must load elsewhere.
+        held.callback(native.use_in_inference, native.use_in_inference())
         if writes:
             held.enter_context(run_lock.held(folder, say))
         url, is_new = config.mirror if writes else "", config.resume == "never"
@@ -81,7 +83,6 @@ def _run_stage(
     writes = chief and not config.step
     console = Console(sys.stdout, os.environ, is_silent=not chief)
     log = log or console
-    native.use_in_inference()
     faults = preflight.bundle_faults(config) if chief else []
     config = preflight.with_labels_of_bundle(config)
     raise_if(faults + (preflight.resume_faults(config, config_folder) if writes else []))

@@ -78,7 +78,6 @@ def test_wrong_loops_are_refused_before_data_are_prepared(
     def refuse() -> str:
         raise InputError("WARMSTATE_NATIVE=avx3: this machine can have 0, portable")
 
-    monkeypatch.setattr(run_stage.native, "use_in_inference", lambda: None)  # for good otherwise
     monkeypatch.setattr(run_stage.native, "has_gpu", lambda: False)
     monkeypatch.setattr(run_stage.native, "hint", refuse)
     monkeypatch.setattr(run_stage, "open_store", lambda *_: pytest.fail("data were prepared"))
