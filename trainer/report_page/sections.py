@@ -133,8 +133,8 @@ def labels(runs: Sequence[RunFolder]) -> Markup:
         return Markup("")
     text = (
         "The same test documents for every model. With several samples of the labels the interval "
-        "is Student's over them; with all labels it covers the choice of test documents. TF-IDF "
-        "and LSA are logistic regressions on words and pairs of words."
+        "is Student's over them; with all labels it covers the choice of test documents. Linear "
+        "models read words and pairs of words; TF-IDF and LSA are logistic regressions."
     )
     return join([tag("p", text), figures])
 

@@ -20,6 +20,7 @@ MODELS = {
     "scratch": "from scratch",
     "tfidf": "TF-IDF",
     "nbsvm": "NBSVM",
+    "svm": "linear SVM",
     "lsa": "LSA",
     "warm": "warm start",
 }
@@ -56,8 +57,8 @@ def label_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines[0],
         "-" * len(lines[0]),
         *lines[1:],
-        f"Means of {draws} samples below all labels. TF-IDF and LSA: words and pairs of words, "
-        "into logistic regression.",
+        f"Means of {draws} samples below all labels. Linear models read words and pairs; "
+        "TF-IDF and LSA: logistic regression.",
     ]
 
 

@@ -1,7 +1,9 @@
 """Linear models of words and word pairs on the same documents: what an LSTM has to beat.
 
   tfidf   TF-IDF, into logistic regression
-  nbsvm   naive Bayes log-count ratios, into a linear SVM (Wang & Manning 2012, section 2.3)
+  nbsvm   naive Bayes log-count ratios, into a linear SVM (Wang & Manning 2012, section 2.3); of two
+          classes
+  svm     TF-IDF, into a linear SVM; of more classes
   lsa     TF-IDF, a truncated SVD (latent semantic analysis, Deerwester et al. 1990), into logistic
           regression
 
@@ -35,6 +37,7 @@ from data_pipelines.store.token_store import TokenStore
 from trainer.safe_files import replace_text
 
 STRENGTHS = (3.0, 10.0, 30.0, 100.0)
+SVM_STRENGTHS = (0.3, 1.0, 3.0, 10.0)
 NBSVM_STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3)
 LSA_DIMENSIONS = (10, 20, 30, 50)
 MIN_DOCUMENTS = 2  # that have a pair of words, or it is left out
@@ -65,7 +68,7 @@ class LinearModels:
     """The words and pairs of a store's documents, and models fitted to some of them.
 
     Attributes:
-        names: The models that suit the data; nbsvm is for two classes.
+        names: The models that suit the data.
         vocab_size: The number of words: the first columns of `counts`.
         tfidf: From `counts` to TF-IDF.
     """
@@ -79,12 +82,12 @@ class LinearModels:
         self.tfidf = TfidfTransformer(sublinear_tf=True).fit(self._all)
         self._held_out = {s: _Documents(self, store.split(s)) for s in ("validation", "test")}
         self._labelled = functools.lru_cache(maxsize=1)(functools.partial(_Documents, self))
-        self.names = ("tfidf", "nbsvm", "lsa") if store.num_classes == 2 else ("tfidf", "lsa")
+        self.names = ("tfidf", "nbsvm" if store.num_classes == 2 else "svm", "lsa")
 
     def errors(self, name: str, labelled: SplitView) -> Errors:
         """Returns the errors of a model fitted to the `labelled` documents."""
         documents, validation = self._labelled(labelled), self._held_out["validation"]
-        fit, strengths = (_nbsvm, NBSVM_STRENGTHS) if name == "nbsvm" else (_logistic, STRENGTHS)
+        fit, strengths = FITS.get(name, (_logistic, STRENGTHS))
         if np.ptp(documents.labels) == 0:  # a small sample may have one class alone
             fit = _constant
         found = []
@@ -150,7 +153,7 @@ def _features(name: str) -> Iterator[tuple[Callable[[_Documents], Matrix], str]]
     """Yields functions from documents to the inputs of a model, and what they read."""
     if name == "nbsvm":
         yield (lambda documents: documents.counts), "words and pairs"
-    elif name == "tfidf":
+    elif name in ("tfidf", "svm"):
         yield (lambda documents: documents.tfidf), "words and pairs"
         yield (lambda documents: documents.words), "words"
     else:
@@ -233,6 +236,14 @@ def nbsvm(counts: Matrix, labels: np.ndarray, strength: float) -> Predict:
 def _nbsvm(counts: Matrix, labels: np.ndarray, strength: float) -> Predict:
     margins = nbsvm(counts, labels, strength)
     return lambda others: (margins(others) > 0).astype(labels.dtype)
+
+
+def _svm(inputs: Matrix, labels: np.ndarray, strength: float) -> Predict:
+    return LinearSVC(C=strength, max_iter=20_000, random_state=0).fit(inputs, labels).predict
+
+
+# Of models that are no logistic regressions: how they are fitted, and with which strengths.
+FITS = {"nbsvm": (_nbsvm, NBSVM_STRENGTHS), "svm": (_svm, SVM_STRENGTHS)}
 
 
 def table(store: TokenStore, counts: Sequence[int], draws: int, seed: int) -> list[dict[str, Any]]:

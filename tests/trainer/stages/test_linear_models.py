@@ -1,9 +1,12 @@
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.svm import LinearSVC
 
+import warmstate
 from data_pipelines.store.token_store import TokenStore
 from trainer.stages import linear_models
 from trainer.stages.linear_models import LinearModels
@@ -65,3 +68,26 @@ def test_labels_of_one_class_predict_that_class(store: TokenStore, models: Linea
     same = train.sample(2, seed)
     share = 100 * np.mean(models._held_out["test"].labels != same.labels_of(np.arange(1))[0])
     assert [models.errors(name, same).test for name in models.names] == [pytest.approx(share)] * 3
+
+
+def test_of_three_classes_one_is_a_linear_svm(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    for path in files.values():
+        rows = []
+        for label in random.integers(3, size=90):
+            own, others = random.integers(9, size=2), random.integers(27, size=4)
+            words = [*(f"w{9 * label + n}" for n in own), *(f"w{n}" for n in others)]
+            rows.append({"text": " ".join(words), "label": f"class {label}"})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = ",".join(f"{split}={path}" for split, path in files.items())
+    store = warmstate.prepare(tmp_path / "store", source=f"jsonl:{splits}")
+    models = LinearModels(store)
+    assert models.names == ("tfidf", "svm", "lsa")
+    found = models.errors("svm", store.split("train"))
+    assert found.test < 50  # of 67 by chance
+    of_what, strength = found.choice.split(", strength ")
+    train, test = models._labelled(store.split("train")), models._held_out["test"]
+    x, new = (d.words if of_what == "words" else d.tfidf for d in (train, test))
+    svm = LinearSVC(C=float(strength), max_iter=20_000, random_state=0).fit(x, train.labels)
+    np.testing.assert_array_equal(found.wrong, svm.predict(new) != test.labels)
