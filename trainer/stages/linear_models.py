@@ -226,7 +226,7 @@ def nbsvm(counts: Matrix, labels: np.ndarray, strength: float) -> Predict:
     inputs = (counts > 0).astype(np.float64)
     positive, negative = (1 + np.asarray(inputs[labels == k].sum(axis=0)).ravel() for k in (1, 0))
     ratio = sparse.diags(np.log((positive / positive.sum()) / (negative / negative.sum())))
-    model = LinearSVC(C=strength, max_iter=20_000, random_state=0).fit(inputs @ ratio, labels)
+    model = _linear_svm(inputs @ ratio, labels, strength)
     # Section 2.3: the SVM's weights, drawn towards their mean size.
     weights = model.coef_.ravel()
     model.coef_ = (0.75 * np.abs(weights).mean() + 0.25 * weights)[None]
@@ -239,7 +239,11 @@ def _nbsvm(counts: Matrix, labels: np.ndarray, strength: float) -> Predict:
 
 
 def _svm(inputs: Matrix, labels: np.ndarray, strength: float) -> Predict:
-    return LinearSVC(C=strength, max_iter=20_000, random_state=0).fit(inputs, labels).predict
+    return _linear_svm(inputs, labels, strength).predict
+
+
+def _linear_svm(inputs: Matrix, labels: np.ndarray, strength: float) -> LinearSVC:
+    return LinearSVC(C=strength, max_iter=20_000, random_state=0).fit(inputs, labels)
 
 
 # Of models that are no logistic regressions: how they are fitted, and with which strengths.
